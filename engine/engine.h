@@ -1,0 +1,64 @@
+// Engine: one model, served. Requests go in from any thread; a single engine thread schedules, runs the steps and calls the
+// sinks. Requests join and leave the batch between steps (continuous batching).
+#ifndef ENGINE_ENGINE_H_
+#define ENGINE_ENGINE_H_
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/opt_config.h"
+#include "engine/options.h"
+#include "engine/request.h"
+
+namespace dejavu {
+
+// A snapshot; the fields are read one by one and belong to the same moment only when nothing runs.
+struct EngineStats {
+  int32_t running = 0;
+  int32_t waiting = 0;
+  int32_t kv_blocks_total = 0;
+  int32_t kv_blocks_free = 0;
+  int64_t steps = 0;
+  int64_t prompt_tokens = 0;
+  int64_t generated_tokens = 0;
+};
+
+// Loading progress: bytes read so far and in all. Returning false stops the load with CANCELLED.
+using LoadProgress = std::function<bool(int64_t done_bytes, int64_t total_bytes)>;
+
+class Engine {
+ public:
+  // Loads the model, takes all memory, runs a warm-up step and starts the engine thread. `sampled_vocab` is how many ids the
+  // tokenizer knows (0: no tokenizer); logits beyond it are never sampled.
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options, int32_t sampled_vocab,
+                                                        const LoadProgress& progress);
+  // Stops at the next step; what still runs finishes with kShutdown.
+  virtual ~Engine() = default;
+
+  virtual const OptConfig& model() const = 0;
+  virtual std::string backend_description() const = 0;
+  virtual int64_t weight_bytes() const = 0;
+
+  // INVALID_ARGUMENT for a request that can never run, RESOURCE_EXHAUSTED when the queue is full or the KV pool is too small for
+  // it, UNAVAILABLE after Drain. On success the sink will hear OnFinish. Returns the engine's id.
+  virtual absl::StatusOr<uint64_t> Submit(Request request, std::shared_ptr<TokenSink> sink) = 0;
+
+  // Ends a request at the next step, wherever it is; unknown and finished ids are ignored.
+  virtual void Cancel(uint64_t id) = 0;
+
+  // Refuses new requests from now on; running and waiting ones go on. WaitIdle returns true once there are none, false when
+  // `deadline` passed first.
+  virtual void Drain() = 0;
+  virtual bool WaitIdle(SteadyTime deadline) = 0;
+
+  virtual EngineStats stats() const = 0;
+};
+
+}  // namespace dejavu
+
+#endif  // ENGINE_ENGINE_H_

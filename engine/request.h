@@ -1,0 +1,99 @@
+// What a caller asks of the engine and what it hears back. Plain data and one callback interface.
+#ifndef ENGINE_REQUEST_H_
+#define ENGINE_REQUEST_H_
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/types/span.h"
+
+namespace dejavu {
+
+using SteadyTime = std::chrono::steady_clock::time_point;
+
+// How the next token is chosen. Order: logit bias and allowed tokens, penalties, then greedy, or temperature, top-k, top-p,
+// min-p and a draw. The draw is a pure function of (seed, index of the token, token id).
+struct SamplingParams {
+  float temperature = 0.0f;  // 0: greedy
+  int32_t top_k = 0;         // 0: all
+  float top_p = 1.0f;        // (0, 1]
+  float min_p = 0.0f;        // [0, 1]: drop tokens below min_p times the probability of the best
+  uint64_t seed = 0;
+  float repetition_penalty = 1.0f;  // > 0, over prompt and output, as in Transformers (arXiv 1909.05858)
+  float presence_penalty = 0.0f;    // over the output, subtracted once per seen token
+  float frequency_penalty = 0.0f;   // over the output, subtracted per occurrence
+  std::vector<std::pair<int32_t, float>> logit_bias;
+  std::vector<int32_t> allowed_token_ids;  // empty: all
+};
+
+struct Request {
+  std::vector<int32_t> prompt;  // 1 ... context ids, each below the vocabulary; taken as they are
+  SamplingParams sampling;
+  int32_t max_new_tokens = 0;  // 0 only with `score`; prompt + max_new_tokens must fit the context
+  int32_t min_new_tokens = 0;  // no stop token before that many
+  std::vector<int32_t> stop_token_ids;
+  bool ignore_eos = false;
+  bool logprobs = false;      // fill Token::logprob and rank
+  int32_t top_logprobs = 0;   // and this many alternatives
+  bool score = false;         // report the log-probabilities of the prompt instead of generating
+  SteadyTime deadline = SteadyTime::max();
+};
+
+struct TokenLogprob {
+  int32_t id = 0;
+  float logprob = 0.0f;  // natural logarithm, of the model's own distribution: before bias, penalties and temperature
+};
+
+struct Token {
+  int32_t id = 0;
+  bool has_logprob = false;
+  float logprob = 0.0f;
+  int32_t rank = 0;                    // 1: the most likely one; ties count in favour of the token
+  absl::Span<const TokenLogprob> top;  // most likely first; valid during the call only
+  bool stop = false;                   // the end or stop token that ends the request: in the ids, not in the text
+};
+
+enum class FinishReason {
+  kLength,      // max_new_tokens
+  kEos,         // the model's end token
+  kStopToken,   // one of stop_token_ids
+  kSink,        // the sink returned false
+  kCancelled,   // Cancel()
+  kDeadline,    // Request::deadline passed
+  kShutdown,    // the engine was stopped before the request was done
+  kError,       // see Finish::status
+};
+
+struct Finish {
+  FinishReason reason = FinishReason::kError;
+  absl::Status status;  // for kError: DATA_LOSS when the row's logits were not finite
+  int32_t prompt_tokens = 0;
+  int32_t generated_tokens = 0;
+  int32_t stop_token_id = -1;  // for kEos and kStopToken
+  SteadyTime queued, scheduled, first_token, finished;  // first_token is `finished` when there was none
+};
+
+// Hears one request's tokens. All calls come from the engine thread, in order, and must neither block nor take long.
+class TokenSink {
+ public:
+  virtual ~TokenSink() = default;
+
+  // A new token. False ends the request with FinishReason::kSink, which OnFinish then reports.
+  virtual bool OnToken(const Token& token) = 0;
+
+  // `score` only, once per prompt position, in order. The token's own log-probability given what stands before it (absent for the
+  // first) and the alternatives of the distribution *after* it.
+  virtual bool OnPromptToken(const Token& token) = 0;
+
+  // The last call, exactly once, for every request that Submit accepted.
+  virtual void OnFinish(const Finish& finish) = 0;
+};
+
+}  // namespace dejavu
+
+#endif  // ENGINE_REQUEST_H_

@@ -1,0 +1,63 @@
+// Tokenizer: GPT-2 byte-level BPE, as OPT uses it, from vocab.json + merges.txt or tokenizer.json. Immutable after loading: any
+// thread, no locks. Detokenizer: one stream's way back from ids to text.
+#ifndef ENGINE_TEXT_TOKENIZER_H_
+#define ENGINE_TEXT_TOKENIZER_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+
+namespace dejavu {
+
+class Tokenizer {
+ public:
+  // NOT_FOUND when the directory holds neither form; INVALID_ARGUMENT with file and reason when one is malformed.
+  static absl::StatusOr<std::unique_ptr<Tokenizer>> Load(const std::string& directory);
+  virtual ~Tokenizer() = default;
+
+  // The ids of `text` (any bytes; special tokens written out are ordinary text), without the leading </s>.
+  virtual std::vector<int32_t> Encode(absl::string_view text) const = 0;
+
+  // The same with the leading </s> that OPT puts before a prompt.
+  std::vector<int32_t> EncodePrompt(absl::string_view text) const;
+
+  // The bytes of one token; empty for special tokens and ids out of range. Valid as long as the tokenizer.
+  virtual absl::string_view Bytes(int32_t id) const = 0;
+  virtual bool IsSpecial(int32_t id) const = 0;
+  // As it is written in the vocabulary ("</s>", "Ġthe"); empty for ids out of range.
+  virtual absl::string_view Piece(int32_t id) const = 0;
+
+  virtual int32_t vocab_size() const = 0;  // the largest id + 1
+  virtual int32_t bos_id() const = 0;
+  virtual int32_t eos_id() const = 0;
+
+  // All ids at once; ill-formed UTF-8 becomes U+FFFD. Special tokens are left out, or written as they are in the vocabulary.
+  std::string Decode(absl::Span<const int32_t> ids, bool skip_special_tokens) const;
+};
+
+// Turns ids into text as they come. What Append returns is always whole UTF-8; bytes that may still become a character are
+// held back, bytes that never can are replaced by U+FFFD at once (one per maximal ill-formed subpart, as in Unicode 15 §3.9
+// and Hugging Face's decoder).
+class Detokenizer {
+ public:
+  Detokenizer(const Tokenizer& tokenizer, bool skip_special_tokens);
+
+  // Appends the text that became certain with this token.
+  void Append(int32_t id, std::string* text);
+  // The end: what is still held back becomes U+FFFD.
+  void Flush(std::string* text);
+
+ private:
+  const Tokenizer& tokenizer_;
+  const bool skip_special_tokens_;
+  std::string pending_;  // at most 3 bytes: a well-formed prefix of one character
+};
+
+}  // namespace dejavu
+
+#endif  // ENGINE_TEXT_TOKENIZER_H_

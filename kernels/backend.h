@@ -1,0 +1,126 @@
+// Backend: one device, its memory and its in-order queue. The model is written once over these ops; a backend fuses and
+// parallelises inside an op. Activations and residuals are float32 [rows, features]; weights keep their stored type and
+// are widened as they are read; sums are float32.
+//
+// Determinism: the value computed for a row depends on that row alone. Neither the other rows of the step, nor how a
+// prompt was cut into chunks, nor the number of threads changes one bit of it: every sum has a fixed order.
+//
+// Threads: one thread at a time may call; ops are queued in order and Synchronize waits for them. Shape errors are our
+// own mistakes and CHECK; only allocation can fail for reasons of the world.
+#ifndef KERNELS_BACKEND_H_
+#define KERNELS_BACKEND_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "kernels/selection.h"
+#include "kernels/tensor.h"
+
+namespace dejavu {
+
+// y = W x + b, in one of two layouts, so that whatever a Selection skips is contiguous memory.
+struct LinearWeights {
+  enum class Layout {
+    kOutputRows,  // weight [outputs, inputs]: an output is a row; computed as dot products
+    kInputRows,   // weight [inputs, outputs]: an input is a row; computed as a sum of rows, in ascending input order
+  };
+  Layout layout = Layout::kOutputRows;
+  Tensor weight;  // float32, float16 or bfloat16
+  Tensor bias;    // float32 [1, outputs]; empty: none
+
+  int64_t inputs() const { return layout == Layout::kOutputRows ? weight.cols : weight.rows; }
+  int64_t outputs() const { return layout == Layout::kOutputRows ? weight.rows : weight.cols; }
+};
+
+// The OPT MLP: y = down(relu(up(x))). A neuron is a row of both matrices.
+struct MlpWeights {
+  LinearWeights up;    // kOutputRows [neurons, hidden]
+  LinearWeights down;  // kInputRows [neurons, hidden]
+};
+
+struct NormWeights {
+  Tensor weight;  // float32 [1, features]
+  Tensor bias;    // float32 [1, features]
+  float epsilon = 1e-5f;
+};
+
+// One layer's paged keys and values: blocks of `block_tokens` positions, contiguous per head.
+struct KvLayer {
+  void* keys = nullptr;    // float32 [blocks][heads][block_tokens][head_dim]
+  void* values = nullptr;  // float32 [blocks][heads][block_tokens][head_dim]
+  int32_t blocks = 0;
+  int32_t heads = 0;
+  int32_t block_tokens = 0;
+  int32_t head_dim = 0;
+};
+
+// Where the rows of a step stand, as flat arrays on the device. A row's sequence names a line of the block table; position p
+// of that sequence lies in block block_table[sequence][p / block_tokens]. Rows of one sequence may follow each other in
+// ascending position (a prefill chunk); a row sees the positions 0 ... its own.
+struct RowTable {
+  Tensor positions;    // int32 [1, rows]
+  Tensor sequences;    // int32 [1, rows]
+  Tensor block_table;  // int32 [sequences, blocks per sequence]
+
+  int64_t rows() const { return positions.cols; }
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  // For people: "cpu, AVX3, 2 threads".
+  virtual std::string Description() const = 0;
+
+  // RESOURCE_EXHAUSTED with the size asked for when the device has not that much.
+  virtual absl::StatusOr<Buffer> Allocate(int64_t bytes) = 0;
+
+  // Copies between packed host memory (row after row, no gaps) and a view, which may be strided. Upload returns when `source`
+  // may be reused; Download when `target` is filled.
+  virtual void Upload(Tensor target, const void* source) = 0;
+  virtual void Download(void* target, Tensor source) = 0;
+  virtual void Synchronize() = 0;
+
+  // y[r] = table[ids[r] + offset], widened, or y[r] += with `accumulate`. ids int32 [1, rows].
+  virtual void Embed(Tensor y, Tensor ids, Tensor table, int64_t offset, bool accumulate) = 0;
+
+  // y = (x - mean) / sqrt(variance + epsilon) * weight + bias over the features of each row. y may be x.
+  virtual void LayerNorm(Tensor y, Tensor x, const NormWeights& norm) = 0;
+
+  // y = W x + b. `inputs` selects whole groups of `group` inputs (heads: group = head_dim) and needs kInputRows: the sum
+  // leaves the others out. y must not overlap x.
+  virtual void Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& inputs = {}, int64_t group = 1) = 0;
+
+  // Stores the K and V parts of qkv [rows, 3 * heads * head_dim] (Q of all heads, then K, then V) at each row's position.
+  virtual void WriteKv(const KvLayer& kv, Tensor qkv, const RowTable& rows) = 0;
+
+  // context [rows, heads * head_dim] = softmax(scale * Q K^T) V per row and head, over positions 0 ... the row's own. Context of
+  // heads that are not selected is left untouched.
+  virtual void Attention(Tensor context, Tensor qkv, const KvLayer& kv, const RowTable& rows, float scale,
+                         const Selection& heads) = 0;
+
+  // y = down(relu(up(x))) over the selected neurons. `hidden` [rows, neurons] is scratch.
+  virtual void Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& neurons, Tensor hidden) = 0;
+
+  // x += y.
+  virtual void Add(Tensor x, Tensor y) = 0;
+
+  // y[r] = x[ids[r]] for float32 rows; ids int32 [1, y.rows].
+  virtual void GatherRows(Tensor y, Tensor x, Tensor ids) = 0;
+};
+
+struct CpuBackendOptions {
+  int threads = 0;   // 0: one per CPU that this process may use
+  bool pin = true;   // one CPU per thread, as far as the affinity mask reaches
+};
+
+absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const CpuBackendOptions& options);
+
+// UNAVAILABLE with the reason where this build has no CUDA backend or this machine no device.
+absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(int device);
+
+}  // namespace dejavu
+
+#endif  // KERNELS_BACKEND_H_
