@@ -1,6 +1,7 @@
 #include "engine/text/tokenizer.h"
 
 #include <fstream>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
