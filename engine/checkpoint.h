@@ -1,8 +1,8 @@
 // Checkpoint: the tensors of a model directory in Hugging Face layout, by name, whatever file they lie in:
-// model.safetensors, model.safetensors.index.json with its shards, pytorch_model.bin, pytorch_model.bin.index.json with its
-// shards (in this order of preference). Opening reads headers only. Files are not trusted: every offset and product is checked
-// against overflow and the file's size, pickles are interpreted by a reader that knows tensors, storages and ordered
-// dictionaries and nothing else.
+// model.safetensors, model.safetensors.index.json with its shards, pytorch_model.bin, pytorch_model.bin.index.json with
+// its shards (in this order of preference). Opening reads headers only. Files are not trusted: every offset and product
+// is checked against overflow and the file's size, pickles are interpreted by a reader that knows tensors, storages and
+// ordered dictionaries and nothing else.
 #ifndef ENGINE_CHECKPOINT_H_
 #define ENGINE_CHECKPOINT_H_
 
