@@ -1,5 +1,5 @@
-// Dispatcher: the one gRPC service. It takes every call, whatever its name, asks the gate, and hands it to the handler that is
-// registered for the method.
+// Dispatcher: the one gRPC service. It takes every call, whatever its name, asks the gate, and hands it to the handler
+// that is registered for the method.
 #ifndef SERVER_DISPATCHER_H_
 #define SERVER_DISPATCHER_H_
 

@@ -1,5 +1,5 @@
-// Gate: the one door. Every call of every method of every service passes Admit before anything else of it is looked at, unknown
-// methods too. It decides by the server's phase; authentication belongs here as well. Any thread.
+// Gate: the one door. Every call of every method of every service passes Admit before anything else of it is looked at,
+// unknown methods too. It decides by the server's phase; authentication belongs here as well. Any thread.
 #ifndef SERVER_GATE_H_
 #define SERVER_GATE_H_
 

@@ -1,5 +1,5 @@
-// GenerationService: the methods of dejavu.v1.GenerationService. Thin: check the request, hand it to the engine, send what the
-// sink makes of its tokens. Any thread.
+// GenerationService: the methods of dejavu.v1.GenerationService. Thin: check the request, hand it to the engine, send
+// what the sink makes of its tokens. Any thread.
 #ifndef SERVER_GENERATION_SERVICE_H_
 #define SERVER_GENERATION_SERVICE_H_
 
@@ -8,6 +8,7 @@
 #include <random>
 #include <string>
 
+#include "dejavu/v1/generation.pb.h"
 #include "engine/options.h"
 #include "kernels/base/mutex.h"
 #include "server/dispatcher.h"
@@ -23,7 +24,7 @@ class GenerationService {
   static constexpr char kName[] = "dejavu.v1.GenerationService";
 
   GenerationService(const ServerOptions& options, const EngineOptions& engine_options, std::string model_name,
-                    Lifecycle* lifecycle);
+                    const Lifecycle* lifecycle);
 
   void Register(Dispatcher* dispatcher);
 
@@ -35,16 +36,18 @@ class GenerationService {
   // For the handlers.
   const ServerOptions& options() const { return options_; }
   const ServedModel& model() const { return *model_.load(std::memory_order_acquire); }
-  Lifecycle& lifecycle() { return *lifecycle_; }
   std::string MakeRequestId();
   uint64_t DrawSeed();  // below 2^32, so that every JSON client can hold it
 
  private:
-  absl::Status GetModelInfo(const std::string& name, class v1_GetModelInfoResponse* response);
+  absl::Status GetModelInfo(const v1::GetModelInfoRequest& request, v1::GetModelInfoResponse* response) const;
+  absl::Status GetServerInfo(v1::GetServerInfoResponse* response) const;
+  absl::Status Abort(const v1::AbortRequest& request, v1::AbortResponse* response);
 
   const ServerOptions options_;
   const EngineOptions engine_options_;
-  Lifecycle* const lifecycle_;
+  const std::string model_name_;
+  const Lifecycle* const lifecycle_;
   const SteadyTime started_;
   LiveRequests live_requests_;
   ServedModel model_storage_;                       // constant once model_ is set

@@ -8,8 +8,9 @@ namespace dejavu {
 absl::Status LiveRequests::Add(const std::string& id, LiveRequest* request) {
   MutexLock lock(mutex_);
   if (requests_.emplace(id, request).second) return absl::OkStatus();
-  return WithErrorInfo(absl::AlreadyExistsError(absl::StrCat("a request with the id ", Quoted(id, 128), " is under way")),
-                       "DUPLICATE_REQUEST_ID");
+  return WithErrorInfo(
+      absl::AlreadyExistsError(absl::StrCat("a request with the id ", Quoted(id, 128), " is under way")),
+      "DUPLICATE_REQUEST_ID");
 }
 
 void LiveRequests::Remove(const std::string& id) {

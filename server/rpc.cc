@@ -1,5 +1,6 @@
-// Who may issue the next write is decided by busy_: taken in Pump, given back in OnWriteDone or when there was nothing to send.
-// A producer adds to the handler first and calls Wake then; Wake sets again_ when somebody is in Pump, so nothing is left lying.
+// Who may issue the next write is decided by busy_: taken in Pump, given back in OnWriteDone or when there was nothing
+// to send. A producer adds to the handler first and calls Wake then; Wake sets again_ when somebody is in Pump, so
+// nothing is left lying.
 #include "server/rpc.h"
 
 #include <utility>
@@ -45,10 +46,7 @@ grpc::ServerGenericBidiReactor* Rpc::Start(grpc::CallbackServerContext* context,
 }
 
 Rpc::Rpc(Writer* writer, SteadyTime deadline, std::unique_ptr<RpcHandler> handler)
-    : writer_(writer),
-      arrival_(std::chrono::steady_clock::now()),
-      deadline_(deadline),
-      handler_(std::move(handler)) {}
+    : writer_(writer), arrival_(std::chrono::steady_clock::now()), deadline_(deadline), handler_(std::move(handler)) {}
 
 void Rpc::Wake() {
   MutexLock lock(mutex_);
@@ -121,7 +119,8 @@ void Rpc::End(absl::Status status) {
 
 void Rpc::OnReadDone(bool ok) {
   if (!ok) {
-    End(handler_->streams_requests() ? absl::OkStatus() : absl::InvalidArgumentError("the call holds no request message"));
+    End(handler_->streams_requests() ? absl::OkStatus()
+                                     : absl::InvalidArgumentError("the call holds no request message"));
     return;
   }
   const absl::Status status = handler_->OnRequest(shared_from_this(), request_);

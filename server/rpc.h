@@ -1,7 +1,7 @@
-// Rpc: one call of one method, from its first byte to its last. It hides gRPC's reactor: reads the request (or requests), has
-// exactly one write outstanding, ends the call once, and says when the client has gone. RpcHandler is the method's part.
-// Replies are pulled: whenever a write may be issued, the handler is asked for the next one, so that what a slow client has not
-// read yet stays with the handler, which can merge it.
+// Rpc: one call of one method, from its first byte to its last. It hides gRPC's reactor: reads the request (or
+// requests), has exactly one write outstanding, ends the call once, and says when the client has gone. RpcHandler is
+// the method's part. Replies are pulled: whenever a write may be issued, the handler is asked for the next one, so that
+// what a slow client has not read yet stays with the handler, which can merge it.
 #ifndef SERVER_RPC_H_
 #define SERVER_RPC_H_
 
@@ -26,11 +26,12 @@ class RpcHandler {
  public:
   virtual ~RpcHandler() = default;
 
-  // A request: exactly one, unless the method streams requests. An error ends the call with it. From one of gRPC's threads.
+  // A request: exactly one, unless the method streams requests. An error ends the call with it. From one of gRPC's
+  // threads.
   virtual absl::Status OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) = 0;
 
-  // The next reply, valid until the next call, or null when there is none now. With the last one, or alone, `end` is set.
-  // From the writer's or one of gRPC's threads, never two at once.
+  // The next reply, valid until the next call, or null when there is none now. With the last one, or alone, `end` is
+  // set. From the writer's or one of gRPC's threads, never two at once; first after OnRequest or a Wake that it led to.
   virtual const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) = 0;
 
   // The client has gone or the deadline has passed; nothing that is still sent arrives. May run beside the others.
@@ -92,13 +93,10 @@ class UnaryHandler final : public RpcHandler {
 
   absl::Status OnRequest(const std::shared_ptr<Rpc>&, const grpc::ByteBuffer& bytes) override {
     Request request;
-    absl::Status status = ParseMessage(bytes, &request);
-    if (status.ok()) status = function_(request, &response_);
-    answered_ = status.ok();
-    return status;
+    const absl::Status status = ParseMessage(bytes, &request);
+    return status.ok() ? function_(request, &response_) : status;
   }
   const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override {
-    if (!answered_) return nullptr;
     *end = absl::OkStatus();
     return &response_;
   }
@@ -106,7 +104,6 @@ class UnaryHandler final : public RpcHandler {
  private:
   const Function function_;
   Response response_;
-  bool answered_ = false;
 };
 
 }  // namespace dejavu

@@ -1,4 +1,5 @@
-// The model that a server serves, and what of it requests are held against. Constant from Server::SetReady on; any thread.
+// The model that a server serves, and what of it requests are held against. Constant from Server::SetReady on; any
+// thread.
 #ifndef SERVER_SERVED_MODEL_H_
 #define SERVER_SERVED_MODEL_H_
 

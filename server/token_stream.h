@@ -1,6 +1,6 @@
-// TokenStream: hears one request's tokens from the engine and makes the replies of Generate and GenerateStream of them: text,
-// stop strings, log-probabilities, the finish. What the client has not been sent yet is one pending chunk into which further
-// tokens are merged; its size is bounded. ScoreCollector does the same for Score.
+// TokenStream: hears one request's tokens from the engine and makes the replies of Generate and GenerateStream of them:
+// text, stop strings, log-probabilities, the finish. What the client has not been sent yet is one pending chunk into
+// which further tokens are merged; its size is bounded. ScoreCollector does the same for Score.
 #ifndef SERVER_TOKEN_STREAM_H_
 #define SERVER_TOKEN_STREAM_H_
 
@@ -19,7 +19,8 @@
 
 namespace dejavu {
 
-// A sink whose replies an RPC pulls. OnToken, OnPromptToken and OnFinish come from the engine thread, the rest from others.
+// A sink whose replies an RPC pulls. OnToken, OnPromptToken and OnFinish come from the engine thread, the rest from
+// others.
 class ReplySink : public TokenSink {
  public:
   // See RpcHandler::NextReply.
@@ -50,7 +51,8 @@ struct TokenStreamOptions {
 
 class TokenStream final : public ReplySink {
  public:
-  // `wake` is called when NextReply has something: once the first time by the caller itself, then from the engine thread.
+  // `wake` is called when NextReply has something: once the first time by the caller itself, then from the engine
+  // thread.
   TokenStream(TokenStreamOptions options, std::function<void()> wake);
 
   bool OnToken(const Token& token) override;

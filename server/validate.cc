@@ -25,7 +25,8 @@ struct Range {
 
 // The value, finite and inside; -0 becomes 0, as do subnormals where 0 is allowed.
 absl::StatusOr<float> CheckFloat(absl::string_view field, float value, Range range) {
-  const bool inside = std::isfinite(value) && (range.open_low ? value > range.low : value >= range.low) && value <= range.high;
+  const bool inside =
+      std::isfinite(value) && (range.open_low ? value > range.low : value >= range.low) && value <= range.high;
   if (!inside) {
     return InvalidField(field, absl::StrFormat("is %.9g; it must be in %c%g, %g]", value, range.open_low ? '(' : '[',
                                                range.low, range.high));
@@ -64,8 +65,8 @@ absl::StatusOr<std::vector<int32_t>> CheckTokenIds(absl::string_view field,
 
 absl::Status CheckTokenizer(absl::string_view what, const ServedModel& model) {
   if (model.tokenizer != nullptr) return absl::OkStatus();
-  return MissingFeature("tokenizer", absl::StrCat(what, " needs a tokenizer, and the directory of model ", Quoted(model.name),
-                                                  " holds none: give token ids"));
+  return MissingFeature("tokenizer", absl::StrCat(what, " needs a tokenizer, and the directory of model ",
+                                                  Quoted(model.name), " holds none: give token ids"));
 }
 
 // 1 ... context ids.
@@ -91,8 +92,8 @@ absl::StatusOr<std::vector<int32_t>> CheckPrompt(const ProtoRequest& request, co
       return InvalidField("prompt", "is missing; give text or token_ids");
   }
   if (ids.size() > static_cast<size_t>(model.context)) {
-    return InvalidField(field,
-                        absl::StrCat("has ", ids.size(), " tokens; the model allows ", model.context, " of prompt and output"));
+    return InvalidField(
+        field, absl::StrCat("has ", ids.size(), " tokens; the model allows ", model.context, " of prompt and output"));
   }
   return ids;
 }
@@ -100,8 +101,9 @@ absl::StatusOr<std::vector<int32_t>> CheckPrompt(const ProtoRequest& request, co
 absl::Status CheckReplySize(absl::string_view field, int64_t tokens, int64_t top_logprobs) {
   const int64_t bytes = tokens * (top_logprobs + 1) * kLogprobEntryBytes;
   if (bytes <= kMaxReplyBytes) return absl::OkStatus();
-  return InvalidField(field, absl::StrCat("is ", top_logprobs, ", which with ", tokens, " tokens makes a reply of about ", bytes,
-                                          " bytes; at most ", kMaxReplyBytes, " can be sent"));
+  return InvalidField(
+      field, absl::StrCat("is ", top_logprobs, ", which with ", tokens, " tokens makes a reply of about ", bytes,
+                          " bytes; at most ", kMaxReplyBytes, " can be sent"));
 }
 
 absl::Status CheckSampling(const v1::Sampling& sampling, const ServedModel& model, uint64_t drawn_seed,
@@ -176,11 +178,12 @@ absl::Status CheckStopping(const v1::Stopping& stopping, const ServerOptions& op
   int64_t max_new_tokens = std::min<int64_t>(options.default_max_new_tokens, room);
   if (stopping.has_max_new_tokens()) {
     max_new_tokens = stopping.max_new_tokens();
-    if (max_new_tokens == 0) return InvalidField("stopping.max_new_tokens", "is 0; at least 1 is needed (Score generates nothing)");
+    if (max_new_tokens == 0)
+      return InvalidField("stopping.max_new_tokens", "is 0; at least 1 is needed (Score generates nothing)");
     if (max_new_tokens > room) {
       return InvalidField("stopping.max_new_tokens",
-                          absl::StrCat("is ", max_new_tokens, " after a prompt of ", prompt_tokens, " tokens; the model allows ",
-                                       model.context, " of both together"));
+                          absl::StrCat("is ", max_new_tokens, " after a prompt of ", prompt_tokens,
+                                       " tokens; the model allows ", model.context, " of both together"));
     }
   }
   if (stopping.min_new_tokens() > max_new_tokens) {
@@ -210,12 +213,15 @@ absl::Status CheckModelName(const std::string& name, const ServedModel& model) {
 
 absl::Status CheckRequestId(const std::string& request_id) {
   if (request_id.size() > kMaxRequestIdBytes) {
-    return InvalidField("request_id",
-                        absl::StrCat("has ", request_id.size(), " bytes; at most ", kMaxRequestIdBytes, " are allowed"));
+    return InvalidField(
+        "request_id", absl::StrCat("has ", request_id.size(), " bytes; at most ", kMaxRequestIdBytes, " are allowed"));
   }
-  const auto allowed = [](char c) { return absl::ascii_isalnum(static_cast<unsigned char>(c)) || c == '.' || c == '_' || c == ':' || c == '-'; };
+  const auto allowed = [](char c) {
+    return absl::ascii_isalnum(static_cast<unsigned char>(c)) || c == '.' || c == '_' || c == ':' || c == '-';
+  };
   if (!std::all_of(request_id.begin(), request_id.end(), allowed)) {
-    return InvalidField("request_id", absl::StrCat("is ", Quoted(request_id), "; only A-Z a-z 0-9 . _ : - are allowed"));
+    return InvalidField("request_id",
+                        absl::StrCat("is ", Quoted(request_id), "; only A-Z a-z 0-9 . _ : - are allowed"));
   }
   return absl::OkStatus();
 }

@@ -1,5 +1,6 @@
-// Writer: the thread that issues writes for those who must not. StartWrite does the sendmsg in the caller (43 us measured), so
-// the engine thread only leaves the RPC here: one push on a lock-free stack, and a futex wake if the writer sleeps.
+// Writer: the thread that issues writes for those who must not. StartWrite does the sendmsg in the caller (43 us
+// measured), so the engine thread only leaves the RPC here: one push on a lock-free stack, and a futex wake if the
+// writer sleeps.
 #ifndef SERVER_WRITER_H_
 #define SERVER_WRITER_H_
 
