@@ -1,11 +1,12 @@
 // Checkpoint: the tensors of a model directory in Hugging Face layout, by name, whatever file they lie in:
-// model.safetensors, model.safetensors.index.json with its shards, pytorch_model.bin, pytorch_model.bin.index.json with its
-// shards (in this order of preference). Opening reads headers only. Files are not trusted: every offset and product is checked
-// against overflow and the file's size, pickles are interpreted by a reader that knows tensors, storages and ordered
-// dictionaries and nothing else.
+// model.safetensors, model.safetensors.index.json with its shards, pytorch_model.bin, pytorch_model.bin.index.json with
+// its shards (in this order of preference). Opening reads headers only. Files are not trusted: every offset and product
+// is checked against overflow and the file's size, pickles are interpreted by a reader that knows tensors, storages and
+// ordered dictionaries and nothing else.
 #ifndef ENGINE_CHECKPOINT_H_
 #define ENGINE_CHECKPOINT_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -15,6 +16,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "absl/types/span.h"
 #include "kernels/tensor.h"
 
 namespace dejavu {
@@ -29,6 +31,7 @@ class RandomAccessFile {
 
   // DATA_LOSS with path and offset when the file ends before.
   absl::Status Read(int64_t offset, int64_t bytes, void* target) const;
+  absl::StatusOr<std::string> ReadString(int64_t offset, int64_t bytes) const;
 
   const std::string& path() const { return path_; }
   int64_t size() const { return size_; }
@@ -52,6 +55,13 @@ struct StoredTensor {
 
 using TensorMap = absl::flat_hash_map<std::string, StoredTensor>;
 
+// What the readers share: the product of a shape that came from a file (at most kMaxDimensions, none negative, the
+// product so small that its bytes cannot overflow), and a name from a file as it may stand in a message (escaped, at
+// most 200 bytes).
+inline constexpr size_t kMaxDimensions = 8;
+absl::StatusOr<int64_t> ElementCount(absl::Span<const int64_t> shape);
+std::string Quoted(absl::string_view name);
+
 // The readers for one file. Tensors of types other than float32, float16 and bfloat16 are left out.
 absl::StatusOr<TensorMap> ReadSafetensorsHeader(const std::string& path);  // engine/safetensors.cc
 absl::StatusOr<TensorMap> ReadTorchArchive(const std::string& path);       // engine/torch_archive.cc
@@ -63,7 +73,7 @@ class Checkpoint {
   const StoredTensor* Find(const std::string& name) const;
   const TensorMap& tensors() const { return tensors_; }
 
-  // Elements [first, first + count) of the flattened tensor, in their stored type.
+  // Elements [first, first + count) of the flattened tensor, in their stored type. Any thread.
   static absl::Status Read(const StoredTensor& tensor, int64_t first, int64_t count, void* target);
 
  private:

@@ -1,17 +1,16 @@
-// Engine: one model, served. Requests go in from any thread; a single engine thread schedules, runs the steps and calls the
-// sinks. Requests join and leave the batch between steps (continuous batching).
+// Engine: one model, served. Requests go in from any thread; a single engine thread schedules, runs the steps and calls
+// the sinks. Requests join and leave the batch between steps (continuous batching).
 #ifndef ENGINE_ENGINE_H_
 #define ENGINE_ENGINE_H_
 
-#include <atomic>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <string>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/opt_config.h"
+#include "engine/opt_weights.h"
 #include "engine/options.h"
 #include "engine/request.h"
 
@@ -28,13 +27,10 @@ struct EngineStats {
   int64_t generated_tokens = 0;
 };
 
-// Loading progress: bytes read so far and in all. Returning false stops the load with CANCELLED.
-using LoadProgress = std::function<bool(int64_t done_bytes, int64_t total_bytes)>;
-
 class Engine {
  public:
-  // Loads the model, takes all memory, runs a warm-up step and starts the engine thread. `sampled_vocab` is how many ids the
-  // tokenizer knows (0: no tokenizer); logits beyond it are never sampled.
+  // Loads the model, takes all memory, runs a warm-up step and starts the engine thread. `sampled_vocab` is how many
+  // ids the tokenizer knows (0: no tokenizer); logits beyond it are never sampled.
   static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options, int32_t sampled_vocab,
                                                         const LoadProgress& progress);
   // Stops at the next step; what still runs finishes with kShutdown.
@@ -43,20 +39,25 @@ class Engine {
   virtual const OptConfig& model() const = 0;
   virtual std::string backend_description() const = 0;
   virtual int64_t weight_bytes() const = 0;
+  virtual DType weight_dtype() const = 0;
 
-  // INVALID_ARGUMENT for a request that can never run, RESOURCE_EXHAUSTED when the queue is full or the KV pool is too small for
-  // it, UNAVAILABLE after Drain. On success the sink will hear OnFinish. Returns the engine's id.
+  // INVALID_ARGUMENT for a request that can never run, RESOURCE_EXHAUSTED when the queue is full or the KV pool is too
+  // small for it, UNAVAILABLE after Drain. On success the sink will hear OnFinish. Returns the engine's id.
   virtual absl::StatusOr<uint64_t> Submit(Request request, std::shared_ptr<TokenSink> sink) = 0;
 
   // Ends a request at the next step, wherever it is; unknown and finished ids are ignored.
   virtual void Cancel(uint64_t id) = 0;
 
-  // Refuses new requests from now on; running and waiting ones go on. WaitIdle returns true once there are none, false when
-  // `deadline` passed first.
+  // Refuses new requests from now on; running and waiting ones go on. WaitIdle returns true once there are none, false
+  // when `deadline` passed first.
   virtual void Drain() = 0;
   virtual bool WaitIdle(SteadyTime deadline) = 0;
 
   virtual EngineStats stats() const = 0;
+
+  // True once the engine thread has died of an error of its own. Every request has then finished with kError and new
+  // ones are refused with UNAVAILABLE; only a restart helps.
+  virtual bool failed() const = 0;
 };
 
 }  // namespace dejavu

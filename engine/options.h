@@ -13,10 +13,10 @@ struct EngineOptions {
   int threads = 0;               // CPU threads of the step; 0: one per CPU that this process may use
   bool pin_threads = true;       // one CPU per thread
 
-  int max_batch = 16;             // sequences that run at once
-  int max_step_tokens = 256;      // rows of one step: decode rows and prefill chunks together
-  int prefill_chunk_tokens = 64;  // the most prompt tokens of one sequence in a step
-  int max_waiting_requests = 256; // queue; a request beyond it is refused
+  int max_batch = 16;              // sequences that run at once
+  int max_step_tokens = 256;       // rows of one step: decode rows and prefill chunks together
+  int prefill_chunk_tokens = 64;   // the most prompt tokens of one sequence in a step
+  int max_waiting_requests = 256;  // queue; a request beyond it is refused
 
   int kv_block_tokens = 16;  // positions per KV block
   int64_t kv_mib = 0;        // memory for keys and values; 0: max_batch sequences of full context, at most 1/4 of RAM

@@ -16,8 +16,8 @@ namespace dejavu {
 
 using SteadyTime = std::chrono::steady_clock::time_point;
 
-// How the next token is chosen. Order: logit bias and allowed tokens, penalties, then greedy, or temperature, top-k, top-p,
-// min-p and a draw. The draw is a pure function of (seed, index of the token, token id).
+// How the next token is chosen. Order: logit bias and allowed tokens, penalties, then greedy, or temperature, top-k,
+// top-p, min-p and a draw. The draw is a pure function of (seed, index of the token, token id).
 struct SamplingParams {
   float temperature = 0.0f;  // 0: greedy
   int32_t top_k = 0;         // 0: all
@@ -38,9 +38,9 @@ struct Request {
   int32_t min_new_tokens = 0;  // no stop token before that many
   std::vector<int32_t> stop_token_ids;
   bool ignore_eos = false;
-  bool logprobs = false;      // fill Token::logprob and rank
-  int32_t top_logprobs = 0;   // and this many alternatives
-  bool score = false;         // report the log-probabilities of the prompt instead of generating
+  bool logprobs = false;     // fill Token::logprob and rank
+  int32_t top_logprobs = 0;  // and this many alternatives
+  bool score = false;        // report the log-probabilities of the prompt instead of generating
   SteadyTime deadline = SteadyTime::max();
 };
 
@@ -59,14 +59,14 @@ struct Token {
 };
 
 enum class FinishReason {
-  kLength,      // max_new_tokens
-  kEos,         // the model's end token
-  kStopToken,   // one of stop_token_ids
-  kSink,        // the sink returned false
-  kCancelled,   // Cancel()
-  kDeadline,    // Request::deadline passed
-  kShutdown,    // the engine was stopped before the request was done
-  kError,       // see Finish::status
+  kLength,     // max_new_tokens
+  kEos,        // the model's end token
+  kStopToken,  // one of stop_token_ids
+  kSink,       // the sink returned false
+  kCancelled,  // Cancel()
+  kDeadline,   // Request::deadline passed
+  kShutdown,   // the engine was stopped before the request was done
+  kError,      // see Finish::status
 };
 
 struct Finish {
@@ -74,7 +74,7 @@ struct Finish {
   absl::Status status;  // for kError: DATA_LOSS when the row's logits were not finite
   int32_t prompt_tokens = 0;
   int32_t generated_tokens = 0;
-  int32_t stop_token_id = -1;  // for kEos and kStopToken
+  int32_t stop_token_id = -1;                           // for kEos and kStopToken
   SteadyTime queued, scheduled, first_token, finished;  // first_token is `finished` when there was none
 };
 
@@ -86,8 +86,8 @@ class TokenSink {
   // A new token. False ends the request with FinishReason::kSink, which OnFinish then reports.
   virtual bool OnToken(const Token& token) = 0;
 
-  // `score` only, once per prompt position, in order. The token's own log-probability given what stands before it (absent for the
-  // first) and the alternatives of the distribution *after* it.
+  // `score` only, once per prompt position, in order. The token's own log-probability given what stands before it
+  // (absent for the first) and the alternatives of the distribution *after* it.
   virtual bool OnPromptToken(const Token& token) = 0;
 
   // The last call, exactly once, for every request that Submit accepted.

@@ -56,9 +56,9 @@ struct KvLayer {
   int32_t head_dim = 0;
 };
 
-// Where the rows of a step stand, as flat arrays on the device. A row's sequence names a line of the block table; position p
-// of that sequence lies in block block_table[sequence][p / block_tokens]. Rows of one sequence may follow each other in
-// ascending position (a prefill chunk); a row sees the positions 0 ... its own.
+// Where the rows of a step stand, as flat arrays on the device. A row's sequence names a line of the block table;
+// position p of that sequence lies in block block_table[sequence][p / block_tokens]. Rows of one sequence may follow
+// each other in ascending position (a prefill chunk); a row sees the positions 0 ... its own.
 struct RowTable {
   Tensor positions;    // int32 [1, rows]
   Tensor sequences;    // int32 [1, rows]
@@ -77,8 +77,8 @@ class Backend {
   // RESOURCE_EXHAUSTED with the size asked for when the device has not that much.
   virtual absl::StatusOr<Buffer> Allocate(int64_t bytes) = 0;
 
-  // Copies between packed host memory (row after row, no gaps) and a view, which may be strided. Upload returns when `source`
-  // may be reused; Download when `target` is filled.
+  // Copies between packed host memory (row after row, no gaps) and a view, which may be strided. Upload returns when
+  // `source` may be reused; Download when `target` is filled.
   virtual void Upload(Tensor target, const void* source) = 0;
   virtual void Download(void* target, Tensor source) = 0;
   virtual void Synchronize() = 0;
@@ -89,15 +89,16 @@ class Backend {
   // y = (x - mean) / sqrt(variance + epsilon) * weight + bias over the features of each row. y may be x.
   virtual void LayerNorm(Tensor y, Tensor x, const NormWeights& norm) = 0;
 
-  // y = W x + b. `inputs` selects whole groups of `group` inputs (heads: group = head_dim) and needs kInputRows: the sum
-  // leaves the others out. y must not overlap x.
+  // y = W x + b. `inputs` selects whole groups of `group` inputs (heads: group = head_dim) and needs kInputRows: the
+  // sum leaves the others out. y must not overlap x.
   virtual void Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& inputs = {}, int64_t group = 1) = 0;
 
-  // Stores the K and V parts of qkv [rows, 3 * heads * head_dim] (Q of all heads, then K, then V) at each row's position.
+  // Stores the K and V parts of qkv [rows, 3 * heads * head_dim] (Q of all heads, then K, then V) at each row's
+  // position.
   virtual void WriteKv(const KvLayer& kv, Tensor qkv, const RowTable& rows) = 0;
 
-  // context [rows, heads * head_dim] = softmax(scale * Q K^T) V per row and head, over positions 0 ... the row's own. Context of
-  // heads that are not selected is left untouched.
+  // context [rows, heads * head_dim] = softmax(scale * Q K^T) V per row and head, over positions 0 ... the row's own.
+  // Context of heads that are not selected is left untouched.
   virtual void Attention(Tensor context, Tensor qkv, const KvLayer& kv, const RowTable& rows, float scale,
                          const Selection& heads) = 0;
 
@@ -112,8 +113,8 @@ class Backend {
 };
 
 struct CpuBackendOptions {
-  int threads = 0;   // 0: one per CPU that this process may use
-  bool pin = true;   // one CPU per thread, as far as the affinity mask reaches
+  int threads = 0;  // 0: one per CPU that this process may use
+  bool pin = true;  // one CPU per thread, as far as the affinity mask reaches
 };
 
 absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const CpuBackendOptions& options);

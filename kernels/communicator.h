@@ -1,5 +1,5 @@
-// Communicator: the ranks that hold slices of one model. The model calls it unconditionally; a group of one is the identity.
-// Calls are queued on the backend in order and every rank must make the same calls. One thread per rank.
+// Communicator: the ranks that hold slices of one model. The model calls it unconditionally; a group of one is the
+// identity. Calls are queued on the backend in order and every rank must make the same calls. One thread per rank.
 #ifndef KERNELS_COMMUNICATOR_H_
 #define KERNELS_COMMUNICATOR_H_
 

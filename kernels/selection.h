@@ -1,5 +1,5 @@
-// Selection: which heads or neurons an op computes. The list and its count live on the device, so a step never waits for
-// the host to learn them. The default selects everything: dense is the special case, not another code path.
+// Selection: which heads or neurons an op computes. The list and its count live on the device, so a step never waits
+// for the host to learn them. The default selects everything: dense is the special case, not another code path.
 #ifndef KERNELS_SELECTION_H_
 #define KERNELS_SELECTION_H_
 

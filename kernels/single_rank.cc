@@ -8,9 +8,7 @@ class SingleRankCommunicator final : public Communicator {
   int rank() const override { return 0; }
   int size() const override { return 1; }
   void AllReduce(Tensor) override {}
-  void AllGather(Tensor y, Tensor x) override {
-    CHECK(y.data == x.data) << "one rank gathers in place";
-  }
+  void AllGather(Tensor y, Tensor x) override { CHECK(y.data == x.data) << "one rank gathers in place"; }
 };
 
 }  // namespace

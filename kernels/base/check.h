@@ -25,10 +25,10 @@ struct Voidify {
 
 }  // namespace dejavu::internal
 
-#define CHECK(condition)                    \
-  (condition) ? static_cast<void>(0)        \
-              : ::dejavu::internal::Voidify() & \
-                    ::dejavu::internal::CheckFailure(__FILE__, __LINE__, #condition).stream()
+#define CHECK(condition)     \
+  (condition)                \
+      ? static_cast<void>(0) \
+      : ::dejavu::internal::Voidify() & ::dejavu::internal::CheckFailure(__FILE__, __LINE__, #condition).stream()
 
 #ifdef NDEBUG
 #define DCHECK(condition) \

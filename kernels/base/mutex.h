@@ -33,7 +33,8 @@ class ABSL_SCOPED_LOCKABLE MutexLock {
   Mutex& mutex_;
 };
 
-// Waits are loops in the caller, `while (!ready_) cv_.Wait(mutex_);`, so that the analysis sees what is read under the lock.
+// Waits are loops in the caller, `while (!ready_) cv_.Wait(mutex_);`, so that the analysis sees what is read under the
+// lock.
 class CondVar {
  public:
   void Wait(Mutex& mutex) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {

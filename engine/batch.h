@@ -1,0 +1,57 @@
+// Batch: one step of the engine as flat arrays on the host. Filled by the scheduler, read by the model; its capacity is
+// taken once. Engine thread only.
+#ifndef ENGINE_BATCH_H_
+#define ENGINE_BATCH_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/base/check.h"
+
+namespace dejavu {
+
+struct Batch {
+  Batch(int32_t max_rows, int32_t max_logit_rows, int32_t slots, int32_t blocks_per_slot)
+      : max_rows(max_rows), max_logit_rows(max_logit_rows), slots(slots), blocks_per_slot(blocks_per_slot) {
+    tokens.reserve(max_rows);
+    positions.reserve(max_rows);
+    row_slots.reserve(max_rows);
+    logit_rows.reserve(max_logit_rows);
+    block_table.resize(static_cast<size_t>(slots) * blocks_per_slot, 0);
+  }
+
+  const int32_t max_rows;
+  const int32_t max_logit_rows;
+  const int32_t slots;            // sequences that may run at once
+  const int32_t blocks_per_slot;  // KV blocks of a full context
+
+  std::vector<int32_t> tokens;       // [rows]
+  std::vector<int32_t> positions;    // [rows]
+  std::vector<int32_t> row_slots;    // [rows] which line of the block table
+  std::vector<int32_t> logit_rows;   // [logit rows] rows whose next-token logits are wanted, ascending
+  std::vector<int32_t> block_table;  // [slots, blocks_per_slot]
+
+  int32_t rows() const { return static_cast<int32_t>(tokens.size()); }
+  int32_t rows_left() const { return max_rows - rows(); }
+  int32_t logit_rows_left() const { return max_logit_rows - static_cast<int32_t>(logit_rows.size()); }
+
+  // Empties the rows; the block table stays.
+  void Clear() {
+    tokens.clear();
+    positions.clear();
+    row_slots.clear();
+    logit_rows.clear();
+  }
+
+  void AddRow(int32_t slot, int32_t position, int32_t token, bool wants_logits) {
+    CHECK(rows_left() > 0 && (!wants_logits || logit_rows_left() > 0)) << rows() << " rows";
+    if (wants_logits) logit_rows.push_back(rows());
+    tokens.push_back(token);
+    positions.push_back(position);
+    row_slots.push_back(slot);
+  }
+};
+
+}  // namespace dejavu
+
+#endif  // ENGINE_BATCH_H_

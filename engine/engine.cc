@@ -1,0 +1,495 @@
+// The step loop: take in what callers asked for, plan a batch, run it, hand out its tokens. One thread does all of it;
+// callers only reach the inbox, under its mutex.
+#include "engine/engine.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "engine/batch.h"
+#include "engine/checkpoint.h"
+#include "engine/kv_cache.h"
+#include "engine/opt_model.h"
+#include "engine/sampler.h"
+#include "engine/scheduler.h"
+#include "kernels/base/mutex.h"
+#include "kernels/base/status_macros.h"
+#include "kernels/communicator.h"
+#include "spdlog/spdlog.h"
+
+namespace dejavu {
+namespace {
+
+// Prompt positions that one step may score: each costs a row of logits, [vocab] floats.
+constexpr int32_t kScoreRows = 64;
+
+absl::Status CheckOptions(const EngineOptions& o) {
+  const auto check = [](const char* name, int64_t value, int64_t least, int64_t most) {
+    if (least <= value && value <= most) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat(name, " is ", value, "; it must be in ", least, " ... ", most));
+  };
+  RETURN_IF_ERROR(check("max_batch", o.max_batch, 1, 1024));
+  RETURN_IF_ERROR(check("max_step_tokens", o.max_step_tokens, o.max_batch, 1 << 16));
+  RETURN_IF_ERROR(check("prefill_chunk_tokens", o.prefill_chunk_tokens, 1, 1 << 16));
+  RETURN_IF_ERROR(check("max_waiting_requests", o.max_waiting_requests, 1, 1 << 20));
+  RETURN_IF_ERROR(check("kv block_tokens", o.kv_block_tokens, 1, 4096));
+  return check("kv memory_mib", o.kv_mib, 0, int64_t{1} << 24);
+}
+
+absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(const EngineOptions& options) {
+  if (options.backend != "cpu" && options.backend != "cuda" && options.backend != "auto") {
+    return absl::InvalidArgumentError(absl::StrCat("backend is '", options.backend, "'; it must be auto, cpu or cuda"));
+  }
+  if (options.backend != "cpu") {
+    absl::StatusOr<std::unique_ptr<Backend>> cuda = CreateCudaBackend(0);
+    if (cuda.ok() || options.backend == "cuda") return cuda;
+  }
+  return CreateCpuBackend({options.threads, options.pin_threads});
+}
+
+absl::StatusOr<int32_t> KvBlocks(const EngineOptions& options, const OptConfig& config) {
+  const int64_t block_bytes = KvCache::BlockBytes(config, options.kv_block_tokens);
+  const int64_t per_sequence = (config.context + options.kv_block_tokens - 1) / options.kv_block_tokens;
+  const int64_t ram_bytes = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
+  const int64_t wanted = options.kv_mib > 0 ? (options.kv_mib << 20) / block_bytes
+                                            : std::min(options.max_batch * per_sequence, ram_bytes / 4 / block_bytes);
+  if (wanted < per_sequence) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "the KV cache would have ", wanted, " blocks of ", block_bytes, " bytes; one sequence of the full context of ",
+        config.context, " tokens needs ", per_sequence, " (", ((per_sequence * block_bytes) >> 20) + 1, " MiB)"));
+  }
+  return static_cast<int32_t>(std::min<int64_t>(wanted, options.max_batch * per_sequence));
+}
+
+class StepEngine final : public Engine {
+ public:
+  StepEngine(const EngineOptions& options, const OptConfig& config, int32_t sampled_vocab, int32_t kv_blocks)
+      : options_(options),
+        config_(config),
+        pool_(kv_blocks, options.kv_block_tokens),
+        scheduler_(pool_, options.max_batch, options.prefill_chunk_tokens, kScoreRows),
+        batch_(options.max_step_tokens, options.max_batch + kScoreRows, options.max_batch,
+               pool_.BlocksFor(config.context)),
+        sampler_(config.vocab, sampled_vocab > 0 ? std::min(sampled_vocab, config.vocab) : config.vocab),
+        counts_(options.max_batch, TokenCounts(config.vocab)),
+        logits_(static_cast<size_t>(batch_.max_logit_rows) * config.vocab) {
+    banned_.reserve(64);
+    finished_.reserve(options.max_batch);
+  }
+  ~StepEngine() override;
+
+  // Before Start, in this order.
+  absl::Status Load(const LoadProgress& progress);
+  void WarmUp();
+  void Start() {
+    thread_ = std::thread([this] { Run(); });
+  }
+
+  const OptConfig& model() const override { return config_; }
+  std::string backend_description() const override { return backend_->Description(); }
+  int64_t weight_bytes() const override { return weights_.bytes(); }
+  DType weight_dtype() const override { return weights_.dtype(); }
+  absl::StatusOr<uint64_t> Submit(Request request, std::shared_ptr<TokenSink> sink) override;
+  void Cancel(uint64_t id) override;
+  void Drain() override;
+  bool WaitIdle(SteadyTime deadline) override;
+  EngineStats stats() const override;
+  bool failed() const override { return failed_.load(); }
+
+ private:
+  absl::Status CheckRequest(const Request& request) const;
+
+  // Engine thread.
+  void Run();
+  bool TakeInbox();
+  void EndOverdue();
+  void Step();
+  void NoteAdmissions();
+  void HandOut(Sequence& s);
+  void HandOutScores(Sequence& s);
+  void HandOutToken(Sequence& s, const float* logits);
+  bool IsStop(const Sequence& s, int32_t id) const;
+  void End(const Sequence& s, FinishReason reason, absl::Status status = absl::OkStatus());
+  void EndAll(FinishReason reason, const absl::Status& status);
+  void PublishStats();
+
+  // Constant after Load.
+  const EngineOptions options_;
+  const OptConfig config_;
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Communicator> communicator_ = SingleRank();
+  OptWeights weights_;
+  KvCache kv_;
+  std::unique_ptr<OptModel> model_;
+
+  // Engine thread only.
+  KvPool pool_;
+  Scheduler scheduler_;
+  Batch batch_;
+  Sampler sampler_;
+  std::vector<TokenCounts> counts_;  // [slots]
+  std::vector<float> logits_;        // [max logit rows, vocab]
+  std::vector<int32_t> banned_;      // scratch
+  struct Ending {
+    const Sequence* sequence;
+    FinishReason reason;
+    absl::Status status;
+  };
+  std::vector<Ending> finished_;  // decided in this step, ended after it
+
+  // The inbox.
+  mutable Mutex mutex_;
+  CondVar work_;  // something for the engine thread
+  CondVar idle_;  // unfinished_ became 0
+  std::vector<std::unique_ptr<Sequence>> submitted_ ABSL_GUARDED_BY(mutex_);
+  std::vector<uint64_t> cancelled_ ABSL_GUARDED_BY(mutex_);
+  uint64_t next_id_ ABSL_GUARDED_BY(mutex_) = 1;
+  int32_t unfinished_ ABSL_GUARDED_BY(mutex_) = 0;  // accepted, OnFinish not called yet
+  int32_t waiting_ ABSL_GUARDED_BY(mutex_) = 0;     // accepted, not admitted yet
+  bool draining_ ABSL_GUARDED_BY(mutex_) = false;
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  std::atomic<bool> failed_ = false;
+
+  // Written by the engine thread.
+  std::atomic<int32_t> stat_running_ = 0, stat_free_blocks_ = 0;
+  std::atomic<int64_t> stat_steps_ = 0, stat_prompt_tokens_ = 0, stat_generated_tokens_ = 0;
+
+  std::thread thread_;
+};
+
+StepEngine::~StepEngine() {
+  {
+    MutexLock lock(mutex_);
+    stopping_ = true;
+    work_.NotifyOne();
+  }
+  if (thread_.joinable()) thread_.join();
+}
+
+absl::Status StepEngine::Load(const LoadProgress& progress) {
+  ASSIGN_OR_RETURN(backend_, CreateBackend(options_));
+  ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(options_.model));
+  ASSIGN_OR_RETURN(weights_, OptWeights::Load(checkpoint, config_, *backend_, progress));
+  ASSIGN_OR_RETURN(kv_, KvCache::Create(*backend_, config_, pool_.total(), options_.kv_block_tokens));
+  ASSIGN_OR_RETURN(model_, OptModel::Create(config_, weights_, *backend_, *communicator_, batch_));
+  return absl::OkStatus();
+}
+
+// One full step, so that every page and thread has been touched before the first request. Block 0 holds its keys and
+// values and is overwritten by whoever takes it.
+void StepEngine::WarmUp() {
+  for (int32_t i = 0; i < std::min({batch_.max_rows, config_.context, options_.kv_block_tokens}); ++i) {
+    batch_.AddRow(0, i, config_.bos_token, i == 0);
+  }
+  model_->Forward(batch_, kv_, logits_.data());
+  batch_.Clear();
+  PublishStats();
+}
+
+absl::Status StepEngine::CheckRequest(const Request& r) const {
+  const auto check_id = [&](const char* what, int32_t id) {
+    if (0 <= id && id < config_.vocab) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat(what, " has id ", id, "; ids go from 0 to ", config_.vocab - 1));
+  };
+  if (r.prompt.empty()) return absl::InvalidArgumentError("the prompt is empty; it needs at least one token");
+  for (int32_t id : r.prompt) RETURN_IF_ERROR(check_id("the prompt", id));
+  for (int32_t id : r.stop_token_ids) RETURN_IF_ERROR(check_id("stop_token_ids", id));
+  for (int32_t id : r.sampling.allowed_token_ids) RETURN_IF_ERROR(check_id("allowed_token_ids", id));
+  for (const auto& bias : r.sampling.logit_bias) RETURN_IF_ERROR(check_id("logit_bias", bias.first));
+  if (r.max_new_tokens < (r.score ? 0 : 1)) {
+    return absl::InvalidArgumentError(absl::StrCat("max_new_tokens is ", r.max_new_tokens, "; it must be at least 1"));
+  }
+  if (r.score && r.max_new_tokens != 0)
+    return absl::InvalidArgumentError("a scored prompt generates nothing: max_new_tokens must be 0");
+  if (r.top_logprobs < 0 || r.top_logprobs > config_.vocab) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("top_logprobs is ", r.top_logprobs, "; it must be in 0 ... ", config_.vocab));
+  }
+  const int64_t tokens = static_cast<int64_t>(r.prompt.size()) + r.max_new_tokens;
+  if (tokens > config_.context) {
+    return absl::InvalidArgumentError(absl::StrCat("the prompt has ", r.prompt.size(), " tokens and max_new_tokens is ",
+                                                   r.max_new_tokens, "; the model allows ", config_.context,
+                                                   " together"));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<uint64_t> StepEngine::Submit(Request request, std::shared_ptr<TokenSink> sink) {
+  RETURN_IF_ERROR(CheckRequest(request));
+  MutexLock lock(mutex_);
+  if (failed_) return absl::UnavailableError("the engine has failed; the server must be restarted");
+  if (draining_ || stopping_) return absl::UnavailableError("the engine is draining; it takes no new requests");
+  if (waiting_ >= options_.max_waiting_requests) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the queue is full: ", waiting_, " requests wait; the limit is ", options_.max_waiting_requests));
+  }
+  const uint64_t id = next_id_++;
+  auto sequence = std::make_unique<Sequence>(id, std::move(request), std::move(sink));
+  sequence->finish.queued = std::chrono::steady_clock::now();
+  submitted_.push_back(std::move(sequence));
+  ++waiting_;
+  ++unfinished_;
+  work_.NotifyOne();
+  return id;
+}
+
+void StepEngine::Cancel(uint64_t id) {
+  MutexLock lock(mutex_);
+  cancelled_.push_back(id);
+  work_.NotifyOne();
+}
+
+void StepEngine::Drain() {
+  MutexLock lock(mutex_);
+  draining_ = true;
+}
+
+bool StepEngine::WaitIdle(SteadyTime deadline) {
+  MutexLock lock(mutex_);
+  while (unfinished_ > 0) {
+    if (!idle_.WaitUntil(mutex_, deadline)) return unfinished_ == 0;
+  }
+  return true;
+}
+
+EngineStats StepEngine::stats() const {
+  EngineStats stats;
+  {
+    MutexLock lock(mutex_);
+    stats.waiting = waiting_;
+  }
+  stats.running = stat_running_;
+  stats.kv_blocks_total = pool_.total();
+  stats.kv_blocks_free = stat_free_blocks_;
+  stats.steps = stat_steps_;
+  stats.prompt_tokens = stat_prompt_tokens_;
+  stats.generated_tokens = stat_generated_tokens_;
+  return stats;
+}
+
+void StepEngine::Run() {
+  try {
+    while (TakeInbox()) {
+      EndOverdue();
+      if (!scheduler_.running().empty() || !scheduler_.waiting().empty()) Step();
+    }
+    EndAll(FinishReason::kShutdown, absl::OkStatus());
+  } catch (const std::exception& error) {
+    spdlog::critical("the engine thread failed: {}", error.what());
+    failed_ = true;
+    finished_.clear();
+    TakeInbox();
+    EndAll(FinishReason::kError, absl::InternalError("the engine failed; the server must be restarted"));
+  }
+}
+
+// Waits while there is nothing to do. False: stop.
+bool StepEngine::TakeInbox() {
+  std::vector<std::unique_ptr<Sequence>> submitted;
+  std::vector<uint64_t> cancelled;
+  bool stopping;
+  {
+    MutexLock lock(mutex_);
+    const bool busy = !scheduler_.running().empty() || !scheduler_.waiting().empty();
+    while (!busy && !stopping_ && !failed_ && submitted_.empty() && cancelled_.empty()) work_.Wait(mutex_);
+    submitted.swap(submitted_);
+    cancelled.swap(cancelled_);
+    stopping = stopping_;
+  }
+  for (auto& sequence : submitted) scheduler_.Enqueue(std::move(sequence));
+  for (uint64_t id : cancelled) {
+    const auto cancel_in = [&](const auto& sequences) {
+      for (const auto& s : sequences) {
+        if (s->id != id) continue;
+        End(*s, FinishReason::kCancelled);
+        return;
+      }
+    };
+    cancel_in(scheduler_.running());
+    cancel_in(scheduler_.waiting());
+  }
+  return !stopping;
+}
+
+void StepEngine::EndOverdue() {
+  const SteadyTime now = std::chrono::steady_clock::now();
+  const auto note = [&](const auto& sequences) {
+    for (const auto& s : sequences) {
+      if (s->request.deadline <= now) finished_.push_back({s.get(), FinishReason::kDeadline, absl::OkStatus()});
+    }
+  };
+  note(scheduler_.running());
+  note(scheduler_.waiting());
+  for (const Ending& ending : finished_) End(*ending.sequence, ending.reason);
+  finished_.clear();
+}
+
+void StepEngine::Step() {
+  scheduler_.Plan(batch_);
+  NoteAdmissions();
+  if (batch_.rows() == 0) return;
+  model_->Forward(batch_, kv_, logits_.data());
+  stat_steps_.fetch_add(1, std::memory_order_relaxed);
+  for (const auto& s : scheduler_.running()) {
+    if (s->step_rows > 0) HandOut(*s);
+  }
+  for (Ending& ending : finished_) End(*ending.sequence, ending.reason, std::move(ending.status));
+  finished_.clear();
+}
+
+void StepEngine::NoteAdmissions() {
+  int32_t admitted = 0;
+  for (const auto& s : scheduler_.running()) {
+    if (s->finish.scheduled != SteadyTime()) continue;
+    s->finish.scheduled = std::chrono::steady_clock::now();
+    counts_[s->slot].Clear();
+    for (int32_t id : s->request.prompt) counts_[s->slot].AddPrompt(id);
+    ++admitted;
+  }
+  if (admitted == 0) return;
+  PublishStats();
+  MutexLock lock(mutex_);
+  waiting_ -= admitted;
+}
+
+void StepEngine::HandOut(Sequence& s) {
+  const int32_t prompt_rows = std::min(s.step_rows, std::max(0, s.prompt_tokens() - s.computed));
+  stat_prompt_tokens_.fetch_add(prompt_rows, std::memory_order_relaxed);
+  if (s.request.score) {
+    HandOutScores(s);
+  } else if (s.step_logits > 0) {
+    HandOutToken(s, &logits_[static_cast<size_t>(s.first_logit) * config_.vocab]);
+  }
+  s.computed += s.step_rows;
+}
+
+void StepEngine::HandOutScores(Sequence& s) {
+  for (int32_t i = 0; i < s.step_rows; ++i) {
+    const float* logits = &logits_[static_cast<size_t>(s.first_logit + i) * config_.vocab];
+    const int32_t position = s.computed + i;
+    if (!Sampler::AllFinite(logits, config_.vocab)) {
+      finished_.push_back(
+          {&s, FinishReason::kError,
+           absl::DataLossError(absl::StrCat("the logits after prompt token ", position, " are not finite"))});
+      return;
+    }
+    Token token;
+    token.id = s.tokens[position];
+    token.has_logprob = position > 0;
+    token.logprob = s.next_logprob;
+    token.rank = s.next_rank;
+    token.top = sampler_.Top(logits, s.request.top_logprobs);
+    if (!s.sink->OnPromptToken(token)) {
+      finished_.push_back({&s, FinishReason::kSink, absl::OkStatus()});
+      return;
+    }
+    if (position + 1 == s.prompt_tokens()) {
+      finished_.push_back({&s, FinishReason::kLength, absl::OkStatus()});
+      return;
+    }
+    const Sampler::Choice next = sampler_.Describe(logits, s.tokens[position + 1]);
+    s.next_logprob = next.logprob;
+    s.next_rank = next.rank;
+  }
+}
+
+void StepEngine::HandOutToken(Sequence& s, const float* logits) {
+  const Request& r = s.request;
+  banned_.clear();
+  if (s.generated_tokens() < r.min_new_tokens) {
+    if (!r.ignore_eos) banned_.push_back(config_.eos_token);
+    banned_.insert(banned_.end(), r.stop_token_ids.begin(), r.stop_token_ids.end());
+  }
+  TokenCounts& counts = counts_[s.slot];
+  const Sampler::Choice choice =
+      sampler_.Sample(logits, r.sampling, counts, banned_, static_cast<uint64_t>(s.generated_tokens()), r.logprobs);
+  if (choice.id < 0) {
+    const std::string at = absl::StrCat(" after ", s.generated_tokens(), " new tokens");
+    finished_.push_back({&s, FinishReason::kError,
+                         choice.id == Sampler::kNotFinite
+                             ? absl::DataLossError("the logits are not finite" + at)
+                             : absl::InvalidArgumentError(
+                                   "logit_bias, allowed_token_ids and min_new_tokens leave no token to sample" + at)});
+    return;
+  }
+  Token token;
+  token.id = choice.id;
+  token.has_logprob = r.logprobs;
+  token.logprob = choice.logprob;
+  token.rank = choice.rank;
+  if (r.top_logprobs > 0) token.top = sampler_.Top(logits, r.top_logprobs);
+  token.stop = IsStop(s, choice.id);
+  if (s.generated_tokens() == 0) s.finish.first_token = std::chrono::steady_clock::now();
+  s.tokens.push_back(choice.id);
+  counts.AddOutput(choice.id);
+  stat_generated_tokens_.fetch_add(1, std::memory_order_relaxed);
+
+  if (!s.sink->OnToken(token)) {
+    finished_.push_back({&s, FinishReason::kSink, absl::OkStatus()});
+  } else if (token.stop) {
+    s.finish.stop_token_id = choice.id;
+    const bool eos = choice.id == config_.eos_token && !r.ignore_eos;
+    finished_.push_back({&s, eos ? FinishReason::kEos : FinishReason::kStopToken, absl::OkStatus()});
+  } else if (s.generated_tokens() == r.max_new_tokens) {
+    finished_.push_back({&s, FinishReason::kLength, absl::OkStatus()});
+  }
+}
+
+bool StepEngine::IsStop(const Sequence& s, int32_t id) const {
+  const auto& stops = s.request.stop_token_ids;
+  return (id == config_.eos_token && !s.request.ignore_eos) || std::find(stops.begin(), stops.end(), id) != stops.end();
+}
+
+// Frees everything first, so that whoever hears of the end finds the memory free.
+void StepEngine::End(const Sequence& sequence, FinishReason reason, absl::Status status) {
+  const std::unique_ptr<Sequence> s = scheduler_.Remove(sequence);
+  PublishStats();
+  Finish& finish = s->finish;
+  finish.reason = reason;
+  finish.status = std::move(status);
+  finish.prompt_tokens = s->prompt_tokens();
+  finish.generated_tokens = s->generated_tokens();
+  finish.finished = std::chrono::steady_clock::now();
+  if (finish.first_token == SteadyTime()) finish.first_token = finish.finished;
+  const bool admitted = finish.scheduled != SteadyTime();
+  if (!admitted) finish.scheduled = finish.finished;
+  if (!admitted) {
+    MutexLock lock(mutex_);
+    --waiting_;
+  }
+  s->sink->OnFinish(finish);
+  MutexLock lock(mutex_);
+  if (--unfinished_ == 0) idle_.NotifyAll();
+}
+
+void StepEngine::EndAll(FinishReason reason, const absl::Status& status) {
+  while (!scheduler_.running().empty()) End(*scheduler_.running().front(), reason, status);
+  while (!scheduler_.waiting().empty()) End(*scheduler_.waiting().front(), reason, status);
+}
+
+void StepEngine::PublishStats() {
+  stat_running_.store(static_cast<int32_t>(scheduler_.running().size()), std::memory_order_relaxed);
+  stat_free_blocks_.store(pool_.free(), std::memory_order_relaxed);
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options, int32_t sampled_vocab,
+                                                       const LoadProgress& progress) {
+  RETURN_IF_ERROR(CheckOptions(options));
+  ASSIGN_OR_RETURN(const OptConfig config, OptConfig::Load(options.model));
+  ASSIGN_OR_RETURN(const int32_t kv_blocks, KvBlocks(options, config));
+  auto engine = std::make_unique<StepEngine>(options, config, sampled_vocab, kv_blocks);
+  RETURN_IF_ERROR(engine->Load(progress));
+  engine->WarmUp();
+  engine->Start();
+  return engine;
+}
+
+}  // namespace dejavu

@@ -1,0 +1,46 @@
+#include "engine/kv_cache.h"
+
+#include <algorithm>
+
+#include "kernels/base/status_macros.h"
+
+namespace dejavu {
+
+KvPool::KvPool(int32_t blocks, int32_t block_tokens) : total_(blocks), block_tokens_(block_tokens) {
+  CHECK(blocks > 0 && block_tokens > 0) << blocks << " blocks of " << block_tokens;
+  free_.resize(blocks);
+  for (int32_t i = 0; i < blocks; ++i) free_[i] = blocks - 1 - i;
+}
+
+bool KvPool::Take(absl::Span<int32_t> blocks) {
+  if (blocks.size() > free_.size()) return false;
+  for (int32_t& block : blocks) {
+    block = free_.back();
+    free_.pop_back();
+  }
+  return true;
+}
+
+void KvPool::Give(absl::Span<const int32_t> blocks) {
+  CHECK(free_.size() + blocks.size() <= static_cast<size_t>(total_)) << "blocks given back twice";
+  free_.insert(free_.end(), blocks.rbegin(), blocks.rend());
+}
+
+int64_t KvCache::BlockBytes(const OptConfig& config, int32_t block_tokens) {
+  return int64_t{2} * config.layers * config.hidden * block_tokens * SizeOf(DType::kFloat32);
+}
+
+absl::StatusOr<KvCache> KvCache::Create(Backend& backend, const OptConfig& config, int32_t blocks,
+                                        int32_t block_tokens) {
+  KvCache cache;
+  ASSIGN_OR_RETURN(cache.storage_, backend.Allocate(blocks * BlockBytes(config, block_tokens)));
+  const int64_t part_bytes = int64_t{blocks} * config.hidden * block_tokens * SizeOf(DType::kFloat32);
+  char* next = static_cast<char*>(cache.storage_.data());
+  for (int32_t l = 0; l < config.layers; ++l) {
+    cache.layers_.push_back({next, next + part_bytes, blocks, config.heads, block_tokens, config.head_dim});
+    next += 2 * part_bytes;
+  }
+  return cache;
+}
+
+}  // namespace dejavu

@@ -1,0 +1,52 @@
+// OptWeights: an OPT model's parameters on one device, laid out so that a neuron and a head are contiguous memory. One
+// copy, in the type that the checkpoint stores; norms and biases are widened to float32. Immutable after Load.
+#ifndef ENGINE_OPT_WEIGHTS_H_
+#define ENGINE_OPT_WEIGHTS_H_
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/checkpoint.h"
+#include "engine/opt_config.h"
+#include "kernels/backend.h"
+
+namespace dejavu {
+
+// Bytes of the checkpoint read so far and in all. Returning false stops the load with CANCELLED.
+using LoadProgress = std::function<bool(int64_t done_bytes, int64_t total_bytes)>;
+
+struct LayerWeights {
+  NormWeights attention_norm;
+  LinearWeights qkv;  // kOutputRows [3 * heads * head_dim, hidden]: Q of all heads, then K, then V
+  LinearWeights out;  // kInputRows [heads * head_dim, hidden]: a head is a run of head_dim rows
+  NormWeights mlp_norm;
+  MlpWeights mlp;  // both [ffn, hidden]
+};
+
+class OptWeights {
+ public:
+  // Checks that every tensor is there in its shape before anything large is allocated, then reads the files once, in
+  // stripes, and refuses values that are not finite. Errors name file and tensor.
+  static absl::StatusOr<OptWeights> Load(const Checkpoint& checkpoint, const OptConfig& config, Backend& backend,
+                                         const LoadProgress& progress);
+
+  Tensor token_embedding;     // [vocab, embed]
+  Tensor position_embedding;  // [kPositionOffset + context, hidden]
+  LinearWeights project_in;   // kOutputRows [hidden, embed]; empty where embed == hidden
+  LinearWeights project_out;  // kOutputRows [embed, hidden]; likewise
+  std::vector<LayerWeights> layers;
+  NormWeights final_norm;  // empty without config.final_norm
+  LinearWeights head;      // kOutputRows [vocab, embed]: the token embedding again
+
+  int64_t bytes() const { return storage_.bytes(); }
+  DType dtype() const { return token_embedding.dtype; }
+
+ private:
+  Buffer storage_;
+};
+
+}  // namespace dejavu
+
+#endif  // ENGINE_OPT_WEIGHTS_H_

@@ -1,0 +1,50 @@
+// Sequence: one request on its way through the engine. Engine thread only, once it has been submitted.
+#ifndef ENGINE_SEQUENCE_H_
+#define ENGINE_SEQUENCE_H_
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "engine/request.h"
+
+namespace dejavu {
+
+struct Sequence {
+  Sequence(uint64_t id, Request request, std::shared_ptr<TokenSink> sink)
+      : id(id), request(std::move(request)), sink(std::move(sink)), tokens(this->request.prompt) {
+    tokens.reserve(static_cast<size_t>(max_tokens()));
+  }
+
+  // Constant after construction.
+  const uint64_t id;
+  const Request request;
+  const std::shared_ptr<TokenSink> sink;
+
+  std::vector<int32_t> tokens;  // prompt, then output
+  int32_t computed = 0;         // tokens whose keys and values are in the cache
+
+  int32_t slot = -1;            // line of the block table; -1 while waiting
+  std::vector<int32_t> blocks;  // for max_tokens() positions, all of them taken at admission
+
+  // This step.
+  int32_t step_rows = 0;    // rows that the batch holds for it
+  int32_t step_logits = 0;  // of those, how many want logits: the last ones
+  int32_t first_logit = 0;  // their first row among the batch's logits
+
+  // `score`: what the distribution at the last computed position says of the next prompt token.
+  float next_logprob = 0.0f;
+  int32_t next_rank = 0;
+
+  Finish finish;
+
+  int32_t prompt_tokens() const { return static_cast<int32_t>(request.prompt.size()); }
+  int32_t generated_tokens() const { return static_cast<int32_t>(tokens.size()) - prompt_tokens(); }
+  int32_t uncomputed() const { return static_cast<int32_t>(tokens.size()) - computed; }
+  int64_t max_tokens() const { return int64_t{prompt_tokens()} + request.max_new_tokens; }
+};
+
+}  // namespace dejavu
+
+#endif  // ENGINE_SEQUENCE_H_

@@ -1,0 +1,122 @@
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/cpu/kernels.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/elementwise.cc"
+#include "hwy/foreach_target.h"
+
+// What follows is included once for each target, so it stays below foreach_target.h.
+#include "kernels/cpu/tiles-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace dejavu::cpu::HWY_NAMESPACE {
+
+const char* Target() { return hwy::TargetName(HWY_TARGET); }
+
+template <typename W>
+void EmbedRow(float* y, const W* row, int64_t n, bool accumulate) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const V v = Widen(row + i);
+    hn::StoreU(accumulate ? hn::Add(hn::LoadU(F32(), y + i), v) : v, F32(), y + i);
+  }
+  if (i == n) return;
+  const V v = WidenPart(row + i, n - i);
+  StorePart(accumulate ? hn::Add(WidenPart(y + i, n - i), v) : v, y + i, n - i);
+}
+
+void Embed(const Tensor& y, const Tensor& ids, const Tensor& table, int64_t offset, bool accumulate, int64_t first,
+           int64_t last) {
+  for (int64_t r = first; r < last; ++r) {
+    const int64_t id = ids.row<int32_t>(0)[r] + offset;
+    CHECK(id >= 0 && id < table.rows) << "row " << id << " of " << table.rows;
+    float* to = y.row<float>(r);
+    switch (table.dtype) {
+      case DType::kFloat32:
+        EmbedRow(to, table.row<float>(id), y.cols, accumulate);
+        break;
+      case DType::kFloat16:
+        EmbedRow(to, table.row<hwy::float16_t>(id), y.cols, accumulate);
+        break;
+      case DType::kBFloat16:
+        EmbedRow(to, table.row<hwy::bfloat16_t>(id), y.cols, accumulate);
+        break;
+      default:
+        CHECK(false) << "table of type " << Name(table.dtype);
+    }
+  }
+}
+
+// Mean and variance in two passes, as PyTorch does.
+void LayerNormRow(float* y, const float* x, const float* weight, const float* bias, float epsilon, int64_t n) {
+  const int64_t whole = n - n % kLanes;
+  V sum = hn::Zero(F32());
+  for (int64_t i = 0; i < whole; i += kLanes) sum = hn::Add(sum, hn::LoadU(F32(), x + i));
+  if (whole < n) sum = hn::Add(sum, WidenPart(x + whole, n - whole));
+  const V mean = hn::Set(F32(), hn::GetLane(hn::SumOfLanes(F32(), sum)) / n);
+
+  V squares = hn::Zero(F32());
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const V from_mean = hn::Sub(hn::LoadU(F32(), x + i), mean);
+    squares = hn::MulAdd(from_mean, from_mean, squares);
+  }
+  if (whole < n) {
+    const V from_mean = hn::Sub(WidenPart(x + whole, n - whole), mean);
+    const V valid = hn::IfThenElseZero(hn::FirstN(F32(), n - whole), from_mean);
+    squares = hn::MulAdd(valid, valid, squares);
+  }
+  const float variance = hn::GetLane(hn::SumOfLanes(F32(), squares)) / n;
+  const V scale = hn::Set(F32(), 1.0f / std::sqrt(variance + epsilon));
+
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const V normal = hn::Mul(hn::Sub(hn::LoadU(F32(), x + i), mean), scale);
+    hn::StoreU(hn::MulAdd(normal, hn::LoadU(F32(), weight + i), hn::LoadU(F32(), bias + i)), F32(), y + i);
+  }
+  if (whole < n) {
+    const int64_t rest = n - whole;
+    const V normal = hn::Mul(hn::Sub(WidenPart(x + whole, rest), mean), scale);
+    StorePart(hn::MulAdd(normal, WidenPart(weight + whole, rest), WidenPart(bias + whole, rest)), y + whole, rest);
+  }
+}
+
+void LayerNorm(const Tensor& y, const Tensor& x, const NormWeights& norm, int64_t first, int64_t last) {
+  for (int64_t r = first; r < last; ++r) {
+    LayerNormRow(y.row<float>(r), x.row<float>(r), norm.weight.row<float>(0), norm.bias.row<float>(0), norm.epsilon,
+                 x.cols);
+  }
+}
+
+void Add(const Tensor& x, const Tensor& y, int64_t first, int64_t last) {
+  for (int64_t r = first; r < last; ++r) EmbedRow(x.row<float>(r), y.row<float>(r), x.cols, true);
+}
+
+}  // namespace dejavu::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace dejavu::cpu {
+
+HWY_EXPORT(Target);
+HWY_EXPORT(Embed);
+HWY_EXPORT(LayerNorm);
+HWY_EXPORT(Add);
+
+const char* TargetName() { return HWY_DYNAMIC_DISPATCH(Target)(); }
+
+void Embed(const Tensor& y, const Tensor& ids, const Tensor& table, int64_t offset, bool accumulate, int64_t first,
+           int64_t last) {
+  HWY_DYNAMIC_DISPATCH(Embed)(y, ids, table, offset, accumulate, first, last);
+}
+
+void LayerNorm(const Tensor& y, const Tensor& x, const NormWeights& norm, int64_t first, int64_t last) {
+  HWY_DYNAMIC_DISPATCH(LayerNorm)(y, x, norm, first, last);
+}
+
+void Add(const Tensor& x, const Tensor& y, int64_t first, int64_t last) {
+  HWY_DYNAMIC_DISPATCH(Add)(x, y, first, last);
+}
+
+}  // namespace dejavu::cpu
+#endif

@@ -1,0 +1,188 @@
+// Loads that widen to float32 and the two register tiles that all products are made of, for the target being compiled.
+#include <cstdint>
+#include <cstring>
+
+#include "hwy/cache_control.h"
+#include "hwy/highway.h"
+
+#if defined(KERNELS_CPU_TILES_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef KERNELS_CPU_TILES_INL_H_
+#undef KERNELS_CPU_TILES_INL_H_
+#else
+#define KERNELS_CPU_TILES_INL_H_
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace dejavu::cpu::HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+using F32 = hn::ScalableTag<float>;
+using V = hn::Vec<F32>;
+constexpr int64_t kLanes = hn::MaxLanes(F32());
+constexpr int kTileVectors = 4;
+// kTileRows * kTileVectors accumulators, the weights and one operand fill the registers: 32 with AVX-512, else 16.
+constexpr int kTileRows = HWY_TARGET <= HWY_AVX3 ? 6 : 3;
+constexpr int64_t kPrefetchBytes = 1024;
+constexpr int64_t kLineBytes = 64;
+
+HWY_INLINE V Widen(const float* p) { return hn::LoadU(F32(), p); }
+
+HWY_INLINE V Widen(const hwy::bfloat16_t* p) {
+  const hn::Rebind<uint16_t, F32> du16;
+  const hn::Rebind<uint32_t, F32> du32;
+  const auto bits = hn::LoadU(du16, reinterpret_cast<const uint16_t*>(p));
+  return hn::BitCast(F32(), hn::ShiftLeft<16>(hn::PromoteTo(du32, bits)));
+}
+
+HWY_INLINE V Widen(const hwy::float16_t* p) {
+#if HWY_TARGET <= HWY_AVX2
+  return hn::PromoteTo(F32(), hn::LoadU(hn::Rebind<hwy::float16_t, F32>(), p));
+#else
+  // Without F16C. The multiplication moves the exponent's bias and makes subnormals normal; Highway's own emulation
+  // does not know infinities.
+  const hn::Rebind<uint16_t, F32> du16;
+  const hn::Rebind<uint32_t, F32> du32;
+  const auto bits = hn::PromoteTo(du32, hn::LoadU(du16, reinterpret_cast<const uint16_t*>(p)));
+  const auto magnitude = hn::And(bits, hn::Set(du32, 0x7FFFu));
+  const V scaled = hn::Mul(hn::BitCast(F32(), hn::ShiftLeft<13>(magnitude)), hn::Set(F32(), 0x1p112f));
+  const auto special = hn::Ge(scaled, hn::Set(F32(), 65536.0f));
+  const V exponent = hn::IfThenElseZero(special, hn::BitCast(F32(), hn::Set(du32, 0x7F800000u)));
+  const V sign = hn::BitCast(F32(), hn::ShiftLeft<16>(hn::AndNot(hn::Set(du32, 0x7FFFu), bits)));
+  return hn::Or(hn::Or(scaled, exponent), sign);
+#endif
+}
+
+// The first n < kLanes elements, then zeros; reads no further.
+template <typename W>
+HWY_INLINE V WidenPart(const W* p, int64_t n) {
+  alignas(64) W part[kLanes] = {};
+  std::memcpy(part, p, n * sizeof(W));
+  return Widen(part);
+}
+
+HWY_INLINE void StorePart(V v, float* p, int64_t n) {
+  alignas(64) float part[kLanes];
+  hn::Store(v, F32(), part);
+  std::memcpy(p, part, n * sizeof(float));
+}
+
+template <typename W, int kRows, int kOutputs>
+HWY_INLINE void DotStep(const W* const (&w)[kOutputs], const float* const (&x)[kRows], int64_t k,
+                        V (&sum)[kRows][kOutputs]) {
+  V wk[kOutputs];
+#pragma GCC unroll 8
+  for (int o = 0; o < kOutputs; ++o) wk[o] = Widen(w[o] + k);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const V xk = Widen(x[r] + k);
+#pragma GCC unroll 8
+    for (int o = 0; o < kOutputs; ++o) sum[r][o] = hn::MulAdd(xk, wk[o], sum[r][o]);
+  }
+}
+
+// y[r][o] = x[r] . w[o] over n inputs. With `next`, the rows that will be read after w, it fetches ahead and into
+// those.
+template <typename W, int kRows, int kOutputs>
+HWY_INLINE void DotTile(const W* const (&w)[kOutputs], const W* const* next, const float* const (&x)[kRows], int64_t n,
+                        float (&y)[kRows][kOutputs]) {
+  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(W));
+  constexpr int64_t kAhead = kPrefetchBytes / static_cast<int64_t>(sizeof(W));
+  V sum[kRows][kOutputs];
+  for (int r = 0; r < kRows; ++r) {
+    for (int o = 0; o < kOutputs; ++o) sum[r][o] = hn::Zero(F32());
+  }
+  int64_t k = 0;
+  for (; k + kLine <= n; k += kLine) {
+    if (next != nullptr) {
+      for (int o = 0; o < kOutputs; ++o) hwy::Prefetch(k + kAhead < n ? w[o] + k + kAhead : next[o] + (k + kAhead - n));
+    }
+    for (int64_t i = 0; i < kLine; i += kLanes) DotStep(w, x, k + i, sum);
+  }
+  for (; k + kLanes <= n; k += kLanes) DotStep(w, x, k, sum);
+  if (k < n) {
+    V xk[kRows];
+    for (int r = 0; r < kRows; ++r) xk[r] = WidenPart(x[r] + k, n - k);
+    for (int o = 0; o < kOutputs; ++o) {
+      const V wk = WidenPart(w[o] + k, n - k);
+      for (int r = 0; r < kRows; ++r) sum[r][o] = hn::MulAdd(xk[r], wk, sum[r][o]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int o = 0; o < kOutputs; ++o) y[r][o] = hn::GetLane(hn::SumOfLanes(F32(), sum[r][o]));
+  }
+}
+
+// The inputs of a sum of rows: input i of the list has its activation at x[r * x_stride + x_at(i)] and its weights in
+// row w_at(i). A list that is nullptr stands for 0, 1, 2, ...
+template <typename W>
+struct Inputs {
+  const float* x;
+  int64_t x_stride;
+  const int32_t* x_list;
+  const W* w;
+  int64_t w_stride;
+  const int32_t* w_list;
+  int64_t count;
+
+  int64_t x_at(int64_t i) const { return x_list != nullptr ? x_list[i] : i; }
+  const W* row(int64_t i) const { return w + (w_list != nullptr ? w_list[i] : i) * w_stride; }
+};
+
+// y[r][column ... + kVectors * kLanes] += sum over the inputs, for kRows rows.
+template <typename W, int kRows, int kVectors>
+HWY_INLINE void SumTile(const Inputs<W>& in, int64_t column, float* y, int64_t y_stride) {
+  V sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = hn::LoadU(F32(), y + r * y_stride + column + v * kLanes);
+  }
+  for (int64_t i = 0; i < in.count; ++i) {
+    const W* w = in.row(i) + column;
+    const float* x = in.x + in.x_at(i);
+    V wv[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) wv[v] = Widen(w + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const V xr = hn::Set(F32(), x[r * in.x_stride]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = hn::MulAdd(xr, wv[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) hn::StoreU(sum[r][v], F32(), y + r * y_stride + column + v * kLanes);
+  }
+}
+
+// The last `n` < kLanes columns, the same operations lane by lane.
+template <typename W, int kRows>
+HWY_INLINE void SumTail(const Inputs<W>& in, int64_t column, int64_t n, float* y, int64_t y_stride) {
+  V sum[kRows];
+  for (int r = 0; r < kRows; ++r) sum[r] = WidenPart(y + r * y_stride + column, n);
+  for (int64_t i = 0; i < in.count; ++i) {
+    const V w = WidenPart(in.row(i) + column, n);
+    const float* x = in.x + in.x_at(i);
+    for (int r = 0; r < kRows; ++r) sum[r] = hn::MulAdd(hn::Set(F32(), x[r * in.x_stride]), w, sum[r]);
+  }
+  for (int r = 0; r < kRows; ++r) StorePart(sum[r], y + r * y_stride + column, n);
+}
+
+// y[r][first ... last] += sum over the inputs, for kRows rows.
+template <typename W, int kRows>
+HWY_INLINE void SumColumns(const Inputs<W>& in, int64_t first, int64_t last, float* y, int64_t y_stride) {
+  int64_t column = first;
+  for (; column + kTileVectors * kLanes <= last; column += kTileVectors * kLanes) {
+    SumTile<W, kRows, kTileVectors>(in, column, y, y_stride);
+  }
+  for (; column + kLanes <= last; column += kLanes) SumTile<W, kRows, 1>(in, column, y, y_stride);
+  if (column < last) SumTail<W, kRows>(in, column, last - column, y, y_stride);
+}
+
+}  // namespace dejavu::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

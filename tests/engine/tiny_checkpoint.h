@@ -1,0 +1,32 @@
+// Writes tiny random OPT checkpoints (float32, one safetensors file), so that a test can spoil one thing at a time.
+#ifndef TESTS_ENGINE_TINY_CHECKPOINT_H_
+#define TESTS_ENGINE_TINY_CHECKPOINT_H_
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "nlohmann/json.hpp"
+
+namespace dejavu {
+
+struct TinyCheckpoint {
+  struct Values {
+    std::vector<int64_t> shape;
+    std::vector<float> data;
+  };
+  nlohmann::json config;
+  std::map<std::string, Values> tensors;
+
+  // Pre-norm, 2 layers, 2 heads, vocabulary 50, context 32; `hidden` even.
+  static TinyCheckpoint Random(uint32_t seed, int hidden = 16, int ffn = 40, int layers = 2, int vocab = 50);
+
+  // Writes config.json and model.safetensors into a new directory under the test's temporary folder and returns its
+  // path.
+  std::string Write() const;
+};
+
+}  // namespace dejavu
+
+#endif  // TESTS_ENGINE_TINY_CHECKPOINT_H_
