@@ -17,7 +17,7 @@ constexpr int kExitInterrupted = 130;
 constexpr int kMaxReplyBytes = 256 << 20;  // scores of long prompts with many alternatives
 constexpr auto kPoll = std::chrono::milliseconds(100);
 // A daemon that was started a moment ago does not listen yet. Longer than this, nobody is there.
-constexpr auto kUnreachableGrace = std::chrono::seconds(1);
+constexpr auto kUnreachableGrace = std::chrono::seconds(2);
 
 sigset_t InterruptSet() {
   sigset_t set;

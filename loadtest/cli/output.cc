@@ -106,7 +106,7 @@ int ReportFailure(const grpc::Status& status, bool interrupted, bool json) {
     for (const Detail& detail : details) error["details"].push_back(detail.json);
     PrintJson({{"error", error}});
   }
-  if (interrupted && status.error_code() == grpc::StatusCode::CANCELLED) {
+  if (interrupted) {
     std::fputs("dejavu-cli: interrupted\n", stderr);
     return kExitInterrupted;
   }
