@@ -1,0 +1,265 @@
+#include "server/generation_service.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "kernels/base/check.h"
+#include "kernels/base/status_macros.h"
+#include "server/error_details.h"
+#include "server/parse.h"
+#include "server/token_stream.h"
+#include "server/validate.h"
+
+namespace dejavu {
+namespace {
+
+// What the engine refuses, with the details that a client needs to decide about trying again.
+absl::Status RefusedByEngine(const absl::Status& status) {
+  if (absl::IsResourceExhausted(status)) return QuotaExceeded("engine", status.message(), std::chrono::seconds(1));
+  if (absl::IsUnavailable(status)) return UnavailableRetry(status.message(), std::chrono::seconds(1));
+  return status;
+}
+
+// A call that the engine works on: Generate, GenerateStream and Score.
+class EngineCall : public RpcHandler, public LiveRequest {
+ public:
+  explicit EngineCall(GenerationService* service) : service_(service) {}
+
+  ~EngineCall() override {
+    if (!live_id_.empty()) service_->live_requests().Remove(live_id_);
+  }
+
+  const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override {
+    return sink_->NextReply(end);
+  }
+
+  void OnCancel() override { StopEngine(); }
+
+  void Stop(const absl::Status& reason) override {
+    sink_->SetCancelReason(reason);
+    StopEngine();
+  }
+
+ protected:
+  // The sink's first reply may be pulled as soon as this has returned OK.
+  absl::Status Submit(const std::string& request_id, Request request, std::shared_ptr<ReplySink> sink, const Rpc& rpc) {
+    request.deadline = rpc.deadline();
+    sink_ = sink;  // before Stop can be called
+    RETURN_IF_ERROR(service_->live_requests().Add(request_id, this));
+    live_id_ = request_id;
+    const absl::StatusOr<uint64_t> engine_id = service_->model().engine->Submit(std::move(request), std::move(sink));
+    if (!engine_id.ok()) return RefusedByEngine(engine_id.status());
+    MutexLock lock(mutex_);
+    engine_id_ = *engine_id;
+    if (stop_) service_->model().engine->Cancel(engine_id_);
+    return absl::OkStatus();
+  }
+
+  GenerationService* const service_;
+
+ private:
+  // Beside OnRequest, possibly before the engine has given an id.
+  void StopEngine() {
+    MutexLock lock(mutex_);
+    stop_ = true;
+    if (engine_id_ != 0) service_->model().engine->Cancel(engine_id_);
+  }
+
+  std::shared_ptr<ReplySink> sink_;  // set in OnRequest
+  std::string live_id_;              // registered under this id; empty: not
+
+  Mutex mutex_;
+  uint64_t engine_id_ ABSL_GUARDED_BY(mutex_) = 0;  // 0: not submitted
+  bool stop_ ABSL_GUARDED_BY(mutex_) = false;
+};
+
+class GenerateCall final : public EngineCall {
+ public:
+  GenerateCall(GenerationService* service, bool streaming) : EngineCall(service), streaming_(streaming) {}
+
+  absl::Status OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) override {
+    v1::GenerateRequest request;
+    RETURN_IF_ERROR(ParseMessage(bytes, &request));
+    const ServedModel& model = service_->model();
+    ASSIGN_OR_RETURN(CheckedGenerate checked,
+                     CheckGenerate(request, service_->options(), model, service_->DrawSeed(), streaming_));
+    TokenStreamOptions options;
+    options.prompt.set_request_id(request.request_id().empty() ? service_->MakeRequestId() : request.request_id());
+    options.prompt.set_model(model.name);
+    options.prompt.set_prompt_tokens(static_cast<uint32_t>(checked.request.prompt.size()));
+    options.prompt.set_seed(checked.request.sampling.seed);
+    options.prompt.set_max_new_tokens(static_cast<uint32_t>(checked.request.max_new_tokens));
+    options.streaming = streaming_;
+    options.tokenizer = model.tokenizer;
+    options.stop_strings = std::move(checked.stop_strings);
+    options.include_stop_string = checked.include_stop_string;
+    options.max_outbox_bytes = service_->options().max_outbox_bytes;
+    options.arrival = rpc->arrival();
+    const std::string request_id = options.prompt.request_id();
+    auto stream = std::make_shared<TokenStream>(std::move(options), [rpc] { rpc->Wake(); });
+    return Submit(request_id, std::move(checked.request), std::move(stream), *rpc);
+  }
+
+ private:
+  const bool streaming_;
+};
+
+class ScoreCall final : public EngineCall {
+ public:
+  using EngineCall::EngineCall;
+
+  absl::Status OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) override {
+    v1::ScoreRequest request;
+    RETURN_IF_ERROR(ParseMessage(bytes, &request));
+    ASSIGN_OR_RETURN(Request checked, CheckScore(request, service_->options(), service_->model()));
+    v1::ScoreResponse response;
+    response.set_request_id(request.request_id().empty() ? service_->MakeRequestId() : request.request_id());
+    response.set_model(service_->model().name);
+    const std::string request_id = response.request_id();
+    auto collector = std::make_shared<ScoreCollector>(std::move(response), rpc->arrival(), [rpc] { rpc->Wake(); });
+    return Submit(request_id, std::move(checked), std::move(collector), *rpc);
+  }
+};
+
+v1::ServerState StateOf(Phase phase) {
+  switch (phase) {
+    case Phase::kLoading:
+      return v1::SERVER_STATE_LOADING;
+    case Phase::kServing:
+      return v1::SERVER_STATE_SERVING;
+    case Phase::kLeaving:
+    case Phase::kDraining:
+    case Phase::kStopped:
+      return v1::SERVER_STATE_DRAINING;
+    case Phase::kFailed:
+      return v1::SERVER_STATE_FAILED;
+  }
+  return v1::SERVER_STATE_UNSPECIFIED;
+}
+
+// The input is limited, what becomes of it is not.
+absl::Status CheckReplySize(const google::protobuf::MessageLite& reply) {
+  const int64_t bytes = static_cast<int64_t>(reply.ByteSizeLong());
+  if (bytes <= kMaxReplyBytes) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("the reply has ", bytes, " bytes; at most ", kMaxReplyBytes, " can be sent: split the request"));
+}
+
+}  // namespace
+
+GenerationService::GenerationService(const ServerOptions& options, const EngineOptions& engine_options,
+                                     std::string model_name, const Lifecycle* lifecycle)
+    : options_(options),
+      engine_options_(engine_options),
+      model_name_(std::move(model_name)),
+      lifecycle_(lifecycle),
+      started_(std::chrono::steady_clock::now()),
+      random_(std::random_device{}()) {}
+
+void GenerationService::Register(Dispatcher* dispatcher) {
+  dispatcher->Register(kName, "Generate", [this] { return std::make_unique<GenerateCall>(this, /*streaming=*/false); });
+  dispatcher->Register(kName, "GenerateStream",
+                       [this] { return std::make_unique<GenerateCall>(this, /*streaming=*/true); });
+  dispatcher->Register(kName, "Score", [this] { return std::make_unique<ScoreCall>(this); });
+  dispatcher->RegisterUnary<v1::TokenizeRequest, v1::TokenizeResponse>(
+      kName, "Tokenize", [this](const v1::TokenizeRequest& request, v1::TokenizeResponse* response) {
+        ASSIGN_OR_RETURN(const std::vector<int32_t> ids, CheckTokenize(request, model()));
+        response->mutable_token_ids()->Add(ids.begin(), ids.end());
+        return CheckReplySize(*response);
+      });
+  dispatcher->RegisterUnary<v1::DetokenizeRequest, v1::DetokenizeResponse>(
+      kName, "Detokenize", [this](const v1::DetokenizeRequest& request, v1::DetokenizeResponse* response) {
+        ASSIGN_OR_RETURN(*response->mutable_text(), CheckDetokenize(request, model()));
+        return CheckReplySize(*response);
+      });
+  dispatcher->RegisterUnary<v1::GetModelInfoRequest, v1::GetModelInfoResponse>(
+      kName, "GetModelInfo", [this](const v1::GetModelInfoRequest& request, v1::GetModelInfoResponse* response) {
+        return GetModelInfo(request, response);
+      });
+  dispatcher->RegisterUnary<v1::GetServerInfoRequest, v1::GetServerInfoResponse>(
+      kName, "GetServerInfo",
+      [this](const v1::GetServerInfoRequest&, v1::GetServerInfoResponse* response) { return GetServerInfo(response); });
+  dispatcher->RegisterUnary<v1::AbortRequest, v1::AbortResponse>(
+      kName, "Abort",
+      [this](const v1::AbortRequest& request, v1::AbortResponse* response) { return Abort(request, response); });
+}
+
+void GenerationService::SetModel(Engine* engine, const Tokenizer* tokenizer) {
+  CHECK(model_.load() == nullptr) << "the model is set once";
+  model_storage_ = {model_name_, engine->model().vocab, engine->model().context, tokenizer, engine};
+  model_.store(&model_storage_, std::memory_order_release);
+}
+
+std::string GenerationService::MakeRequestId() {
+  MutexLock lock(mutex_);
+  return absl::StrFormat("req-%016x", random_());
+}
+
+uint64_t GenerationService::DrawSeed() {
+  MutexLock lock(mutex_);
+  return random_() >> 32;
+}
+
+absl::Status GenerationService::GetModelInfo(const v1::GetModelInfoRequest& request,
+                                             v1::GetModelInfoResponse* response) const {
+  RETURN_IF_ERROR(CheckModelName(request.model(), model()));
+  const Engine& engine = *model().engine;
+  const OptConfig& config = engine.model();
+  response->set_model(model().name);
+  response->set_architecture("opt");
+  response->set_layers(static_cast<uint32_t>(config.layers));
+  response->set_hidden_size(static_cast<uint32_t>(config.hidden));
+  response->set_attention_heads(static_cast<uint32_t>(config.heads));
+  response->set_ffn_size(static_cast<uint32_t>(config.ffn));
+  response->set_vocabulary_size(static_cast<uint32_t>(config.vocab));
+  response->set_context_tokens(static_cast<uint32_t>(config.context));
+  response->set_weight_dtype(dejavu::Name(engine.weight_dtype()));
+  response->set_weight_bytes(static_cast<uint64_t>(engine.weight_bytes()));
+  response->set_has_tokenizer(model().tokenizer != nullptr);
+  response->set_bos_token_id(static_cast<uint32_t>(config.bos_token));
+  response->set_eos_token_id(static_cast<uint32_t>(config.eos_token));
+  return absl::OkStatus();
+}
+
+absl::Status GenerationService::GetServerInfo(v1::GetServerInfoResponse* response) const {
+  response->set_version(DEJAVU_VERSION);
+  response->set_state(StateOf(lifecycle_->phase()));
+  response->set_model(model_name_);
+  response->set_uptime_seconds(std::chrono::duration<double>(std::chrono::steady_clock::now() - started_).count());
+
+  v1::Limits* limits = response->mutable_limits();
+  limits->set_max_batch(static_cast<uint32_t>(engine_options_.max_batch));
+  limits->set_max_waiting_requests(static_cast<uint32_t>(engine_options_.max_waiting_requests));
+  limits->set_default_max_new_tokens(static_cast<uint32_t>(options_.default_max_new_tokens));
+  limits->set_max_top_logprobs(static_cast<uint32_t>(options_.max_top_logprobs));
+  limits->set_max_stop_strings(static_cast<uint32_t>(options_.max_stop_strings));
+  limits->set_max_stop_string_bytes(static_cast<uint32_t>(options_.max_stop_string_bytes));
+  limits->set_max_stop_token_ids(static_cast<uint32_t>(options_.max_stop_token_ids));
+  limits->set_max_logit_bias(static_cast<uint32_t>(options_.max_logit_bias));
+  limits->set_max_message_bytes(static_cast<uint64_t>(options_.max_message_bytes));
+
+  const ServedModel* const model = model_.load(std::memory_order_acquire);
+  if (model == nullptr) return absl::OkStatus();  // still loading: no backend and no load to speak of
+  response->set_backend(model->engine->backend_description());
+  const EngineStats stats = model->engine->stats();
+  v1::Load* load = response->mutable_load();
+  load->set_running_requests(static_cast<uint32_t>(stats.running));
+  load->set_waiting_requests(static_cast<uint32_t>(stats.waiting));
+  load->set_kv_blocks_total(static_cast<uint32_t>(stats.kv_blocks_total));
+  load->set_kv_blocks_free(static_cast<uint32_t>(stats.kv_blocks_free));
+  load->set_steps(static_cast<uint64_t>(stats.steps));
+  load->set_prompt_tokens(static_cast<uint64_t>(stats.prompt_tokens));
+  load->set_generated_tokens(static_cast<uint64_t>(stats.generated_tokens));
+  return absl::OkStatus();
+}
+
+absl::Status GenerationService::Abort(const v1::AbortRequest& request, v1::AbortResponse* response) {
+  if (request.request_id().empty()) return InvalidField("request_id", "is empty; name the request to end");
+  RETURN_IF_ERROR(CheckRequestId(request.request_id()));
+  response->set_found(live_requests_.Stop(request.request_id(), absl::CancelledError("the request was aborted")));
+  return absl::OkStatus();
+}
+
+}  // namespace dejavu

@@ -1,0 +1,48 @@
+#include "server/live_requests.h"
+
+#include "absl/strings/str_cat.h"
+#include "server/error_details.h"
+
+namespace dejavu {
+
+absl::Status LiveRequests::Add(const std::string& id, LiveRequest* request) {
+  MutexLock lock(mutex_);
+  if (requests_.emplace(id, request).second) return absl::OkStatus();
+  return WithErrorInfo(
+      absl::AlreadyExistsError(absl::StrCat("a request with the id ", Quoted(id, 128), " is under way")),
+      "DUPLICATE_REQUEST_ID");
+}
+
+void LiveRequests::Remove(const std::string& id) {
+  MutexLock lock(mutex_);
+  requests_.erase(id);
+  if (requests_.empty()) emptied_.NotifyAll();
+}
+
+bool LiveRequests::Stop(const std::string& id, const absl::Status& reason) {
+  MutexLock lock(mutex_);
+  const auto request = requests_.find(id);
+  if (request == requests_.end()) return false;
+  request->second->Stop(reason);
+  return true;
+}
+
+void LiveRequests::StopAll(const absl::Status& reason) {
+  MutexLock lock(mutex_);
+  for (const auto& [id, request] : requests_) request->Stop(reason);
+}
+
+bool LiveRequests::empty() {
+  MutexLock lock(mutex_);
+  return requests_.empty();
+}
+
+bool LiveRequests::WaitEmpty(SteadyTime deadline) {
+  MutexLock lock(mutex_);
+  while (!requests_.empty()) {
+    if (!emptied_.WaitUntil(mutex_, deadline)) return requests_.empty();
+  }
+  return true;
+}
+
+}  // namespace dejavu

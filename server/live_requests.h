@@ -1,0 +1,43 @@
+// LiveRequests: the generation and score calls that are under way, by request id. Any thread.
+#ifndef SERVER_LIVE_REQUESTS_H_
+#define SERVER_LIVE_REQUESTS_H_
+
+#include <string>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "engine/request.h"
+#include "kernels/base/mutex.h"
+
+namespace dejavu {
+
+class LiveRequest {
+ public:
+  virtual ~LiveRequest() = default;
+  // Ends the request at the engine's next step; its call ends with `reason`. Called under the registry's lock.
+  virtual void Stop(const absl::Status& reason) = 0;
+};
+
+class LiveRequests {
+ public:
+  // ALREADY_EXISTS while another request of that id lives. `request` must be removed before it is destroyed.
+  absl::Status Add(const std::string& id, LiveRequest* request);
+  void Remove(const std::string& id);
+
+  // False: no such request.
+  bool Stop(const std::string& id, const absl::Status& reason);
+  void StopAll(const absl::Status& reason);
+
+  bool empty();
+  // False when `deadline` passed first.
+  bool WaitEmpty(SteadyTime deadline);
+
+ private:
+  Mutex mutex_;
+  CondVar emptied_;
+  absl::flat_hash_map<std::string, LiveRequest*> requests_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace dejavu
+
+#endif  // SERVER_LIVE_REQUESTS_H_

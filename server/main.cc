@@ -1,0 +1,211 @@
+// dejavud. The main thread starts the server, lets another thread load the model, and waits for signals.
+// Exit codes: 0 stopped by a signal after draining (or while loading); 1 cannot start: configuration, model or port; 2
+// usage; 3 the engine failed; 4 a second signal cut off requests that were still running.
+#include <poll.h>
+#include <signal.h>
+#include <sys/eventfd.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "absl/status/statusor.h"
+#include "config/config.h"
+#include "engine/engine.h"
+#include "engine/text/tokenizer.h"
+#include "kernels/base/check.h"
+#include "server/server.h"
+#include "spdlog/sinks/stdout_sinks.h"
+#include "spdlog/spdlog.h"
+
+namespace dejavu {
+namespace {
+
+enum ExitCode { kDrained = 0, kCannotStart = 1, kEngineFailed = 3, kCutOff = 4 };
+
+// Wakes the main thread from another one, in poll().
+class Event {
+ public:
+  Event() : fd_(eventfd(0, EFD_CLOEXEC)) { CHECK(fd_ >= 0) << "eventfd"; }
+  ~Event() { close(fd_); }
+  void Set() { CHECK(eventfd_write(fd_, 1) == 0) << "eventfd_write"; }
+  int fd() const { return fd_; }
+
+ private:
+  const int fd_;
+};
+
+struct LoadedModel {
+  std::unique_ptr<Tokenizer> tokenizer;  // null: token ids only
+  std::unique_ptr<Engine> engine;
+};
+
+// At most a line a second, so that small models load silently.
+bool LogProgress(int64_t done_bytes, int64_t total_bytes) {
+  static auto last = std::chrono::steady_clock::now();
+  const auto now = std::chrono::steady_clock::now();
+  if (now - last >= std::chrono::seconds(1)) {
+    last = now;
+    spdlog::info("loading: {:.1f} of {:.1f} GB ({:.0f} %)", static_cast<double>(done_bytes) / 1e9,
+                 static_cast<double>(total_bytes) / 1e9, 100.0 * static_cast<double>(done_bytes) / total_bytes);
+  }
+  return true;
+}
+
+absl::StatusOr<LoadedModel> LoadModel(const EngineOptions& options) {
+  LoadedModel model;
+  absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer = Tokenizer::Load(options.model);
+  if (tokenizer.ok()) {
+    model.tokenizer = *std::move(tokenizer);
+  } else if (absl::IsNotFound(tokenizer.status())) {
+    spdlog::warn("{} holds no tokenizer: token ids only", options.model);
+  } else {
+    return tokenizer.status();
+  }
+  const int32_t sampled_vocab = model.tokenizer == nullptr ? 0 : model.tokenizer->vocab_size();
+  absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options, sampled_vocab, LogProgress);
+  if (!engine.ok()) return engine.status();
+  model.engine = *std::move(engine);
+  return model;
+}
+
+class Daemon {
+ public:
+  explicit Daemon(Config config) : config_(std::move(config)) {}
+  int Run();
+
+ private:
+  // What poll() found. Without a timeout it waits for one of both.
+  struct Woken {
+    bool signal = false;
+    bool event = false;
+  };
+  Woken WaitFor(const Event& event, int timeout_ms);
+
+  std::optional<int> Load(Server* server);
+  int Serve(Server* server);
+  int Drain(Server* server);
+
+  const Config config_;
+  int signal_fd_ = -1;
+  LoadedModel model_;  // outlives the server
+};
+
+int Daemon::Run() {
+  // Before any thread exists: one that had them unblocked would die of the first signal.
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  CHECK(pthread_sigmask(SIG_BLOCK, &signals, nullptr) == 0) << "pthread_sigmask";
+  signal_fd_ = signalfd(-1, &signals, SFD_CLOEXEC);
+  CHECK(signal_fd_ >= 0) << "signalfd";
+  signal(SIGPIPE, SIG_IGN);
+
+  absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(config_.server, config_.engine);
+  if (!server.ok()) {
+    spdlog::error("cannot start: {}", std::string(server.status().message()));
+    return kCannotStart;
+  }
+  spdlog::info("listening on {} (port {}), loading {}", config_.server.listen, (*server)->port(), config_.engine.model);
+  if (const std::optional<int> exit_code = Load(server->get())) return *exit_code;
+  return Serve(server->get());
+}
+
+Daemon::Woken Daemon::WaitFor(const Event& event, int timeout_ms) {
+  pollfd fds[] = {{signal_fd_, POLLIN, 0}, {event.fd(), POLLIN, 0}};
+  const int ready = poll(fds, 2, timeout_ms);
+  CHECK(ready >= 0 || errno == EINTR) << "poll";
+  Woken woken;
+  if (ready <= 0) return woken;
+  woken.event = (fds[1].revents & POLLIN) != 0;
+  signalfd_siginfo info;
+  woken.signal = (fds[0].revents & POLLIN) != 0 && read(signal_fd_, &info, sizeof(info)) == sizeof(info);
+  return woken;
+}
+
+// Nothing: the server serves.
+std::optional<int> Daemon::Load(Server* server) {
+  Event done;
+  absl::StatusOr<LoadedModel> loaded = absl::UnknownError("not loaded");
+  const auto start = std::chrono::steady_clock::now();
+  std::thread loader([&] {
+    loaded = LoadModel(config_.engine);
+    done.Set();
+  });
+  Woken woken;
+  while (!woken.event && !woken.signal) woken = WaitFor(done, -1);
+  if (woken.signal) {
+    spdlog::info("stopped by a signal while loading");
+    server->Stop();
+    spdlog::shutdown();
+    _exit(kDrained);  // the loader may be deep in a read; nothing of it is worth waiting for
+  }
+  loader.join();
+  if (!loaded.ok()) {
+    spdlog::error("cannot load the model: {}", std::string(loaded.status().message()));
+    return kCannotStart;
+  }
+  model_ = *std::move(loaded);
+  server->SetReady(model_.engine.get(), model_.tokenizer.get());
+  spdlog::info("serving \"{}\" on {} after {:.1f} s: {:.2f} GB of {} weights", server->model_name(),
+               model_.engine->backend_description(),
+               std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(),
+               static_cast<double>(model_.engine->weight_bytes()) / 1e9, Name(model_.engine->weight_dtype()));
+  return std::nullopt;
+}
+
+int Daemon::Serve(Server* server) {
+  constexpr int kEngineCheckMs = 500;
+  const Event never;
+  while (!WaitFor(never, kEngineCheckMs).signal) {
+    if (!model_.engine->failed()) continue;
+    spdlog::critical("the engine has failed; exiting");
+    server->SetFailed();
+    server->Stop();
+    return kEngineFailed;
+  }
+  return Drain(server);
+}
+
+int Daemon::Drain(Server* server) {
+  spdlog::info("draining for at most {} s; a second signal stops at once", config_.server.drain_timeout_s);
+  Event done;
+  bool complete = false;
+  std::thread drainer([&] {
+    complete = server->Drain();
+    done.Set();
+  });
+  Woken woken;
+  while (!woken.event && !woken.signal) woken = WaitFor(done, -1);
+  if (!woken.event) {
+    const bool idle = server->idle();
+    spdlog::warn("stopped by a second signal{}", idle ? "" : "; running requests are cut off");
+    spdlog::shutdown();
+    _exit(idle ? kDrained : kCutOff);
+  }
+  drainer.join();
+  if (complete) {
+    spdlog::info("drained");
+  } else {
+    spdlog::warn("the drain timeout has passed; what still ran was cut off");
+  }
+  return kDrained;
+}
+
+}  // namespace
+}  // namespace dejavu
+
+int main(int argc, char** argv) {
+  const dejavu::ParsedCommandLine command_line = dejavu::ParseCommandLine(argc, argv);
+  if (command_line.exit_code.has_value()) return *command_line.exit_code;
+  spdlog::set_default_logger(spdlog::stderr_logger_mt("dejavud"));
+  spdlog::set_pattern("%Y-%m-%dT%H:%M:%S.%e%z %l %v");
+  spdlog::set_level(spdlog::level::from_str(command_line.config.server.log_level));
+  return dejavu::Daemon(command_line.config).Run();
+}

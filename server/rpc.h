@@ -1,0 +1,111 @@
+// Rpc: one call of one method, from its first byte to its last. It hides gRPC's reactor: reads the request (or
+// requests), has exactly one write outstanding, ends the call once, and says when the client has gone. RpcHandler is
+// the method's part. Replies are pulled: whenever a write may be issued, the handler is asked for the next one, so that
+// what a slow client has not read yet stays with the handler, which can merge it.
+#ifndef SERVER_RPC_H_
+#define SERVER_RPC_H_
+
+#include <functional>
+#include <memory>
+#include <optional>
+
+#include "absl/status/status.h"
+#include "engine/request.h"
+#include "google/protobuf/message.h"
+#include "grpcpp/generic/async_generic_service.h"
+#include "kernels/base/mutex.h"
+#include "server/parse.h"
+#include "server/writer.h"
+
+namespace dejavu {
+
+class Rpc;
+
+// Destroyed when the call is over and no callback runs any more.
+class RpcHandler {
+ public:
+  virtual ~RpcHandler() = default;
+
+  // A request: exactly one, unless the method streams requests. An error ends the call with it. From one of gRPC's
+  // threads.
+  virtual absl::Status OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) = 0;
+
+  // The next reply, valid until the next call, or null when there is none now. With the last one, or alone, `end` is
+  // set. From the writer's or one of gRPC's threads, never two at once; first after OnRequest or a Wake that it led to.
+  virtual const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) = 0;
+
+  // The client has gone or the deadline has passed; nothing that is still sent arrives. May run beside the others.
+  virtual void OnCancel() {}
+
+  // True: a further request is read after each reply, and the client's half-close ends the call.
+  virtual bool streams_requests() const { return false; }
+};
+
+class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, public std::enable_shared_from_this<Rpc> {
+ public:
+  // Answers a call without looking at it further.
+  static grpc::ServerGenericBidiReactor* Refuse(const absl::Status& status);
+  static grpc::ServerGenericBidiReactor* Start(grpc::CallbackServerContext* context, Writer* writer,
+                                               std::unique_ptr<RpcHandler> handler);
+
+  // Tells that NextReply has something now. Any thread, the engine's too: the write is issued by another one.
+  void Wake();
+
+  SteadyTime arrival() const { return arrival_; }
+  SteadyTime deadline() const { return deadline_; }  // SteadyTime::max(): none
+
+ private:
+  Rpc(Writer* writer, SteadyTime deadline, std::unique_ptr<RpcHandler> handler);
+
+  void OnReadDone(bool ok) override;
+  void OnWriteDone(bool ok) override;
+  void OnCancel() override;
+  void OnDone() override;
+  void RunInWriter() override;
+
+  // Sends what there is to send, unless a write is outstanding: its end will.
+  void Pump();
+  // Ends the call with `status` as soon as no write is outstanding.
+  void End(absl::Status status);
+
+  Writer* const writer_;
+  const SteadyTime arrival_;
+  const SteadyTime deadline_;
+  std::unique_ptr<RpcHandler> handler_;
+  std::shared_ptr<Rpc> self_;  // until OnDone
+  grpc::ByteBuffer request_;   // of the read that is outstanding
+  grpc::ByteBuffer reply_;     // of the write that is outstanding
+
+  Mutex mutex_;
+  bool busy_ ABSL_GUARDED_BY(mutex_) = false;      // a write is outstanding, or a thread is in Pump
+  bool again_ ABSL_GUARDED_BY(mutex_) = false;     // the thread in Pump shall ask the handler once more
+  bool queued_ ABSL_GUARDED_BY(mutex_) = false;    // in the writer's queue
+  bool finished_ ABSL_GUARDED_BY(mutex_) = false;  // gRPC has been told the end: it may call OnDone at any moment
+  std::optional<absl::Status> forced_end_ ABSL_GUARDED_BY(mutex_);
+};
+
+// A method with one request and one reply, answered at once.
+template <typename Request, typename Response>
+class UnaryHandler final : public RpcHandler {
+ public:
+  using Function = std::function<absl::Status(const Request&, Response*)>;
+  explicit UnaryHandler(Function function) : function_(std::move(function)) {}
+
+  absl::Status OnRequest(const std::shared_ptr<Rpc>&, const grpc::ByteBuffer& bytes) override {
+    Request request;
+    const absl::Status status = ParseMessage(bytes, &request);
+    return status.ok() ? function_(request, &response_) : status;
+  }
+  const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override {
+    *end = absl::OkStatus();
+    return &response_;
+  }
+
+ private:
+  const Function function_;
+  Response response_;
+};
+
+}  // namespace dejavu
+
+#endif  // SERVER_RPC_H_
