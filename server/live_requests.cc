@@ -9,7 +9,7 @@ absl::Status LiveRequests::Add(const std::string& id, LiveRequest* request) {
   MutexLock lock(mutex_);
   if (requests_.emplace(id, request).second) return absl::OkStatus();
   return WithErrorInfo(
-      absl::AlreadyExistsError(absl::StrCat("a request with the id ", Quoted(id, 128), " is under way")),
+      absl::AlreadyExistsError(absl::StrCat("a request with the id ", Printable(id, 128), " is under way")),
       "DUPLICATE_REQUEST_ID");
 }
 

@@ -46,7 +46,7 @@ absl::Status CheckListen(const std::string& listen) {
   if (colon == std::string::npos || colon == 0 || !absl::SimpleAtoi(listen.substr(colon + 1), &port) || port < 0 ||
       port > 65535) {
     return absl::InvalidArgumentError(
-        absl::StrCat("listen is ", Quoted(listen, 256), "; it must be host:port with a port of 0 to 65535"));
+        absl::StrCat("listen is ", Printable(listen, 256), "; it must be host:port with a port of 0 to 65535"));
   }
   return absl::OkStatus();
 }
