@@ -141,7 +141,7 @@ TEST_F(EndToEnd, AUnaryCallAndAStreamSayTheSame) {
   EXPECT_EQ(unary.finish().generated_tokens(), 40u);
   EXPECT_GT(unary.finish().timings().ttft_ms(), 0);
   EXPECT_LE(unary.finish().timings().ttft_ms(), unary.finish().timings().total_ms());
-  EXPECT_EQ(unary.text(), tokenizer_->Decode({unary.token_ids().begin(), unary.token_ids().end()}, true));
+  EXPECT_EQ(unary.text(), tokenizer_->Decode(std::vector<int32_t>(unary.token_ids().begin(), unary.token_ids().end()), true));
 
   Streamed streamed = Stream(stub_.get(), request);
   ASSERT_TRUE(streamed.status.ok()) << streamed.status.error_message();
