@@ -1,0 +1,131 @@
+"""The daemon as its users meet it: the real binary, started as a process, and a real Python client (grpcio).
+
+DEJAVU_BIN names the folder with dejavud and dejavu-cli. Stubs are generated from proto/ into a temporary folder.
+"""
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_tools import protoc
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+BIN = pathlib.Path(os.environ["DEJAVU_BIN"])
+MODEL = ROOT / "deploy/models/opt-8m-books"
+PARITY = ROOT / "tests/testdata/opt"
+# Bounds a hang; nothing is asserted about how long a step takes.
+PATIENCE_S = 120
+
+
+@pytest.fixture(scope="session")
+def api(tmp_path_factory):
+    """The generated modules: api.pb (messages) and api.rpc (stubs)."""
+    out = tmp_path_factory.mktemp("stubs")
+    args = ["protoc", f"-I{ROOT / 'proto'}", f"--python_out={out}", f"--grpc_python_out={out}", "dejavu/v1/generation.proto"]
+    assert protoc.main(args) == 0
+    sys.path.insert(0, str(out))
+    from dejavu.v1 import generation_pb2, generation_pb2_grpc
+
+    class Api:
+        pb = generation_pb2
+        rpc = generation_pb2_grpc
+
+    return Api
+
+
+class Daemon:
+    def __init__(self, api, folder, *flags, model=MODEL, wait=True, environment=None):
+        self.api = api
+        self.log_path = folder / "dejavud.log"
+        port_file = folder / "port"
+        port_file.unlink(missing_ok=True)
+        self.process = subprocess.Popen(
+            [BIN / "dejavud", "--model", model, "--listen", "127.0.0.1:0", "--port-file", port_file, *flags],
+            stderr=open(self.log_path, "wb"), stdout=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
+        self._await(lambda: port_file.exists())
+        self.address = f"127.0.0.1:{int(port_file.read_text())}"
+        self.channel = grpc.insecure_channel(self.address)
+        self.stub = api.rpc.GenerationServiceStub(self.channel)
+        self.health = health_pb2_grpc.HealthStub(self.channel)
+        if wait:
+            self.wait_until_serving()
+
+    def _await(self, condition):
+        """For what gives no signal: a file. Bounded, and ends at once when the daemon has died."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.01)
+
+    def log(self):
+        return self.log_path.read_text(errors="replace")
+
+    def wait_until_serving(self):
+        for reply in self.health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S):
+            if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                return
+        raise AssertionError(self.log())
+
+    def request(self, ids, max_new_tokens, **fields):
+        request = self.api.pb.GenerateRequest(**fields)
+        request.token_ids.ids.extend(ids)
+        request.stopping.max_new_tokens = max_new_tokens
+        request.stopping.ignore_eos = True
+        return request
+
+    def load(self):
+        return self.stub.GetServerInfo(self.api.pb.GetServerInfoRequest(), timeout=PATIENCE_S).load
+
+    def expect_idle(self):
+        """Nothing runs, nothing waits, every block is free. An RPC may end a moment before its memory is accounted for."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            load = self.load()
+            if (load.running_requests, load.waiting_requests, load.kv_blocks_free) == (0, 0, load.kv_blocks_total):
+                return
+            assert time.monotonic() < deadline, load
+            time.sleep(0.01)
+
+    def terminate(self):
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self):
+        return self.process.wait(timeout=PATIENCE_S)
+
+    def stop(self):
+        self.channel.close()
+        if self.process.poll() is None:
+            self.terminate()
+            try:
+                self.wait()
+            finally:
+                self.process.kill()
+
+
+@pytest.fixture(scope="session")
+def daemon(api, tmp_path_factory):
+    """One daemon with the embedded model, shared by the tests that leave it as they found it."""
+    daemon = Daemon(api, tmp_path_factory.mktemp("daemon"))
+    yield daemon
+    daemon.stop()
+    assert daemon.process.returncode == 0, daemon.log()
+
+
+@pytest.fixture
+def start(api, tmp_path):
+    """Starts daemons of a test's own and stops them after it."""
+    started = []
+
+    def start_one(*flags, **options):
+        started.append(Daemon(api, tmp_path, *flags, **options))
+        return started[-1]
+
+    yield start_one
+    for daemon in started:
+        daemon.stop()

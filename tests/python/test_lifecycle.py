@@ -1,0 +1,224 @@
+"""The daemon's life: loading, serving, draining, dying, and refusing to start."""
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import threading
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+
+from conftest import BIN, MODEL, PARITY, PATIENCE_S
+
+Status = health_pb2.HealthCheckResponse
+
+
+def run_daemon(*args, environment=None):
+    return subprocess.run([BIN / "dejavud", *args], capture_output=True, text=True, timeout=PATIENCE_S,
+                          env={**os.environ, **(environment or {})})
+
+
+@pytest.fixture
+def slow_model(tmp_path):
+    """A valid checkpoint of zeros, a sparse file of gigabytes: loading it takes a while and no disk."""
+    folder = tmp_path / "slow"
+    folder.mkdir()
+    hidden, ffn, layers, vocab = 4096, 16384, 10, 1024
+    config = dict(model_type="opt", hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=32, ffn_dim=ffn,
+                  vocab_size=vocab, max_position_embeddings=64, word_embed_proj_dim=hidden, activation_function="relu")
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {"embed_tokens.weight": [vocab, hidden], "embed_positions.weight": [66, hidden],
+              "final_layer_norm.weight": [hidden], "final_layer_norm.bias": [hidden]}
+    for l in range(layers):
+        at = f"layers.{l}."
+        for p in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= {f"{at}self_attn.{p}.weight": [hidden, hidden], f"{at}self_attn.{p}.bias": [hidden]}
+        for n in ("self_attn_layer_norm", "final_layer_norm"):
+            shapes |= {f"{at}{n}.weight": [hidden], f"{at}{n}.bias": [hidden]}
+        shapes |= {f"{at}fc1.weight": [ffn, hidden], f"{at}fc1.bias": [ffn],
+                   f"{at}fc2.weight": [hidden, ffn], f"{at}fc2.bias": [hidden]}
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        size = 2
+        for d in shape:
+            size *= d
+        header["model.decoder." + name] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        f.truncate(8 + len(text) + offset)
+    return folder
+
+
+def test_health_is_watched_through_load_serve_and_drain(start, slow_model, api):
+    daemon = start(model=slow_model, wait=False)
+    seen, serving = [], threading.Event()
+
+    def watch():
+        try:
+            for reply in daemon.health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S):
+                seen.append(reply.status)
+                if reply.status == Status.SERVING:
+                    serving.set()
+        except grpc.RpcError:
+            pass  # the server is gone
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with pytest.raises(grpc.RpcError) as refused:
+        daemon.stub.Generate(daemon.request([2], 1), timeout=PATIENCE_S)
+    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert daemon.health.Check(health_pb2.HealthCheckRequest(service="liveness")).status == Status.SERVING
+    assert serving.wait(PATIENCE_S), daemon.log()
+    daemon.terminate()
+    assert daemon.wait() == 0
+    watcher.join(PATIENCE_S)
+    assert seen == [Status.NOT_SERVING, Status.SERVING, Status.NOT_SERVING]
+
+
+def test_sigterm_lets_four_running_streams_end_complete(start):
+    daemon = start()
+    results, first_tokens = {}, threading.Barrier(5)
+
+    def read(i):
+        ids, reason = [], None
+        for n, chunk in enumerate(daemon.stub.GenerateStream(daemon.request([2, 100 + i], 450), timeout=PATIENCE_S)):
+            if n == 0:
+                first_tokens.wait(PATIENCE_S)
+            ids.extend(chunk.token_ids)
+            if chunk.HasField("finish"):
+                reason = chunk.finish.reason
+        results[i] = (len(ids), reason)
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    first_tokens.wait(PATIENCE_S)
+    daemon.terminate()
+    for t in threads:
+        t.join()
+    assert results == {i: (450, 1) for i in range(4)}
+    assert daemon.wait() == 0, daemon.log()
+
+
+def test_new_requests_are_refused_while_draining(start):
+    daemon = start("--max-batch", "1")
+    stream = daemon.stub.GenerateStream(daemon.request([2, 100], 500), timeout=PATIENCE_S)
+    next(stream)
+    watch = daemon.health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+    assert next(watch).status == Status.SERVING
+    daemon.process.send_signal(signal.SIGSTOP)  # so that the stream cannot end before the refusal is seen
+    daemon.terminate()
+    refused = daemon.stub.Generate.future(daemon.request([2], 1), timeout=PATIENCE_S)
+    daemon.process.send_signal(signal.SIGCONT)
+    with pytest.raises(grpc.RpcError) as raised:
+        assert next(watch).status == Status.NOT_SERVING
+        for _ in range(1000):
+            daemon.stub.Generate(daemon.request([2], 1), timeout=PATIENCE_S)
+    assert raised.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert refused.exception() is None or refused.code() == grpc.StatusCode.UNAVAILABLE
+    assert daemon.wait() == 0
+
+
+def test_a_second_signal_stops_at_once(start):
+    daemon = start("--drain-timeout-s", "1000")
+    streams = [daemon.stub.GenerateStream(daemon.request([2, i], 500), timeout=PATIENCE_S) for i in range(100)]
+    next(streams[0])
+    watch = daemon.health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+    next(watch)
+    daemon.terminate()
+    assert next(watch).status == Status.NOT_SERVING
+    daemon.terminate()
+    daemon.wait()
+    codes = []
+    for stream in streams:
+        try:
+            list(stream)
+            codes.append(None)
+        except grpc.RpcError as error:
+            codes.append(error.code())
+    assert any(codes), "every stream ended complete: nothing was stopped"
+
+
+def test_sigterm_while_loading_exits_at_once(start, slow_model):
+    daemon = start(model=slow_model, wait=False)
+    assert daemon.health.Check(health_pb2.HealthCheckRequest()).status == Status.NOT_SERVING
+    daemon.terminate()
+    assert daemon.process.wait(timeout=1) == 0, daemon.log()  # one second is the promise
+
+
+def test_exit_codes_and_messages_when_it_cannot_start(tmp_path):
+    for args, code, part in [
+        ((), 1, "model"),
+        (("--no-such-flag",), 2, "no-such-flag"),
+        (("--threads", "many"), 2, "threads"),
+        (("--model", str(tmp_path / "nowhere"), "--listen", "127.0.0.1:0"), 1, "nowhere"),
+        (("--model", str(MODEL), "--listen", "not an address"), 1, "not an address"),
+        (("--model", str(MODEL), "--listen", "127.0.0.1:0", "--kv-mib", "1"), 1, "512 tokens"),
+    ]:
+        done = run_daemon(*args)
+        assert done.returncode == code, (args, done)
+        assert part in done.stderr, (args, done)
+
+
+def test_a_port_in_use_is_refused_by_name():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = run_daemon("--model", str(MODEL), "--listen", address)
+    assert done.returncode == 1 and address in done.stderr, done
+
+
+def test_a_port_of_another_dejavud_is_refused(daemon):
+    done = run_daemon("--model", str(MODEL), "--listen", daemon.address)
+    assert done.returncode == 1 and daemon.address in done.stderr, done
+
+
+def test_hostile_checkpoints_are_refused_with_file_and_reason(tmp_path):
+    header = json.dumps({"model.decoder.embed_tokens.weight": {"dtype": "F32", "shape": [10, 4], "data_offsets": [0, 160]}}).encode()
+    for content, part in [
+        (b"", "model.safetensors"),
+        (struct.pack("<Q", 2**63) + b"{}", "model.safetensors"),
+        (struct.pack("<Q", len(header)) + header, "embed_tokens"),  # data missing
+    ]:
+        (tmp_path / "config.json").write_text('{"model_type": "opt"}')
+        (tmp_path / "model.safetensors").write_bytes(content)
+        done = run_daemon("--model", str(tmp_path), "--listen", "127.0.0.1:0")
+        assert done.returncode == 1 and part in done.stderr, done
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    done = run_daemon("--model", str(tmp_path), "--listen", "127.0.0.1:0")
+    assert done.returncode == 1 and "llama" in done.stderr, done
+
+
+def test_without_a_tokenizer_token_ids_are_served_and_text_is_refused(start, api):
+    daemon = start(model=PARITY / "pre-norm-hd64")
+    assert len(daemon.stub.Generate(daemon.request([2, 5, 7], 4), timeout=PATIENCE_S).token_ids) == 4
+    for call in (lambda: daemon.stub.Generate(api.pb.GenerateRequest(text="Hello")),
+                 lambda: daemon.stub.Tokenize(api.pb.TokenizeRequest(text="Hello"))):
+        with pytest.raises(grpc.RpcError) as raised:
+            call()
+        assert raised.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert not daemon.stub.GetModelInfo(api.pb.GetModelInfoRequest()).has_tokenizer
+
+
+def test_a_full_queue_is_refused_with_a_retry_delay(start):
+    from google.rpc import error_details_pb2
+    from test_client import details
+    daemon = start("--max-batch", "1", "--max-waiting-requests", "1")
+    streams = [daemon.stub.GenerateStream(daemon.request([2, 100], 500), timeout=PATIENCE_S) for _ in range(12)]
+    refused = []
+    for stream in streams:
+        try:
+            list(stream)
+        except grpc.RpcError as error:
+            refused.append(error)
+    assert refused
+    for error in refused:
+        assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert details(error, error_details_pb2.RetryInfo).retry_delay.ToNanoseconds() > 0
+    daemon.expect_idle()
