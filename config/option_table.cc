@@ -1,0 +1,209 @@
+#include "config/option_table.h"
+
+#include <algorithm>
+#include <charconv>
+#include <numeric>
+#include <type_traits>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
+#include "absl/strings/string_view.h"
+#include "kernels/base/utf8.h"
+
+namespace dejavu {
+namespace {
+
+// "127.0.0.1:50051", "[::1]:0", "host.name:80".
+absl::Status CheckListen(absl::string_view value) {
+  const size_t colon = value.rfind(':');
+  const absl::string_view host = value.substr(0, colon == value.npos ? 0 : colon);
+  const bool bracketed = host.size() > 2 && host.front() == '[' && host.back() == ']';
+  uint32_t port = 0;
+  const absl::string_view digits = value.substr(host.size() + (colon == value.npos ? 0 : 1));
+  const bool port_ok = !digits.empty() && digits.find_first_not_of("0123456789") == digits.npos &&
+                       absl::SimpleAtoi(digits, &port) && port <= 65535;
+  const bool host_ok = !host.empty() && (bracketed || host.find_first_of(": []/") == host.npos);
+  if (colon != value.npos && port_ok && host_ok) return absl::OkStatus();
+  return absl::InvalidArgumentError("must be HOST:PORT with a port from 0 to 65535, an IPv6 address in brackets");
+}
+
+std::string NumberText(double value) {
+  char text[32];
+  const auto [end, error] = std::to_chars(text, text + sizeof text, value, std::chars_format::fixed);
+  return std::string(text, error == std::errc() ? end : text);
+}
+
+template <typename Number>
+bool ParseNumber(absl::string_view text, Number* value) {
+  if constexpr (std::is_same_v<Number, double>) {
+    return absl::SimpleAtod(text, value);
+  } else {
+    return absl::SimpleAtoi(text, value);
+  }
+}
+
+int EditDistance(absl::string_view a, absl::string_view b) {
+  std::vector<int> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), 0);
+  for (size_t i = 1; i <= a.size(); ++i) {
+    int diagonal = row[0];
+    row[0] = static_cast<int>(i);
+    for (size_t j = 1; j <= b.size(); ++j) {
+      const int replaced = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
+      diagonal = row[j];
+      row[j] = std::min({replaced, row[j] + 1, row[j - 1] + 1});
+    }
+  }
+  return row[b.size()];
+}
+
+}  // namespace
+
+std::vector<Option> OptionTable(Config* config) {
+  EngineOptions& e = config->engine;
+  ServerOptions& s = config->server;
+  constexpr double kGib = 1 << 30;
+  return {
+      {"model", "Model", "directory of the checkpoint, in Hugging Face layout", &e.model},
+      {"served_model_name", "Model", "name that requests may give; empty: last part of the directory",
+       &s.served_model_name},
+
+      {"listen", "Server", "HOST:PORT to listen on; port 0: any free one", &s.listen, 0, 0, {}, CheckListen},
+      {"port_file", "Server", "file to write the port number to once the server listens; empty: none", &s.port_file},
+      {"reflection", "Server", "let clients such as grpcurl list the services", &s.reflection},
+
+      {"backend", "Compute", "device that computes", &e.backend, 0, 0, {"auto", "cpu", "cuda"}},
+      {"threads", "Compute", "CPU threads of a step; 0: one per CPU that the process may use", &e.threads, 0, 1024},
+      {"pin_threads", "Compute", "keep each thread on a CPU of its own", &e.pin_threads},
+
+      {"scheduler.max_batch", "Scheduler", "sequences that run at once", &e.max_batch, 1, 1024},
+      {"scheduler.max_step_tokens", "Scheduler", "most tokens of one step, prompts and outputs together",
+       &e.max_step_tokens, 1, 65536},
+      {"scheduler.prefill_chunk_tokens", "Scheduler", "most prompt tokens of one sequence in a step",
+       &e.prefill_chunk_tokens, 1, 65536},
+      {"scheduler.max_waiting_requests", "Scheduler", "requests that may wait; one more is refused",
+       &e.max_waiting_requests, 1, 1000000},
+
+      {"kv.block_tokens", "Keys and values", "positions in one block of memory", &e.kv_block_tokens, 1, 1024},
+      {"kv.memory_mib", "Keys and values",
+       "memory in MiB; 0: full context for scheduler.max_batch sequences, at most a quarter of RAM", &e.kv_mib, 0,
+       1 << 24},
+
+      {"limits.default_max_new_tokens", "Limits of a request", "new tokens where the request names no number",
+       &s.default_max_new_tokens, 1, 1000000},
+      {"limits.max_top_logprobs", "Limits of a request", "most alternatives per token", &s.max_top_logprobs, 0, 1000},
+      {"limits.max_stop_strings", "Limits of a request", "most stop strings", &s.max_stop_strings, 0, 64},
+      {"limits.max_stop_string_bytes", "Limits of a request", "most bytes of one stop string", &s.max_stop_string_bytes,
+       1, 4096},
+      {"limits.max_stop_token_ids", "Limits of a request", "most stop token ids", &s.max_stop_token_ids, 0, 1024},
+      {"limits.max_logit_bias", "Limits of a request", "most logit bias entries", &s.max_logit_bias, 0, 100000},
+
+      {"transport.max_message_bytes", "Transport", "most bytes of one request", &s.max_message_bytes, 1024, kGib},
+      {"transport.max_outbox_bytes", "Transport",
+       "bytes that a stream's client may leave unread before the stream ends", &s.max_outbox_bytes, 1024, kGib},
+      {"transport.max_concurrent_streams", "Transport", "requests at once per connection; more wait in the client",
+       &s.max_concurrent_streams, 1, 100000},
+      {"transport.memory_mib", "Transport", "memory of gRPC in MiB, for all connections together", &s.max_transport_mib,
+       16, 1 << 20},
+
+      {"drain.timeout_s", "Stopping", "seconds after SIGTERM that running requests may still take", &s.drain_timeout_s,
+       0, 86400},
+      {"drain.linger_ms", "Stopping", "milliseconds after SIGTERM in which new requests are still taken",
+       &s.drain_linger_ms, 0, 600000},
+
+      {"log.level",
+       "Logs",
+       "least severe message that is written",
+       &s.log_level,
+       0,
+       0,
+       {"trace", "debug", "info", "warn", "error"}},
+  };
+}
+
+std::string FlagName(absl::string_view key) {
+  return absl::StrCat("--", absl::StrReplaceAll(key, {{".", "-"}, {"_", "-"}}));
+}
+
+std::string EnvironmentName(absl::string_view key) {
+  return absl::StrCat("DEJAVUD_", absl::AsciiStrToUpper(absl::StrReplaceAll(key, {{".", "_"}})));
+}
+
+std::string LimitText(const Option& option) {
+  if (option.is_bool()) return "true or false";
+  if (!option.is_string()) return absl::StrCat(NumberText(option.min), " to ", NumberText(option.max));
+  if (option.choices.empty()) return "";
+  const auto last = option.choices.end() - 1;
+  return absl::StrCat(absl::StrJoin(option.choices.begin(), last, ", "), " or ", *last);
+}
+
+absl::Status SetOption(const Option& option, absl::string_view text) {
+  const auto refuse = [&](absl::string_view limit) {
+    return absl::InvalidArgumentError(absl::StrCat(option.key, " is \"", text, "\"; ", limit));
+  };
+  return std::visit(
+      [&](auto* target) -> absl::Status {
+        using Value = std::remove_pointer_t<decltype(target)>;
+        if constexpr (std::is_same_v<Value, std::string>) {
+          if (!IsValidUtf8(text)) return absl::InvalidArgumentError(absl::StrCat(option.key, " is not valid UTF-8"));
+          if (text.find('\0') != text.npos) return refuse("a zero byte is not allowed");
+          if (!option.choices.empty() && std::count(option.choices.begin(), option.choices.end(), text) == 0) {
+            return refuse(absl::StrCat("must be ", LimitText(option)));
+          }
+          if (option.check != nullptr) {
+            const absl::Status checked = option.check(text);
+            if (!checked.ok()) return refuse(checked.message());
+          }
+          *target = std::string(text);
+        } else if constexpr (std::is_same_v<Value, bool>) {
+          if (text != "true" && text != "false") return refuse("must be true or false");
+          *target = text == "true";
+        } else {
+          Value value = 0;
+          const bool in_range = ParseNumber(text, &value) && value >= option.min && value <= option.max;
+          const char* type = std::is_same_v<Value, double> ? "number" : "whole number";
+          if (!in_range) return refuse(absl::StrCat("must be a ", type, ", ", LimitText(option)));
+          *target = value;
+        }
+        return absl::OkStatus();
+      },
+      option.target);
+}
+
+std::string OptionText(const Option& option) {
+  return std::visit(
+      [](auto* target) -> std::string {
+        using Value = std::remove_pointer_t<decltype(target)>;
+        if constexpr (std::is_same_v<Value, std::string>) {
+          return *target;
+        } else if constexpr (std::is_same_v<Value, bool>) {
+          return *target ? "true" : "false";
+        } else if constexpr (std::is_same_v<Value, double>) {
+          return NumberText(*target);
+        } else {
+          return absl::StrCat(*target);
+        }
+      },
+      option.target);
+}
+
+std::string Nearest(absl::string_view wrong, const std::vector<std::string>& candidates) {
+  std::string best;
+  int best_distance = static_cast<int>(wrong.size()) / 3 + 1;  // further away it is a guess, not a typing error
+  for (const std::string& candidate : candidates) {
+    const int distance = EditDistance(wrong, candidate);
+    if (distance < best_distance) {
+      best = candidate;
+      best_distance = distance;
+    }
+    // The right name without its section.
+    const absl::string_view name = absl::string_view(candidate).substr(candidate.rfind('.') + 1);
+    if (name == wrong) return candidate;
+  }
+  return best;
+}
+
+}  // namespace dejavu

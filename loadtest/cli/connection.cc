@@ -1,0 +1,130 @@
+#include "loadtest/cli/connection.h"
+
+#include <signal.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "grpcpp/create_channel.h"
+#include "grpcpp/security/credentials.h"
+#include "grpcpp/support/channel_arguments.h"
+
+namespace dejavu {
+namespace {
+
+constexpr int kExitInterrupted = 130;
+constexpr int kMaxReplyBytes = 256 << 20;  // scores of long prompts with many alternatives
+constexpr auto kPoll = std::chrono::milliseconds(100);
+// A daemon that was started a moment ago does not listen yet. Longer than this, nobody is there.
+constexpr auto kUnreachableGrace = std::chrono::seconds(2);
+
+sigset_t InterruptSet() {
+  sigset_t set;
+  sigemptyset(&set);
+  sigaddset(&set, SIGINT);
+  return set;
+}
+
+std::chrono::nanoseconds Seconds(double seconds) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(seconds));
+}
+
+std::shared_ptr<grpc::Channel> MakeChannel(const std::string& server) {
+  grpc::ChannelArguments arguments;
+  arguments.SetMaxReceiveMessageSize(kMaxReplyBytes);
+  // The default of a second and more would outlast the wait for a server that has just been started.
+  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, static_cast<int>(kPoll.count()));
+  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, static_cast<int>(kPoll.count()));
+  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, static_cast<int>(kPoll.count()));
+  // Whether to try again is decided here.
+  arguments.SetInt(GRPC_ARG_ENABLE_RETRIES, 0);
+  return grpc::CreateCustomChannel(server, grpc::InsecureChannelCredentials(), arguments);
+}
+
+}  // namespace
+
+Interrupt::Interrupt() {
+  const sigset_t set = InterruptSet();
+  pthread_sigmask(SIG_BLOCK, &set, nullptr);
+  listener_ = std::thread([this] { Listen(); });
+}
+
+Interrupt::~Interrupt() {
+  done_.store(true);
+  pthread_kill(listener_.native_handle(), SIGINT);
+  listener_.join();
+}
+
+void Interrupt::Listen() {
+  const sigset_t set = InterruptSet();
+  int signal = 0;
+  while (sigwait(&set, &signal) == 0 && !done_.load()) {
+    if (raised_.exchange(true)) _exit(kExitInterrupted);
+    const MutexLock lock(mutex_);
+    if (guarded_ != nullptr) guarded_->TryCancel();
+    changed_.NotifyAll();
+  }
+}
+
+void Interrupt::Guard(grpc::ClientContext* context) {
+  const MutexLock lock(mutex_);
+  guarded_ = context;
+  if (context != nullptr && raised()) context->TryCancel();
+}
+
+bool Interrupt::Sleep(std::chrono::milliseconds time) {
+  const auto until = std::chrono::steady_clock::now() + time;
+  const MutexLock lock(mutex_);
+  while (!raised() && changed_.WaitUntil(mutex_, until)) {
+  }
+  return !raised();
+}
+
+Connection::Connection(const ConnectionOptions& options) : options_(options) {
+  const std::shared_ptr<grpc::Channel> channel = MakeChannel(options.server);
+  generation_ = v1::GenerationService::NewStub(channel);
+  health_ = grpc::health::v1::Health::NewStub(channel);
+}
+
+grpc::Status Connection::Try(const std::function<grpc::Status(Attempt*)>& call, bool* answered) {
+  Attempt attempt;
+  if (options_.timeout_s > 0) {
+    const auto left = Seconds(options_.timeout_s) - (Clock::now() - start_);
+    attempt.context.set_deadline(std::chrono::system_clock::now() +
+                                 std::chrono::duration_cast<std::chrono::system_clock::duration>(left));
+  }
+  interrupt_.Guard(&attempt.context);
+  grpc::Status status = call(&attempt);
+  interrupt_.Guard(nullptr);
+  *answered = attempt.answered;
+  return status;
+}
+
+grpc::Status Connection::CallOnce(const std::function<grpc::Status(Attempt*)>& call) {
+  bool answered = false;
+  return Try(call, &answered);
+}
+
+grpc::Status Connection::Call(const std::function<grpc::Status(Attempt*)>& call) {
+  for (;;) {
+    bool answered = false;
+    grpc::Status status = Try(call, &answered);
+    const auto waited = Clock::now() - start_;
+    const bool final = status.error_code() != grpc::StatusCode::UNAVAILABLE || answered || interrupted() ||
+                       waited > Seconds(options_.wait_s);
+    if (final || !MayStillServe(waited) || !interrupt_.Sleep(kPoll)) return status;
+  }
+}
+
+// Draining and failed servers answer UNAVAILABLE too; waiting is for those that are loading.
+bool Connection::MayStillServe(Clock::duration waited) {
+  v1::GetServerInfoResponse info;
+  const grpc::Status status = CallOnce([&](Attempt* attempt) {
+    return generation_->GetServerInfo(&attempt->context, v1::GetServerInfoRequest(), &info);
+  });
+  if (!status.ok()) return waited < kUnreachableGrace;
+  return info.state() == v1::SERVER_STATE_LOADING || info.state() == v1::SERVER_STATE_SERVING;
+}
+
+}  // namespace dejavu

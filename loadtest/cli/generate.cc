@@ -1,0 +1,274 @@
+// `dejavu-cli generate`: always over GenerateStream, because only a stream tells when each token came.
+#include <cstdio>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "kernels/base/status_macros.h"
+#include "loadtest/cli/commands.h"
+#include "loadtest/cli/latency.h"
+#include "loadtest/cli/output.h"
+#include "loadtest/cli/prompt.h"
+
+namespace dejavu {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+// "ID:VALUE".
+absl::StatusOr<std::pair<uint32_t, float>> ParseBias(const std::string& text) {
+  const size_t colon = text.find(':');
+  std::pair<uint32_t, float> bias;
+  const absl::string_view view = text;
+  if (colon == text.npos || !absl::SimpleAtoi(view.substr(0, colon), &bias.first) ||
+      !absl::SimpleAtof(view.substr(colon + 1), &bias.second)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--logit-bias is \"", text, "\"; must be ID:VALUE, such as 50118:-5.5"));
+  }
+  return bias;
+}
+
+// Everything that one request brought, put together again from its chunks.
+class Completion {
+ public:
+  explicit Completion(Latency::Time sent) : latency_(sent) {}
+
+  void Add(const v1::GenerateChunk& chunk, Latency::Time arrived) {
+    latency_.AddTokens(chunk.token_ids_size(), arrived);
+    all_.MergeFrom(chunk);
+    text_ += chunk.text();
+  }
+
+  const std::string& text() const { return text_; }
+  const Latency& latency() const { return latency_; }
+  const v1::PromptInfo& prompt() const { return all_.prompt(); }
+  const v1::Finish& finish() const { return all_.finish(); }
+  const v1::GenerateChunk& all() const { return all_; }  // its text is the last chunk's only
+
+ private:
+  Latency latency_;
+  v1::GenerateChunk all_;
+  std::string text_;
+};
+
+Json LogprobsJson(const v1::GenerateChunk& chunk) {
+  Json logprobs = Json::array();
+  for (int i = 0; i < chunk.logprobs_size(); ++i) {
+    const v1::TokenLogprobs& token = chunk.logprobs(i);
+    Json entry = {{"logprob", token.has_logprob() ? Json(token.logprob()) : Json()},
+                  {"rank", token.rank()},
+                  {"top", Json::array()}};
+    for (const v1::TokenLogprob& alternative : token.top()) entry["top"].push_back(ToJson(alternative));
+    logprobs.push_back(std::move(entry));
+  }
+  return logprobs;
+}
+
+void AddTokensJson(const v1::GenerateChunk& chunk, const std::string& text, Json* json) {
+  (*json)["text"] = text;
+  (*json)["token_ids"] = std::vector<uint32_t>(chunk.token_ids().begin(), chunk.token_ids().end());
+  if (chunk.logprobs_size() > 0) (*json)["logprobs"] = LogprobsJson(chunk);
+}
+
+void AddPromptJson(const v1::PromptInfo& prompt, Json* json) {
+  (*json)["request_id"] = prompt.request_id();
+  (*json)["model"] = prompt.model();
+  (*json)["prompt_tokens"] = prompt.prompt_tokens();
+  (*json)["seed"] = prompt.seed();
+  (*json)["max_new_tokens"] = prompt.max_new_tokens();
+}
+
+void AddFinishJson(const Completion& completion, Json* json) {
+  const v1::Finish& finish = completion.finish();
+  const Latency& latency = completion.latency();
+  (*json)["finish_reason"] = FinishReasonName(finish.reason());
+  if (finish.matched_case() == v1::Finish::kStopString) (*json)["stop_string"] = finish.stop_string();
+  if (finish.matched_case() == v1::Finish::kStopTokenId) (*json)["stop_token_id"] = finish.stop_token_id();
+  (*json)["generated_tokens"] = finish.generated_tokens();
+  (*json)["ttft_ms"] = latency.ttft_ms();
+  (*json)["mean_itl_ms"] = latency.mean_gap_ms();
+  (*json)["p50_itl_ms"] = latency.gap_ms(0.5);
+  (*json)["p99_itl_ms"] = latency.gap_ms(0.99);
+  (*json)["tokens_per_second"] = latency.tokens_per_second();
+  (*json)["server_timings"] = ToJson(finish.timings());
+}
+
+void PrintChunkJson(const v1::GenerateChunk& chunk, const Completion& completion) {
+  Json json;
+  if (chunk.has_prompt()) AddPromptJson(chunk.prompt(), &json);
+  AddTokensJson(chunk, chunk.text(), &json);
+  if (chunk.has_finish()) AddFinishJson(completion, &json);
+  PrintJson(json);
+}
+
+void PrintStats(const Completion& completion) {
+  const Latency& latency = completion.latency();
+  std::fprintf(stderr,
+               "\ntime to first token  %.2f ms\n"
+               "per token            mean %.2f ms, p50 %.2f ms, p99 %.2f ms\n"
+               "tokens               %u in the prompt, %d new, %.1f per second\n"
+               "finish               %s (seed %llu)\n",
+               latency.ttft_ms(), latency.mean_gap_ms(), latency.gap_ms(0.5), latency.gap_ms(0.99),
+               completion.prompt().prompt_tokens(), latency.tokens(), latency.tokens_per_second(),
+               FinishReasonName(completion.finish().reason()).c_str(),
+               static_cast<unsigned long long>(completion.prompt().seed()));
+}
+
+class GenerateCommand : public Command {
+ public:
+  explicit GenerateCommand(CLI::App* program)
+      : app_(program->add_subcommand("generate", "Continue a prompt; the text is written as it comes")) {
+    AddPromptFlags(app_, &prompt_, true);
+    AddRequestFlags();
+    AddSamplingFlags();
+    AddStoppingFlags();
+    app_->add_flag("--stats", stats_, "Write latencies, tokens per second and the finish reason to stderr")
+        ->group("Output");
+    CLI::Option* json = app_->add_flag("--json", json_, "Write one JSON object instead of the text")->group("Output");
+    app_->add_flag("--stream", stream_, "With --json: one object per chunk, the last with finish_reason and the stats")
+        ->group("Output");
+    app_->add_flag("--logprobs", logprobs_, "Log-probability and rank of every token")->needs(json)->group("Output");
+    app_->add_option("--top-logprobs", top_logprobs_, "And that many alternatives")->needs(json)->group("Output");
+  }
+
+  const CLI::App* app() const override { return app_; }
+
+  absl::Status Prepare() override {
+    RETURN_IF_ERROR(CheckUtf8("--model", model_));
+    RETURN_IF_ERROR(CheckUtf8("--request-id", request_id_));
+    for (const std::string& stop : stop_strings_) RETURN_IF_ERROR(CheckUtf8("--stop", stop));
+    for (const std::string& text : logit_bias_) {
+      ASSIGN_OR_RETURN(const auto bias, ParseBias(text));
+      (*request_.mutable_penalties()->mutable_logit_bias())[bias.first] = bias.second;
+    }
+    RETURN_IF_ERROR(ReadPrompt(&prompt_));
+    FillRequest();
+    return absl::OkStatus();
+  }
+
+  int Run(Connection* connection) override {
+    std::optional<Completion> completion;
+    const grpc::Status status = connection->Call([&](Attempt* attempt) {
+      completion.emplace(std::chrono::steady_clock::now());
+      return Receive(connection, attempt, &*completion);
+    });
+    // Like a shell command, end on a line of its own, whatever the text ended with.
+    if (!json_ && !completion->text().empty() && completion->text().back() != '\n') std::puts("");
+    std::fflush(stdout);
+    if (!status.ok()) return ReportFailure(status, connection->interrupted(), json_);
+    if (json_ && !stream_) PrintWhole(*completion);
+    if (stats_) PrintStats(*completion);
+    return kExitOk;
+  }
+
+ private:
+  void AddRequestFlags() {
+    app_->add_option("--model", model_, "Name of the model; without it, whichever is served");
+    app_->add_option("--request-id", request_id_, "Id of the request, for `abort`; without it, the server makes one");
+  }
+
+  void AddSamplingFlags() {
+    const auto add = [&](const char* name, auto& value, const char* help) {
+      return app_->add_option(name, value, help)->group("Sampling");
+    };
+    add("--temperature", temperature_, "0, the default: always the most likely token");
+    add("--top-k", top_k_, "Only the K most likely tokens");
+    add("--top-p", top_p_, "Only the most likely tokens that together reach P");
+    add("--min-p", min_p_, "Only tokens with at least P times the probability of the best");
+    add("--seed", seed_, "The same seed gives the same tokens; without one, the server draws it");
+    add("--repetition-penalty", repetition_, "Above 1: discourage what prompt and output hold");
+    add("--presence-penalty", presence_, "Subtracted from the logits of tokens in the output");
+    add("--frequency-penalty", frequency_, "The same, for each time that they occur");
+    add("--logit-bias", logit_bias_, "ID:VALUE, added to the logit of a token; may be repeated")
+        ->allow_extra_args(false);
+    add("--allowed-token-ids", allowed_token_ids_, "Only these, such as 5,7")->delimiter(',')->allow_extra_args(false);
+  }
+
+  void AddStoppingFlags() {
+    const auto add = [&](const char* name, auto& value, const char* help) {
+      return app_->add_option(name, value, help)->group("Stopping");
+    };
+    add("--max-new-tokens", max_new_tokens_, "Most new tokens; without it, the server's default");
+    add("--min-new-tokens", min_new_tokens_, "Neither an end nor a stop token before that many");
+    add("--stop", stop_strings_, "Text at which to stop; may be repeated")->allow_extra_args(false);
+    add("--stop-token-ids", stop_token_ids_, "Tokens at which to stop, such as 5,7")
+        ->delimiter(',')
+        ->allow_extra_args(false);
+    app_->add_flag("--include-stop-string", include_stop_string_, "Leave the stop string in the text")
+        ->group("Stopping");
+    app_->add_flag("--ignore-eos", ignore_eos_, "Go on after the end token")->group("Stopping");
+  }
+
+  void FillRequest() {
+    request_.set_model(model_);
+    request_.set_request_id(request_id_);
+    SetPrompt(prompt_, &request_);
+    v1::Sampling& sampling = *request_.mutable_sampling();
+    if (temperature_) sampling.set_temperature(*temperature_);
+    if (top_k_) sampling.set_top_k(*top_k_);
+    if (top_p_) sampling.set_top_p(*top_p_);
+    if (min_p_) sampling.set_min_p(*min_p_);
+    if (seed_) sampling.set_seed(*seed_);
+    v1::Penalties& penalties = *request_.mutable_penalties();
+    if (repetition_) penalties.set_repetition(*repetition_);
+    if (presence_) penalties.set_presence(*presence_);
+    if (frequency_) penalties.set_frequency(*frequency_);
+    penalties.mutable_allowed_token_ids()->Add(allowed_token_ids_.begin(), allowed_token_ids_.end());
+    v1::Stopping& stopping = *request_.mutable_stopping();
+    if (max_new_tokens_) stopping.set_max_new_tokens(*max_new_tokens_);
+    stopping.set_min_new_tokens(min_new_tokens_);
+    stopping.mutable_stop_strings()->Add(stop_strings_.begin(), stop_strings_.end());
+    stopping.mutable_stop_token_ids()->Add(stop_token_ids_.begin(), stop_token_ids_.end());
+    stopping.set_include_stop_string(include_stop_string_);
+    stopping.set_ignore_eos(ignore_eos_);
+    request_.mutable_output()->set_logprobs(logprobs_);
+    request_.mutable_output()->set_top_logprobs(top_logprobs_);
+  }
+
+  grpc::Status Receive(Connection* connection, Attempt* attempt, Completion* completion) {
+    const auto reader = connection->generation().GenerateStream(&attempt->context, request_);
+    v1::GenerateChunk chunk;
+    while (reader->Read(&chunk)) {
+      attempt->answered = true;
+      completion->Add(chunk, std::chrono::steady_clock::now());
+      if (json_) {
+        if (stream_) PrintChunkJson(chunk, *completion);
+      } else if (!chunk.text().empty()) {
+        std::fwrite(chunk.text().data(), 1, chunk.text().size(), stdout);
+        std::fflush(stdout);
+      }
+    }
+    return reader->Finish();
+  }
+
+  void PrintWhole(const Completion& completion) const {
+    Json json;
+    AddPromptJson(completion.prompt(), &json);
+    AddTokensJson(completion.all(), completion.text(), &json);
+    AddFinishJson(completion, &json);
+    PrintJson(json);
+  }
+
+  CLI::App* const app_;
+  PromptSource prompt_;
+  std::string model_, request_id_;
+  std::optional<float> temperature_, top_p_, min_p_, repetition_, presence_, frequency_;
+  std::optional<uint32_t> top_k_, max_new_tokens_;
+  std::optional<uint64_t> seed_;
+  std::vector<std::string> logit_bias_, stop_strings_;
+  std::vector<uint32_t> allowed_token_ids_, stop_token_ids_;
+  uint32_t min_new_tokens_ = 0, top_logprobs_ = 0;
+  bool include_stop_string_ = false, ignore_eos_ = false, logprobs_ = false;
+  bool stats_ = false, json_ = false, stream_ = false;
+  v1::GenerateRequest request_;
+};
+
+}  // namespace
+
+std::unique_ptr<Command> MakeGenerateCommand(CLI::App* program) { return std::make_unique<GenerateCommand>(program); }
+
+}  // namespace dejavu

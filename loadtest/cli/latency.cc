@@ -1,0 +1,40 @@
+#include "loadtest/cli/latency.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace dejavu {
+namespace {
+
+double Milliseconds(std::chrono::steady_clock::duration time) {
+  return std::chrono::duration<double, std::milli>(time).count();
+}
+
+}  // namespace
+
+void Latency::AddTokens(int count, Time arrived) {
+  for (int i = 0; i < count; ++i) {
+    if (tokens_++ == 0) {
+      first_ = arrived;
+    } else {
+      gaps_ms_.push_back(Milliseconds(arrived - last_));
+    }
+    last_ = arrived;
+  }
+}
+
+double Latency::ttft_ms() const { return tokens_ == 0 ? 0 : Milliseconds(first_ - sent_); }
+
+double Latency::mean_gap_ms() const { return tokens_ < 2 ? 0 : Milliseconds(last_ - first_) / (tokens_ - 1); }
+
+double Latency::gap_ms(double share) const {
+  if (gaps_ms_.empty()) return 0;
+  std::vector<double> sorted = gaps_ms_;
+  std::sort(sorted.begin(), sorted.end());
+  const auto rank = static_cast<size_t>(std::ceil(share * static_cast<double>(sorted.size())));
+  return sorted[std::clamp<size_t>(rank, 1, sorted.size()) - 1];
+}
+
+double Latency::tokens_per_second() const { return tokens_ == 0 ? 0 : 1000.0 * tokens_ / Milliseconds(last_ - sent_); }
+
+}  // namespace dejavu

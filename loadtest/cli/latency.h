@@ -1,0 +1,33 @@
+// What a client sees of a stream's timing. Tokens that arrive in one message have no time between them.
+#ifndef LOADTEST_CLI_LATENCY_H_
+#define LOADTEST_CLI_LATENCY_H_
+
+#include <chrono>
+#include <vector>
+
+namespace dejavu {
+
+class Latency {
+ public:
+  using Time = std::chrono::steady_clock::time_point;
+
+  explicit Latency(Time sent) : sent_(sent) {}
+
+  void AddTokens(int count, Time arrived);
+
+  int tokens() const { return tokens_; }
+  double ttft_ms() const;             // 0 before the first token
+  double mean_gap_ms() const;         // 0 with fewer than two tokens, as the next two
+  double gap_ms(double share) const;  // smallest gap that at least `share` of the gaps do not exceed
+  double tokens_per_second() const;   // from the request to the last token
+
+ private:
+  const Time sent_;
+  Time first_, last_;
+  int tokens_ = 0;
+  std::vector<double> gaps_ms_;  // between neighbours: tokens_ - 1 of them
+};
+
+}  // namespace dejavu
+
+#endif  // LOADTEST_CLI_LATENCY_H_

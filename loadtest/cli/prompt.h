@@ -1,0 +1,43 @@
+// Where a prompt comes from: an argument, a file, standard input, or token ids.
+#ifndef LOADTEST_CLI_PROMPT_H_
+#define LOADTEST_CLI_PROMPT_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "CLI/App.hpp"
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+
+namespace dejavu {
+
+struct PromptSource {
+  CLI::Option* text_flag = nullptr;
+  CLI::Option* ids_flag = nullptr;
+  std::string text, file;
+  std::vector<uint32_t> ids;
+};
+
+// The flags on `command`. `source` must outlive its parsing.
+void AddPromptFlags(CLI::App* command, PromptSource* source, bool with_ids);
+
+// INVALID_ARGUMENT for text that is not UTF-8; `what` names it.
+absl::Status CheckUtf8(absl::string_view what, absl::string_view text);
+
+// Replaces `source->text` by the prompt, unless ids were given.
+absl::Status ReadPrompt(PromptSource* source);
+
+// Into a request's `oneof prompt`.
+template <typename Request>
+void SetPrompt(const PromptSource& source, Request* request) {
+  if (source.ids_flag != nullptr && source.ids_flag->count() > 0) {
+    request->mutable_token_ids()->mutable_ids()->Add(source.ids.begin(), source.ids.end());
+  } else {
+    request->set_text(source.text);
+  }
+}
+
+}  // namespace dejavu
+
+#endif  // LOADTEST_CLI_PROMPT_H_

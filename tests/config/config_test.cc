@@ -1,0 +1,321 @@
+#include "config/config.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <set>
+#include <sstream>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "config/option_table.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace dejavu {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+absl::StatusOr<Config> LoadYaml(const std::string& yaml) {
+  return LoadConfig({.yaml = yaml, .yaml_name = "t.yaml", .environment = {}, .flags = {}});
+}
+
+std::string ErrorOf(const std::string& yaml) {
+  const absl::StatusOr<Config> config = LoadYaml(yaml);
+  return config.ok() ? "no error" : std::string(config.status().message());
+}
+
+std::string ReadFile(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream text;
+  text << file.rdbuf();
+  return text.str();
+}
+
+ParsedCommandLine Parse(std::vector<const char*> arguments) {
+  arguments.insert(arguments.begin(), "dejavud");
+  return ParseCommandLine(static_cast<int>(arguments.size()), arguments.data());
+}
+
+struct Outcome {
+  int exit_code;
+  std::string out, err;
+};
+
+Outcome RunAndExit(const std::vector<const char*>& arguments) {
+  testing::internal::CaptureStdout();
+  testing::internal::CaptureStderr();
+  const ParsedCommandLine parsed = Parse(arguments);
+  std::fflush(stdout);
+  Outcome run{parsed.exit_code.value_or(-1), testing::internal::GetCapturedStdout(),
+              testing::internal::GetCapturedStderr()};
+  return run;
+}
+
+std::string WriteTemporary(const std::string& name, const std::string& content) {
+  const std::string path = testing::TempDir() + name;
+  std::ofstream(path, std::ios::binary) << content;
+  return path;
+}
+
+TEST(Config, AFlagWinsOverTheEnvironmentWhichWinsOverTheFileWhichWinsOverTheDefault) {
+  ConfigSources sources{.yaml = "threads: 1\nkv:\n  block_tokens: 1\nscheduler: {max_batch: 1}",
+                        .yaml_name = "t.yaml",
+                        .environment = {{"DEJAVUD_THREADS", "2"}, {"DEJAVUD_KV_BLOCK_TOKENS", "2"}},
+                        .flags = {{"threads", "3"}}};
+  const absl::StatusOr<Config> config = LoadConfig(sources);
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->engine.threads, 3);
+  EXPECT_EQ(config->engine.kv_block_tokens, 2);
+  EXPECT_EQ(config->engine.max_batch, 1);
+  EXPECT_EQ(config->engine.max_step_tokens, EngineOptions().max_step_tokens);
+}
+
+// A value that differs from the default and keeps to the limits.
+std::string OtherValue(const Option& option) {
+  if (option.is_bool()) return OptionText(option) == "true" ? "false" : "true";
+  if (!option.is_string()) {
+    const std::string most = absl::StrCat(static_cast<int64_t>(option.max));
+    return most == OptionText(option) ? absl::StrCat(static_cast<int64_t>(option.min)) : most;
+  }
+  if (!option.choices.empty())
+    return option.choices.back() == OptionText(option) ? option.choices[0] : option.choices.back();
+  return option.key == "listen" ? "[::1]:0" : "say \"hello\" \\ # ünïcode: [1]\n\x01";
+}
+
+TEST(Config, EveryKeyCanBeSetFromEverySource) {
+  Config defaults;
+  for (const Option& option : OptionTable(&defaults)) {
+    const std::string value = OtherValue(option);
+    const absl::StatusOr<Config> by_flag =
+        LoadConfig({.yaml = {}, .yaml_name = {}, .environment = {}, .flags = {{option.key, value}}});
+    ASSERT_TRUE(by_flag.ok()) << by_flag.status();
+    const absl::StatusOr<Config> by_environment =
+        LoadConfig({.yaml = {}, .yaml_name = {}, .environment = {{EnvironmentName(option.key), value}}, .flags = {}});
+    ASSERT_TRUE(by_environment.ok()) << by_environment.status();
+    const std::string printed = FormatConfig(*by_flag);
+    EXPECT_NE(printed, FormatConfig(defaults)) << option.key;
+    EXPECT_EQ(printed, FormatConfig(*by_environment)) << option.key;
+    const absl::StatusOr<Config> by_file = LoadYaml(printed);
+    ASSERT_TRUE(by_file.ok()) << by_file.status();
+    EXPECT_EQ(printed, FormatConfig(*by_file)) << option.key;
+  }
+}
+
+TEST(Config, EveryTargetIsUsedByOneKeyOnly) {
+  Config defaults;
+  std::set<const void*> targets;
+  for (const Option& option : OptionTable(&defaults)) {
+    std::visit([&](const auto* target) { EXPECT_TRUE(targets.insert(target).second) << option.key; }, option.target);
+  }
+}
+
+TEST(Config, TheDefaultsKeepToTheirOwnLimits) {
+  Config defaults;
+  for (const Option& option : OptionTable(&defaults)) {
+    EXPECT_TRUE(SetOption(option, OptionText(option)).ok()) << option.key;
+  }
+}
+
+TEST(Config, NamesFollowOneRule) {
+  EXPECT_EQ(FlagName("kv.block_tokens"), "--kv-block-tokens");
+  EXPECT_EQ(EnvironmentName("kv.block_tokens"), "DEJAVUD_KV_BLOCK_TOKENS");
+}
+
+// After a change of the table: dejavud --print-config > config/dejavud.yaml, with the opening comment put back.
+TEST(Config, TheExampleFileHoldsEveryKeyAtItsDefault) {
+  const std::string example = ReadFile(EXAMPLE_CONFIG);
+  const absl::StatusOr<Config> config = LoadYaml(example);
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(FormatConfig(*config), FormatConfig(Config()));
+  EXPECT_THAT(example, testing::EndsWith(FormatConfig(Config())));
+}
+
+TEST(Config, AFileMayBeEmptyOrHoldOnlyCommentsOrEmptySections) {
+  for (const char* yaml :
+       {"", "\n", "# nothing\n", "---\n", "version: 1\n", "kv:\n", "{}", "\xEF\xBB\xBFthreads: 0\n"}) {
+    const absl::StatusOr<Config> config = LoadYaml(yaml);
+    ASSERT_TRUE(config.ok()) << yaml << config.status();
+    EXPECT_EQ(FormatConfig(*config), FormatConfig(Config())) << yaml;
+  }
+}
+
+TEST(Config, ErrorsInTheFileNamePlaceKeyValueAndLimit) {
+  EXPECT_EQ(ErrorOf("kv:\n  block_tokens: 0\n"),
+            "t.yaml:2:17: kv.block_tokens is \"0\"; must be a whole number, 1 to 1024");
+  EXPECT_EQ(ErrorOf("threads: many"), "t.yaml:1:10: threads is \"many\"; must be a whole number, 0 to 1024");
+  EXPECT_EQ(ErrorOf("threads: 99999999999999999999"),
+            "t.yaml:1:10: threads is \"99999999999999999999\"; must be a whole number, 0 to 1024");
+  EXPECT_EQ(ErrorOf("threads: \"2\""), "t.yaml:1:10: threads is the text \"2\"; must be 0 to 1024, without quotes");
+  EXPECT_EQ(ErrorOf("drain: {timeout_s: .nan}"),
+            "t.yaml:1:20: drain.timeout_s is \".nan\"; must be a number, 0 to 86400");
+  EXPECT_EQ(ErrorOf("drain: {timeout_s: nan}"),
+            "t.yaml:1:20: drain.timeout_s is \"nan\"; must be a number, 0 to 86400");
+  EXPECT_EQ(ErrorOf("pin_threads: 1"), "t.yaml:1:14: pin_threads is \"1\"; must be true or false");
+  EXPECT_EQ(ErrorOf("backend: gpu"), "t.yaml:1:10: backend is \"gpu\"; must be auto, cpu or cuda");
+  EXPECT_EQ(ErrorOf("version: 2"), "t.yaml:1:10: version is \"2\"; must be 1");
+  EXPECT_EQ(ErrorOf("threads:\n"), "t.yaml:1:1: threads has no value; must be 0 to 1024");
+  EXPECT_EQ(ErrorOf("threads: [1, 2]"), "t.yaml:1:10: threads is a list; must be one value: 0 to 1024");
+  EXPECT_EQ(ErrorOf("model: {a: b}"), "t.yaml:1:8: model is a mapping; must be one value: text");
+  EXPECT_THAT(ErrorOf("kv: 16"), HasSubstr("t.yaml:1:5: kv must hold keys"));
+}
+
+TEST(Config, ListenNeedsAHostAndAPort) {
+  for (const char* good : {"127.0.0.1:0", "localhost:65535", "[::1]:50051", "0.0.0.0:1"}) {
+    EXPECT_TRUE(LoadYaml(absl::StrCat("listen: \"", good, "\"")).ok()) << good;
+  }
+  for (const char* bad :
+       {"", ":", "50051", ":50051", "localhost", "localhost:", "localhost:65536", "localhost:-1", "::1:5",
+        "localhost:+1", "localhost: 1", "[]:1", "a b:1", "unix:/tmp/socket", "localhost:99999999999"}) {
+    EXPECT_THAT(ErrorOf(absl::StrCat("listen: \"", bad, "\"")), HasSubstr("must be HOST:PORT")) << bad;
+  }
+}
+
+TEST(Config, AnUnknownKeyIsAnErrorThatSuggestsTheNearestOne) {
+  EXPECT_EQ(ErrorOf("a: 1\n"), "t.yaml:1:1: unknown key a");
+  EXPECT_EQ(ErrorOf("kv:\n  block_token: 1\n"),
+            "t.yaml:2:3: unknown key kv.block_token; did you mean kv.block_tokens?");
+  EXPECT_EQ(ErrorOf("block_tokens: 1"), "t.yaml:1:1: unknown key block_tokens; did you mean kv.block_tokens?");
+  EXPECT_EQ(ErrorOf("schedular: {max_batch: 1, x: {y: 1}}"),
+            "t.yaml:1:1: unknown key schedular; did you mean scheduler?");
+  EXPECT_EQ(ErrorOf("kv: {block_tokens: 1, a: {b: 1}}"), "t.yaml:1:23: unknown key kv.a");
+}
+
+TEST(Config, AllErrorsAreReportedAtOnce) {
+  EXPECT_EQ(ErrorOf("threads: -1\nfoo: 1\n"),
+            "t.yaml:1:10: threads is \"-1\"; must be a whole number, 0 to 1024\nt.yaml:2:1: unknown key foo");
+}
+
+TEST(Config, AKeyThatStandsThereTwiceIsAnError) {
+  EXPECT_EQ(ErrorOf("threads: 1\nmodel: m\nthreads: 1\n"), "t.yaml:3:1: the key threads stands there twice");
+  EXPECT_EQ(ErrorOf("kv: {block_tokens: 1}\nkv: {memory_mib: 1}\n"), "t.yaml:2:1: the key kv stands there twice");
+  EXPECT_THAT(ErrorOf("kv: {block_tokens: 1}\nkv.block_tokens: 2\n"),
+              HasSubstr("t.yaml:2:1: the key kv.block_tokens stands"));
+}
+
+TEST(Config, WhatIsNotAPlainConfigurationFileIsRefusedWithItsPlace) {
+  EXPECT_EQ(ErrorOf("threads: &a 1"), "t.yaml:1:10: anchors are not allowed");
+  EXPECT_THAT(ErrorOf("kv: &a {block_tokens: 1}\nscheduler:\n  <<: *a\n"), HasSubstr("anchors are not allowed"));
+  EXPECT_THAT(ErrorOf("threads: !!int 1"), HasSubstr("the tag tag:yaml.org,2002:int is not allowed"));
+  EXPECT_THAT(ErrorOf("threads: 1\n---\nthreads: 2\n"), HasSubstr("a second document"));
+  EXPECT_THAT(ErrorOf("- 1\n"), HasSubstr("t.yaml:1:1: the file must hold"));
+  EXPECT_THAT(ErrorOf("hello"), HasSubstr("t.yaml:1:1: the file must hold"));
+  EXPECT_THAT(ErrorOf("threads: 1\n  kv: {\n"), HasSubstr("t.yaml:2:"));
+  EXPECT_THAT(ErrorOf("? [a, b]\n: 1\n"), HasSubstr("a key must be a plain word"));
+  EXPECT_THAT(ErrorOf("threads: *nothing"), HasSubstr("t.yaml:1:"));
+  EXPECT_EQ(ErrorOf("threads: 1\nmodel: \xFF\n"), "t.yaml:2:8: not UTF-8 text");
+  EXPECT_EQ(ErrorOf(std::string("threads: 1\n\0", 12)), "t.yaml:2:1: not UTF-8 text");
+}
+
+TEST(Config, ALargeOrDeepFileIsRefused) {
+  EXPECT_EQ(ErrorOf(std::string((1 << 20) + 1, '#')), "t.yaml: longer than 1048576 bytes");
+  EXPECT_THAT(ErrorOf("threads: " + std::string(100, '[') + std::string(100, ']')), HasSubstr("nested deeper than 16"));
+  EXPECT_THAT(ErrorOf("threads: " + std::string(100000, '[')), Not(HasSubstr("no error")));
+  EXPECT_THAT(ErrorOf("threads: " + std::string(100000, '{')), Not(HasSubstr("no error")));
+}
+
+TEST(Config, AnUnknownOrWrongEnvironmentVariableIsAnError) {
+  const absl::StatusOr<Config> config =
+      LoadConfig({.yaml = {},
+                  .yaml_name = {},
+                  .environment = {{"DEJAVUD_THREAD", "2"}, {"DEJAVUD_MODEL", "\xFF"}, {"DEJAVUD_KV_BLOCK_TOKENS", ""}},
+                  .flags = {}});
+  EXPECT_EQ(config.status().message(),
+            "environment: DEJAVUD_KV_BLOCK_TOKENS: kv.block_tokens is \"\"; must be a whole number, 1 to 1024\n"
+            "environment: DEJAVUD_MODEL: model is not valid UTF-8\n"
+            "environment: unknown variable DEJAVUD_THREAD; did you mean DEJAVUD_THREADS?");
+}
+
+TEST(CommandLine, ReadsFlagsAndFile) {
+  const std::string file = WriteTemporary("good.yaml", "threads: 2\nkv: {block_tokens: 8}\npin_threads: true\n");
+  const ParsedCommandLine parsed =
+      Parse({"--model", "dir", "--listen=127.0.0.1:0", "--port-file", "p", "--served-model-name", "opt", "--config",
+             file.c_str(), "--threads", "1", "--no-pin-threads", "--reflection=false"});
+  ASSERT_FALSE(parsed.exit_code.has_value());
+  EXPECT_EQ(parsed.config.engine.model, "dir");
+  EXPECT_EQ(parsed.config.server.listen, "127.0.0.1:0");
+  EXPECT_EQ(parsed.config.server.port_file, "p");
+  EXPECT_EQ(parsed.config.server.served_model_name, "opt");
+  EXPECT_EQ(parsed.config.engine.threads, 1);
+  EXPECT_EQ(parsed.config.engine.kv_block_tokens, 8);
+  EXPECT_FALSE(parsed.config.engine.pin_threads);
+  EXPECT_FALSE(parsed.config.server.reflection);
+}
+
+TEST(CommandLine, TakesTheFileAndKeysFromTheEnvironment) {
+  const std::string file = WriteTemporary("environment.yaml", "model: m\nthreads: 2\n");
+  ASSERT_EQ(setenv("DEJAVUD_CONFIG", file.c_str(), 1), 0);
+  ASSERT_EQ(setenv("DEJAVUD_KV_BLOCK_TOKENS", "4", 1), 0);
+  const ParsedCommandLine parsed = Parse({});
+  unsetenv("DEJAVUD_CONFIG");
+  unsetenv("DEJAVUD_KV_BLOCK_TOKENS");
+  ASSERT_FALSE(parsed.exit_code.has_value());
+  EXPECT_EQ(parsed.config.engine.model, "m");
+  EXPECT_EQ(parsed.config.engine.threads, 2);
+  EXPECT_EQ(parsed.config.engine.kv_block_tokens, 4);
+}
+
+TEST(CommandLine, WrongUsageExitsWithTwoAndNamesTheFlag) {
+  const auto usage_error = [](const std::vector<const char*>& arguments) {
+    const Outcome run = RunAndExit(arguments);
+    EXPECT_EQ(run.exit_code, 2);
+    EXPECT_EQ(run.out, "");
+    return run.err;
+  };
+  EXPECT_THAT(usage_error({}), HasSubstr("no model"));
+  EXPECT_THAT(usage_error({"--threds", "1"}), HasSubstr("--threds"));
+  EXPECT_THAT(usage_error({"--model", "m", "extra"}), HasSubstr("extra"));
+  EXPECT_THAT(usage_error({"--threads"}), HasSubstr("--threads"));
+  EXPECT_THAT(usage_error({"--threads", "1", "--threads", "2"}), HasSubstr("--threads"));
+  EXPECT_THAT(usage_error({"--threads", "-1"}), HasSubstr("threads is \"-1\"; must be a whole number, 0 to 1024"));
+  EXPECT_THAT(usage_error({"--pin-threads=maybe"}), HasSubstr("must be true or false"));
+}
+
+TEST(CommandLine, AWrongConfigurationExitsWithOne) {
+  const std::string file = WriteTemporary("bad.yaml", "threads: x\n");
+  const Outcome bad = RunAndExit({"--config", file.c_str()});
+  EXPECT_EQ(bad.exit_code, 1);
+  EXPECT_THAT(bad.err, HasSubstr(file + ":1:10: threads is \"x\""));
+  EXPECT_EQ(RunAndExit({"--check-config", "--config", file.c_str()}).exit_code, 1);
+  EXPECT_EQ(RunAndExit({"--check-config", "--config", "/nowhere/x.yaml"}).exit_code, 1);
+  EXPECT_EQ(RunAndExit({"--check-config", "--config", "/"}).exit_code, 1);
+}
+
+TEST(CommandLine, CheckConfigIsQuietWhenAllIsWell) {
+  const Outcome run = RunAndExit({"--check-config", "--config", EXAMPLE_CONFIG});
+  EXPECT_EQ(run.exit_code, 0);
+  EXPECT_EQ(run.out + run.err, "");
+}
+
+TEST(CommandLine, PrintConfigCanBeFedBack) {
+  const Outcome first = RunAndExit({"--print-config", "--threads", "7", "--model", "my models/\"opt\""});
+  EXPECT_EQ(first.exit_code, 0);
+  EXPECT_THAT(first.out, HasSubstr("threads: 7\n"));
+  const std::string file = WriteTemporary("printed.yaml", first.out);
+  EXPECT_EQ(RunAndExit({"--print-config", "--config", file.c_str()}).out, first.out);
+}
+
+TEST(CommandLine, HelpNamesEveryFlagItsVariableAndItsDefault) {
+  const Outcome run = RunAndExit({"--help"});
+  EXPECT_EQ(run.exit_code, 0);
+  Config defaults;
+  for (const Option& option : OptionTable(&defaults)) {
+    EXPECT_THAT(run.out, AllOf(HasSubstr(FlagName(option.key)), HasSubstr(EnvironmentName(option.key)),
+                               HasSubstr(OptionText(option))));
+  }
+}
+
+TEST(CommandLine, VersionIsOneLine) {
+  const Outcome run = RunAndExit({"--version"});
+  EXPECT_EQ(run.exit_code, 0);
+  EXPECT_THAT(run.out, testing::MatchesRegex("dejavud [0-9]+\\.[0-9]+\\.[0-9]+\n"));
+}
+
+}  // namespace
+}  // namespace dejavu

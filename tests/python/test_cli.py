@@ -1,0 +1,187 @@
+"""dejavu-cli as scripts use it: what it writes, and its exit codes."""
+import json
+import os
+import signal
+import socket
+import subprocess
+
+import pytest
+
+from conftest import BIN, PATIENCE_S
+
+IDS = [2, 100, 200]
+IDS_FLAG = "2,100,200"
+
+
+def run(daemon, *arguments, stdin=b"", server=None):
+    environment = {k: v for k, v in os.environ.items() if k != "DEJAVU_SERVER"}
+    command = [BIN / "dejavu-cli", "--server", server or daemon.address, *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, timeout=PATIENCE_S, env=environment)
+
+
+def succeed(daemon, *arguments, **options):
+    done = run(daemon, *arguments, **options)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+def test_generate_prints_one_object_that_agrees_with_the_api(daemon):
+    reply = daemon.stub.Generate(daemon.request(IDS, 12), timeout=PATIENCE_S)
+    out = succeed(daemon, "generate", "--token-ids", IDS_FLAG, "--max-new-tokens", "12", "--ignore-eos", "--json")
+    assert out.count("\n") == 1
+    result = json.loads(out)
+    assert result["token_ids"] == list(reply.token_ids)
+    assert result["text"] == reply.text
+    assert result["finish_reason"] == "length"
+    assert result["prompt_tokens"] == 3 and result["generated_tokens"] == 12
+    assert result["ttft_ms"] > 0 and result["mean_itl_ms"] > 0
+    assert result["model"] == reply.prompt.model and result["request_id"]
+
+
+def test_the_seed_that_is_printed_repeats_the_answer(daemon):
+    flags = ["generate", "--token-ids", IDS_FLAG, "--max-new-tokens", "12", "--temperature", "1", "--json"]
+    first = json.loads(succeed(daemon, *flags))
+    again = json.loads(succeed(daemon, *flags, "--seed", str(first["seed"])))
+    assert again["token_ids"] == first["token_ids"]
+
+
+def test_a_stream_of_objects_adds_up_to_the_whole(daemon):
+    flags = ["generate", "--token-ids", IDS_FLAG, "--max-new-tokens", "12", "--ignore-eos", "--json"]
+    whole = json.loads(succeed(daemon, *flags, "--top-logprobs", "2"))
+    chunks = [json.loads(line) for line in succeed(daemon, *flags, "--top-logprobs", "2", "--stream").splitlines()]
+    assert "".join(c["text"] for c in chunks) == whole["text"]
+    assert [i for c in chunks for i in c["token_ids"]] == whole["token_ids"]
+    assert [p for c in chunks for p in c.get("logprobs", [])] == whole["logprobs"]
+    assert len(whole["logprobs"]) == 12 and all(len(p["top"]) == 2 for p in whole["logprobs"])
+    assert "seed" in chunks[0] and chunks[0]["prompt_tokens"] == 3
+    assert chunks[-1]["finish_reason"] == "length" and "mean_itl_ms" in chunks[-1]
+    assert not any("finish_reason" in c for c in chunks[:-1])
+
+
+def test_plain_text_goes_to_stdout_and_statistics_to_stderr(daemon):
+    flags = ["generate", "It was", "--max-new-tokens", "12"]
+    text = json.loads(succeed(daemon, *flags, "--json"))["text"]
+    done = run(daemon, *flags, "--stats")
+    assert done.returncode == 0
+    assert done.stdout.decode().rstrip("\n") == text.rstrip("\n")
+    assert b"time to first token" in done.stderr and b"per token" in done.stderr
+
+
+def test_the_prompt_may_come_from_anywhere(daemon, tmp_path):
+    prompt = "The sea, naïve — [1,2] {}"
+    file = tmp_path / "prompt"
+    file.write_bytes(prompt.encode())
+    ids = json.loads(succeed(daemon, "tokenize", "--prompt", prompt, "--json"))["token_ids"]
+    flags = ["--max-new-tokens", "4", "--json"]
+    answers = [
+        succeed(daemon, "generate", prompt, *flags),
+        succeed(daemon, "generate", "--prompt", prompt, *flags),
+        succeed(daemon, "generate", "--prompt-file", file, *flags),
+        succeed(daemon, "generate", *flags, stdin=prompt.encode()),
+        succeed(daemon, "generate", "--token-ids", ",".join(map(str, ids)), *flags),
+    ]
+    tokens = [json.loads(answer)["token_ids"] for answer in answers]
+    assert all(t == tokens[0] for t in tokens)
+    assert json.loads(answers[0])["prompt_tokens"] == len(ids)
+
+
+def test_sampling_flags_reach_the_server(daemon):
+    flags = ["generate", "--token-ids", IDS_FLAG, "--max-new-tokens", "6", "--ignore-eos", "--json"]
+    only = json.loads(succeed(daemon, *flags, "--allowed-token-ids", "100,101", "--temperature", "1"))
+    assert set(only["token_ids"]) <= {100, 101}
+    biased = json.loads(succeed(daemon, *flags, "--logit-bias", "300:100", "--logit-bias", "301:-100"))
+    assert biased["token_ids"] == [300] * 6
+    stopped = json.loads(succeed(daemon, *flags, "--logit-bias", "300:100", "--stop-token-ids", "300"))
+    assert stopped["finish_reason"] == "stop_token" and stopped["stop_token_id"] == 300
+
+
+def test_score_has_one_entry_for_each_token_and_none_for_the_first(daemon, api):
+    result = json.loads(succeed(daemon, "score", "--token-ids", IDS_FLAG, "--top-logprobs", "3", "--json"))
+    request = api.pb.ScoreRequest(top_logprobs=3)
+    request.token_ids.ids.extend(IDS)
+    reply = daemon.stub.Score(request, timeout=PATIENCE_S)
+    assert [t["id"] for t in result["tokens"]] == IDS
+    assert result["tokens"][0]["logprob"] is None
+    for token, expected in zip(result["tokens"][1:], reply.tokens[1:]):
+        assert token["logprob"] == pytest.approx(expected.logprob, rel=1e-7)
+        assert token["rank"] == expected.rank
+    for token, expected in zip(result["tokens"], reply.tokens):
+        assert [a["id"] for a in token["top"]] == [a.id for a in expected.top]
+        assert len(token["top"]) == 3
+
+
+def test_tokens_go_to_text_and_back(daemon):
+    ids = json.loads(succeed(daemon, "tokenize", "--prompt", "Hello, wörld", "--json"))["token_ids"]
+    assert ids[0] == 2
+    flag = ",".join(map(str, ids))
+    assert json.loads(succeed(daemon, "detokenize", "--token-ids", flag, "--json")) == {"text": "Hello, wörld"}
+    assert succeed(daemon, "detokenize", "--token-ids", flag, "--keep-special") == "</s>Hello, wörld\n"
+
+
+def test_info_tells_of_server_and_model(daemon):
+    info = json.loads(succeed(daemon, "info", "--json"))
+    assert info["server"]["state"] == "SERVING"
+    assert info["model"]["architecture"] == "opt" and info["model"]["layers"] == 8
+    assert "context_tokens" in succeed(daemon, "info")
+
+
+def test_health_succeeds_only_when_serving(daemon):
+    assert succeed(daemon, "health") == "SERVING\n"
+    assert run(daemon, "health", "--service", "no.such.Service").returncode == 1
+
+
+def test_nobody_there_is_exit_code_3(daemon):
+    with socket.socket() as closed:  # bound, but not listening
+        closed.bind(("127.0.0.1", 0))
+        server = f"127.0.0.1:{closed.getsockname()[1]}"
+        for command in (["health"], ["generate", "a", "--wait", "0"]):
+            done = run(daemon, *command, server=server)
+            assert done.returncode == 3, done.stderr
+            assert b"UNAVAILABLE" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [
+    [], ["nothing"], ["generate", "--top-k", "-1", "a"], ["generate", "--token-ids", "2,x"],
+    ["generate", "a", "--token-ids", "2"], ["generate", "a", "--logit-bias", "5"], ["generate", "a", "--logprobs"],
+    ["generate", b"\xff"], ["generate", "a", "--stop", b"\xff"], ["generate", "--prompt-file", "/nowhere"], ["abort"],
+])
+def test_wrong_usage_is_exit_code_2(daemon, arguments):
+    done = run(daemon, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == b"" and done.stderr != b""
+
+
+def test_standard_input_that_is_not_text_is_refused(daemon):
+    done = run(daemon, "generate", stdin=b"abc\xff")
+    assert done.returncode == 2
+    assert b"not valid UTF-8 at byte 3" in done.stderr
+
+
+def test_a_refused_request_is_exit_code_1_with_the_field(daemon):
+    done = run(daemon, "generate", "a", "--temperature", "101", "--json")
+    assert done.returncode == 1
+    error = json.loads(done.stdout)["error"]
+    assert error["code"] == "INVALID_ARGUMENT"
+    assert error["details"][0]["field"] == "sampling.temperature"
+    assert b"sampling.temperature" in done.stderr
+
+
+def test_a_deadline_is_exit_code_4(daemon):
+    flags = ["--token-ids", IDS_FLAG, "--max-new-tokens", "500", "--ignore-eos"]
+    assert run(daemon, "--timeout", "0.001", "generate", *flags).returncode == 4
+    daemon.expect_idle()
+
+
+def test_ctrl_c_cancels_the_request_and_is_exit_code_130(daemon):
+    command = [BIN / "dejavu-cli", "--server", daemon.address, "generate", "--token-ids", IDS_FLAG, "--max-new-tokens",
+               "500", "--ignore-eos", "--json", "--stream"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        assert process.wait(timeout=PATIENCE_S) == 130
+    daemon.expect_idle()
+
+
+def test_abort_of_an_unknown_request_is_exit_code_1(daemon):
+    assert run(daemon, "abort", "no-such-request").returncode == 1
