@@ -130,7 +130,7 @@ struct Stream {
         const Inputs<W>& source = same ? in : next;
         const int64_t ahead = same ? column + kAhead : first + (column + kAhead - last);
         for (int64_t i = 0; i < source.count; ++i) {
-          for (int64_t c = 0; c < kWidth; c += kLine) hwy::Prefetch(source.row(i) + ahead + c);
+          for (int64_t c = 0; c < kWidth; c += kLine) Prefetch(source.row(i) + ahead + c);
         }
       }
       SumTile<W, kRows, kTileVectors>(mine, column, y, job.y.stride);
@@ -170,7 +170,7 @@ void PackedRows(const SumJob& job, int64_t first, int64_t last, float* scratch) 
     for (int64_t column = first; column < last; column += kWidth) {
       for (int64_t k = 0; k < in.count; ++k) {
         const W* w = in.row(k) + column;
-        hwy::Prefetch(w + kWidth);
+        Prefetch(w + kWidth);
         for (int v = 0; v < kTileVectors; ++v) {
           hn::Store(Widen(w + v * kLanes), F32(), scratch + k * kWidth + v * kLanes);
         }

@@ -2,7 +2,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 
 #if defined(KERNELS_CPU_TILES_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -24,8 +23,12 @@ constexpr int kTileVectors = 4;
 // 4 * kTileRows accumulators, the operands of kTileRows rows and one vector of weights fill the registers: 32 with
 // AVX-512, else 16. One more and an accumulator lives on the stack, at half the speed.
 constexpr int kTileRows = HWY_TARGET <= HWY_AVX3 ? 6 : 3;
-constexpr int64_t kPrefetchBytes = 1024;
+constexpr int64_t kPrefetchBytes = 2048;
 constexpr int64_t kLineBytes = 64;
+
+// Into L2 only: rows lie a power of two apart and share the sets of L1, where what is fetched early would be lost
+// again.
+HWY_INLINE void Prefetch(const void* p) { __builtin_prefetch(p, /*write=*/0, /*locality=*/2); }
 
 HWY_INLINE V Widen(const float* p) { return hn::LoadU(F32(), p); }
 
@@ -96,7 +99,7 @@ HWY_INLINE void DotTile(const W* const (&w)[kOutputs], const W* const* next, con
   int64_t k = 0;
   for (; k + kLine <= n; k += kLine) {
     if (next != nullptr) {
-      for (int o = 0; o < kOutputs; ++o) hwy::Prefetch(k + kAhead < n ? w[o] + k + kAhead : next[o] + (k + kAhead - n));
+      for (int o = 0; o < kOutputs; ++o) Prefetch(k + kAhead < n ? w[o] + k + kAhead : next[o] + (k + kAhead - n));
     }
     for (int64_t i = 0; i < kLine; i += kLanes) DotStep(w, x, k + i, sum);
   }
