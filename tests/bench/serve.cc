@@ -1,0 +1,171 @@
+// Pairs of runs, engine then server, so that a neighbour's load on the machine meets both. Both sides run in this
+// process, as server and client would on one machine; the client is the generated synchronous one.
+#include "tests/bench/serve.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <fstream>
+#include <memory>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "dejavu/v1/generation.grpc.pb.h"
+#include "engine/engine.h"
+#include "grpcpp/create_channel.h"
+#include "kernels/base/mutex.h"
+#include "nlohmann/json.hpp"
+#include "server/server.h"
+
+namespace dejavu {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double Microseconds(Clock::duration d) { return std::chrono::duration<double, std::micro>(d).count(); }
+
+struct Run {
+  double ttft_us = 0;
+  double per_token_us = 0;  // mean time between tokens after the first
+};
+
+Run Summarise(SteadyTime start, SteadyTime first, SteadyTime last, int tokens) {
+  return {Microseconds(first - start), Microseconds(last - first) / (tokens - 1)};
+}
+
+class TimingSink final : public TokenSink {
+ public:
+  bool OnToken(const Token&) override {
+    last_ = Clock::now();
+    if (tokens_++ == 0) first_ = last_;
+    return true;
+  }
+  bool OnPromptToken(const Token&) override { return true; }
+  void OnFinish(const Finish&) override {
+    MutexLock lock(mutex_);
+    finished_ = true;
+    changed_.NotifyAll();
+  }
+  Run Wait(SteadyTime start) {
+    MutexLock lock(mutex_);
+    while (!finished_) changed_.Wait(mutex_);
+    return Summarise(start, first_, last_, tokens_);
+  }
+
+ private:
+  SteadyTime first_, last_;
+  int tokens_ = 0;
+  Mutex mutex_;
+  CondVar changed_;
+  bool finished_ ABSL_GUARDED_BY(mutex_) = false;
+};
+
+const std::vector<int32_t> kPrompt = {2, 100, 200, 300, 400, 500, 600, 700};
+
+absl::StatusOr<Run> RunEngine(Engine& engine, int tokens) {
+  Request request;
+  request.prompt = kPrompt;
+  request.max_new_tokens = tokens;
+  request.ignore_eos = true;
+  auto sink = std::make_shared<TimingSink>();
+  const SteadyTime start = Clock::now();
+  const auto id = engine.Submit(std::move(request), sink);
+  if (!id.ok()) return id.status();
+  return sink->Wait(start);
+}
+
+absl::StatusOr<Run> RunServer(v1::GenerationService::Stub& stub, int tokens) {
+  v1::GenerateRequest request;
+  for (int32_t id : kPrompt) request.mutable_token_ids()->add_ids(id);
+  request.mutable_stopping()->set_max_new_tokens(tokens);
+  request.mutable_stopping()->set_ignore_eos(true);
+  grpc::ClientContext context;
+  const SteadyTime start = Clock::now();
+  const auto reader = stub.GenerateStream(&context, request);
+  v1::GenerateChunk chunk;
+  SteadyTime first, last;
+  int count = 0;
+  while (reader->Read(&chunk)) {
+    if (chunk.token_ids().empty()) continue;
+    last = Clock::now();
+    if (count == 0) first = last;
+    count += chunk.token_ids_size();
+  }
+  const grpc::Status status = reader->Finish();
+  if (!status.ok()) return absl::UnknownError(status.error_message());
+  return Summarise(start, first, last, count);
+}
+
+double Median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+struct Row {
+  const char* name;
+  double median, least, most;
+};
+
+Row Describe(const char* name, const std::vector<double>& values) {
+  return {name, Median(values), *std::min_element(values.begin(), values.end()),
+          *std::max_element(values.begin(), values.end())};
+}
+
+absl::Status Bench(const ServeBenchOptions& options) {
+  EngineOptions engine_options;
+  engine_options.model = options.model;
+  engine_options.threads = options.threads;
+  auto engine = Engine::Create(engine_options, 0, nullptr);
+  if (!engine.ok()) return engine.status();
+  ServerOptions server_options;
+  server_options.listen = "127.0.0.1:0";
+  auto server = Server::Start(server_options, engine_options);
+  if (!server.ok()) return server.status();
+  (*server)->SetReady(engine->get(), nullptr);
+  const auto stub = v1::GenerationService::NewStub(
+      grpc::CreateChannel(absl::StrCat("127.0.0.1:", (*server)->port()), grpc::InsecureChannelCredentials()));
+
+  std::vector<double> engine_us, server_us, added_us, engine_ttft_us, server_ttft_us;
+  for (int i = -1; i < options.repeats; ++i) {  // one pair to warm up
+    const auto direct = RunEngine(**engine, options.tokens);
+    if (!direct.ok()) return direct.status();
+    const auto served = RunServer(*stub, options.tokens);
+    if (!served.ok()) return served.status();
+    std::fprintf(stderr, "\r%d of %d", i + 1, options.repeats);
+    if (i < 0) continue;
+    engine_us.push_back(direct->per_token_us);
+    server_us.push_back(served->per_token_us);
+    added_us.push_back(served->per_token_us - direct->per_token_us);
+    engine_ttft_us.push_back(direct->ttft_us);
+    server_ttft_us.push_back(served->ttft_us);
+  }
+  std::fprintf(stderr, "\r                \r");
+
+  std::printf("%s\n%s, batch 1, %d tokens, %d pairs of runs\n\n", options.model.c_str(),
+              (*engine)->backend_description().c_str(), options.tokens, options.repeats);
+  std::printf("%-34s %10s %10s %10s\n", "microseconds", "median", "least", "most");
+  nlohmann::json json = {
+      {"model", options.model}, {"backend", (*engine)->backend_description()}, {"tokens", options.tokens}};
+  for (const Row& row : {Describe("engine_us_per_token", engine_us), Describe("server_us_per_token", server_us),
+                         Describe("added_us_per_token", added_us), Describe("engine_ttft_us", engine_ttft_us),
+                         Describe("server_ttft_us", server_ttft_us)}) {
+    std::printf("%-34s %10.1f %10.1f %10.1f\n", row.name, row.median, row.least, row.most);
+    json[row.name] = row.median;
+  }
+  std::printf("\nThe server adds %.1f %% to a token.\n", 100 * Median(added_us) / Median(engine_us));
+  if (options.json.empty()) return absl::OkStatus();
+  std::ofstream out(options.json);
+  out << json.dump(1) << '\n';
+  return out.good() ? absl::OkStatus() : absl::UnavailableError(absl::StrCat(options.json, ": cannot be written"));
+}
+
+}  // namespace
+
+int RunServeBench(const ServeBenchOptions& options) {
+  const absl::Status status = Bench(options);
+  if (status.ok()) return 0;
+  std::fprintf(stderr, "dejavu-bench: %s\n", std::string(status.message()).c_str());
+  return 1;
+}
+
+}  // namespace dejavu
