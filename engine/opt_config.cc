@@ -2,8 +2,6 @@
 // default.
 #include "engine/opt_config.h"
 
-#include <algorithm>
-
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "engine/checkpoint.h"
@@ -23,14 +21,13 @@ class Fields {
   Fields(const json& document, const std::string& path) : document_(document), path_(path) {}
 
   int32_t Integer(const char* name, int32_t absent, int32_t least, int32_t most) {
-    const auto field = document_.find(name);
-    if (field == document_.end()) return absent;
-    if (!field->is_number_integer()) return Refuse(name, *field, "an integer is needed"), absent;
+    const json field = document_.value(name, json(absent));
+    if (!field.is_number_integer()) return Refuse(name, field, "an integer is needed"), absent;
     // Unsigned values beyond int64 are far beyond `most`; as int64 they would be negative.
-    const int64_t value = field->is_number_unsigned() && field->get<uint64_t>() > INT32_MAX ? INT32_MAX + int64_t{1}
-                                                                                            : field->get<int64_t>();
+    const bool huge = field.is_number_unsigned() && field.get<uint64_t>() > INT32_MAX;
+    const int64_t value = huge ? INT32_MAX + int64_t{1} : field.get<int64_t>();
     if (value < least || value > most) {
-      return Refuse(name, *field, absl::StrCat(least, " to ", most, " are supported")), absent;
+      return Refuse(name, field, absl::StrCat(least, " to ", most, " are supported")), absent;
     }
     return static_cast<int32_t>(value);
   }

@@ -87,7 +87,7 @@ absl::StatusOr<StoredTensor> Resolve(const PickledTensor& tensor, const ZipDirec
                                                    Name(*tensor.dtype), ", but the file has ", storage->second.bytes,
                                                    " bytes of it"));
   }
-  if (tensor.offset > tensor.storage_elements || elements > tensor.storage_elements - tensor.offset) {
+  if (elements > tensor.storage_elements - tensor.offset) {  // none of the three is negative
     return absl::InvalidArgumentError(
         absl::StrCat("has ", elements, " elements at ", tensor.offset, " in a storage of ", tensor.storage_elements));
   }

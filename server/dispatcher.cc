@@ -20,7 +20,7 @@ grpc::ServerGenericBidiReactor* Dispatcher::CreateReactor(grpc::GenericCallbackS
   if (!admitted.ok()) return Rpc::Refuse(admitted);
   const auto method = methods_.find(context->method());
   if (method == methods_.end()) {
-    return Rpc::Refuse(absl::UnimplementedError(absl::StrCat("no such method: ", Quoted(context->method(), 200))));
+    return Rpc::Refuse(absl::UnimplementedError(absl::StrCat("no such method: ", Printable(context->method(), 200))));
   }
   return Rpc::Start(context, writer_, method->second());
 }

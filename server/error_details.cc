@@ -85,7 +85,7 @@ absl::Status MissingFeature(absl::string_view subject, absl::string_view message
   return status;
 }
 
-std::string Quoted(absl::string_view text, size_t max_bytes) {
+std::string Printable(absl::string_view text, size_t max_bytes) {
   const bool cut = text.size() > max_bytes;
   return absl::StrCat("\"", absl::CHexEscape(text.substr(0, max_bytes)), cut ? "\"..." : "\"");
 }

@@ -34,7 +34,7 @@ absl::Status QuotaExceeded(absl::string_view subject, absl::string_view message,
 absl::Status MissingFeature(absl::string_view subject, absl::string_view message);
 
 // A client's string as it may stand in a message: valid UTF-8, printable, cut after `max_bytes`, in quotes.
-std::string Quoted(absl::string_view text, size_t max_bytes = 64);
+std::string Printable(absl::string_view text, size_t max_bytes = 64);
 
 // Message and details together stay below 4 KiB, as clients limit the metadata that they accept (8 KiB by default): a
 // long message is cut, details that do not fit are left out.

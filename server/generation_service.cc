@@ -28,11 +28,19 @@ class EngineCall : public RpcHandler, public LiveRequest {
   explicit EngineCall(GenerationService* service) : service_(service) {}
 
   ~EngineCall() override {
-    if (!live_id_.empty()) service_->live_requests().Remove(live_id_);
+    if (live_id_.empty()) return;
+    if (!released_) service_->live_requests().Remove(live_id_);
+    service_->live_requests().Done();
   }
 
   const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override {
-    return sink_->NextReply(end);
+    const google::protobuf::MessageLite* const reply = sink_->NextReply(end);
+    if (end->has_value() && !released_) {
+      // Before the client hears of the end: it may use the id again at once.
+      service_->live_requests().Remove(live_id_);
+      released_ = true;
+    }
+    return reply;
   }
 
   void OnCancel() override { StopEngine(); }
@@ -69,6 +77,7 @@ class EngineCall : public RpcHandler, public LiveRequest {
 
   std::shared_ptr<ReplySink> sink_;  // set in OnRequest
   std::string live_id_;              // registered under this id; empty: not
+  bool released_ = false;            // the id is free again; the calls to NextReply and the destructor come one by one
 
   Mutex mutex_;
   uint64_t engine_id_ ABSL_GUARDED_BY(mutex_) = 0;  // 0: not submitted

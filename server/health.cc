@@ -53,7 +53,7 @@ void Health::Register(Dispatcher* dispatcher) {
       kName, "Check", [this](const HealthCheckRequest& request, HealthCheckResponse* response) {
         response->set_status(Status(request.service()));
         if (response->status() != HealthCheckResponse::SERVICE_UNKNOWN) return absl::OkStatus();
-        return absl::NotFoundError(absl::StrCat("no health is kept for service ", Quoted(request.service(), 200)));
+        return absl::NotFoundError(absl::StrCat("no health is kept for service ", Printable(request.service(), 200)));
       });
   dispatcher->Register(kName, "Watch", [this] { return std::make_unique<WatchCall>(this); });
 }

@@ -7,16 +7,23 @@ namespace dejavu {
 
 absl::Status LiveRequests::Add(const std::string& id, LiveRequest* request) {
   MutexLock lock(mutex_);
-  if (requests_.emplace(id, request).second) return absl::OkStatus();
-  return WithErrorInfo(
-      absl::AlreadyExistsError(absl::StrCat("a request with the id ", Quoted(id, 128), " is under way")),
-      "DUPLICATE_REQUEST_ID");
+  if (!requests_.emplace(id, request).second) {
+    return WithErrorInfo(
+        absl::AlreadyExistsError(absl::StrCat("a request with the id ", Printable(id, 128), " is under way")),
+        "DUPLICATE_REQUEST_ID");
+  }
+  ++calls_;
+  return absl::OkStatus();
 }
 
 void LiveRequests::Remove(const std::string& id) {
   MutexLock lock(mutex_);
   requests_.erase(id);
-  if (requests_.empty()) emptied_.NotifyAll();
+}
+
+void LiveRequests::Done() {
+  MutexLock lock(mutex_);
+  if (--calls_ == 0) idle_.NotifyAll();
 }
 
 bool LiveRequests::Stop(const std::string& id, const absl::Status& reason) {
@@ -32,15 +39,15 @@ void LiveRequests::StopAll(const absl::Status& reason) {
   for (const auto& [id, request] : requests_) request->Stop(reason);
 }
 
-bool LiveRequests::empty() {
+bool LiveRequests::idle() {
   MutexLock lock(mutex_);
-  return requests_.empty();
+  return calls_ == 0;
 }
 
-bool LiveRequests::WaitEmpty(SteadyTime deadline) {
+bool LiveRequests::WaitIdle(SteadyTime deadline) {
   MutexLock lock(mutex_);
-  while (!requests_.empty()) {
-    if (!emptied_.WaitUntil(mutex_, deadline)) return requests_.empty();
+  while (calls_ > 0) {
+    if (!idle_.WaitUntil(mutex_, deadline)) return calls_ == 0;
   }
   return true;
 }

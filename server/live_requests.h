@@ -20,22 +20,26 @@ class LiveRequest {
 
 class LiveRequests {
  public:
-  // ALREADY_EXISTS while another request of that id lives. `request` must be removed before it is destroyed.
+  // ALREADY_EXISTS while another request of that id lives. Until Remove the request can be stopped; until Done, which
+  // comes after it, its call is still sending.
   absl::Status Add(const std::string& id, LiveRequest* request);
   void Remove(const std::string& id);
+  void Done();
 
   // False: no such request.
   bool Stop(const std::string& id, const absl::Status& reason);
   void StopAll(const absl::Status& reason);
 
-  bool empty();
+  // No call is left.
+  bool idle();
   // False when `deadline` passed first.
-  bool WaitEmpty(SteadyTime deadline);
+  bool WaitIdle(SteadyTime deadline);
 
  private:
   Mutex mutex_;
-  CondVar emptied_;
+  CondVar idle_;
   absl::flat_hash_map<std::string, LiveRequest*> requests_ ABSL_GUARDED_BY(mutex_);
+  int calls_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
 }  // namespace dejavu

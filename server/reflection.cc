@@ -75,7 +75,7 @@ class ReflectionCall final : public RpcHandler {
   }
 
   void AnswerFile(const FileDescriptor* file, const char* kind, const std::string& name) {
-    if (file == nullptr) return AnswerError(absl::NotFoundError(absl::StrCat("no ", kind, " ", Quoted(name, 200))));
+    if (file == nullptr) return AnswerError(absl::NotFoundError(absl::StrCat("no ", kind, " ", Printable(name, 200))));
     std::set<std::string> seen;
     AddFile(*file, &seen, response_.mutable_file_descriptor_response());
   }

@@ -32,12 +32,11 @@ constexpr int kMinClientPingIntervalMs = 10'000;
 // How long calls may take to send their last words after they were told to end.
 constexpr std::chrono::milliseconds kLastWords(500);
 
-// gRPC writes to stderr by itself; its lines belong into our log.
+// gRPC writes to stderr by itself, even what any client can provoke: its lines go to our log, where they are usually
+// off.
 void OnGrpcLog(gpr_log_func_args* args) {
-  const auto level = args->severity == GPR_LOG_SEVERITY_ERROR  ? spdlog::level::warn
-                     : args->severity == GPR_LOG_SEVERITY_INFO ? spdlog::level::debug
-                                                               : spdlog::level::trace;
-  spdlog::log(level, "grpc: {}", args->message);
+  spdlog::log(args->severity == GPR_LOG_SEVERITY_DEBUG ? spdlog::level::trace : spdlog::level::debug, "grpc: {}",
+              args->message);
 }
 
 absl::Status CheckListen(const std::string& listen) {
@@ -46,7 +45,7 @@ absl::Status CheckListen(const std::string& listen) {
   if (colon == std::string::npos || colon == 0 || !absl::SimpleAtoi(listen.substr(colon + 1), &port) || port < 0 ||
       port > 65535) {
     return absl::InvalidArgumentError(
-        absl::StrCat("listen is ", Quoted(listen, 256), "; it must be host:port with a port of 0 to 65535"));
+        absl::StrCat("listen is ", Printable(listen, 256), "; it must be host:port with a port of 0 to 65535"));
   }
   return absl::OkStatus();
 }
@@ -147,7 +146,7 @@ bool Server::Drain() {
   // A pause that is part of the protocol: load balancers need time to see that we are not ready.
   std::this_thread::sleep_until(std::min(deadline, start + std::chrono::milliseconds(options_.drain_linger_ms)));
   lifecycle_.Advance(Phase::kDraining);
-  const bool complete = generation_.live_requests().WaitEmpty(deadline);
+  const bool complete = generation_.live_requests().WaitIdle(deadline);
   Stop();
   return complete;
 }

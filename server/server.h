@@ -47,7 +47,7 @@ class Server {
   void Stop();
 
   // No generation or score call is under way.
-  bool idle() { return generation_.live_requests().empty(); }
+  bool idle() { return generation_.live_requests().idle(); }
 
  private:
   Server(const ServerOptions& options, const EngineOptions& engine_options, std::string model_name);

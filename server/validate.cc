@@ -66,7 +66,7 @@ absl::StatusOr<std::vector<int32_t>> CheckTokenIds(absl::string_view field,
 absl::Status CheckTokenizer(absl::string_view what, const ServedModel& model) {
   if (model.tokenizer != nullptr) return absl::OkStatus();
   return MissingFeature("tokenizer", absl::StrCat(what, " needs a tokenizer, and the directory of model ",
-                                                  Quoted(model.name), " holds none: give token ids"));
+                                                  Printable(model.name), " holds none: give token ids"));
 }
 
 // 1 ... context ids.
@@ -206,9 +206,9 @@ absl::Status CheckStopping(const v1::Stopping& stopping, const ServerOptions& op
 
 absl::Status CheckModelName(const std::string& name, const ServedModel& model) {
   if (name.empty() || name == model.name) return absl::OkStatus();
-  return WithErrorInfo(
-      absl::NotFoundError(absl::StrCat("model ", Quoted(name), " is not served here; ", Quoted(model.name), " is")),
-      "MODEL_NOT_FOUND", {{"served_model", model.name}});
+  return WithErrorInfo(absl::NotFoundError(absl::StrCat("model ", Printable(name), " is not served here; ",
+                                                        Printable(model.name), " is")),
+                       "MODEL_NOT_FOUND", {{"served_model", model.name}});
 }
 
 absl::Status CheckRequestId(const std::string& request_id) {
@@ -221,7 +221,7 @@ absl::Status CheckRequestId(const std::string& request_id) {
   };
   if (!std::all_of(request_id.begin(), request_id.end(), allowed)) {
     return InvalidField("request_id",
-                        absl::StrCat("is ", Quoted(request_id), "; only A-Z a-z 0-9 . _ : - are allowed"));
+                        absl::StrCat("is ", Printable(request_id), "; only A-Z a-z 0-9 . _ : - are allowed"));
   }
   return absl::OkStatus();
 }

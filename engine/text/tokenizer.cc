@@ -22,7 +22,8 @@ namespace {
 
 // Unicode's White_Space, which is what \s means to Hugging Face; PCRE2's \s has U+180E besides.
 #define SPACES R"(\t-\r \x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000})"
-// GPT-2's split. The possessive ++ changes nothing but the work: nothing follows that could give characters back.
+// GPT-2's split. \p{L} and \p{N} are those of PCRE2's Unicode (14 in Debian 12): letters younger than that count as
+// symbols. The possessive ++ changes nothing but the work: nothing follows that could give characters back.
 constexpr char kSplitPattern[] = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}++| ?\p{N}++| ?[^\p{L}\p{N})" SPACES
                                  R"(]++|[)" SPACES R"(]+(?![^)" SPACES R"(])|[)" SPACES R"(]++)";
 #undef SPACES

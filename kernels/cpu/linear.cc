@@ -43,8 +43,10 @@ struct DotBlock {
 
   template <int kRows>
   void Tile(int64_t row) const {
+    // Four chains of multiply-adds are too few to hide their latency.
+    constexpr int kOutputs = kRows == 1 ? 2 * kTileOutputs : kTileOutputs;
     int64_t i = first;
-    for (; i + kTileOutputs <= last; i += kTileOutputs) Outputs<kRows, kTileOutputs>(row, i);
+    for (; i + kOutputs <= last; i += kOutputs) Outputs<kRows, kOutputs>(row, i);
     for (; i < last; ++i) Outputs<kRows, 1>(row, i);
   }
 

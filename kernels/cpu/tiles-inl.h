@@ -21,7 +21,8 @@ using F32 = hn::ScalableTag<float>;
 using V = hn::Vec<F32>;
 constexpr int64_t kLanes = hn::MaxLanes(F32());
 constexpr int kTileVectors = 4;
-// kTileRows * kTileVectors accumulators, the weights and one operand fill the registers: 32 with AVX-512, else 16.
+// 4 * kTileRows accumulators, the operands of kTileRows rows and one vector of weights fill the registers: 32 with
+// AVX-512, else 16. One more and an accumulator lives on the stack, at half the speed.
 constexpr int kTileRows = HWY_TARGET <= HWY_AVX3 ? 6 : 3;
 constexpr int64_t kPrefetchBytes = 1024;
 constexpr int64_t kLineBytes = 64;
@@ -70,14 +71,14 @@ HWY_INLINE void StorePart(V v, float* p, int64_t n) {
 template <typename W, int kRows, int kOutputs>
 HWY_INLINE void DotStep(const W* const (&w)[kOutputs], const float* const (&x)[kRows], int64_t k,
                         V (&sum)[kRows][kOutputs]) {
-  V wk[kOutputs];
+  V xk[kRows];
 #pragma GCC unroll 8
-  for (int o = 0; o < kOutputs; ++o) wk[o] = Widen(w[o] + k);
+  for (int r = 0; r < kRows; ++r) xk[r] = Widen(x[r] + k);
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    const V xk = Widen(x[r] + k);
+  for (int o = 0; o < kOutputs; ++o) {
+    const V wk = Widen(w[o] + k);
 #pragma GCC unroll 8
-    for (int o = 0; o < kOutputs; ++o) sum[r][o] = hn::MulAdd(xk, wk[o], sum[r][o]);
+    for (int r = 0; r < kRows; ++r) sum[r][o] = hn::MulAdd(xk[r], wk, sum[r][o]);
   }
 }
 
@@ -141,14 +142,14 @@ HWY_INLINE void SumTile(const Inputs<W>& in, int64_t column, float* y, int64_t y
   for (int64_t i = 0; i < in.count; ++i) {
     const W* w = in.row(i) + column;
     const float* x = in.x + in.x_at(i);
-    V wv[kVectors];
+    V xr[kRows];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) wv[v] = Widen(w + v * kLanes);
+    for (int r = 0; r < kRows; ++r) xr[r] = hn::Set(F32(), x[r * in.x_stride]);
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const V xr = hn::Set(F32(), x[r * in.x_stride]);
+    for (int v = 0; v < kVectors; ++v) {
+      const V wv = Widen(w + v * kLanes);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = hn::MulAdd(xr, wv[v], sum[r][v]);
+      for (int r = 0; r < kRows; ++r) sum[r][v] = hn::MulAdd(xr[r], wv, sum[r][v]);
     }
   }
 #pragma GCC unroll 8

@@ -31,8 +31,10 @@ class TempDirectory {
   const std::string& path() const { return path_; }
   std::string Path(const std::string& name) const { return path_ + "/" + name; }
 
-  // Returns the file's path.
+  // Returns the file's path. Removes what was there: ext4 waits for the disk when a file is truncated and written
+  // again.
   std::string Write(const std::string& name, const std::string& bytes) const {
+    std::filesystem::remove(Path(name));
     std::ofstream(Path(name), std::ios::binary | std::ios::trunc)
         .write(bytes.data(), static_cast<int64_t>(bytes.size()));
     return Path(name);

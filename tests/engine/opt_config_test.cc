@@ -97,6 +97,7 @@ TEST_F(OptConfigTest, NamesFieldValueAndLimitOfWhatIsOutOfRange) {
                 {path_, "max_position_embeddings is 4294967297"});
   ExpectRefused(LoadField(R"("word_embed_proj_dim": 0)"), {path_, "word_embed_proj_dim is 0"});
   ExpectRefused(LoadField(R"("eos_token_id": 50272)"), {path_, "eos_token_id is 50272", "0 to 50271"});
+  ExpectRefused(LoadField(R"("vocab_size": 2)"), {path_, "bos_token_id is 2", "0 to 1"});  // the default
   ExpectRefused(LoadField(R"("bos_token_id": -1)"), {path_, "bos_token_id is -1"});
 }
 

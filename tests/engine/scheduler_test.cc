@@ -62,8 +62,8 @@ TEST_F(SchedulerTest, CutsAPromptIntoChunksAndWantsLogitsAfterItsLastTokenOnly) 
 TEST_F(SchedulerTest, DecodesBeforeItPrefillsAndSharesTheRestOfTheStep) {
   Enqueue(3, 10);
   Step();
-  Enqueue(20, 10);
-  Enqueue(20, 10);
+  Enqueue(20, 2);
+  Enqueue(20, 2);
   Step();
   EXPECT_EQ(batch_.rows(), kMaxRows);  // 1 to decode, 8 of the first prompt, 3 of the second
   EXPECT_THAT(batch_.row_slots, ElementsAre(0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2));

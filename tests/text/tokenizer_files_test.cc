@@ -219,11 +219,13 @@ TEST_F(TokenizerFiles, AreRefusedForPartsOfTheWrongType) {
     ExpectChangeRefused([&](json& root) { root["model"]["merges"] = json::object({{"a", wrong}}); }, "model.merges");
     ExpectChangeRefused([&](json& root) { root["model"]["merges"] = {"a b", wrong}; }, "model.merges[1]: ");
     ExpectChangeRefused([&](json& root) { root["added_tokens"] = {wrong}; }, "added_tokens");
+  }
+  for (const json& wrong : {json(nullptr), json(7), json::array()}) {
     ExpectChangeRefused(
         [&](json& root) {
-          root["added_tokens"] = {{{"id", 262}, {"content", wrong[0]}}};
+          root["added_tokens"] = json::array({{{"id", 262}, {"content", wrong}, {"special", true}}});
         },
-        wrong.is_array() ? "content" : "content");
+        R"(the added token with id 262 has no "content")");
   }
 }
 
