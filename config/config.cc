@@ -174,9 +174,8 @@ std::string HelpText() {
   }
   absl::StrAppend(
       &text,
-      "\nA switch may be turned off: --no-pin-threads or --pin-threads=false.\n"
-      "Exit codes: 0 drained after SIGTERM or SIGINT; 1 cannot start (configuration, model, port); 2 wrong usage;\n"
-      "3 the engine failed.\n");
+      "\nExit codes: 0 drained after SIGTERM or SIGINT; 1 cannot start (configuration, model, port); 2 wrong usage;\n"
+      "3 the engine failed; 4 a second signal cut off running requests.\n");
   return text;
 }
 
