@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <future>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -106,6 +107,7 @@ class StepEngine final : public Engine {
   absl::Status CheckRequest(const Request& request) const;
 
   // Engine thread.
+  void WarmUp();
   void Run();
   bool TakeInbox();
   void EndOverdue();
@@ -181,11 +183,22 @@ absl::Status StepEngine::Load(const LoadProgress& progress) {
   return absl::OkStatus();
 }
 
-// One full step, so that every page and thread has been touched before the first request. Block 0 holds its keys and
-// values and is overwritten by whoever takes it.
+void StepEngine::Start() {
+  std::promise<void> warm;
+  thread_ = std::thread([&] {
+    WarmUp();
+    warm.set_value();  // the last use of what belongs to Start
+    Run();
+  });
+  warm.get_future().wait();
+}
+
+// A step of the largest size, so that scratch has grown, pages have been touched and threads run before the first request. Its
+// keys and values lie in block 0, which whoever takes it overwrites.
 void StepEngine::WarmUp() {
-  for (int32_t i = 0; i < std::min({batch_.max_rows, config_.context, options_.kv_block_tokens}); ++i) {
-    batch_.AddRow(0, i, config_.bos_token, i == 0);
+  for (int32_t i = 0; i < batch_.max_rows; ++i) {
+    batch_.AddRow(0, i % std::min(config_.context, options_.kv_block_tokens), config_.bos_token,
+                  i < batch_.max_logit_rows);
   }
   model_->Forward(batch_, kv_, logits_.data());
   batch_.Clear();
@@ -487,7 +500,6 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   ASSIGN_OR_RETURN(const int32_t kv_blocks, KvBlocks(options, config));
   auto engine = std::make_unique<StepEngine>(options, config, sampled_vocab, kv_blocks);
   RETURN_IF_ERROR(engine->Load(progress));
-  engine->WarmUp();
   engine->Start();
   return engine;
 }

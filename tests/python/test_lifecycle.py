@@ -106,7 +106,7 @@ def test_sigterm_lets_four_running_streams_end_complete(start):
 
 
 def test_new_requests_are_refused_while_draining(start):
-    daemon = start("--max-batch", "1")
+    daemon = start("--scheduler-max-batch", "1")
     stream = daemon.stub.GenerateStream(daemon.request([2, 100], 500), timeout=PATIENCE_S)
     next(stream)
     watch = daemon.health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
@@ -153,12 +153,12 @@ def test_sigterm_while_loading_exits_at_once(start, slow_model):
 
 def test_exit_codes_and_messages_when_it_cannot_start(tmp_path):
     for args, code, part in [
-        ((), 1, "model"),
+        ((), 2, "--model"),
         (("--no-such-flag",), 2, "no-such-flag"),
         (("--threads", "many"), 2, "threads"),
         (("--model", str(tmp_path / "nowhere"), "--listen", "127.0.0.1:0"), 1, "nowhere"),
         (("--model", str(MODEL), "--listen", "not an address"), 1, "not an address"),
-        (("--model", str(MODEL), "--listen", "127.0.0.1:0", "--kv-mib", "1"), 1, "512 tokens"),
+        (("--model", str(MODEL), "--listen", "127.0.0.1:0", "--kv-memory-mib", "1"), 1, "512 tokens"),
     ]:
         done = run_daemon(*args)
         assert done.returncode == code, (args, done)
@@ -209,7 +209,7 @@ def test_without_a_tokenizer_token_ids_are_served_and_text_is_refused(start, api
 def test_a_full_queue_is_refused_with_a_retry_delay(start):
     from google.rpc import error_details_pb2
     from test_client import details
-    daemon = start("--max-batch", "1", "--max-waiting-requests", "1")
+    daemon = start("--scheduler-max-batch", "1", "--scheduler-max-waiting-requests", "1")
     streams = [daemon.stub.GenerateStream(daemon.request([2, 100], 500), timeout=PATIENCE_S) for _ in range(12)]
     refused = []
     for stream in streams:
