@@ -8,6 +8,7 @@
 #include <atomic>
 #include <exception>
 #include <future>
+#include <numeric>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -85,12 +86,9 @@ class StepEngine final : public Engine {
   }
   ~StepEngine() override;
 
-  // Before Start, in this order.
+  // Once, in this order. Start returns when the engine thread has run its warm-up step.
   absl::Status Load(const LoadProgress& progress);
-  void WarmUp();
-  void Start() {
-    thread_ = std::thread([this] { Run(); });
-  }
+  void Start();
 
   const OptConfig& model() const override { return config_; }
   std::string backend_description() const override { return backend_->Description(); }
@@ -185,20 +183,21 @@ absl::Status StepEngine::Load(const LoadProgress& progress) {
 
 void StepEngine::Start() {
   std::promise<void> warm;
-  thread_ = std::thread([&] {
+  const std::future<void> is_warm = warm.get_future();
+  thread_ = std::thread([this, warm = std::move(warm)]() mutable {
     WarmUp();
-    warm.set_value();  // the last use of what belongs to Start
+    warm.set_value();
     Run();
   });
-  warm.get_future().wait();
+  is_warm.wait();
 }
 
-// A step of the largest size, so that scratch has grown, pages have been touched and threads run before the first request. Its
-// keys and values lie in block 0, which whoever takes it overwrites.
+// A step as large as one sequence allows, so that scratch has grown, pages have been touched and threads run before the first
+// request. Whoever takes these blocks later overwrites them.
 void StepEngine::WarmUp() {
-  for (int32_t i = 0; i < batch_.max_rows; ++i) {
-    batch_.AddRow(0, i % std::min(config_.context, options_.kv_block_tokens), config_.bos_token,
-                  i < batch_.max_logit_rows);
+  std::iota(batch_.block_table.begin(), batch_.block_table.begin() + batch_.blocks_per_slot, 0);
+  for (int32_t i = 0; i < std::min(batch_.max_rows, config_.context); ++i) {
+    batch_.AddRow(0, i, config_.bos_token, i < batch_.max_logit_rows);
   }
   model_->Forward(batch_, kv_, logits_.data());
   batch_.Clear();
