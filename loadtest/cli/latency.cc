@@ -13,14 +13,15 @@ double Milliseconds(std::chrono::steady_clock::duration time) {
 }  // namespace
 
 void Latency::AddTokens(int count, Time arrived) {
-  for (int i = 0; i < count; ++i) {
-    if (tokens_++ == 0) {
-      first_ = arrived;
-    } else {
-      gaps_ms_.push_back(Milliseconds(arrived - last_));
-    }
-    last_ = arrived;
+  if (count == 0) return;
+  if (tokens_ == 0) {
+    first_ = arrived;
+    gaps_ms_.assign(count - 1, 0.0);
+  } else {
+    gaps_ms_.insert(gaps_ms_.end(), count, Milliseconds(arrived - last_) / count);
   }
+  tokens_ += count;
+  last_ = arrived;
 }
 
 double Latency::ttft_ms() const { return tokens_ == 0 ? 0 : Milliseconds(first_ - sent_); }

@@ -1,4 +1,4 @@
-// What a client sees of a stream's timing. Tokens that arrive in one message have no time between them.
+// What a client sees of a stream's timing. Tokens of one message share the time since the message before.
 #ifndef LOADTEST_CLI_LATENCY_H_
 #define LOADTEST_CLI_LATENCY_H_
 

@@ -25,18 +25,17 @@ TEST(Latency, OneTokenHasNoGaps) {
   EXPECT_EQ(latency.tokens_per_second(), 4);
 }
 
-TEST(Latency, TokensOfOneMessageHaveNoTimeBetweenThem) {
+TEST(Latency, TokensOfOneMessageShareTheTimeSinceTheOneBefore) {
   Latency latency(kSent);
   latency.AddTokens(0, kSent + milliseconds(1));
   latency.AddTokens(2, kSent + milliseconds(10));
-  latency.AddTokens(3, kSent + milliseconds(50));
+  latency.AddTokens(3, kSent + milliseconds(70));
   EXPECT_EQ(latency.tokens(), 5);
   EXPECT_EQ(latency.ttft_ms(), 10);
-  EXPECT_EQ(latency.mean_gap_ms(), 10);  // gaps 0, 40, 0, 0
-  EXPECT_EQ(latency.gap_ms(0.5), 0);
-  EXPECT_EQ(latency.gap_ms(0.75), 0);
-  EXPECT_EQ(latency.gap_ms(0.76), 40);
-  EXPECT_EQ(latency.tokens_per_second(), 100);
+  EXPECT_EQ(latency.mean_gap_ms(), 15);  // gaps 0, 20, 20, 20
+  EXPECT_EQ(latency.gap_ms(0.25), 0);
+  EXPECT_EQ(latency.gap_ms(0.26), 20);
+  EXPECT_DOUBLE_EQ(latency.tokens_per_second(), 5 / 0.07);
 }
 
 TEST(Latency, PercentilesAreByNearestRank) {
