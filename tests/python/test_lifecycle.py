@@ -157,7 +157,7 @@ def test_exit_codes_and_messages_when_it_cannot_start(tmp_path):
         (("--no-such-flag",), 2, "no-such-flag"),
         (("--threads", "many"), 2, "threads"),
         (("--model", str(tmp_path / "nowhere"), "--listen", "127.0.0.1:0"), 1, "nowhere"),
-        (("--model", str(MODEL), "--listen", "not an address"), 1, "not an address"),
+        (("--model", str(MODEL), "--listen", "not an address"), 2, "not an address"),
         (("--model", str(MODEL), "--listen", "127.0.0.1:0", "--kv-memory-mib", "1"), 1, "512 tokens"),
     ]:
         done = run_daemon(*args)
