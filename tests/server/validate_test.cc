@@ -85,7 +85,7 @@ TEST_F(ValidateTest, RefusesFloatsThatAreNotFiniteOrOutOfRange) {
          {std::nanf(""), inf, -inf, 1e38f, std::nextafter(field.low, -inf), std::nextafter(field.high, inf)}) {
       v1::GenerateRequest request = Good();
       field.set(&request, bad);
-      ExpectRefused(request, field.name, "it must be in");
+      ExpectRefused(request, field.name, "it must be finite and in");
     }
     v1::GenerateRequest request = Good();
     field.set(&request, field.high);
@@ -113,7 +113,7 @@ TEST_F(ValidateTest, TreatsMinusZeroAndSubnormalsAsZero) {
 TEST_F(ValidateTest, NamesTheValueWithAllItsDigits) {
   v1::GenerateRequest request = Good();
   request.mutable_sampling()->set_top_p(1.0000001f);
-  ExpectRefused(request, "sampling.top_p", "is 1.00000012; it must be in (0, 1]");
+  ExpectRefused(request, "sampling.top_p", "is 1.00000012; it must be finite and in (0, 1]");
 }
 
 TEST_F(ValidateTest, RefusesCountsOutOfRange) {
