@@ -13,9 +13,9 @@
 
 #include "absl/container/flat_hash_map.h"
 #include "engine/text/tokenizer_files.h"
-#include "engine/text/utf8.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/base/utf8.h"
 
 namespace dejavu {
 namespace {
