@@ -141,7 +141,8 @@ TEST_F(EndToEnd, AUnaryCallAndAStreamSayTheSame) {
   EXPECT_EQ(unary.finish().generated_tokens(), 40u);
   EXPECT_GT(unary.finish().timings().ttft_ms(), 0);
   EXPECT_LE(unary.finish().timings().ttft_ms(), unary.finish().timings().total_ms());
-  EXPECT_EQ(unary.text(), tokenizer_->Decode(std::vector<int32_t>(unary.token_ids().begin(), unary.token_ids().end()), true));
+  EXPECT_EQ(unary.text(),
+            tokenizer_->Decode(std::vector<int32_t>(unary.token_ids().begin(), unary.token_ids().end()), true));
 
   Streamed streamed = Stream(stub_.get(), request);
   ASSERT_TRUE(streamed.status.ok()) << streamed.status.error_message();
@@ -365,6 +366,10 @@ TEST_F(EndToEnd, ASlowReaderHurtsOnlyItself) {
 }
 
 TEST_F(EndToEnd, DrainsRunningStreamsToTheirEnd) {
+  constexpr uint32_t kTokens = 200;
+  ServerOptions options;
+  options.drain_timeout_s = 3600;  // sanitizers are slow
+  Start(options);
   grpc::ClientContext watch_context;
   HealthCheckResponse health;
   const auto health_stub = grpc::health::v1::Health::NewStub(Channel());
@@ -380,7 +385,7 @@ TEST_F(EndToEnd, DrainsRunningStreamsToTheirEnd) {
     clients.emplace_back([&, i] {
       const auto stub = v1::GenerationService::NewStub(Channel());
       grpc::ClientContext context;
-      const auto reader = stub->GenerateStream(&context, Request(kLong));
+      const auto reader = stub->GenerateStream(&context, Request(kTokens));
       reader->WaitForInitialMetadata();  // comes with the first chunk
       ++started;
       streams[i] = ReadAll(reader.get());
@@ -400,7 +405,7 @@ TEST_F(EndToEnd, DrainsRunningStreamsToTheirEnd) {
   EXPECT_TRUE(complete);
   for (const Streamed& stream : streams) {
     EXPECT_TRUE(stream.status.ok()) << stream.status.error_message();
-    EXPECT_EQ(stream.response.token_ids_size(), static_cast<int>(kLong));
+    EXPECT_EQ(stream.response.token_ids_size(), static_cast<int>(kTokens));
   }
 }
 
