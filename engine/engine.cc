@@ -192,8 +192,8 @@ void StepEngine::Start() {
   is_warm.wait();
 }
 
-// A step as large as one sequence allows, so that scratch has grown, pages have been touched and threads run before the first
-// request. Whoever takes these blocks later overwrites them.
+// A step as large as one sequence allows, so that scratch has grown, pages have been touched and threads run before the
+// first request. Whoever takes these blocks later overwrites them.
 void StepEngine::WarmUp() {
   std::iota(batch_.block_table.begin(), batch_.block_table.begin() + batch_.blocks_per_slot, 0);
   for (int32_t i = 0; i < std::min(batch_.max_rows, config_.context); ++i) {

@@ -15,6 +15,7 @@ namespace dejavu {
 namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
 
 // Sebastiano Vigna's splitmix64 finaliser.
 uint64_t Mix(uint64_t z) {
@@ -77,9 +78,11 @@ const float* Sampler::Adjust(const float* logits, const SamplingParams& params, 
   if (penalised) {
     for (int32_t id : counts.distinct()) {
       float& logit = adjusted_[id];
+      if (logit == kMinusInfinity) continue;
       logit = logit > 0 ? logit / params.repetition_penalty : logit * params.repetition_penalty;
       const int32_t seen = counts.of(id).output;
       if (seen > 0) logit -= params.presence_penalty + params.frequency_penalty * static_cast<float>(seen);
+      logit = std::clamp(logit, -kLargest, kLargest);  // a penalty of 1e-38 must not make infinities
     }
   }
   for (int32_t id : banned) adjusted_[id] = kMinusInfinity;

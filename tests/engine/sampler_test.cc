@@ -195,6 +195,18 @@ TEST(Sampler, ATinyTemperatureIsGreedyNotNaN) {
   EXPECT_EQ(sampler.Sample(logits.data(), params, TokenCounts(3), {}, 0, false).id, 1);
 }
 
+TEST(Sampler, APenaltyNearZeroOverflowsNothing) {
+  Sampler sampler(3, 3);
+  TokenCounts counts(3);
+  counts.AddPrompt(0);
+  counts.AddPrompt(1);
+  SamplingParams params;
+  params.temperature = 1.0f;
+  params.repetition_penalty = std::numeric_limits<float>::min();
+  const std::vector<float> logits = {-3.0f, 4.0f, 1.0f};
+  EXPECT_EQ(sampler.Sample(logits.data(), params, counts, {}, 0, false).id, 1);
+}
+
 TEST(Sampler, LogprobsAndRanksAreThoseOfTheUnmodifiedLogits) {
   Sampler sampler(4, 4);
   const std::vector<float> logits = {0.0f, 1.0f, 2.0f, 3.0f};
