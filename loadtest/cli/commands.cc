@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "loadtest/cli/output.h"
 #include "loadtest/cli/prompt.h"
 
@@ -248,7 +249,7 @@ class InfoCommand : public Command {
     std::printf("%s\n", title.c_str());
     for (const auto& [name, value] : fields.items()) {
       if (value.is_object()) {
-        PrintFields(title + " " + name, value);
+        PrintFields(absl::StrCat(title, " ", name), value);
       } else {
         const std::string text = value.is_string() ? value.get<std::string>() : value.dump();
         std::printf("  %-24s %s\n", name.c_str(), text.c_str());
