@@ -48,14 +48,15 @@ bool AllFinite(const void* values, int64_t count, DType dtype) {
   return AllFinite(static_cast<const uint16_t*>(values), count, mask);
 }
 
-// target [cols, rows] = source [rows, cols], in square tiles that stay in the first-level cache.
+// target [cols, rows] = source [rows, cols], in square tiles. A tile reads its rows one after the other: their distance is often
+// a power of two, so that down a column every element would fall into the same set of the cache.
 template <typename T>
 void Transpose(const T* source, int64_t rows, int64_t cols, T* target) {
   constexpr int64_t kTile = 32;
   for (int64_t r0 = 0; r0 < rows; r0 += kTile) {
     for (int64_t c0 = 0; c0 < cols; c0 += kTile) {
-      for (int64_t c = c0; c < std::min(c0 + kTile, cols); ++c) {
-        for (int64_t r = r0; r < std::min(r0 + kTile, rows); ++r) target[c * rows + r] = source[r * cols + c];
+      for (int64_t r = r0; r < std::min(r0 + kTile, rows); ++r) {
+        for (int64_t c = c0; c < std::min(c0 + kTile, cols); ++c) target[c * rows + r] = source[r * cols + c];
       }
     }
   }
