@@ -48,8 +48,8 @@ bool AllFinite(const void* values, int64_t count, DType dtype) {
   return AllFinite(static_cast<const uint16_t*>(values), count, mask);
 }
 
-// target [cols, rows] = source [rows, cols], in square tiles. A tile reads its rows one after the other: their distance is often
-// a power of two, so that down a column every element would fall into the same set of the cache.
+// target [cols, rows] = source [rows, cols], in square tiles. A tile reads its rows one after the other: their distance
+// is often a power of two, so that down a column every element would fall into the same set of the cache.
 template <typename T>
 void Transpose(const T* source, int64_t rows, int64_t cols, T* target) {
   constexpr int64_t kTile = 32;

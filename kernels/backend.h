@@ -113,9 +113,9 @@ class Backend {
 };
 
 struct CpuBackendOptions {
-  int threads = 0;   // 0: one per CPU that this process may use
-  // One CPU per thread, as far as the affinity mask reaches. The thread that calls the ops counts: its first op pins it, and
-  // threads that it starts afterwards inherit that. Two backends that pin share the same CPUs.
+  int threads = 0;  // 0: one per CPU that this process may use
+  // One CPU per thread, as far as the affinity mask reaches. The thread that calls the ops counts: its first op pins
+  // it, and threads that it starts afterwards inherit that. Two backends that pin share the same CPUs.
   bool pin = true;
 };
 

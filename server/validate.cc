@@ -28,8 +28,8 @@ absl::StatusOr<float> CheckFloat(absl::string_view field, float value, Range ran
   const bool inside =
       std::isfinite(value) && (range.open_low ? value > range.low : value >= range.low) && value <= range.high;
   if (!inside) {
-    return InvalidField(field, absl::StrFormat("is %.9g; it must be finite and in %c%g, %g]", value, range.open_low ? '(' : '[',
-                                               range.low, range.high));
+    return InvalidField(field, absl::StrFormat("is %.9g; it must be finite and in %c%g, %g]", value,
+                                               range.open_low ? '(' : '[', range.low, range.high));
   }
   if (std::abs(value) < std::numeric_limits<float>::min()) {
     return range.open_low ? std::numeric_limits<float>::min() : 0.0f;

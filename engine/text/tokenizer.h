@@ -1,5 +1,5 @@
-// Tokenizer: GPT-2 byte-level BPE, as OPT uses it, from vocab.json + merges.txt or tokenizer.json. Immutable after loading: any
-// thread, no locks. Detokenizer: one stream's way back from ids to text.
+// Tokenizer: GPT-2 byte-level BPE, as OPT uses it, from vocab.json + merges.txt or tokenizer.json. Immutable after
+// loading: any thread, no locks. Detokenizer: one stream's way back from ids to text.
 #ifndef ENGINE_TEXT_TOKENIZER_H_
 #define ENGINE_TEXT_TOKENIZER_H_
 
@@ -36,13 +36,14 @@ class Tokenizer {
   virtual int32_t bos_id() const = 0;
   virtual int32_t eos_id() const = 0;
 
-  // All ids at once; ill-formed UTF-8 becomes U+FFFD. Special tokens are left out, or written as they are in the vocabulary.
+  // All ids at once; ill-formed UTF-8 becomes U+FFFD. Special tokens are left out, or written as they are in the
+  // vocabulary.
   std::string Decode(absl::Span<const int32_t> ids, bool skip_special_tokens) const;
 };
 
-// Turns ids into text as they come. What Append returns is always whole UTF-8; bytes that may still become a character are
-// held back, bytes that never can are replaced by U+FFFD at once (one per maximal ill-formed subpart, as in Unicode 15 §3.9
-// and Hugging Face's decoder).
+// Turns ids into text as they come. What Append returns is always whole UTF-8; bytes that may still become a character
+// are held back, bytes that never can are replaced by U+FFFD at once (one per maximal ill-formed subpart, as in Unicode
+// 15 §3.9 and Hugging Face's decoder).
 class Detokenizer {
  public:
   Detokenizer(const Tokenizer& tokenizer, bool skip_special_tokens);

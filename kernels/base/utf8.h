@@ -1,5 +1,5 @@
-// UTF-8 from strangers (RFC 3629: shortest forms only, no surrogates, at most U+10FFFF). Header only, because the client and the
-// configuration check text too and link no kernels. Any thread.
+// UTF-8 from strangers (RFC 3629: shortest forms only, no surrogates, at most U+10FFFF). Header only, because the
+// client and the configuration check text too and link no kernels. Any thread.
 #ifndef KERNELS_BASE_UTF8_H_
 #define KERNELS_BASE_UTF8_H_
 
