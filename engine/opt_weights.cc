@@ -86,7 +86,7 @@ class Loader {
   };
 
   absl::Status FindPrefix();
-  absl::StatusOr<const StoredTensor*> Find(const std::string& name, std::vector<int64_t> shape) const;
+  absl::StatusOr<const StoredTensor*> Find(const std::string& name, const std::vector<int64_t>& shape) const;
   void Reserve(Tensor* view, DType dtype, int64_t rows, int64_t cols);
   absl::Status PlanMatrix(const std::string& name, int64_t rows, int64_t cols, bool transposed, Tensor* view);
   absl::Status PlanLinear(const std::string& name, int64_t outputs, int64_t inputs, LinearWeights::Layout layout,
@@ -123,7 +123,7 @@ absl::Status Loader::FindPrefix() {
                    "embed_tokens.weight: not an OPT model"));
 }
 
-absl::StatusOr<const StoredTensor*> Loader::Find(const std::string& name, std::vector<int64_t> shape) const {
+absl::StatusOr<const StoredTensor*> Loader::Find(const std::string& name, const std::vector<int64_t>& shape) const {
   const StoredTensor* tensor = checkpoint_.Find(prefix_ + name);
   if (tensor == nullptr) {
     return absl::InvalidArgumentError(absl::StrCat("tensor ", prefix_, name, " is missing from the checkpoint"));

@@ -116,7 +116,9 @@ absl::StatusOr<TensorMap> ReadSafetensorsHeader(const std::string& path) {
   const int64_t data_start = kLengthBytes + static_cast<int64_t>(text.size());
   TensorMap tensors;
   std::vector<Extent> extents;
-  for (const auto& [name, entry] : header.items()) {
+  for (const auto& item : header.items()) {
+    const std::string& name = item.key();
+    const nlohmann::json& entry = item.value();
     if (name == "__metadata__") continue;
     const auto refuse = [&](absl::string_view reason) {
       return absl::InvalidArgumentError(absl::StrCat(path, ": tensor ", Quoted(name), " ", reason));

@@ -204,7 +204,8 @@ absl::Status CheckIsByteLevelBpe(const std::string& file, const json& root, cons
   const json& type = Get(model, "type");
   if (!type.is_null() && type != "BPE") return Malformed(file, "model.type is not \"BPE\"");
   const auto is_off = [](const json& value) {
-    return value.is_null() || value == false || value == "" || (value.is_number() && value == 0);
+    return value.is_null() || value == false || value == 0 ||
+           (value.is_string() && value.get_ref<const std::string&>().empty());
   };
   for (const char* key :
        {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"}) {

@@ -51,8 +51,9 @@ void* MapHuge(int64_t bytes) {
   void* map = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (map == MAP_FAILED) return nullptr;
   char* begin = static_cast<char*>(map);
-  char* aligned = reinterpret_cast<char*>(RoundUp(reinterpret_cast<intptr_t>(begin), kHugePage));
-  const int64_t before = aligned - begin;
+  const auto address = static_cast<int64_t>(reinterpret_cast<intptr_t>(begin));
+  const int64_t before = RoundUp(address, kHugePage) - address;
+  char* aligned = begin + before;
   if (before > 0) munmap(begin, before);
   if (before < kHugePage) munmap(aligned + bytes, kHugePage - before);
   madvise(aligned, bytes, MADV_HUGEPAGE);  // only a hint: kernels without huge pages refuse it

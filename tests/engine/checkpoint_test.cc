@@ -11,8 +11,6 @@
 namespace dejavu {
 namespace {
 
-using testing::ElementsAre;
-
 constexpr const char* kTestdata = TESTDATA "/opt/";
 
 // A file with the float16 tensors `names`, one element each, whose bits are `value`.

@@ -126,6 +126,7 @@ TEST(Engine, SixteenRequestsTogetherGetWhatEachGetsAlone) {
   const auto engine = MakeEngine(EMBEDDED_MODEL);
   constexpr int kRequests = 16;
   std::vector<std::vector<int32_t>> alone;
+  alone.reserve(kRequests);
   for (int i = 0; i < kRequests; ++i) alone.push_back(Generate(*engine, Mixed(i, engine->model().vocab)).ids);
 
   for (int prefill_chunk : {3, 64}) {
