@@ -192,12 +192,12 @@ void StepEngine::Start() {
   is_warm.wait();
 }
 
-// A step as large as one sequence allows, so that scratch has grown, pages have been touched and threads run before the
-// first request. Whoever takes these blocks later overwrites them.
+// A step of as many rows as a full batch decodes, so that scratch has grown, weights and threads have been touched
+// before the first request. Whoever takes these blocks later overwrites them.
 void StepEngine::WarmUp() {
   std::iota(batch_.block_table.begin(), batch_.block_table.begin() + batch_.blocks_per_slot, 0);
-  for (int32_t i = 0; i < std::min(batch_.max_rows, config_.context); ++i) {
-    batch_.AddRow(0, i, config_.bos_token, i < batch_.max_logit_rows);
+  for (int32_t i = 0; i < std::min(options_.max_batch, config_.context); ++i) {
+    batch_.AddRow(0, i, config_.bos_token, /*wants_logits=*/true);
   }
   model_->Forward(batch_, kv_, logits_.data());
   batch_.Clear();
