@@ -46,15 +46,16 @@ struct LoadedModel {
 };
 
 // At most a line a second, so that small models load silently.
-bool LogProgress(int64_t done_bytes, int64_t total_bytes) {
-  static auto last = std::chrono::steady_clock::now();
-  const auto now = std::chrono::steady_clock::now();
-  if (now - last >= std::chrono::seconds(1)) {
-    last = now;
-    spdlog::info("loading: {:.1f} of {:.1f} GB ({:.0f} %)", static_cast<double>(done_bytes) / 1e9,
-                 static_cast<double>(total_bytes) / 1e9, 100.0 * static_cast<double>(done_bytes) / total_bytes);
-  }
-  return true;
+LoadProgress LogProgress() {
+  return [last = std::chrono::steady_clock::now()](int64_t done_bytes, int64_t total_bytes) mutable {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last >= std::chrono::seconds(1)) {
+      last = now;
+      spdlog::info("loading: {:.1f} of {:.1f} GB ({:.0f} %)", static_cast<double>(done_bytes) / 1e9,
+                   static_cast<double>(total_bytes) / 1e9, 100.0 * static_cast<double>(done_bytes) / total_bytes);
+    }
+    return true;
+  };
 }
 
 absl::StatusOr<LoadedModel> LoadModel(const EngineOptions& options) {
@@ -68,7 +69,7 @@ absl::StatusOr<LoadedModel> LoadModel(const EngineOptions& options) {
     return tokenizer.status();
   }
   const int32_t sampled_vocab = model.tokenizer == nullptr ? 0 : model.tokenizer->vocab_size();
-  absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options, sampled_vocab, LogProgress);
+  absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options, sampled_vocab, LogProgress());
   if (!engine.ok()) return engine.status();
   model.engine = *std::move(engine);
   return model;

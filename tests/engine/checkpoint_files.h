@@ -16,33 +16,10 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "engine/checkpoint.h"
+#include "tests/scratch_directory.h"
 
 namespace dejavu {
-
-// A directory that is gone after the test.
-class TempDirectory {
- public:
-  TempDirectory() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "checkpoint_test.XXXXXX").string();
-    path_ = mkdtemp(pattern.data());
-  }
-  ~TempDirectory() { std::filesystem::remove_all(path_); }
-
-  const std::string& path() const { return path_; }
-  std::string Path(const std::string& name) const { return path_ + "/" + name; }
-
-  // Returns the file's path. Removes what was there: ext4 waits for the disk when a file is truncated and written
-  // again.
-  std::string Write(const std::string& name, const std::string& bytes) const {
-    std::filesystem::remove(Path(name));
-    std::ofstream(Path(name), std::ios::binary | std::ios::trunc)
-        .write(bytes.data(), static_cast<int64_t>(bytes.size()));
-    return Path(name);
-  }
-
- private:
-  std::string path_;
-};
 
 inline std::string ReadAll(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -54,6 +31,15 @@ template <typename T>
 void ExpectRefused(const absl::StatusOr<T>& result, const std::vector<std::string>& parts) {
   ASSERT_FALSE(result.ok()) << "expected: " << testing::PrintToString(parts);
   for (const std::string& part : parts) EXPECT_THAT(std::string(result.status().message()), testing::HasSubstr(part));
+}
+
+// A damaged file may be refused; what is accepted must lie within the file.
+inline void ExpectReadableIfAccepted(const absl::StatusOr<TensorMap>& tensors) {
+  if (!tensors.ok()) return;
+  for (const auto& [name, tensor] : *tensors) {
+    std::string data(tensor.elements * SizeOf(tensor.dtype), '\0');
+    EXPECT_TRUE(Checkpoint::Read(tensor, 0, tensor.elements, data.data()).ok());
+  }
 }
 
 // `value` in `width` bytes, little-endian.

@@ -127,7 +127,7 @@ class CheckpointTest : public testing::Test {
     return directory_.Write("model.safetensors.index.json", R"({"metadata": {}, "weight_map": )" + weight_map + "}");
   }
 
-  const TempDirectory directory_;
+  const ScratchDirectory directory_;
 };
 
 TEST_F(CheckpointTest, SaysWhatItLookedForInADirectoryWithoutWeights) {
@@ -171,7 +171,7 @@ TEST_F(CheckpointTest, FollowsTheLinksOfAHuggingFaceCache) {
 }
 
 TEST_F(CheckpointTest, RefusesAnIndexThatLeadsElsewhere) {
-  const TempDirectory outside;
+  const ScratchDirectory outside;
   const std::string secret = outside.Write("secret.safetensors", SmallSafetensors({"w"}, 1));
   std::filesystem::create_directory(directory_.Path("sub"));
   directory_.Write("sub/a.safetensors", SmallSafetensors({"w"}, 1));

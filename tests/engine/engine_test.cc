@@ -293,7 +293,9 @@ TEST(Engine, LogitsThatAreNotFiniteEndTheirOwnRequestOnly) {
   TinyCheckpoint tiny = TinyCheckpoint::Random(9);
   auto& embedding = tiny.tensors.at("model.decoder.embed_tokens.weight").data;
   std::fill(&embedding[7 * 16], &embedding[8 * 16], 3e37f);
-  const auto engine = MakeEngine(tiny.Write());
+  const ScratchDirectory directory;
+  tiny.Write(directory);
+  const auto engine = MakeEngine(directory.path());
   auto poisoned = std::make_shared<CollectingSink>();
   auto healthy = std::make_shared<CollectingSink>();
   Request request = Prompt({2, 3, 4}, 20);

@@ -16,7 +16,7 @@ class OptConfigTest : public testing::Test {
     return LoadText(R"({"model_type": "opt", )" + field + "}");
   }
 
-  const TempDirectory directory_;
+  const ScratchDirectory directory_;
   const std::string path_ = directory_.Path("config.json");
 };
 

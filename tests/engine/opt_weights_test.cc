@@ -14,10 +14,11 @@ using testing::AllOf;
 using testing::HasSubstr;
 
 absl::StatusOr<OptWeights> LoadWeights(const TinyCheckpoint& tiny, const LoadProgress& progress = nullptr) {
-  const std::string directory = tiny.Write();
-  const auto config = OptConfig::Load(directory);
+  const ScratchDirectory directory;
+  tiny.Write(directory);
+  const auto config = OptConfig::Load(directory.path());
   if (!config.ok()) return config.status();
-  const auto checkpoint = Checkpoint::Open(directory);
+  const auto checkpoint = Checkpoint::Open(directory.path());
   if (!checkpoint.ok()) return checkpoint.status();
   static const std::unique_ptr<Backend> backend = *CreateCpuBackend({1, false});
   return OptWeights::Load(*checkpoint, *config, *backend, progress);

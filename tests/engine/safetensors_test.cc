@@ -21,7 +21,7 @@ class SafetensorsTest : public testing::Test {
     return ReadHeader(R"({"w":{"dtype":)" + dtype + R"(,"shape":)" + shape + R"(,"data_offsets":)" + offsets + "}}");
   }
 
-  const TempDirectory directory_;
+  const ScratchDirectory directory_;
   const std::string path_ = directory_.Path("t.safetensors");
 };
 
@@ -126,12 +126,7 @@ TEST_F(SafetensorsTest, SurvivesRandomDamage) {
     std::string bytes = valid;
     for (uint32_t flips = 1 + random() % 4; flips > 0; --flips) bytes[random() % bytes.size()] ^= 1 << random() % 8;
     if (random() % 4 == 0) bytes.resize(random() % bytes.size());
-    const auto tensors = ReadBytes(bytes);
-    if (!tensors.ok()) continue;
-    for (const auto& [name, tensor] : *tensors) {
-      std::string data(tensor.elements * SizeOf(tensor.dtype), '\0');
-      EXPECT_TRUE(Checkpoint::Read(tensor, 0, tensor.elements, data.data()).ok());
-    }
+    ExpectReadableIfAccepted(ReadBytes(bytes));
   }
 }
 

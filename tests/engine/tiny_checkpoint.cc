@@ -1,11 +1,6 @@
 #include "tests/engine/tiny_checkpoint.h"
 
-#include <cstdlib>
-#include <fstream>
 #include <random>
-
-#include "gtest/gtest.h"
-#include "kernels/base/check.h"
 
 namespace dejavu {
 
@@ -51,29 +46,19 @@ TinyCheckpoint TinyCheckpoint::Random(uint32_t seed, int hidden, int ffn, int la
   return checkpoint;
 }
 
-std::string TinyCheckpoint::Write() const {
-  std::string directory = testing::TempDir() + "/tiny_checkpoint_XXXXXX";
-  CHECK(mkdtemp(directory.data()) != nullptr) << directory;
-  std::ofstream(directory + "/config.json") << config.dump();
-
+void TinyCheckpoint::Write(const ScratchDirectory& directory) const {
+  directory.Write("config.json", config.dump());
   nlohmann::json header;
-  size_t offset = 0;
+  std::string data;
   for (const auto& [name, values] : tensors) {
-    const size_t bytes = values.data.size() * sizeof(float);
-    header[name] = {{"dtype", "F32"}, {"shape", values.shape}, {"data_offsets", {offset, offset + bytes}}};
-    offset += bytes;
+    const size_t begin = data.size();
+    data.append(reinterpret_cast<const char*>(values.data.data()), values.data.size() * sizeof(float));
+    header[name] = {{"dtype", "F32"}, {"shape", values.shape}, {"data_offsets", {begin, data.size()}}};
   }
   const std::string text = header.dump();
   const uint64_t length = text.size();
-  std::ofstream out(directory + "/model.safetensors", std::ios::binary);
-  out.write(reinterpret_cast<const char*>(&length), sizeof length);
-  out << text;
-  for (const auto& [name, values] : tensors) {
-    out.write(reinterpret_cast<const char*>(values.data.data()),
-              static_cast<std::streamsize>(values.data.size() * sizeof(float)));
-  }
-  CHECK(out.good()) << directory;
-  return directory;
+  const std::string prefix(reinterpret_cast<const char*>(&length), sizeof length);
+  directory.Write("model.safetensors", prefix + text + data);
 }
 
 }  // namespace dejavu

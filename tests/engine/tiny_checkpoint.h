@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "nlohmann/json.hpp"
+#include "tests/scratch_directory.h"
 
 namespace dejavu {
 
@@ -22,9 +23,8 @@ struct TinyCheckpoint {
   // Pre-norm, 2 layers, 2 heads, vocabulary 50, context 32; `hidden` even.
   static TinyCheckpoint Random(uint32_t seed, int hidden = 16, int ffn = 40, int layers = 2, int vocab = 50);
 
-  // Writes config.json and model.safetensors into a new directory under the test's temporary folder and returns its
-  // path.
-  std::string Write() const;
+  // Writes config.json and model.safetensors.
+  void Write(const ScratchDirectory& directory) const;
 };
 
 }  // namespace dejavu

@@ -31,7 +31,7 @@ class TorchArchiveTest : public testing::Test {
   }
   static std::string Valid() { return Pickle(0, {2, 4}, {4, 1}); }
 
-  const TempDirectory directory_;
+  const ScratchDirectory directory_;
   const std::string path_ = directory_.Path("t.bin");
 };
 
@@ -297,12 +297,7 @@ TEST_F(TorchArchiveTest, SurvivesRandomDamage) {
       byte = random() % 2 == 0 ? byte ^ 1 << random() % 8 : static_cast<char>(random());
     }
     if (random() % 8 == 0) bytes.erase(random() % bytes.size(), 1 + random() % 8);
-    const auto tensors = ReadBytes(bytes);
-    if (!tensors.ok()) continue;
-    for (const auto& [name, tensor] : *tensors) {
-      std::string data(tensor.elements * SizeOf(tensor.dtype), '\0');
-      EXPECT_TRUE(Checkpoint::Read(tensor, 0, tensor.elements, data.data()).ok());
-    }
+    ExpectReadableIfAccepted(ReadBytes(bytes));
   }
 }
 

@@ -8,7 +8,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
-#include "tests/text/scratch_directory.h"
+#include "tests/scratch_directory.h"
 
 namespace dejavu {
 namespace {
