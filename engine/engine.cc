@@ -94,11 +94,14 @@ class StepEngine final : public Engine {
   std::string backend_description() const override { return backend_->Description(); }
   int64_t weight_bytes() const override { return weights_.bytes(); }
   DType weight_dtype() const override { return weights_.dtype(); }
+  const PredictorInfo& predictor() const override { return predictor_info_; }
+  absl::Status CheckTier(Tier tier) const override;
   absl::StatusOr<uint64_t> Submit(Request request, std::shared_ptr<TokenSink> sink) override;
   void Cancel(uint64_t id) override;
   void Drain() override;
   bool WaitIdle(SteadyTime deadline) override;
   EngineStats stats() const override;
+  SparsityStats sparsity_stats() const override;
   bool failed() const override { return failed_.load(); }
 
  private:
@@ -125,6 +128,7 @@ class StepEngine final : public Engine {
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Communicator> communicator_ = SingleRank();
   OptWeights weights_;
+  PredictorInfo predictor_info_;
   KvCache kv_;
   std::unique_ptr<OptModel> model_;
 
@@ -232,8 +236,20 @@ absl::Status StepEngine::CheckRequest(const Request& r) const {
   return absl::OkStatus();
 }
 
+absl::Status StepEngine::CheckTier(Tier tier) const {
+  const std::vector<Tier>& tiers = predictor_info_.tiers;
+  if (!IsPredicted(tier) || std::find(tiers.begin(), tiers.end(), tier) != tiers.end()) return absl::OkStatus();
+  if (predictor_info_.path.empty()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("tier ", Name(tier), " needs a predictor, and none is loaded (see dejavu-calibrate)"));
+  }
+  return absl::FailedPreconditionError(
+      absl::StrCat("the predictor ", predictor_info_.path, " has no operating point for tier ", Name(tier)));
+}
+
 absl::StatusOr<uint64_t> StepEngine::Submit(Request request, std::shared_ptr<TokenSink> sink) {
   RETURN_IF_ERROR(CheckRequest(request));
+  RETURN_IF_ERROR(CheckTier(request.sparsity.tier));
   MutexLock lock(mutex_);
   if (failed_) return absl::UnavailableError("the engine has failed; the server must be restarted");
   if (draining_ || stopping_) return absl::UnavailableError("the engine is draining; it takes no new requests");
@@ -284,6 +300,8 @@ EngineStats StepEngine::stats() const {
   stats.generated_tokens = stat_generated_tokens_;
   return stats;
 }
+
+SparsityStats StepEngine::sparsity_stats() const { return {}; }
 
 void StepEngine::Run() {
   try {

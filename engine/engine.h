@@ -13,6 +13,7 @@
 #include "engine/opt_weights.h"
 #include "engine/options.h"
 #include "engine/request.h"
+#include "engine/sparsity.h"
 
 namespace dejavu {
 
@@ -40,6 +41,11 @@ class Engine {
   virtual std::string backend_description() const = 0;
   virtual int64_t weight_bytes() const = 0;
   virtual DType weight_dtype() const = 0;
+  virtual const PredictorInfo& predictor() const = 0;
+
+  // OK for a tier that can be served here: DENSE and EXACT always, the others where the loaded predictor has an
+  // operating point for them. Else FAILED_PRECONDITION with the reason, from Submit too.
+  virtual absl::Status CheckTier(Tier tier) const = 0;
 
   // INVALID_ARGUMENT for a request that can never run, RESOURCE_EXHAUSTED when the queue is full or the KV pool is too
   // small for it, UNAVAILABLE after Drain. On success the sink will hear OnFinish. Returns the engine's id.
@@ -54,6 +60,7 @@ class Engine {
   virtual bool WaitIdle(SteadyTime deadline) = 0;
 
   virtual EngineStats stats() const = 0;
+  virtual SparsityStats sparsity_stats() const = 0;
 
   // True once the engine thread has died of an error of its own. Every request has then finished with kError and new
   // ones are refused with UNAVAILABLE; only a restart helps.

@@ -9,6 +9,9 @@ namespace dejavu {
 
 struct EngineOptions {
   std::string model;             // directory in Hugging Face layout
+  // Predictor file; empty: predictor.safetensors in the model's directory, if there is one; "none": none even then.
+  std::string predictor;
+  bool shadow_fallback = true;   // a layer whose shadow checks fail runs EXACT until they pass again
   std::string backend = "auto";  // auto | cpu | cuda
   int threads = 0;               // CPU threads of the step; 0: one per CPU that this process may use
   bool pin_threads = true;       // one CPU per thread

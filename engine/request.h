@@ -11,6 +11,7 @@
 
 #include "absl/status/status.h"
 #include "absl/types/span.h"
+#include "engine/sparsity.h"
 
 namespace dejavu {
 
@@ -34,6 +35,7 @@ struct SamplingParams {
 struct Request {
   std::vector<int32_t> prompt;  // 1 ... context ids, each below the vocabulary; taken as they are
   SamplingParams sampling;
+  SparsityParams sparsity;     // a scored prompt is prefill: its tier has no effect
   int32_t max_new_tokens = 0;  // 0 only with `score`; prompt + max_new_tokens must fit the context
   int32_t min_new_tokens = 0;  // no stop token before that many
   std::vector<int32_t> stop_token_ids;
@@ -75,6 +77,7 @@ struct Finish {
   int32_t prompt_tokens = 0;
   int32_t generated_tokens = 0;
   int32_t stop_token_id = -1;                           // for kEos and kStopToken
+  SparsityReport sparsity;
   SteadyTime queued, scheduled, first_token, finished;  // first_token is `finished` when there was none
 };
 
