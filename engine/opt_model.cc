@@ -108,7 +108,7 @@ void OptModel::Layer(const LayerWeights& w, const KvLayer& kv, const RowTable& r
   if (!config_.pre_norm) dev_.LayerNorm(x, x, w.attention_norm);
 
   if (config_.pre_norm) dev_.LayerNorm(h, x, w.mlp_norm);
-  dev_.Mlp(partial, h, w.mlp, neurons, neurons_.Rows(0, n));
+  dev_.Mlp(partial, h, w.mlp, neurons, /*skip_zeros=*/true, neurons_.Rows(0, n), {});
   comm_.AllReduce(partial);
   dev_.Add(x, partial);
   if (!config_.pre_norm) dev_.LayerNorm(x, x, w.mlp_norm);

@@ -76,7 +76,7 @@ struct Finish {
   absl::Status status;  // for kError: DATA_LOSS when the row's logits were not finite
   int32_t prompt_tokens = 0;
   int32_t generated_tokens = 0;
-  int32_t stop_token_id = -1;                           // for kEos and kStopToken
+  int32_t stop_token_id = -1;  // for kEos and kStopToken
   SparsityReport sparsity;
   SteadyTime queued, scheduled, first_token, finished;  // first_token is `finished` when there was none
 };

@@ -52,7 +52,7 @@ struct SparsityReport {
   double mlp_active = 1.0;         // neurons whose down row it reads: DENSE all, else those with a non-zero activation
   double mlp_union_density = 1.0;  // MLP weight rows that its steps read for all their rows together
   double head_density = 1.0;       // heads computed
-  double fallback_share = 0.0;     // of its layer passes, the share that ran EXACT because shadow checks had failed there
+  double fallback_share = 0.0;  // of its layer passes, the share that ran EXACT because shadow checks had failed there
   ShadowReport shadow;
 };
 

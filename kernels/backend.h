@@ -27,8 +27,9 @@ struct LinearWeights {
     kInputRows,   // weight [inputs, outputs]: an input is a row; computed as a sum of rows, in ascending input order
   };
   Layout layout = Layout::kOutputRows;
-  Tensor weight;  // float32, float16 or bfloat16
+  Tensor weight;  // float32, float16 or bfloat16; int8 where an output is a row
   Tensor bias;    // float32 [1, outputs]; empty: none
+  Tensor scale;   // float32 [1, outputs], for int8: what an output's weights are multiplied with
 
   int64_t inputs() const { return layout == Layout::kOutputRows ? weight.cols : weight.rows; }
   int64_t outputs() const { return layout == Layout::kOutputRows ? weight.rows : weight.cols; }
@@ -39,6 +40,28 @@ struct MlpWeights {
   LinearWeights up;    // kOutputRows [neurons, hidden]
   LinearWeights down;  // kInputRows [neurons, hidden]
 };
+
+// More outputs of the same x, computed in the same pass over it.
+struct Ride {
+  Tensor y;                          // [rows, outputs]
+  const LinearWeights* w = nullptr;  // kOutputRows; nullptr: nothing rides along
+};
+
+// Decides which outputs (neurons, heads) a row needs, from a few coordinates a of that row: row r selects output j iff
+//   sum over k < rank of a[r][k] * b[k][j]  >  threshold[j]
+// with rank and thresholds of the row's operating point. Outputs are padded to a multiple of kSelectorPadding by
+// thresholds of +infinity.
+inline constexpr int64_t kSelectorPadding = 64;
+struct SelectorWeights {
+  Tensor b;           // int8 [largest rank, padded outputs]; a's factors are folded into the thresholds or into a
+  Tensor thresholds;  // float16 [operating points, padded outputs]; -infinity: always, +infinity: never
+  Tensor ranks;       // int32 [1, operating points]: the first so many rows of b
+  int64_t outputs = 0;
+};
+inline constexpr int32_t kSelectEverything = -1;  // in place of an operating point
+
+// What Audit finds for a row, as columns of its result.
+enum AuditField { kAuditSelected, kAuditActive, kAuditHits, kAuditMass, kAuditMissedMass, kAuditFields };
 
 struct NormWeights {
   Tensor weight;  // float32 [1, features]
@@ -89,21 +112,39 @@ class Backend {
   // y = (x - mean) / sqrt(variance + epsilon) * weight + bias over the features of each row. y may be x.
   virtual void LayerNorm(Tensor y, Tensor x, const NormWeights& norm) = 0;
 
-  // y = W x + b. `inputs` selects whole groups of `group` inputs (heads: group = head_dim) and needs kInputRows: the
-  // sum leaves the others out. y must not overlap x.
-  virtual void Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& inputs = {}, int64_t group = 1) = 0;
+  // y = W x + b. `selected` names groups of `group` rows of the weight (heads: group = head_dim). For kInputRows the
+  // sum leaves the other inputs out; for kOutputRows the other outputs are left untouched. Masks are ignored. With
+  // `ride`, for kOutputRows only, its outputs are computed too. y must not overlap x.
+  virtual void Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& selected = {}, int64_t group = 1,
+                      const Ride& ride = {}) = 0;
 
   // Stores the K and V parts of qkv [rows, 3 * heads * head_dim] (Q of all heads, then K, then V) at each row's
   // position.
   virtual void WriteKv(const KvLayer& kv, Tensor qkv, const RowTable& rows) = 0;
 
   // context [rows, heads * head_dim] = softmax(scale * Q K^T) V per row and head, over positions 0 ... the row's own.
-  // Context of heads that are not selected is left untouched.
+  // Context of heads that no row selected is left untouched; that of a head which another row selected is zero.
   virtual void Attention(Tensor context, Tensor qkv, const KvLayer& kv, const RowTable& rows, float scale,
                          const Selection& heads) = 0;
 
-  // y = down(relu(up(x))) over the selected neurons. `hidden` [rows, neurons] is scratch.
-  virtual void Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& neurons, Tensor hidden) = 0;
+  // Fills `selection` (indices with room for every output, count, masks) for rows of `a` [rows, coordinates] and
+  // `counts` int32 [1, rows] with how many outputs each row selected. `points` int32 [1, rows]: the operating point of
+  // each row or kSelectEverything. Where a is NaN nothing is selected.
+  virtual void Select(const Selection& selection, Tensor counts, Tensor a, const SelectorWeights& w, Tensor points) = 0;
+
+  // y = down(relu(up(x))) over the selected neurons; a strict row leaves out what it did not select itself. With
+  // `skip_zeros` the down-projection reads only neurons that are not zero in some row: the same result, bit by bit.
+  // `active` int32 [1, n + 1], unless empty, receives how many neurons are not zero in each of the first n rows, and in
+  // any row. `hidden` [rows, neurons] is scratch.
+  virtual void Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& neurons, bool skip_zeros, Tensor hidden,
+                   Tensor active) = 0;
+
+  // Holds what rows of a step selected against what the whole up-projection gives. Row i of x [audited, hidden] is row
+  // rows[i] (int32 [1, audited]) of the selection. `worth` float32 [1, neurons]: squared norms of the down rows; a
+  // neuron's mass is its activation squared times its worth. `result` float32 [audited, kAuditFields]; `hidden`
+  // [audited, neurons] is scratch.
+  virtual void Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
+                     Tensor rows, Tensor hidden) = 0;
 
   // x += y.
   virtual void Add(Tensor x, Tensor y) = 0;

@@ -12,6 +12,8 @@ const char* Name(DType dtype) {
       return "bfloat16";
     case DType::kInt32:
       return "int32";
+    case DType::kInt8:
+      return "int8";
   }
   return "?";
 }

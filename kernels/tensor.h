@@ -12,10 +12,12 @@
 
 namespace dejavu {
 
-enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kInt32 };
+enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kInt32, kInt8 };
 
-constexpr int64_t SizeOf(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kInt32 ? 4 : 2; }
-const char* Name(DType dtype);  // "float32", "float16", "bfloat16", "int32"
+constexpr int64_t SizeOf(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kInt32 ? 4 : dtype == DType::kInt8 ? 1 : 2;
+}
+const char* Name(DType dtype);  // "float32", "float16", "bfloat16", "int32", "int8"
 
 struct Tensor {
   void* data = nullptr;

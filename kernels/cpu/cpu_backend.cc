@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -77,6 +78,15 @@ const int32_t* ListOf(const Selection& selection) {
   return selection.all() ? nullptr : selection.indices.row<int32_t>(0);
 }
 
+bool Selected(const Tensor& masks, int64_t row, int64_t i) {
+  return (static_cast<uint32_t>(masks.row<int32_t>(row)[i / 32]) >> (i % 32) & 1) != 0;
+}
+
+// Whether row `row` computes only what it selected itself.
+bool IsStrict(const Selection& selection, int64_t row) {
+  return !selection.masks.empty() && (selection.strict.empty() || selection.strict.row<int32_t>(0)[row] != 0);
+}
+
 // Those of the neurons first ... last of the list that are not zero in every row; returns how many.
 int64_t ActiveNeurons(const Tensor& hidden, const int32_t* neurons, int64_t first, int64_t last, int32_t* active) {
   int64_t count = 0;
@@ -88,6 +98,36 @@ int64_t ActiveNeurons(const Tensor& hidden, const int32_t* neurons, int64_t firs
     count += any;
   }
   return count;
+}
+
+// Zeros the activations that strict rows did not select.
+void ApplyMasks(const Tensor& hidden, const Selection& neurons, int64_t first, int64_t last) {
+  const int32_t* list = neurons.indices.row<int32_t>(0);
+  for (int64_t r = 0; r < hidden.rows; ++r) {
+    if (!IsStrict(neurons, r)) continue;
+    float* h = hidden.row<float>(r);
+    for (int64_t i = first; i < last; ++i) {
+      if (!Selected(neurons.masks, r, list[i])) h[list[i]] = 0.0f;
+    }
+  }
+}
+
+int64_t NonZero(const float* h, const int32_t* neurons, int64_t first, int64_t last) {
+  int64_t count = 0;
+  if (neurons == nullptr) {
+    for (int64_t i = first; i < last; ++i) count += h[i] != 0.0f;
+  } else {
+    for (int64_t i = first; i < last; ++i) count += h[neurons[i]] != 0.0f;
+  }
+  return count;
+}
+
+void CheckMasks(const Selection& selection, int64_t rows, int64_t all) {
+  if (selection.masks.empty()) return;
+  CHECK(!selection.all()) << "masks without a list";
+  CHECK(selection.masks.dtype == DType::kInt32 && selection.masks.rows >= rows && selection.masks.cols * 32 >= all)
+      << "masks [" << selection.masks.rows << ", " << selection.masks.cols << "] for " << rows << " rows of " << all;
+  CHECK(selection.strict.empty() || selection.strict.cols >= rows) << selection.strict.cols << " flags for " << rows;
 }
 
 class CpuBackend final : public Backend {
@@ -123,11 +163,16 @@ class CpuBackend final : public Backend {
 
   void Embed(Tensor y, Tensor ids, Tensor table, int64_t offset, bool accumulate) override;
   void LayerNorm(Tensor y, Tensor x, const NormWeights& norm) override;
-  void Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& inputs, int64_t group) override;
+  void Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& selected, int64_t group,
+              const Ride& ride) override;
   void WriteKv(const KvLayer& kv, Tensor qkv, const RowTable& rows) override;
   void Attention(Tensor context, Tensor qkv, const KvLayer& kv, const RowTable& rows, float scale,
                  const Selection& heads) override;
-  void Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& neurons, Tensor hidden) override;
+  void Select(const Selection& selection, Tensor counts, Tensor a, const SelectorWeights& w, Tensor points) override;
+  void Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& neurons, bool skip_zeros, Tensor hidden,
+           Tensor active) override;
+  void Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons, Tensor rows,
+             Tensor hidden) override;
   void Add(Tensor x, Tensor y) override;
   void GatherRows(Tensor y, Tensor x, Tensor ids) override;
 
@@ -147,6 +192,7 @@ class CpuBackend final : public Backend {
                       [&](int64_t first, int64_t last, int) { function(first, last); });
   }
 
+  const int32_t* Members(const Selection& selected, int64_t rows, int64_t group, int64_t* count);
   void SumRows(const cpu::SumJob& job);
   void GroupRows(const RowTable& rows);
 
@@ -154,9 +200,10 @@ class CpuBackend final : public Backend {
   const std::unique_ptr<float, decltype(&std::free)> sum_scratch_;  // [threads, kSumScratchBytes]
 
   // Scratch that grows to the largest size seen and then stays.
-  std::vector<int32_t> inputs_;       // inputs of the selected groups
+  std::vector<int32_t> members_;      // weight rows of the selected groups
   std::vector<int32_t> neurons_;      // neurons with an activation other than zero
   std::vector<int64_t> chunk_count_;  // how many of them each chunk of neurons found
+  std::vector<int64_t> chunk_rows_;   // [chunks, rows] and how many in each counted row
   std::vector<int64_t> row_groups_;   // first row of each group that attends together, then the number of rows
 };
 
@@ -200,24 +247,41 @@ void CpuBackend::LayerNorm(Tensor y, Tensor x, const NormWeights& norm) {
   ForRows(y.rows, y.cols, [&](int64_t first, int64_t last) { cpu::LayerNorm(y, x, norm, first, last); });
 }
 
-void CpuBackend::Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& inputs, int64_t group) {
+// The rows of the weight that the selected groups name; nullptr for all of them.
+const int32_t* CpuBackend::Members(const Selection& selected, int64_t rows, int64_t group, int64_t* count) {
+  CHECK(group > 0 && rows % group == 0) << rows << " rows in groups of " << group;
+  const int64_t groups = CountOf(selected, rows / group);
+  const int32_t* list = ListOf(selected);
+  *count = groups * group;
+  if (list == nullptr || group == 1) return list;
+  if (static_cast<int64_t>(members_.size()) < rows) members_.resize(rows);
+  for (int64_t i = 0; i < *count; ++i) members_[i] = static_cast<int32_t>(list[i / group] * group + i % group);
+  return members_.data();
+}
+
+void CpuBackend::Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& selected, int64_t group,
+                        const Ride& ride) {
   CheckLinear(y, x, w);
-  if (w.layout == LinearWeights::Layout::kOutputRows) {
-    CHECK(inputs.all()) << "inputs can be selected only where an input is a row";
-    const cpu::DotJob job = {y, x, &w, nullptr, false};
-    pool_.ParallelFor(w.outputs(), OutputGrain(w.outputs(), w.inputs() * x.rows),
-                      [&](int64_t first, int64_t last, int) { cpu::DotProducts(job, first, last); });
+  int64_t count;
+  const int32_t* list = Members(selected, w.weight.rows, group, &count);
+  if (w.layout == LinearWeights::Layout::kInputRows) {
+    CHECK(ride.w == nullptr) << "nothing rides along where an input is a row";
+    SumRows({y, x, &w, list, count});
     return;
   }
-  CHECK(group > 0 && w.inputs() % group == 0) << w.inputs() << " inputs in groups of " << group;
-  const int64_t groups = CountOf(inputs, w.inputs() / group);
-  const int32_t* list = ListOf(inputs);
-  if (list != nullptr && group > 1) {
-    if (static_cast<int64_t>(inputs_.size()) < w.inputs()) inputs_.resize(w.inputs());
-    for (int64_t i = 0; i < groups * group; ++i) inputs_[i] = static_cast<int32_t>(list[i / group] * group + i % group);
-    list = inputs_.data();
+  const cpu::DotJob job = {y, x, &w, list, false};
+  cpu::DotJob riding = {};
+  int64_t total = count;
+  if (ride.w != nullptr) {
+    CHECK(ride.w->layout == LinearWeights::Layout::kOutputRows);
+    CheckLinear(ride.y, x, *ride.w);
+    riding = {ride.y, x, ride.w, nullptr, false};
+    total += ride.w->outputs();
   }
-  SumRows({y, x, &w, list, groups * group});
+  pool_.ParallelFor(total, OutputGrain(total, w.inputs() * x.rows), [&](int64_t first, int64_t last, int) {
+    if (first < count) cpu::DotProducts(job, first, std::min(last, count));
+    if (last > count) cpu::DotProducts(riding, std::max(first, count) - count, last - count);
+  });
 }
 
 void CpuBackend::SumRows(const cpu::SumJob& job) {
@@ -263,6 +327,18 @@ void CpuBackend::GroupRows(const RowTable& rows) {
   row_groups_.push_back(rows.rows());
 }
 
+// The context of rows that did not select the head is zero, because the out-projection reads it for the others.
+void AttendSelected(const cpu::AttentionJob& job, int64_t first, int64_t last, int64_t head, const Selection& heads) {
+  const auto takes_part = [&](int64_t r) { return !IsStrict(heads, r) || Selected(heads.masks, r, head); };
+  bool any = heads.masks.empty();
+  for (int64_t r = first; r < last && !any; ++r) any = takes_part(r);
+  if (any) cpu::Attend(job, first, last, head);
+  if (heads.masks.empty()) return;
+  for (int64_t r = first; r < last; ++r) {
+    if (!takes_part(r)) std::fill_n(job.context.row<float>(r) + head * job.kv.head_dim, job.kv.head_dim, 0.0f);
+  }
+}
+
 void CpuBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const RowTable& rows, float scale,
                            const Selection& heads) {
   CheckRows(rows);
@@ -270,6 +346,7 @@ void CpuBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const 
   CheckShape("context", context, DType::kFloat32, rows.rows(), width);
   CheckShape("qkv", qkv, DType::kFloat32, rows.rows(), 3 * width);
   CHECK(int64_t{kv.blocks} * kv.heads * kv.block_tokens <= INT32_MAX) << kv.blocks << " blocks of " << kv.block_tokens;
+  CheckMasks(heads, rows.rows(), kv.heads);
   const int64_t head_count = CountOf(heads, kv.heads);
   const int32_t* list = ListOf(heads);
   GroupRows(rows);
@@ -287,34 +364,131 @@ void CpuBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const 
     for (int64_t i = first; i < last; ++i) {
       const int64_t group = groups - 1 - i / head_count;
       const int64_t head = list != nullptr ? list[i % head_count] : i % head_count;
-      cpu::Attend(job, row_groups_[group], row_groups_[group + 1], head);
+      AttendSelected(job, row_groups_[group], row_groups_[group + 1], head, heads);
     }
   });
 }
 
+void CpuBackend::Select(const Selection& selection, Tensor counts, Tensor a, const SelectorWeights& w, Tensor points) {
+  const int64_t rows = a.rows, padded = w.b.cols, words = padded / 32;
+  CHECK(padded % kSelectorPadding == 0 && w.outputs <= padded && w.outputs > padded - kSelectorPadding)
+      << w.outputs << " outputs in " << padded << " columns";
+  CHECK(a.dtype == DType::kFloat32 && a.cols <= w.b.rows) << a.cols << " coordinates, rank " << w.b.rows;
+  CheckShape("b of Select", w.b, DType::kInt8, w.b.rows, padded);
+  CheckShape("thresholds of Select", w.thresholds, DType::kFloat16, w.ranks.cols, padded);
+  CheckShape("points of Select", points, DType::kInt32, 1, rows);
+  CheckShape("counts of Select", counts, DType::kInt32, 1, rows);
+  CHECK(selection.masks.rows >= rows && selection.masks.cols == words && selection.indices.cols >= w.outputs);
+  int64_t work = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int32_t point = points.row<int32_t>(0)[r];
+    CHECK(point >= kSelectEverything && point < w.ranks.cols) << "operating point " << point << " of " << w.ranks.cols;
+    if (point == kSelectEverything) continue;
+    const int64_t rank = w.ranks.row<int32_t>(0)[point];
+    CHECK(rank >= 0 && rank <= a.cols) << "rank " << rank << ", coordinates " << a.cols;
+    work += rank * padded;
+  }
+  const cpu::SelectJob job = {a, w, points.row<int32_t>(0), selection.masks};
+  const int64_t blocks = padded / kSelectorPadding;
+  pool_.ParallelFor(blocks, work < kSmallWork ? blocks : DivideUp(blocks, pool_.threads()),
+                    [&](int64_t first, int64_t last, int) { cpu::SelectBlocks(job, first, last); });
+
+  std::fill_n(counts.row<int32_t>(0), rows, 0);
+  int32_t* list = selection.indices.row<int32_t>(0);
+  int32_t count = 0;
+  for (int64_t word = 0; word < words; ++word) {
+    uint32_t any = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto bits = static_cast<uint32_t>(selection.masks.row<int32_t>(r)[word]);
+      counts.row<int32_t>(0)[r] += std::popcount(bits);
+      any |= bits;
+    }
+    for (; any != 0; any &= any - 1) list[count++] = static_cast<int32_t>(word * 32 + std::countr_zero(any));
+  }
+  *selection.count.row<int32_t>(0) = count;
+}
+
 // Activations stay at their neuron's column of `hidden`. The second product runs over the neurons that some row
 // activates: the others add nothing.
-void CpuBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& neurons, Tensor hidden) {
+void CpuBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& neurons, bool skip_zeros, Tensor hidden,
+                     Tensor active) {
   CHECK(w.up.layout == LinearWeights::Layout::kOutputRows && w.down.layout == LinearWeights::Layout::kInputRows);
   CheckLinear(hidden, x, w.up);
   CheckLinear(y, hidden, w.down);
+  CheckMasks(neurons, x.rows, w.up.outputs());
+  const int64_t counted = active.empty() ? 0 : active.cols - 1;
+  CHECK(counted <= x.rows) << counted << " rows to count, " << x.rows << " there";
   const int64_t count = CountOf(neurons, w.up.outputs());
   const int32_t* list = ListOf(neurons);
   const int64_t grain = OutputGrain(count, w.up.inputs() * x.rows);
   if (static_cast<int64_t>(neurons_.size()) < count) neurons_.resize(w.up.outputs());
-  chunk_count_.assign(DivideUp(count, grain), 0);
+  const int64_t chunks = DivideUp(count, grain);
+  chunk_count_.assign(chunks, 0);
+  chunk_rows_.assign(chunks * counted, 0);
 
   const cpu::DotJob up = {hidden, x, &w.up, list, true};
   pool_.ParallelFor(count, grain, [&](int64_t first, int64_t last, int) {
     cpu::DotProducts(up, first, last);
-    chunk_count_[first / grain] = ActiveNeurons(hidden, list, first, last, &neurons_[first]);
+    if (!neurons.masks.empty()) ApplyMasks(hidden, neurons, first, last);
+    for (int64_t r = 0; r < counted; ++r) {
+      chunk_rows_[first / grain * counted + r] = NonZero(hidden.row<float>(r), list, first, last);
+    }
+    if (skip_zeros || !active.empty()) {
+      chunk_count_[first / grain] = ActiveNeurons(hidden, list, first, last, &neurons_[first]);
+    }
   });
-  int64_t active = 0;
-  for (int64_t i = 0; i * grain < count; ++i) {
-    std::copy_n(&neurons_[i * grain], chunk_count_[i], &neurons_[active]);
-    active += chunk_count_[i];
+  int64_t not_zero = 0;
+  for (int64_t i = 0; i < chunks; ++i) {
+    std::copy_n(&neurons_[i * grain], chunk_count_[i], &neurons_[not_zero]);
+    not_zero += chunk_count_[i];
   }
-  SumRows({y, hidden, &w.down, neurons_.data(), active});
+  if (!active.empty()) {
+    int32_t* counts = active.row<int32_t>(0);
+    std::fill_n(counts, counted, 0);
+    for (int64_t i = 0; i < chunks * counted; ++i) counts[i % counted] += static_cast<int32_t>(chunk_rows_[i]);
+    counts[counted] = static_cast<int32_t>(not_zero);
+  }
+  if (skip_zeros) {
+    SumRows({y, hidden, &w.down, neurons_.data(), not_zero});
+  } else {
+    SumRows({y, hidden, &w.down, list, count});
+  }
+}
+
+void CpuBackend::Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
+                       Tensor rows, Tensor hidden) {
+  CheckLinear(hidden, x, up);
+  CheckShape("result of Audit", result, DType::kFloat32, x.rows, kAuditFields);
+  CheckShape("worth of Audit", worth, DType::kFloat32, 1, up.outputs());
+  CheckShape("rows of Audit", rows, DType::kInt32, 1, x.rows);
+  const cpu::DotJob job = {hidden, x, &up, nullptr, true};
+  pool_.ParallelFor(up.outputs(), OutputGrain(up.outputs(), up.inputs() * x.rows),
+                    [&](int64_t first, int64_t last, int) { cpu::DotProducts(job, first, last); });
+  for (int64_t i = 0; i < x.rows; ++i) {
+    const int32_t row = rows.row<int32_t>(0)[i];
+    const float* h = hidden.row<float>(i);
+    double mass = 0.0, missed = 0.0;
+    int64_t selected = 0, active = 0, hits = 0;
+    for (int64_t j = 0; j < up.outputs(); ++j) {
+      const bool chosen = neurons.masks.empty() || Selected(neurons.masks, row, j);
+      selected += chosen;
+      if (h[j] == 0.0f) continue;
+      const double m = double{h[j]} * h[j] * worth.row<float>(0)[j];
+      ++active;
+      mass += m;
+      if (chosen) {
+        ++hits;
+      } else {
+        missed += m;
+      }
+    }
+    float* fields = result.row<float>(i);
+    fields[kAuditSelected] = static_cast<float>(selected);
+    fields[kAuditActive] = static_cast<float>(active);
+    fields[kAuditHits] = static_cast<float>(hits);
+    fields[kAuditMass] = static_cast<float>(mass);
+    fields[kAuditMissedMass] = static_cast<float>(missed);
+  }
 }
 
 void CpuBackend::Add(Tensor x, Tensor y) {

@@ -41,6 +41,17 @@ constexpr int64_t kSumScratchBytes = 32 << 10;
 // The columns `first` ... `last`. `scratch` is the calling thread's own, 64-byte aligned.
 void SumRows(const SumJob& job, int64_t first, int64_t last, float* scratch);
 
+// Which outputs each row selects; see SelectorWeights. A word holds 32 outputs.
+struct SelectJob {
+  Tensor a;  // [rows, coordinates]
+  SelectorWeights w;
+  const int32_t* points;  // [rows]
+  Tensor masks;           // int32 [rows, words]
+};
+constexpr int64_t kBlockWords = kSelectorPadding / 32;
+// The blocks of kBlockWords words from `first` to `last`, for every row.
+void SelectBlocks(const SelectJob& job, int64_t first, int64_t last);
+
 struct AttentionJob {
   Tensor context;  // [rows, heads * head_dim]
   Tensor qkv;      // [rows, 3 * heads * head_dim]

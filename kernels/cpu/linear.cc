@@ -63,10 +63,12 @@ struct DotBlock {
     float y[kRows][kOutputs];
     DotTile<W, kRows, kOutputs>(w, row == 0 ? next : nullptr, x, job.x.cols, y);
     const float* bias = job.w->bias.empty() ? nullptr : job.w->bias.row<float>(0);
+    const float* scale = job.w->scale.empty() ? nullptr : job.w->scale.row<float>(0);
     for (int o = 0; o < kOutputs; ++o) {
       const int64_t output = Output(i + o);
       for (int r = 0; r < kRows; ++r) {
-        const float sum = y[r][o] + (bias != nullptr ? bias[output] : 0.0f);
+        const float product = scale != nullptr ? y[r][o] * scale[output] : y[r][o];
+        const float sum = product + (bias != nullptr ? bias[output] : 0.0f);
         job.y.row<float>(row + r)[output] = job.relu && sum < 0.0f ? 0.0f : sum;
       }
     }
@@ -90,6 +92,8 @@ void DotProducts(const DotJob& job, int64_t first, int64_t last) {
       return DotProductsOf<hwy::float16_t>(job, first, last);
     case DType::kBFloat16:
       return DotProductsOf<hwy::bfloat16_t>(job, first, last);
+    case DType::kInt8:
+      return DotProductsOf<int8_t>(job, first, last);
     default:
       CHECK(false) << "weights of type " << Name(job.w->weight.dtype);
   }

@@ -32,6 +32,12 @@ HWY_INLINE void Prefetch(const void* p) { __builtin_prefetch(p, /*write=*/0, /*l
 
 HWY_INLINE V Widen(const float* p) { return hn::LoadU(F32(), p); }
 
+HWY_INLINE V Widen(const int8_t* p) {
+  const hn::Rebind<int8_t, F32> di8;
+  const hn::Rebind<int32_t, F32> di32;
+  return hn::ConvertTo(F32(), hn::PromoteTo(di32, hn::LoadU(di8, p)));
+}
+
 HWY_INLINE V Widen(const hwy::bfloat16_t* p) {
   const hn::Rebind<uint16_t, F32> du16;
   const hn::Rebind<uint32_t, F32> du32;

@@ -256,7 +256,8 @@ class CpuMlpTest : public CpuBackendTest {
 
   Matrix Mlp(const Matrix& x, const Selection& neurons = {}) {
     const Tensor y = arena_.Put(Matrix(x.rows, x.cols, 77.0f));
-    backend_->Mlp(y, arena_.Put(x), w_, neurons, arena_.Put(Matrix(x.rows, w_.up.outputs(), kNaN)));
+    backend_->Mlp(y, arena_.Put(x), w_, neurons, /*skip_zeros=*/true, arena_.Put(Matrix(x.rows, w_.up.outputs(), kNaN)),
+                  {});
     return Get(y);
   }
 
