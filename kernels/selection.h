@@ -12,8 +12,8 @@ struct Selection {
   Tensor count;    // int32 [1, 1], how many of `indices` are valid
 
   // What each row selected, where rows differ. The index list is their union.
-  Tensor masks;   // int32 [rows, words]: bit i % 32 of word i / 32 of a row; empty: every row selected the whole list
-  Tensor strict;  // int32 [1, rows]: 1: the row computes what it selected itself, 0: the whole list; empty: all are 1
+  Tensor masks{};   // int32 [rows, words]: bit i % 32 of word i / 32 of a row; empty: every row selected the whole list
+  Tensor strict{};  // int32 [1, rows]: 1: the row computes what it selected itself, 0: the whole list; empty: all are 1
 
   bool all() const { return indices.empty(); }
 };
