@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "engine/sparsity.h"
 #include "kernels/base/check.h"
 
 namespace dejavu {
@@ -16,6 +17,9 @@ struct Batch {
     tokens.reserve(max_rows);
     positions.reserve(max_rows);
     row_slots.reserve(max_rows);
+    tiers.reserve(max_rows);
+    strict.reserve(max_rows);
+    audit_rows.reserve(max_rows);
     logit_rows.reserve(max_logit_rows);
     block_table.resize(static_cast<size_t>(slots) * blocks_per_slot, 0);
   }
@@ -28,6 +32,10 @@ struct Batch {
   std::vector<int32_t> tokens;       // [rows]
   std::vector<int32_t> positions;    // [rows]
   std::vector<int32_t> row_slots;    // [rows] which line of the block table
+  std::vector<Tier> tiers;           // [rows]
+  std::vector<uint8_t> strict;       // [rows] 1: computes its own selection only, whatever the other rows select
+  std::vector<int32_t> audit_rows;   // decode rows whose selections are compared with everything, ascending
+  int32_t decode_rows = 0;           // the first so many rows may select; the others are prefill and compute everything
   std::vector<int32_t> logit_rows;   // [logit rows] rows whose next-token logits are wanted, ascending
   std::vector<int32_t> block_table;  // [slots, blocks_per_slot]
 
@@ -40,15 +48,30 @@ struct Batch {
     tokens.clear();
     positions.clear();
     row_slots.clear();
+    tiers.clear();
+    strict.clear();
+    audit_rows.clear();
+    decode_rows = 0;
     logit_rows.clear();
   }
 
-  void AddRow(int32_t slot, int32_t position, int32_t token, bool wants_logits) {
+  // A row of a prompt.
+  void AddRow(int32_t slot, int32_t position, int32_t token, bool wants_logits, Tier tier = Tier::kExact) {
     CHECK(rows_left() > 0 && (!wants_logits || logit_rows_left() > 0)) << rows() << " rows";
     if (wants_logits) logit_rows.push_back(rows());
     tokens.push_back(token);
     positions.push_back(position);
     row_slots.push_back(slot);
+    tiers.push_back(tier);
+    strict.push_back(0);
+  }
+
+  // A row that decodes; these come first.
+  void AddDecodeRow(int32_t slot, int32_t position, int32_t token, bool wants_logits, const SparsityParams& sparsity) {
+    CHECK(decode_rows == rows()) << "row " << rows() << " decodes after a row of a prompt";
+    AddRow(slot, position, token, wants_logits, sparsity.tier);
+    strict.back() = sparsity.deterministic ? 1 : 0;
+    ++decode_rows;
   }
 };
 

@@ -62,9 +62,11 @@ inline constexpr size_t kMaxDimensions = 8;
 absl::StatusOr<int64_t> ElementCount(absl::Span<const int64_t> shape);
 std::string Quoted(absl::string_view name);
 
-// The readers for one file. Tensors of types other than float32, float16 and bfloat16 are left out.
-absl::StatusOr<TensorMap> ReadSafetensorsHeader(const std::string& path);  // engine/safetensors.cc
-absl::StatusOr<TensorMap> ReadTorchArchive(const std::string& path);       // engine/torch_archive.cc
+// The readers for one file. Tensors of types other than float32, float16, bfloat16 and int8 are left out. `metadata`,
+// unless nullptr, receives the string under "__metadata__" of key `metadata_key`, or nothing.
+absl::StatusOr<TensorMap> ReadSafetensorsHeader(const std::string& path, const std::string& metadata_key = "",
+                                                std::string* metadata = nullptr);  // engine/safetensors.cc
+absl::StatusOr<TensorMap> ReadTorchArchive(const std::string& path);               // engine/torch_archive.cc
 
 class Checkpoint {
  public:

@@ -9,6 +9,7 @@
 #include <exception>
 #include <future>
 #include <numeric>
+#include <optional>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -18,8 +19,11 @@
 #include "engine/checkpoint.h"
 #include "engine/kv_cache.h"
 #include "engine/opt_model.h"
+#include "engine/predictor.h"
+#include "engine/predictor_file.h"
 #include "engine/sampler.h"
 #include "engine/scheduler.h"
+#include "engine/sparsity_control.h"
 #include "kernels/base/mutex.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/communicator.h"
@@ -80,7 +84,8 @@ class StepEngine final : public Engine {
                pool_.BlocksFor(config.context)),
         sampler_(config.vocab, sampled_vocab > 0 ? std::min(sampled_vocab, config.vocab) : config.vocab),
         counts_(options.max_batch, TokenCounts(config.vocab)),
-        logits_(static_cast<size_t>(batch_.max_logit_rows) * config.vocab) {
+        logits_(static_cast<size_t>(batch_.max_logit_rows) * config.vocab),
+        shadow_batch_(options.max_batch, options.max_batch, options.max_batch, batch_.blocks_per_slot) {
     banned_.reserve(64);
     finished_.reserve(options.max_batch);
   }
@@ -101,11 +106,12 @@ class StepEngine final : public Engine {
   void Drain() override;
   bool WaitIdle(SteadyTime deadline) override;
   EngineStats stats() const override;
-  SparsityStats sparsity_stats() const override;
+  SparsityStats sparsity_stats() const override { return sparsity_->stats(); }
   bool failed() const override { return failed_.load(); }
 
  private:
   absl::Status CheckRequest(const Request& request) const;
+  absl::Status LoadPredictor(const Checkpoint& checkpoint);
 
   // Engine thread.
   void WarmUp();
@@ -130,6 +136,7 @@ class StepEngine final : public Engine {
   OptWeights weights_;
   PredictorInfo predictor_info_;
   KvCache kv_;
+  std::unique_ptr<Predictor> predictor_;
   std::unique_ptr<OptModel> model_;
 
   // Engine thread only.
@@ -139,7 +146,11 @@ class StepEngine final : public Engine {
   Sampler sampler_;
   std::vector<TokenCounts> counts_;  // [slots]
   std::vector<float> logits_;        // [max logit rows, vocab]
-  std::vector<int32_t> banned_;      // scratch
+  Batch shadow_batch_;
+  std::vector<float> shadow_logits_;  // [max batch, vocab], where there is a predictor
+  StepCounts step_counts_;
+  std::unique_ptr<SparsityControl> sparsity_;
+  std::vector<int32_t> banned_;  // scratch
   struct Ending {
     const Sequence* sequence;
     FinishReason reason;
@@ -181,7 +192,30 @@ absl::Status StepEngine::Load(const LoadProgress& progress) {
   ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(options_.model));
   ASSIGN_OR_RETURN(weights_, OptWeights::Load(checkpoint, config_, *backend_, progress));
   ASSIGN_OR_RETURN(kv_, KvCache::Create(*backend_, config_, pool_.total(), options_.kv_block_tokens));
-  ASSIGN_OR_RETURN(model_, OptModel::Create(config_, weights_, *backend_, *communicator_, batch_));
+  RETURN_IF_ERROR(LoadPredictor(checkpoint));
+  ASSIGN_OR_RETURN(model_, OptModel::Create(config_, weights_, *backend_, *communicator_, *predictor_, batch_));
+  step_counts_ = model_->MakeCounts(batch_);
+  return absl::OkStatus();
+}
+
+absl::Status StepEngine::LoadPredictor(const Checkpoint& checkpoint) {
+  std::string path = options_.predictor;
+  if (path.empty()) {
+    path = absl::StrCat(options_.model, "/predictor.safetensors");
+    if (access(path.c_str(), F_OK) != 0) path = "none";
+  }
+  std::optional<PredictorData> data;
+  if (path != "none") {
+    ASSIGN_OR_RETURN(const std::string hash, WeightsHash(checkpoint, config_));
+    ASSIGN_OR_RETURN(data, ReadPredictor(path, config_, hash));
+    predictor_info_ = {path, std::string(Name(data->tap)), data->tiers, 0};
+    shadow_logits_.resize(static_cast<size_t>(options_.max_batch) * config_.vocab);
+  }
+  const PredictorData* const from = data.has_value() ? &*data : nullptr;
+  ASSIGN_OR_RETURN(predictor_,
+                   Predictor::Create(from, config_, *backend_, options_.max_step_tokens, options_.max_batch));
+  predictor_info_.bytes = predictor_->bytes();
+  sparsity_ = std::make_unique<SparsityControl>(config_, from, *predictor_, options_.shadow_fallback);
   return absl::OkStatus();
 }
 
@@ -301,8 +335,6 @@ EngineStats StepEngine::stats() const {
   return stats;
 }
 
-SparsityStats StepEngine::sparsity_stats() const { return {}; }
-
 void StepEngine::Run() {
   try {
     while (TakeInbox()) {
@@ -364,7 +396,10 @@ void StepEngine::Step() {
   scheduler_.Plan(batch_);
   NoteAdmissions();
   if (batch_.rows() == 0) return;
-  model_->Forward(batch_, kv_, logits_.data());
+  sparsity_->PlanShadow(scheduler_.running(), batch_, shadow_batch_);
+  if (shadow_batch_.rows() > 0) model_->Forward(shadow_batch_, kv_, shadow_logits_.data());
+  model_->Forward(batch_, kv_, logits_.data(), &step_counts_);
+  sparsity_->NoteStep(scheduler_.running(), batch_, step_counts_, logits_.data(), shadow_logits_.data());
   stat_steps_.fetch_add(1, std::memory_order_relaxed);
   for (const auto& s : scheduler_.running()) {
     if (s->step_rows > 0) HandOut(*s);
@@ -485,6 +520,7 @@ void StepEngine::End(const Sequence& sequence, FinishReason reason, absl::Status
   finish.status = std::move(status);
   finish.prompt_tokens = s->prompt_tokens();
   finish.generated_tokens = s->generated_tokens();
+  finish.sparsity = sparsity_->Report(*s);
   finish.finished = std::chrono::steady_clock::now();
   if (finish.first_token == SteadyTime()) finish.first_token = finish.finished;
   const bool admitted = finish.scheduled != SteadyTime();

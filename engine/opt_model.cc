@@ -1,69 +1,71 @@
 #include "engine/opt_model.h"
 
+#include <algorithm>
 #include <cmath>
-#include <utility>
-#include <vector>
 
 #include "kernels/base/status_macros.h"
+#include "kernels/layout.h"
 
 namespace dejavu {
 
 absl::StatusOr<std::unique_ptr<OptModel>> OptModel::Create(const OptConfig& config, const OptWeights& weights,
                                                            Backend& backend, Communicator& communicator,
-                                                           const Batch& largest) {
-  std::unique_ptr<OptModel> model(new OptModel(config, weights, backend, communicator));
+                                                           Predictor& predictor, const Batch& largest) {
+  std::unique_ptr<OptModel> model(new OptModel(config, weights, backend, communicator, predictor));
   RETURN_IF_ERROR(model->Allocate(largest));
   return model;
 }
 
 absl::Status OptModel::Allocate(const Batch& largest) {
-  struct Wanted {
-    Tensor* view;
-    int64_t rows, cols;
-  };
-  const auto take = [this](DType dtype, const std::vector<Wanted>& wanted, Buffer* buffer) -> absl::Status {
-    constexpr int64_t kAlignmentBytes = 256;
-    std::vector<int64_t> offsets;
-    int64_t bytes = 0;
-    for (const Wanted& t : wanted) {
-      offsets.push_back(bytes);
-      bytes += (t.rows * t.cols * SizeOf(dtype) + kAlignmentBytes - 1) / kAlignmentBytes * kAlignmentBytes;
-    }
-    ASSIGN_OR_RETURN(*buffer, dev_.Allocate(bytes));
-    for (size_t i = 0; i < wanted.size(); ++i) {
-      *wanted[i].view = buffer->View(offsets[i], dtype, wanted[i].rows, wanted[i].cols);
-    }
-    return absl::OkStatus();
-  };
   const int64_t rows = largest.max_rows, logit_rows = largest.max_logit_rows, hidden = config_.hidden;
   const int64_t embed = config_.embed == config_.hidden ? 0 : config_.embed;
-  RETURN_IF_ERROR(take(DType::kFloat32,
-                       {{&x_, rows, hidden},
-                        {&h_, rows, hidden},
-                        {&qkv_, rows, 3 * hidden},
-                        {&context_, rows, hidden},
-                        {&partial_, rows, hidden},
-                        {&neurons_, rows, config_.ffn},
-                        {&embedded_, rows, embed},
-                        {&last_, logit_rows, hidden},
-                        {&projected_, logit_rows, embed},
-                        {&logits_, logit_rows, config_.vocab}},
-                       &floats_));
-  return take(DType::kInt32,
-              {{&tokens_, 1, rows},
-               {&positions_, 1, rows},
-               {&row_slots_, 1, rows},
-               {&logit_rows_, 1, logit_rows},
-               {&block_table_, largest.slots, largest.blocks_per_slot}},
-              &ints_);
+  DeviceLayout floats, ints;
+  floats.Reserve(&x_, DType::kFloat32, rows, hidden);
+  floats.Reserve(&h_, DType::kFloat32, rows, hidden);
+  floats.Reserve(&qkv_, DType::kFloat32, rows, 3 * hidden);
+  floats.Reserve(&context_, DType::kFloat32, rows, hidden);
+  floats.Reserve(&partial_, DType::kFloat32, rows, hidden);
+  floats.Reserve(&neurons_, DType::kFloat32, rows, config_.ffn);
+  floats.Reserve(&embedded_, DType::kFloat32, rows, embed);
+  floats.Reserve(&last_, DType::kFloat32, logit_rows, hidden);
+  floats.Reserve(&projected_, DType::kFloat32, logit_rows, embed);
+  floats.Reserve(&logits_, DType::kFloat32, logit_rows, config_.vocab);
+  ints.Reserve(&tokens_, DType::kInt32, 1, rows);
+  ints.Reserve(&positions_, DType::kInt32, 1, rows);
+  ints.Reserve(&row_slots_, DType::kInt32, 1, rows);
+  ints.Reserve(&logit_rows_, DType::kInt32, 1, logit_rows);
+  ints.Reserve(&block_table_, DType::kInt32, largest.slots, largest.blocks_per_slot);
+  ASSIGN_OR_RETURN(floats_, floats.Allocate(dev_));
+  ASSIGN_OR_RETURN(ints_, ints.Allocate(dev_));
+  return absl::OkStatus();
 }
 
-void OptModel::Forward(const Batch& batch, const KvCache& kv, float* logits) {
+void OptModel::Forward(const Batch& batch, const KvCache& kv, float* logits, StepCounts* counts) {
   const RowTable rows = UploadRows(batch);
+  predictor_.BeginStep(batch);
+  skip_zeros_ = std::find(batch.tiers.begin(), batch.tiers.end(), Tier::kDense) == batch.tiers.end();
   Embed(batch, rows);
-  for (int32_t l = 0; l < config_.layers; ++l) Layer(weights_.layers[l], kv.layer(l), rows);
+  for (int32_t l = 0; l < config_.layers; ++l) Layer(l, kv.layer(l), rows);
+  if (observer_) observer_(config_.layers, Tap::kAttentionNorm, x_.Rows(0, batch.rows()));
   if (!batch.logit_rows.empty()) Head(batch, logits);
+  if (counts != nullptr) {
+    predictor_.EndStep(counts);
+    counts->skipped_zeros = skip_zeros_;
+  }
   dev_.Synchronize();
+}
+
+StepCounts OptModel::MakeCounts(const Batch& largest) const {
+  const size_t layers = config_.layers, rows = largest.max_rows;
+  StepCounts counts;
+  counts.max_rows = largest.max_rows;
+  counts.max_audits = predictor_.max_audits();
+  counts.selected.resize(layers * rows);
+  counts.active.resize(layers * (rows + 1));
+  counts.heads.resize(layers * rows);
+  counts.union_selected.resize(layers);
+  counts.audits.resize(layers * counts.max_audits * kAuditFields);
+  return counts;
 }
 
 RowTable OptModel::UploadRows(const Batch& batch) {
@@ -91,15 +93,16 @@ void OptModel::Embed(const Batch& batch, const RowTable& rows) {
 
 // Pre-norm: x += attention(norm(x)); x += mlp(norm(x)). Post-norm (OPT-350m): x = norm(x + attention(x)); x = norm(x +
 // mlp(x)).
-void OptModel::Layer(const LayerWeights& w, const KvLayer& kv, const RowTable& rows) {
+void OptModel::Layer(int32_t l, const KvLayer& kv, const RowTable& rows) {
+  const LayerWeights& w = weights_.layers[l];
   const int64_t n = rows.rows();
   const Tensor x = x_.Rows(0, n), h = config_.pre_norm ? h_.Rows(0, n) : x, qkv = qkv_.Rows(0, n);
   const Tensor context = context_.Rows(0, n), partial = partial_.Rows(0, n);
-  const Selection heads, neurons;  // everything
   const float scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
 
   if (config_.pre_norm) dev_.LayerNorm(h, x, w.attention_norm);
-  dev_.Linear(qkv, h, w.qkv);
+  if (observer_) observer_(l, Tap::kAttentionNorm, h);
+  const Selection heads = ProjectQkv(l, qkv, h);
   dev_.WriteKv(kv, qkv, rows);
   dev_.Attention(context, qkv, kv, rows, scale, heads);
   dev_.Linear(partial, context, w.out, heads, config_.head_dim);
@@ -108,10 +111,46 @@ void OptModel::Layer(const LayerWeights& w, const KvLayer& kv, const RowTable& r
   if (!config_.pre_norm) dev_.LayerNorm(x, x, w.attention_norm);
 
   if (config_.pre_norm) dev_.LayerNorm(h, x, w.mlp_norm);
-  dev_.Mlp(partial, h, w.mlp, neurons, /*skip_zeros=*/true, neurons_.Rows(0, n), {});
+  if (observer_) observer_(l, Tap::kMlpNorm, h);
+  const Selection neurons = SelectNeurons(l, h);
+  dev_.Mlp(partial, h, w.mlp, neurons, skip_zeros_, neurons_.Rows(0, n), predictor_.ActiveCounts(l));
   comm_.AllReduce(partial);
   dev_.Add(x, partial);
   if (!config_.pre_norm) dev_.LayerNorm(x, x, w.mlp_norm);
+}
+
+// The predictor's first stage rides along. Where heads are chosen, K and V (of every head: one that is skipped now may
+// be wanted later) come first, then Q of the chosen ones.
+Selection OptModel::ProjectQkv(int32_t l, Tensor qkv, Tensor h) {
+  const LinearWeights& w = weights_.layers[l].qkv;
+  const Ride ride = predictor_.RideAlong(l, Tap::kAttentionNorm);
+  if (!predictor_.SelectsHeads(l)) {
+    dev_.Linear(qkv, h, w, {}, 1, ride);
+    return {};
+  }
+  const int64_t hidden = config_.hidden;
+  const auto part = [&](int64_t first, int64_t count) {
+    LinearWeights view = w;
+    view.weight = w.weight.Rows(first, count);
+    if (!w.bias.empty()) view.bias = w.bias.Cols(first, count);
+    return view;
+  };
+  dev_.Linear(qkv.Cols(hidden, 2 * hidden), h, part(hidden, 2 * hidden), {}, 1, ride);
+  const Selection heads = predictor_.Heads(l);
+  dev_.Linear(qkv.Cols(0, hidden), h, part(0, hidden), heads, config_.head_dim);
+  return heads;
+}
+
+// `h` is the input of the MLP.
+Selection OptModel::SelectNeurons(int32_t l, Tensor h) {
+  const auto compute = [&](const Ride& ride) {
+    if (ride.w != nullptr) dev_.Linear(ride.y, h, *ride.w);
+  };
+  compute(predictor_.RideAlong(l, Tap::kMlpNorm));
+  const Selection neurons = predictor_.Neurons(l);
+  predictor_.Audit(l, h, weights_.layers[l].mlp.up);
+  compute(predictor_.RideAlong(l, Tap::kPreviousLayer));
+  return neurons;
 }
 
 void OptModel::Head(const Batch& batch, float* logits) {

@@ -4,13 +4,16 @@
 #define ENGINE_OPT_MODEL_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <utility>
 
 #include "absl/status/statusor.h"
 #include "engine/batch.h"
 #include "engine/kv_cache.h"
 #include "engine/opt_config.h"
 #include "engine/opt_weights.h"
+#include "engine/predictor.h"
 #include "kernels/backend.h"
 #include "kernels/communicator.h"
 
@@ -18,27 +21,36 @@ namespace dejavu {
 
 class OptModel {
  public:
-  // Takes the activations for batches of the shape of `largest`. Backend, communicator and weights must outlive the
-  // model.
+  // Takes the activations for batches of the shape of `largest`. Backend, communicator, weights and
+  // predictor must outlive the model.
   static absl::StatusOr<std::unique_ptr<OptModel>> Create(const OptConfig& config, const OptWeights& weights,
                                                           Backend& backend, Communicator& communicator,
-                                                          const Batch& largest);
+                                                          Predictor& predictor, const Batch& largest);
 
   // Runs the rows of `batch`, writes their keys and values to `kv` and fills `logits` [batch.logit_rows.size(), vocab]
   // on the host. Rows of one sequence must come in ascending position, with every earlier position already in `kv` or
-  // in the batch.
-  void Forward(const Batch& batch, const KvCache& kv, float* logits);
+  // in the batch. `counts`, from MakeCounts, receives what the decode rows selected.
+  void Forward(const Batch& batch, const KvCache& kv, float* logits, StepCounts* counts = nullptr);
+  StepCounts MakeCounts(const Batch& largest) const;
+
+  // Calibration looks on: called with the input of each layer's attention and MLP, and, as layer number `layers`, with
+  // the residual stream after the last layer. float32 [rows, hidden], valid during the call.
+  using Observer = std::function<void(int32_t layer, Tap at, Tensor x)>;
+  void set_observer(Observer observer) { observer_ = std::move(observer); }
 
   const OptConfig& config() const { return config_; }
 
  private:
-  OptModel(const OptConfig& config, const OptWeights& weights, Backend& backend, Communicator& communicator)
-      : config_(config), weights_(weights), dev_(backend), comm_(communicator) {}
+  OptModel(const OptConfig& config, const OptWeights& weights, Backend& backend, Communicator& communicator,
+           Predictor& predictor)
+      : config_(config), weights_(weights), dev_(backend), comm_(communicator), predictor_(predictor) {}
 
   absl::Status Allocate(const Batch& largest);
   RowTable UploadRows(const Batch& batch);
   void Embed(const Batch& batch, const RowTable& rows);
-  void Layer(const LayerWeights& w, const KvLayer& kv, const RowTable& rows);
+  void Layer(int32_t l, const KvLayer& kv, const RowTable& rows);
+  Selection ProjectQkv(int32_t l, Tensor qkv, Tensor h);
+  Selection SelectNeurons(int32_t l, Tensor h);
   void Head(const Batch& batch, float* logits);
 
   // Constant after construction.
@@ -46,6 +58,8 @@ class OptModel {
   const OptWeights& weights_;
   Backend& dev_;
   Communicator& comm_;
+  Predictor& predictor_;
+  Observer observer_;
   Buffer floats_, ints_;
 
   // Activations: capacity rows; a step uses views of its first rows.
@@ -59,6 +73,8 @@ class OptModel {
   Tensor last_;       // [logit rows, hidden]
   Tensor projected_;  // [logit rows, embed] where embed != hidden
   Tensor logits_;     // [logit rows, vocab]
+
+  bool skip_zeros_ = false;  // this step: no row is DENSE
 
   // int32 on the device.
   Tensor tokens_, positions_, row_slots_;  // [1, rows]

@@ -8,30 +8,17 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "kernels/base/float16.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/layout.h"
 
 namespace dejavu {
 namespace {
 
-constexpr int64_t kAlignmentBytes = 256;
 constexpr int64_t kStripeBytes = int64_t{4} << 20;
 
 float Widen(uint16_t bits, DType dtype) {
-  uint32_t wide;
-  if (dtype == DType::kBFloat16) {
-    wide = uint32_t{bits} << 16;
-  } else {
-    const uint32_t sign = uint32_t{bits & 0x8000u} << 16;
-    const uint32_t exponent = (bits >> 10) & 31, mantissa = bits & 1023;
-    if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24
-      const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
-      return sign ? -magnitude : magnitude;
-    }
-    wide = sign | ((exponent == 31 ? 255 : exponent + 112) << 23) | (mantissa << 13);
-  }
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
+  return dtype == DType::kBFloat16 ? FloatFromBFloat16(bits) : FloatFromFloat16(bits);
 }
 
 // Infinities and NaNs have all exponent bits set in every one of the three types.
@@ -67,15 +54,10 @@ class Loader {
   Loader(const Checkpoint& checkpoint, const OptConfig& config) : checkpoint_(checkpoint), config_(config) {}
 
   absl::Status Plan(OptWeights* w);
-  int64_t planned_bytes() const { return planned_bytes_; }
-  absl::Status Read(Backend& backend, const Buffer& storage, const LoadProgress& progress);
+  DeviceLayout& layout() { return layout_; }
+  absl::Status Read(Backend& backend, const LoadProgress& progress);
 
  private:
-  // A part of the device's buffer. `view` points into OptWeights and learns its address once the buffer is there.
-  struct Region {
-    Tensor* view;
-    int64_t offset_bytes;
-  };
   // Where one stored tensor goes: to the rows of a region from `first_row` on, or, transposed, to all of it.
   struct Placement {
     const StoredTensor* source;  // nullptr: fill with `constant`
@@ -85,9 +67,7 @@ class Loader {
     float constant;
   };
 
-  absl::Status FindPrefix();
   absl::StatusOr<const StoredTensor*> Find(const std::string& name, const std::vector<int64_t>& shape) const;
-  void Reserve(Tensor* view, DType dtype, int64_t rows, int64_t cols);
   absl::Status PlanMatrix(const std::string& name, int64_t rows, int64_t cols, bool transposed, Tensor* view);
   absl::Status PlanLinear(const std::string& name, int64_t outputs, int64_t inputs, LinearWeights::Layout layout,
                           LinearWeights* linear);
@@ -102,31 +82,21 @@ class Loader {
   const Checkpoint& checkpoint_;
   const OptConfig& config_;
   std::string prefix_;
-  std::vector<Region> regions_;
+  DeviceLayout layout_;
   std::vector<Placement> placements_;
-  int64_t planned_bytes_ = 0;
   int64_t source_bytes_ = 0;
   int64_t done_bytes_ = 0;
   std::vector<char> stripe_, transposed_;
 };
 
-absl::Status Loader::FindPrefix() {
-  for (const char* prefix : {"model.decoder.", "decoder.", ""}) {
-    if (checkpoint_.Find(absl::StrCat(prefix, "embed_tokens.weight")) != nullptr) {
-      prefix_ = prefix;
-      return absl::OkStatus();
-    }
-  }
-  return absl::InvalidArgumentError(
-      absl::StrCat("the checkpoint has ", checkpoint_.tensors().size(),
-                   " tensors, none of them model.decoder.embed_tokens.weight, decoder.embed_tokens.weight or "
-                   "embed_tokens.weight: not an OPT model"));
-}
-
 absl::StatusOr<const StoredTensor*> Loader::Find(const std::string& name, const std::vector<int64_t>& shape) const {
   const StoredTensor* tensor = checkpoint_.Find(prefix_ + name);
   if (tensor == nullptr) {
     return absl::InvalidArgumentError(absl::StrCat("tensor ", prefix_, name, " is missing from the checkpoint"));
+  }
+  if (tensor->dtype == DType::kInt8) {
+    return absl::InvalidArgumentError(absl::StrCat(tensor->file->path(), ": tensor ", tensor->name,
+                                                   " is int8; weights must be float32, float16 or bfloat16"));
   }
   if (tensor->shape != shape) {
     return absl::InvalidArgumentError(absl::StrCat(tensor->file->path(), ": tensor ", tensor->name, " has shape [",
@@ -136,15 +106,9 @@ absl::StatusOr<const StoredTensor*> Loader::Find(const std::string& name, const 
   return tensor;
 }
 
-void Loader::Reserve(Tensor* view, DType dtype, int64_t rows, int64_t cols) {
-  *view = Tensor{nullptr, dtype, rows, cols, cols};
-  regions_.push_back({view, planned_bytes_});
-  planned_bytes_ += (view->bytes() + kAlignmentBytes - 1) / kAlignmentBytes * kAlignmentBytes;
-}
-
 absl::Status Loader::PlanMatrix(const std::string& name, int64_t rows, int64_t cols, bool transposed, Tensor* view) {
   ASSIGN_OR_RETURN(const StoredTensor* source, Find(name, {rows, cols}));
-  Reserve(view, source->dtype, transposed ? cols : rows, transposed ? rows : cols);
+  layout_.Reserve(view, source->dtype, transposed ? cols : rows, transposed ? rows : cols);
   placements_.push_back({source, view, 0, transposed, 0.0f});
   return absl::OkStatus();
 }
@@ -156,7 +120,7 @@ absl::Status Loader::PlanLinear(const std::string& name, int64_t outputs, int64_
       PlanMatrix(name + ".weight", outputs, inputs, layout == LinearWeights::Layout::kInputRows, &linear->weight));
   if (!config_.biases) return absl::OkStatus();
   ASSIGN_OR_RETURN(const StoredTensor* bias, Find(name + ".bias", {outputs}));
-  Reserve(&linear->bias, DType::kFloat32, 1, outputs);
+  layout_.Reserve(&linear->bias, DType::kFloat32, 1, outputs);
   placements_.push_back({bias, &linear->bias, 0, false, 0.0f});
   return absl::OkStatus();
 }
@@ -177,8 +141,8 @@ absl::Status Loader::PlanQkv(const std::string& attention, LinearWeights* qkv) {
       ASSIGN_OR_RETURN(biases[i], Find(absl::StrCat(attention, names[i], ".bias"), {hidden}));
     }
   }
-  Reserve(&qkv->weight, weights[0]->dtype, 3 * hidden, hidden);
-  if (config_.biases) Reserve(&qkv->bias, DType::kFloat32, 1, 3 * hidden);
+  layout_.Reserve(&qkv->weight, weights[0]->dtype, 3 * hidden, hidden);
+  if (config_.biases) layout_.Reserve(&qkv->bias, DType::kFloat32, 1, 3 * hidden);
   for (int i = 0; i < 3; ++i) {
     placements_.push_back({weights[i], &qkv->weight, i * hidden, false, 0.0f});
     if (config_.biases) placements_.push_back({biases[i], &qkv->bias, i * hidden, false, 0.0f});
@@ -192,8 +156,8 @@ absl::Status Loader::PlanNorm(const std::string& name, NormWeights* norm) {
     ASSIGN_OR_RETURN(weight, Find(name + ".weight", {config_.hidden}));
     ASSIGN_OR_RETURN(bias, Find(name + ".bias", {config_.hidden}));
   }
-  Reserve(&norm->weight, DType::kFloat32, 1, config_.hidden);
-  Reserve(&norm->bias, DType::kFloat32, 1, config_.hidden);
+  layout_.Reserve(&norm->weight, DType::kFloat32, 1, config_.hidden);
+  layout_.Reserve(&norm->bias, DType::kFloat32, 1, config_.hidden);
   placements_.push_back({weight, &norm->weight, 0, false, 1.0f});
   placements_.push_back({bias, &norm->bias, 0, false, 0.0f});
   return absl::OkStatus();
@@ -212,7 +176,7 @@ absl::Status Loader::PlanLayer(int32_t l, LayerWeights* layer) {
 }
 
 absl::Status Loader::Plan(OptWeights* w) {
-  RETURN_IF_ERROR(FindPrefix());
+  ASSIGN_OR_RETURN(prefix_, WeightPrefix(checkpoint_));
   const std::string beyond = absl::StrCat(prefix_, "layers.", config_.layers, ".fc1.weight");
   if (checkpoint_.Find(beyond) != nullptr) {
     return absl::InvalidArgumentError(absl::StrCat("the checkpoint has tensor ", beyond,
@@ -290,8 +254,7 @@ absl::Status Loader::ReadMatrix(Backend& backend, const Placement& p, const Load
   return absl::OkStatus();
 }
 
-absl::Status Loader::Read(Backend& backend, const Buffer& storage, const LoadProgress& progress) {
-  for (const Region& region : regions_) region.view->data = static_cast<char*>(storage.data()) + region.offset_bytes;
+absl::Status Loader::Read(Backend& backend, const LoadProgress& progress) {
   for (const Placement& p : placements_) {
     if (p.source != nullptr && p.source->shape.size() == 2) {
       RETURN_IF_ERROR(ReadMatrix(backend, p, progress));
@@ -306,13 +269,23 @@ absl::Status Loader::Read(Backend& backend, const Buffer& storage, const LoadPro
 
 }  // namespace
 
+absl::StatusOr<std::string> WeightPrefix(const Checkpoint& checkpoint) {
+  for (const char* prefix : {"model.decoder.", "decoder.", ""}) {
+    if (checkpoint.Find(absl::StrCat(prefix, "embed_tokens.weight")) != nullptr) return prefix;
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("the checkpoint has ", checkpoint.tensors().size(),
+                   " tensors, none of them model.decoder.embed_tokens.weight, decoder.embed_tokens.weight or "
+                   "embed_tokens.weight: not an OPT model"));
+}
+
 absl::StatusOr<OptWeights> OptWeights::Load(const Checkpoint& checkpoint, const OptConfig& config, Backend& backend,
                                             const LoadProgress& progress) {
   OptWeights weights;
   Loader loader(checkpoint, config);
   RETURN_IF_ERROR(loader.Plan(&weights));
-  ASSIGN_OR_RETURN(weights.storage_, backend.Allocate(loader.planned_bytes()));
-  RETURN_IF_ERROR(loader.Read(backend, weights.storage_, progress));
+  ASSIGN_OR_RETURN(weights.storage_, loader.layout().Allocate(backend));
+  RETURN_IF_ERROR(loader.Read(backend, progress));
   weights.head.weight = weights.token_embedding;
   return weights;
 }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -24,6 +25,9 @@ struct LayerWeights {
   NormWeights mlp_norm;
   MlpWeights mlp;  // both [ffn, hidden]
 };
+
+// What stands before "embed_tokens.weight" and the other names in this checkpoint.
+absl::StatusOr<std::string> WeightPrefix(const Checkpoint& checkpoint);
 
 class OptWeights {
  public:

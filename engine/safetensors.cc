@@ -36,10 +36,11 @@ std::optional<std::vector<int64_t>> Integers(const nlohmann::json& entry, const 
   return values;
 }
 
-std::optional<DType> FloatType(absl::string_view name) {
+std::optional<DType> KnownType(absl::string_view name) {
   if (name == "F32") return DType::kFloat32;
   if (name == "F16") return DType::kFloat16;
   if (name == "BF16") return DType::kBFloat16;
+  if (name == "I8") return DType::kInt8;
   return std::nullopt;
 }
 
@@ -64,7 +65,7 @@ absl::StatusOr<std::optional<StoredTensor>> ReadTensor(const nlohmann::json& ent
   const auto shape = Integers(entry, "shape");
   if (!shape) return absl::InvalidArgumentError("has no \"shape\" of non-negative integers");
   ASSIGN_OR_RETURN(const int64_t elements, ElementCount(*shape));
-  const std::optional<DType> type = FloatType(dtype->get_ref<const std::string&>());
+  const std::optional<DType> type = KnownType(dtype->get_ref<const std::string&>());
   if (!type) return std::optional<StoredTensor>();
   const int64_t bytes = elements * SizeOf(*type);
   if (bytes != extent.end - extent.begin) {
@@ -109,7 +110,8 @@ absl::StatusOr<std::string> ReadHeader(const RandomAccessFile& file) {
 
 }  // namespace
 
-absl::StatusOr<TensorMap> ReadSafetensorsHeader(const std::string& path) {
+absl::StatusOr<TensorMap> ReadSafetensorsHeader(const std::string& path, const std::string& metadata_key,
+                                                std::string* metadata) {
   ASSIGN_OR_RETURN(const auto file, RandomAccessFile::Open(path));
   ASSIGN_OR_RETURN(const std::string text, ReadHeader(*file));
   ASSIGN_OR_RETURN(const nlohmann::json header, ParseJsonObject(text, path));
@@ -119,7 +121,12 @@ absl::StatusOr<TensorMap> ReadSafetensorsHeader(const std::string& path) {
   for (const auto& item : header.items()) {
     const std::string& name = item.key();
     const nlohmann::json& entry = item.value();
-    if (name == "__metadata__") continue;
+    if (name == "__metadata__") {
+      if (metadata != nullptr && entry.is_object() && entry.contains(metadata_key) && entry[metadata_key].is_string()) {
+        *metadata = entry[metadata_key].get<std::string>();
+      }
+      continue;
+    }
     const auto refuse = [&](absl::string_view reason) {
       return absl::InvalidArgumentError(absl::StrCat(path, ": tensor ", Quoted(name), " ", reason));
     };

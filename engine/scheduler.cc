@@ -21,7 +21,7 @@ void Scheduler::Plan(Batch& batch) {
   batch.Clear();
   for (const auto& s : running_) {
     s->step_rows = s->step_logits = 0;
-    if (s->uncomputed() == 1) AddRows(*s, 1, batch);
+    if (s->decodes()) AddRows(*s, 1, batch);
   }
   int32_t score_rows_left = score_rows_;
   for (const auto& s : running_) {
@@ -55,12 +55,17 @@ void Scheduler::Admit(Batch& batch) {
 // The next `rows` uncomputed tokens of the sequence. Logits are wanted after its last token, or, to score, after each.
 void Scheduler::AddRows(Sequence& s, int32_t rows, Batch& batch) {
   s.step_rows = rows;
+  s.first_row = batch.rows();
   s.first_logit = static_cast<int32_t>(batch.logit_rows.size());
   for (int32_t i = 0; i < rows; ++i) {
     const int32_t position = s.computed + i;
     const bool last = position + 1 == static_cast<int32_t>(s.tokens.size());
     const bool wants_logits = last || s.request.score;
-    batch.AddRow(s.slot, position, s.tokens[position], wants_logits);
+    if (position >= s.prompt_tokens()) {
+      batch.AddDecodeRow(s.slot, position, s.tokens[position], wants_logits, s.request.sparsity);
+    } else {
+      batch.AddRow(s.slot, position, s.tokens[position], wants_logits, std::min(s.request.sparsity.tier, Tier::kExact));
+    }
     s.step_logits += wants_logits;
   }
 }

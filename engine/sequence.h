@@ -11,6 +11,16 @@
 
 namespace dejavu {
 
+// What the decode rows of a request added up to, over all layers.
+struct SparsitySums {
+  int64_t tokens = 0, selected = 0, active = 0, heads = 0;
+  int64_t union_rows = 0;  // weight rows, up and down, that the steps read
+  int64_t fallback_layers = 0;
+  int64_t shadow_tokens = 0, shadow_agreements = 0;
+  double shadow_kl_nats = 0.0;
+  double shadow_selected = 0.0, shadow_active = 0.0, shadow_hits = 0.0, shadow_mass = 0.0, shadow_missed_mass = 0.0;
+};
+
 struct Sequence {
   Sequence(uint64_t id, Request request, std::shared_ptr<TokenSink> sink)
       : id(id), request(std::move(request)), sink(std::move(sink)), tokens(this->request.prompt) {
@@ -29,7 +39,8 @@ struct Sequence {
   std::vector<int32_t> blocks;  // for max_tokens() positions, all of them taken at admission
 
   // This step.
-  int32_t step_rows = 0;    // rows that the batch holds for it
+  int32_t step_rows = 0;  // rows that the batch holds for it, from first_row on
+  int32_t first_row = 0;
   int32_t step_logits = 0;  // of those, how many want logits: the last ones
   int32_t first_logit = 0;  // their first row among the batch's logits
 
@@ -37,10 +48,12 @@ struct Sequence {
   float next_logprob = 0.0f;
   int32_t next_rank = 0;
 
+  SparsitySums sparsity;
   Finish finish;
 
   int32_t prompt_tokens() const { return static_cast<int32_t>(request.prompt.size()); }
   int32_t generated_tokens() const { return static_cast<int32_t>(tokens.size()) - prompt_tokens(); }
+  bool decodes() const { return computed >= prompt_tokens(); }
   int32_t uncomputed() const { return static_cast<int32_t>(tokens.size()) - computed; }
   int64_t max_tokens() const { return int64_t{prompt_tokens()} + request.max_new_tokens; }
 };

@@ -139,12 +139,11 @@ class Backend {
   virtual void Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& neurons, bool skip_zeros, Tensor hidden,
                    Tensor active) = 0;
 
-  // Holds what rows of a step selected against what the whole up-projection gives. Row i of x [audited, hidden] is row
-  // rows[i] (int32 [1, audited]) of the selection. `worth` float32 [1, neurons]: squared norms of the down rows; a
-  // neuron's mass is its activation squared times its worth. `result` float32 [audited, kAuditFields]; `hidden`
-  // [audited, neurons] is scratch.
+  // Holds what each row selected against what the whole up-projection of its x gives. `worth` float32 [1, neurons]:
+  // squared norms of the down rows; a neuron's mass is its activation squared times its worth. `result` float32 [rows,
+  // kAuditFields]; `hidden` [rows, neurons] is scratch.
   virtual void Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
-                     Tensor rows, Tensor hidden) = 0;
+                     Tensor hidden) = 0;
 
   // x += y.
   virtual void Add(Tensor x, Tensor y) = 0;

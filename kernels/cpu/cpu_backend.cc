@@ -171,7 +171,7 @@ class CpuBackend final : public Backend {
   void Select(const Selection& selection, Tensor counts, Tensor a, const SelectorWeights& w, Tensor points) override;
   void Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& neurons, bool skip_zeros, Tensor hidden,
            Tensor active) override;
-  void Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons, Tensor rows,
+  void Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
              Tensor hidden) override;
   void Add(Tensor x, Tensor y) override;
   void GatherRows(Tensor y, Tensor x, Tensor ids) override;
@@ -456,21 +456,20 @@ void CpuBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& n
 }
 
 void CpuBackend::Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
-                       Tensor rows, Tensor hidden) {
+                       Tensor hidden) {
   CheckLinear(hidden, x, up);
   CheckShape("result of Audit", result, DType::kFloat32, x.rows, kAuditFields);
   CheckShape("worth of Audit", worth, DType::kFloat32, 1, up.outputs());
-  CheckShape("rows of Audit", rows, DType::kInt32, 1, x.rows);
+  CheckMasks(neurons, x.rows, up.outputs());
   const cpu::DotJob job = {hidden, x, &up, nullptr, true};
   pool_.ParallelFor(up.outputs(), OutputGrain(up.outputs(), up.inputs() * x.rows),
                     [&](int64_t first, int64_t last, int) { cpu::DotProducts(job, first, last); });
   for (int64_t i = 0; i < x.rows; ++i) {
-    const int32_t row = rows.row<int32_t>(0)[i];
     const float* h = hidden.row<float>(i);
     double mass = 0.0, missed = 0.0;
     int64_t selected = 0, active = 0, hits = 0;
     for (int64_t j = 0; j < up.outputs(); ++j) {
-      const bool chosen = neurons.masks.empty() || Selected(neurons.masks, row, j);
+      const bool chosen = neurons.masks.empty() || Selected(neurons.masks, i, j);
       selected += chosen;
       if (h[j] == 0.0f) continue;
       const double m = double{h[j]} * h[j] * worth.row<float>(0)[j];

@@ -10,6 +10,7 @@
 #include "engine/kv_cache.h"
 #include "engine/opt_model.h"
 #include "engine/opt_weights.h"
+#include "engine/predictor.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/communicator.h"
@@ -31,7 +32,8 @@ class ModelUnderTest {
     // Blocks in reverse order: nothing may depend on their lying side by side.
     for (int i = 0; i < blocks; ++i) batch_->block_table[i] = blocks - 1 - i;
     kv_ = *KvCache::Create(*backend_, config_, blocks, block_tokens);
-    model_ = *OptModel::Create(config_, weights_, *backend_, *communicator_, *batch_);
+    predictor_ = *Predictor::Create(nullptr, config_, *backend_, batch_->max_rows, 0);
+    model_ = *OptModel::Create(config_, weights_, *backend_, *communicator_, *predictor_, *batch_);
   }
 
   // Logits after each of `tokens`, which stand at `position` and after, in chunks of `chunk`.
@@ -56,6 +58,7 @@ class ModelUnderTest {
   OptWeights weights_;
   std::unique_ptr<Batch> batch_;
   KvCache kv_;
+  std::unique_ptr<Predictor> predictor_;
   std::unique_ptr<OptModel> model_;
 };
 

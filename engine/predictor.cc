@@ -1,0 +1,288 @@
+#include "engine/predictor.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+#include "kernels/base/float16.h"
+#include "kernels/base/status_macros.h"
+#include "kernels/layout.h"
+
+namespace dejavu {
+namespace {
+
+int64_t Padded(int64_t outputs) { return (outputs + kSelectorPadding - 1) / kSelectorPadding * kSelectorPadding; }
+
+// Stage B and thresholds as the device wants them: outputs padded, thresholds of the padding +infinity.
+void PackSelector(const SelectorData& data, int32_t outputs, std::vector<int8_t>* b, std::vector<uint16_t>* thresholds) {
+  const int64_t padded = Padded(outputs);
+  b->assign(data.rank * padded, 0);
+  for (int64_t k = 0; k < data.rank; ++k) {
+    std::copy_n(data.b.begin() + k * outputs, outputs, b->begin() + k * padded);
+  }
+  thresholds->clear();
+  for (const auto& point : data.points) {
+    if (!point.has_value()) continue;
+    for (int64_t j = 0; j < padded; ++j) {
+      thresholds->push_back(j < outputs ? Float16FromFloat(point->thresholds[j]) : kFloat16Infinity);
+    }
+  }
+}
+
+int32_t PointsOf(const SelectorData& data) {
+  return static_cast<int32_t>(
+      std::count_if(data.points.begin(), data.points.end(), [](const auto& point) { return point.has_value(); }));
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Predictor>> Predictor::Create(const PredictorData* data, const OptConfig& config,
+                                                             Backend& backend, int32_t max_rows, int32_t max_audits) {
+  std::unique_ptr<Predictor> predictor(new Predictor(config, backend));
+  predictor->layers_.resize(config.layers);
+  for (Layer& layer : predictor->layers_) {
+    layer.heads.outputs = config.heads;
+    layer.neurons.outputs = config.ffn;
+    for (Selector* selector : {&layer.heads, &layer.neurons}) {
+      selector->point_of_tier.fill(kSelectEverything);
+      selector->on.fill(true);
+    }
+  }
+  if (data != nullptr) RETURN_IF_ERROR(predictor->Load(*data));
+  RETURN_IF_ERROR(predictor->AllocateStep(max_rows, max_audits));
+  return predictor;
+}
+
+absl::Status Predictor::Load(const PredictorData& data) {
+  CHECK(data.layers.size() == layers_.size()) << data.layers.size() << " layers for " << layers_.size();
+  DeviceLayout layout;
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    Layer& layer = layers_[l];
+    const LayerPredictorData& from = data.layers[l];
+    layer.tap = from.tap;
+    layer.heads.rank = from.heads.rank;
+    layer.neurons.rank = from.neurons.rank;
+    const int32_t ranks = layer.heads.rank + layer.neurons.rank;
+    if (ranks == 0) continue;
+    layout.Reserve(&layer.a, DType::kInt8, ranks, config_.hidden);
+    layout.Reserve(&layer.a_scale, DType::kFloat32, 1, ranks);
+    layout.Reserve(&layer.worth, DType::kFloat32, 1, config_.ffn);
+    const auto reserve = [&](const SelectorData& selector, Selector* to) {
+      to->weights.outputs = to->outputs;
+      for (size_t tier = 0; tier < kAllTiers.size(); ++tier) {
+        if (!selector.points[tier].has_value()) continue;
+        to->point_of_tier[tier] = static_cast<int32_t>(to->point_ranks.size());
+        to->point_ranks.push_back(selector.points[tier]->rank);
+      }
+      if (selector.rank == 0 || to->point_ranks.empty()) return;
+      layout.Reserve(&to->weights.b, DType::kInt8, selector.rank, Padded(to->outputs));
+      layout.Reserve(&to->weights.thresholds, DType::kFloat16, PointsOf(selector), Padded(to->outputs));
+      layout.Reserve(&to->weights.ranks, DType::kInt32, 1, PointsOf(selector));
+    };
+    reserve(from.heads, &layer.heads);
+    reserve(from.neurons, &layer.neurons);
+  }
+  ASSIGN_OR_RETURN(storage_, layout.Allocate(dev_));
+  std::vector<int8_t> b;
+  std::vector<uint16_t> thresholds;
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    const Layer& layer = layers_[l];
+    const LayerPredictorData& from = data.layers[l];
+    if (layer.a.empty()) continue;
+    int64_t row = 0;
+    for (const SelectorData* selector : {&from.heads, &from.neurons}) {
+      dev_.Upload(layer.a.Rows(row, selector->rank), selector->a.data());
+      dev_.Upload(layer.a_scale.Cols(row, selector->rank), selector->a_scale.data());
+      row += selector->rank;
+    }
+    dev_.Upload(layer.worth, from.worth.data());
+    const auto upload = [&](const SelectorData& selector, const Selector& to) {
+      if (to.weights.b.empty()) return;
+      PackSelector(selector, to.outputs, &b, &thresholds);
+      dev_.Upload(to.weights.b, b.data());
+      dev_.Upload(to.weights.thresholds, thresholds.data());
+      dev_.Upload(to.weights.ranks, to.point_ranks.data());
+    };
+    upload(from.heads, layer.heads);
+    upload(from.neurons, layer.neurons);
+  }
+  dev_.Synchronize();
+  return absl::OkStatus();
+}
+
+absl::Status Predictor::AllocateStep(int32_t max_rows, int32_t max_audits) {
+  max_rows_ = max_rows;
+  max_audits_ = max_audits;
+  int64_t rank = 0;
+  for (const Layer& layer : layers_) rank = std::max<int64_t>(rank, layer.heads.rank + layer.neurons.rank);
+  const bool predicts = rank > 0;
+  const int64_t layers = config_.layers, audits = predicts ? max_audits : 0, rows = predicts ? max_rows : 0;
+  const int64_t neuron_words = Padded(config_.ffn) / 32, head_words = Padded(config_.heads) / 32;
+  DeviceLayout floats, ints;
+  floats.Reserve(&coordinates_, DType::kFloat32, rows, rank);
+  floats.Reserve(&audit_coordinates_, DType::kFloat32, audits, rank);
+  floats.Reserve(&audit_x_, DType::kFloat32, audits, config_.hidden);
+  floats.Reserve(&audit_hidden_, DType::kFloat32, audits, config_.ffn);
+  floats.Reserve(&audit_results_, DType::kFloat32, layers * audits, kAuditFields);
+  ints.Reserve(&neuron_points_, DType::kInt32, layers, rows);
+  ints.Reserve(&head_points_, DType::kInt32, layers, rows);
+  ints.Reserve(&audit_points_, DType::kInt32, layers, audits);
+  ints.Reserve(&strict_, DType::kInt32, 1, rows);
+  ints.Reserve(&audit_rows_, DType::kInt32, 1, audits);
+  ints.Reserve(&neuron_list_, DType::kInt32, 1, predicts ? config_.ffn : 0);
+  ints.Reserve(&head_list_, DType::kInt32, 1, predicts ? config_.heads : 0);
+  ints.Reserve(&audit_list_, DType::kInt32, 1, predicts ? config_.ffn : 0);
+  ints.Reserve(&audit_count_, DType::kInt32, 1, 1);
+  ints.Reserve(&neuron_masks_, DType::kInt32, rows, neuron_words);
+  ints.Reserve(&head_masks_, DType::kInt32, rows, head_words);
+  ints.Reserve(&audit_masks_, DType::kInt32, audits, neuron_words);
+  ints.Reserve(&selected_, DType::kInt32, layers, rows);
+  ints.Reserve(&head_counts_, DType::kInt32, layers, rows);
+  ints.Reserve(&active_, DType::kInt32, layers, max_rows + 1);
+  ints.Reserve(&union_selected_, DType::kInt32, layers, 1);
+  ints.Reserve(&union_heads_, DType::kInt32, layers, 1);
+  ints.Reserve(&audit_selected_, DType::kInt32, 1, audits);
+  ASSIGN_OR_RETURN(scratch_floats_, floats.Allocate(dev_));
+  ASSIGN_OR_RETURN(scratch_ints_, ints.Allocate(dev_));
+  host_neuron_points_.resize(layers * max_rows);
+  host_head_points_.resize(layers * max_rows);
+  host_audit_points_.resize(layers * max_audits);
+  host_strict_.resize(max_rows);
+  return absl::OkStatus();
+}
+
+bool Predictor::HasNeuronPoint(int32_t layer, Tier tier) const {
+  return layers_[layer].neurons.point_of_tier[Index(tier)] != kSelectEverything;
+}
+
+// Rows of prefill compute everything. An audited row's own prediction is computed even where it is switched off, so that
+// a layer can be seen to recover.
+void Predictor::BeginStep(const Batch& batch) {
+  rows_ = batch.rows();
+  decode_rows_ = batch.decode_rows;
+  audits_ = static_cast<int32_t>(batch.audit_rows.size());
+  CHECK(rows_ <= max_rows_ && audits_ <= max_audits_) << rows_ << " rows, " << audits_ << " audits";
+  bool any = false;
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    Layer& layer = layers_[l];
+    layer.rank_heads = layer.rank_neurons = 0;
+    layer.selects_neurons = false;
+    if (layer.a.empty()) continue;
+    int32_t* const neurons = &host_neuron_points_[l * rows_];
+    int32_t* const heads = &host_head_points_[l * rows_];
+    for (int32_t r = 0; r < rows_; ++r) {
+      const bool decodes = r < decode_rows_;
+      neurons[r] = decodes ? layer.neurons.PointFor(batch.tiers[r]) : kSelectEverything;
+      heads[r] = decodes ? layer.heads.PointFor(batch.tiers[r]) : kSelectEverything;
+      if (neurons[r] != kSelectEverything) {
+        layer.selects_neurons = true;
+        layer.rank_neurons = std::max(layer.rank_neurons, layer.neurons.point_ranks[neurons[r]]);
+      }
+      if (heads[r] != kSelectEverything) layer.rank_heads = layer.heads.rank;
+    }
+    for (int32_t i = 0; i < audits_; ++i) {
+      const int32_t point = layer.neurons.point_of_tier[Index(batch.tiers[batch.audit_rows[i]])];
+      host_audit_points_[l * audits_ + i] = point;
+      if (point != kSelectEverything) {
+        layer.rank_neurons = std::max(layer.rank_neurons, layer.neurons.point_ranks[point]);
+      }
+    }
+    any = any || layer.rank_heads > 0 || layer.rank_neurons > 0;
+    // Stage A's rows are the heads', then the neurons': what is needed is one run of rows.
+    const int32_t first = layer.rank_heads > 0 ? 0 : layer.heads.rank;
+    const int32_t count = layer.rank_neurons > 0 ? layer.heads.rank + layer.rank_neurons - first : layer.rank_heads;
+    layer.ride.weight = layer.a.Rows(first, count);
+    layer.ride.scale = layer.a_scale.Cols(first, count);
+  }
+  if (!any) return;
+  for (int32_t r = 0; r < rows_; ++r) host_strict_[r] = r < decode_rows_ && batch.strict[r] ? 1 : 0;
+  const auto upload = [&](const Tensor& target, int64_t cols, const std::vector<int32_t>& values) {
+    if (cols > 0) dev_.Upload(target.Cols(0, cols), values.data());
+  };
+  upload(neuron_points_, rows_, host_neuron_points_);
+  upload(head_points_, rows_, host_head_points_);
+  upload(audit_points_, audits_, host_audit_points_);
+  upload(strict_, rows_, host_strict_);
+  upload(audit_rows_, audits_, batch.audit_rows);
+}
+
+// The heads' or the neurons' columns of the coordinates that rode along.
+Tensor Predictor::Coordinates(const Layer& layer, bool heads, int64_t rows) const {
+  const int64_t first = heads || layer.rank_heads == 0 ? 0 : layer.heads.rank;
+  return coordinates_.Rows(0, rows).Cols(first, heads ? layer.rank_heads : layer.rank_neurons);
+}
+
+Ride Predictor::RideAlong(int32_t layer, Tap at) {
+  if (at == Tap::kPreviousLayer) ++layer;
+  if (layer >= config_.layers) return {};
+  const Layer& l = layers_[layer];
+  if (l.tap != at || (l.rank_heads == 0 && l.rank_neurons == 0)) return {};
+  return {coordinates_.Rows(0, rows_).Cols(0, l.ride.weight.rows), &l.ride};
+}
+
+bool Predictor::SelectsHeads(int32_t layer) const { return layers_[layer].rank_heads > 0; }
+
+Selection Predictor::Heads(int32_t layer) {
+  const Layer& l = layers_[layer];
+  if (l.rank_heads == 0) return {};
+  const Selection heads = {head_list_, union_heads_.Rows(layer, 1), head_masks_.Rows(0, rows_), {}};
+  dev_.Select(heads, head_counts_.Rows(layer, 1).Cols(0, rows_), Coordinates(l, /*heads=*/true, rows_), l.heads.weights,
+              head_points_.Rows(layer, 1).Cols(0, rows_));
+  return heads;
+}
+
+Selection Predictor::Neurons(int32_t layer) {
+  const Layer& l = layers_[layer];
+  if (!l.selects_neurons) return {};
+  const Selection neurons = {neuron_list_, union_selected_.Rows(layer, 1), neuron_masks_.Rows(0, rows_),
+                             strict_.Cols(0, rows_)};
+  dev_.Select(neurons, selected_.Rows(layer, 1).Cols(0, rows_), Coordinates(l, /*heads=*/false, rows_),
+              l.neurons.weights, neuron_points_.Rows(layer, 1).Cols(0, rows_));
+  return neurons;
+}
+
+void Predictor::Audit(int32_t layer, Tensor x, const LinearWeights& up) {
+  const Layer& l = layers_[layer];
+  if (audits_ == 0 || l.rank_neurons == 0) return;
+  const Tensor ids = audit_rows_.Cols(0, audits_), a = audit_coordinates_.Rows(0, audits_).Cols(0, l.rank_neurons);
+  const Tensor rows = audit_x_.Rows(0, audits_);
+  dev_.GatherRows(a, Coordinates(l, /*heads=*/false, rows_), ids);
+  dev_.GatherRows(rows, x, ids);
+  const Selection predicted = {audit_list_, audit_count_, audit_masks_.Rows(0, audits_), {}};
+  dev_.Select(predicted, audit_selected_.Cols(0, audits_), a, l.neurons.weights,
+              audit_points_.Rows(layer, 1).Cols(0, audits_));
+  dev_.Audit(audit_results_.Rows(layer * max_audits_, audits_), rows, up, l.worth, predicted,
+             audit_hidden_.Rows(0, audits_));
+}
+
+Tensor Predictor::ActiveCounts(int32_t layer) const {
+  return decode_rows_ > 0 ? active_.Rows(layer, 1).Cols(0, decode_rows_ + 1) : Tensor{};
+}
+
+void Predictor::EndStep(StepCounts* counts) {
+  counts->decode_rows = decode_rows_;
+  if (decode_rows_ == 0) return;
+  for (int32_t l = 0; l < config_.layers; ++l) {
+    const Layer& layer = layers_[l];
+    const auto row = [&](std::vector<int32_t>& values) { return &values[static_cast<size_t>(l) * max_rows_]; };
+    dev_.Download(&counts->active[static_cast<size_t>(l) * (max_rows_ + 1)], ActiveCounts(l));
+    if (layer.selects_neurons) {
+      dev_.Download(row(counts->selected), selected_.Rows(l, 1).Cols(0, decode_rows_));
+      dev_.Download(&counts->union_selected[l], union_selected_.Rows(l, 1));
+    } else {
+      std::fill_n(row(counts->selected), decode_rows_, config_.ffn);
+      counts->union_selected[l] = config_.ffn;
+    }
+    if (layer.rank_heads > 0) {
+      dev_.Download(row(counts->heads), head_counts_.Rows(l, 1).Cols(0, decode_rows_));
+    } else {
+      std::fill_n(row(counts->heads), decode_rows_, config_.heads);
+    }
+    if (audits_ > 0 && layer.rank_neurons > 0) {
+      dev_.Download(&counts->audits[static_cast<size_t>(l) * max_audits_ * kAuditFields],
+                    audit_results_.Rows(l * max_audits_, audits_));
+    }
+  }
+}
+
+}  // namespace dejavu

@@ -1,0 +1,135 @@
+// Predictor: chooses, on the device, which heads and neurons the rows of a step compute. Loaded from PredictorData; one
+// without data chooses everything, so that the model calls it unconditionally. Engine thread only.
+#ifndef ENGINE_PREDICTOR_H_
+#define ENGINE_PREDICTOR_H_
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/batch.h"
+#include "engine/predictor_file.h"
+#include "kernels/backend.h"
+
+namespace dejavu {
+
+// What the rows of a step computed, on the host. Filled by OptModel::Forward for steps with decode rows.
+struct StepCounts {
+  int32_t max_rows = 0, max_audits = 0;
+  int32_t decode_rows = 0;              // the columns that count: the first rows of the batch
+  bool skipped_zeros = true;
+  std::vector<int32_t> selected;        // [layers, max rows] neurons that a row selected
+  std::vector<int32_t> active;          // [layers, max rows + 1] and not zero; in column decode_rows: in any row
+  std::vector<int32_t> heads;           // [layers, max rows]
+  std::vector<int32_t> union_selected;  // [layers] neurons that some row selected
+  std::vector<float> audits;            // [layers, max audits, kAuditFields]; of layers with a predictor only
+
+  int32_t selected_of(int32_t layer, int32_t row) const { return selected[static_cast<size_t>(layer) * max_rows + row]; }
+  int32_t active_of(int32_t layer, int32_t row) const { return active[static_cast<size_t>(layer) * (max_rows + 1) + row]; }
+  int32_t heads_of(int32_t layer, int32_t row) const { return heads[static_cast<size_t>(layer) * max_rows + row]; }
+  // Down rows that the step read: a DENSE row makes it all that were selected.
+  int32_t union_down_of(int32_t layer) const {
+    return skipped_zeros ? active_of(layer, decode_rows) : union_selected[layer];
+  }
+  const float* audit_of(int32_t layer, int32_t audit) const {
+    return &audits[(static_cast<size_t>(layer) * max_audits + audit) * kAuditFields];
+  }
+};
+
+class Predictor {
+ public:
+  // `data` may be nullptr: everything is selected. `max_rows`, `max_audits`: the largest step.
+  static absl::StatusOr<std::unique_ptr<Predictor>> Create(const PredictorData* data, const OptConfig& config,
+                                                           Backend& backend, int32_t max_rows, int32_t max_audits);
+
+  // Whether `tier` selects neurons (heads) in `layer`; with `on` false the layer runs EXACT for the tier (computes every
+  // head) until it is switched on again. Switching takes effect with the next step. No effect where the file has no
+  // operating point.
+  void SwitchNeurons(int32_t layer, Tier tier, bool on) { layers_[layer].neurons.on[Index(tier)] = on; }
+  void SwitchHeads(int32_t layer, Tier tier, bool on) { layers_[layer].heads.on[Index(tier)] = on; }
+  bool HasNeuronPoint(int32_t layer, Tier tier) const;
+
+  // In the order in which the model calls them. BeginStep uploads what each row wants. Ride: what is to be computed from
+  // the vector that `at` stands for, in `layer`; may be nothing. Heads and Neurons run the second stage.
+  void BeginStep(const Batch& batch);
+  Ride RideAlong(int32_t layer, Tap at);
+  bool SelectsHeads(int32_t layer) const;
+  Selection Heads(int32_t layer);
+  Selection Neurons(int32_t layer);
+  // Compares what the audited rows' predictions select in `layer` with the whole up-projection of x, the MLP's input.
+  // Right after Neurons.
+  void Audit(int32_t layer, Tensor x, const LinearWeights& up);
+  Tensor ActiveCounts(int32_t layer) const;  // for Backend::Mlp
+  // After the last layer: the counts of this step.
+  void EndStep(StepCounts* counts);
+
+  int32_t max_audits() const { return max_audits_; }
+  int64_t bytes() const { return storage_.bytes(); }
+
+ private:
+  static constexpr size_t Index(Tier tier) { return static_cast<size_t>(tier); }
+
+  // One layer's neurons or heads.
+  struct Selector {
+    int32_t outputs = 0;
+    int32_t rank = 0;
+    SelectorWeights weights;
+    std::vector<int32_t> point_ranks;                      // [points]
+    std::array<int32_t, kAllTiers.size()> point_of_tier;   // kSelectEverything: none
+    std::array<bool, kAllTiers.size()> on;
+    int32_t PointFor(Tier tier) const {
+      return on[Index(tier)] ? point_of_tier[Index(tier)] : kSelectEverything;
+    }
+  };
+  struct Layer {
+    Tap tap = Tap::kAttentionNorm;
+    Tensor a;        // int8 [heads.rank + neurons.rank, hidden]: the heads' rows, then the neurons'
+    Tensor a_scale;  // float32 [1, heads.rank + neurons.rank]
+    Tensor worth;    // float32 [1, ffn]
+    Selector heads, neurons;
+    // This step.
+    int32_t rank_heads = 0;    // of stage A, how many rows of each are needed: 0: no row asks
+    int32_t rank_neurons = 0;
+    bool selects_neurons = false;  // some row has an operating point
+    LinearWeights ride;
+  };
+
+  Predictor(const OptConfig& config, Backend& backend) : config_(config), dev_(backend) {}
+  absl::Status Load(const PredictorData& data);
+  absl::Status AllocateStep(int32_t max_rows, int32_t max_audits);
+  Tensor Coordinates(const Layer& layer, bool heads, int64_t rows) const;
+
+  // Constant after Create.
+  const OptConfig config_;
+  Backend& dev_;
+  std::vector<Layer> layers_;
+  Buffer storage_, scratch_floats_, scratch_ints_;
+  int32_t max_rows_ = 0, max_audits_ = 0;
+
+  // This step.
+  int32_t rows_ = 0, decode_rows_ = 0, audits_ = 0;
+  std::vector<int32_t> host_neuron_points_, host_head_points_;  // [layers, rows]
+  std::vector<int32_t> host_audit_points_;                      // [layers, audits]
+  std::vector<int32_t> host_strict_;                            // [rows]
+
+  // On the device.
+  Tensor coordinates_;                       // float32 [max rows, largest rank]
+  Tensor audit_coordinates_, audit_x_;       // float32 [max audits, largest rank], [max audits, hidden]
+  Tensor audit_hidden_;                      // float32 [max audits, ffn]
+  Tensor audit_results_;                     // float32 [layers * max audits, kAuditFields]
+  Tensor neuron_points_, head_points_;       // int32 [layers, max rows]
+  Tensor audit_points_;                      // int32 [layers, max audits]
+  Tensor strict_, audit_rows_;               // int32 [1, max rows], [1, max audits]
+  Tensor neuron_list_, head_list_, audit_list_, audit_count_;
+  Tensor neuron_masks_, head_masks_, audit_masks_;  // int32 [rows, words]
+  Tensor selected_, head_counts_;            // int32 [layers, max rows]
+  Tensor active_;                            // int32 [layers, max rows + 1]
+  Tensor union_selected_, union_heads_;      // int32 [layers, 1]
+  Tensor audit_selected_;                    // int32 [1, max audits]
+};
+
+}  // namespace dejavu
+
+#endif  // ENGINE_PREDICTOR_H_

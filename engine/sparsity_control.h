@@ -1,0 +1,77 @@
+// SparsityControl: what the engine does about sparsity around a step. It picks the rows that are computed a second time,
+// densely, adds up what each request and each layer read, and switches layers to EXACT where shadow checks fail. Engine
+// thread only, but for stats().
+#ifndef ENGINE_SPARSITY_CONTROL_H_
+#define ENGINE_SPARSITY_CONTROL_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "engine/batch.h"
+#include "engine/predictor.h"
+#include "engine/sequence.h"
+#include "engine/shadow_monitor.h"
+
+namespace dejavu {
+
+// KL(p || q) in nats and whether both have the same most likely entry, for the softmax of two rows of logits.
+struct LogitsComparison {
+  double kl_nats = 0.0;
+  bool same_top = false;
+};
+LogitsComparison CompareLogits(const float* p, const float* q, int32_t count);
+
+class SparsityControl {
+ public:
+  // `data` may be nullptr. With `fall_back` false, failed shadow checks change nothing. All must outlive the control.
+  SparsityControl(const OptConfig& config, const PredictorData* data, Predictor& predictor, bool fall_back);
+
+  // Marks the rows of `batch` that are to be compared in this step and puts them, DENSE, into `shadow`. The dense step
+  // comes first: the keys and values that it writes are then overwritten by the real one.
+  void PlanShadow(const std::vector<std::unique_ptr<Sequence>>& running, Batch& batch, Batch& shadow) const;
+
+  // After the step; `logits` are the real ones, `shadow_logits` those of the rows of `shadow`.
+  void NoteStep(const std::vector<std::unique_ptr<Sequence>>& running, const Batch& batch, const StepCounts& counts,
+                const float* logits, const float* shadow_logits);
+
+  SparsityReport Report(const Sequence& sequence) const;
+
+  // Any thread.
+  SparsityStats stats() const;
+
+ private:
+  // A counter with one writer.
+  template <typename T>
+  class Counter {
+   public:
+    void Add(T amount) { value_.store(value_.load(std::memory_order_relaxed) + amount, std::memory_order_relaxed); }
+    T value() const { return value_.load(std::memory_order_relaxed); }
+
+   private:
+    std::atomic<T> value_{};
+  };
+  struct LayerCounters {
+    Counter<int64_t> steps, union_selected, union_active, rows, selected, active, heads;
+    Counter<int64_t> shadow_rows, shadow_selected, shadow_active, shadow_hits, fallbacks, recoveries;
+    Counter<double> shadow_mass, shadow_missed_mass;
+    std::atomic<uint32_t> exact_tiers{0};  // bit t: tier t runs EXACT here for now
+  };
+
+  void NoteRow(Sequence& sequence, int32_t row, const Batch& batch, const StepCounts& counts);
+  void NoteAudit(Sequence& sequence, int32_t audit, const StepCounts& counts);
+  void Change(ShadowMonitor::Change change, Tier tier, int32_t layer);
+
+  const OptConfig& config_;
+  Predictor& predictor_;
+  const bool fall_back_;
+  ShadowMonitor monitor_;
+  std::vector<LayerCounters> layers_;
+  Counter<int64_t> shadow_tokens_, shadow_agreements_;
+  Counter<double> shadow_kl_;
+};
+
+}  // namespace dejavu
+
+#endif  // ENGINE_SPARSITY_CONTROL_H_
