@@ -94,9 +94,9 @@ std::string ApplyEntry(const Schema& schema, const YamlEntry& entry, std::vector
                           entry.kind == YamlEntry::kMapping ? "mapping" : "list", "; must be one value: ", limit);
     case YamlEntry::kNull:
       return absl::StrCat(entry.key_place, ": ", path, " has no value; must be ", limit,
-                          option->is_string() ? " (\"\" for none)" : "");
+                          option->is_text() ? " (\"\" for none)" : "");
     case YamlEntry::kQuoted:
-      if (option->is_string()) break;
+      if (option->is_text()) break;
       return absl::StrCat(entry.value_place, ": ", path, " is the text \"", entry.value, "\"; must be ", limit,
                           ", without quotes");
     case YamlEntry::kPlain:
@@ -138,12 +138,34 @@ std::vector<std::string> ApplyEnvironment(const Schema& schema, const std::map<s
   return errors;
 }
 
+// What no key has wrong by itself.
+std::vector<std::string> CheckTogether(const Schema& schema, const ServerOptions& server) {
+  const auto text = [&](absl::string_view key) {
+    return absl::StrCat(key, " is \"", OptionText(*schema.Find(key)), "\"");
+  };
+  const std::string highest = text("sparsity.highest_tier"), lowest = text("sparsity.lowest_tier");
+  std::vector<std::string> errors;
+  // A tier of less quality has the larger number.
+  if (server.lowest_tier < server.highest_tier) {
+    errors.push_back(absl::StrCat(lowest, "; must not be of better quality than the highest: ", highest));
+  } else if (server.default_tier < server.highest_tier || server.default_tier > server.lowest_tier) {
+    errors.push_back(absl::StrCat(text("sparsity.default_tier"),
+                                  "; must be a tier that requests may ask for: ", highest, ", ", lowest));
+  }
+  if (server.shadow_every != 0 && server.shadow_every < server.min_shadow_every) {
+    errors.push_back(absl::StrCat(text("sparsity.shadow_every"), "; must be 0 or at least what requests may name: ",
+                                  text("sparsity.min_shadow_every")));
+  }
+  return errors;
+}
+
 // What --help shows after the flag: what its value is, or for a switch the way to turn it off.
 std::string Placeholder(const Option& option) {
   if (option.is_bool()) return absl::StrCat(", --no-", FlagName(option.key).substr(2));
   if (!option.choices.empty()) return " " + absl::StrJoin(option.choices, "|");
-  if (!option.is_string()) return " N";
+  if (!option.is_text()) return " N";
   if (option.key == "model") return " DIR";
+  if (option.key == "predictor") return " FILE";
   if (option.key == "listen") return " HOST:PORT";
   return absl::EndsWith(option.key, "_file") ? " FILE" : " TEXT";
 }
@@ -166,7 +188,7 @@ std::string HelpText() {
     if (option.group != group) absl::StrAppend(&text, "\n", option.group, ":\n");
     group = option.group;
     std::vector<std::string> notes;
-    if (!option.is_string()) notes.push_back(LimitText(option));
+    if (!option.is_text()) notes.push_back(LimitText(option));
     if (!OptionText(option).empty()) notes.push_back(absl::StrCat("default ", OptionText(option)));
     absl::StrAppend(&text, "  ", FlagName(option.key), Placeholder(option), "\n      ", option.help,
                     notes.empty() ? "" : absl::StrCat(" (", absl::StrJoin(notes, "; "), ")"), " [",
@@ -279,6 +301,7 @@ absl::StatusOr<Config> LoadConfig(const ConfigSources& sources) {
         option == nullptr ? absl::InvalidArgumentError(absl::StrCat("unknown key ", key)) : SetOption(*option, text);
     if (!set.ok()) errors.push_back(absl::StrCat(FlagName(key), ": ", set.message()));
   }
+  if (errors.empty()) errors = CheckTogether(schema, config.server);
   if (!errors.empty()) return absl::InvalidArgumentError(absl::StrJoin(errors, "\n"));
   return config;
 }
@@ -297,7 +320,7 @@ std::string FormatConfig(const Config& config) {
     }
     const std::string limit = LimitText(option);
     absl::StrAppend(&text, indent, "# ", option.help, limit.empty() ? "" : absl::StrCat(" (", limit, ")"), "\n");
-    const std::string value = option.is_string() ? Quoted(OptionText(option)) : OptionText(option);
+    const std::string value = option.is_text() ? Quoted(OptionText(option)) : OptionText(option);
     absl::StrAppend(&text, indent, option.key.substr(option_section.size()), ": ", value, "\n");
   }
   return text;

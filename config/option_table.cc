@@ -60,14 +60,21 @@ int EditDistance(absl::string_view a, absl::string_view b) {
   return row[b.size()];
 }
 
+// By Tier: config links no engine, whose Name(Tier) says the same (config_test compares them).
+std::vector<std::string> TierNames() { return {"dense", "exact", "high", "balanced", "fast"}; }
+
 }  // namespace
 
 std::vector<Option> OptionTable(Config* config) {
   EngineOptions& e = config->engine;
   ServerOptions& s = config->server;
   constexpr double kGib = 1 << 30;
+  const std::vector<std::string> tiers = TierNames();
   return {
       {"model", "Model", "directory of the checkpoint, in Hugging Face layout", &e.model},
+      {"predictor", "Model",
+       "predictor of the sparse tiers; empty: predictor.safetensors in the model's directory, if there; none: never",
+       &e.predictor},
       {"served_model_name", "Model", "name that requests may give; empty: last part of the directory",
        &s.served_model_name},
 
@@ -100,6 +107,17 @@ std::vector<Option> OptionTable(Config* config) {
        1, 4096},
       {"limits.max_stop_token_ids", "Limits of a request", "most stop token ids", &s.max_stop_token_ids, 0, 1024},
       {"limits.max_logit_bias", "Limits of a request", "most logit bias entries", &s.max_logit_bias, 0, 100000},
+
+      {"sparsity.default_tier", "Sparsity", "tier where the request names none", &s.default_tier, 0, 0, tiers},
+      {"sparsity.highest_tier", "Sparsity", "best quality that a request may ask for", &s.highest_tier, 0, 0, tiers},
+      {"sparsity.lowest_tier", "Sparsity", "lowest quality that a request may ask for", &s.lowest_tier, 0, 0, tiers},
+      {"sparsity.shadow_every", "Sparsity",
+       "compare one in so many decoded tokens with its dense result, where the request names no number; 0: none",
+       &s.shadow_every, 0, kMaxShadowEvery},
+      {"sparsity.min_shadow_every", "Sparsity", "smallest such number but 0 that a request may name",
+       &s.min_shadow_every, 1, kMaxShadowEvery},
+      {"sparsity.fallback", "Sparsity", "let a layer whose comparisons fail run exact until they pass again",
+       &e.shadow_fallback},
 
       {"transport.max_message_bytes", "Transport", "most bytes of one request", &s.max_message_bytes, 1024, kGib},
       {"transport.max_outbox_bytes", "Transport",
@@ -134,7 +152,7 @@ std::string EnvironmentName(absl::string_view key) {
 
 std::string LimitText(const Option& option) {
   if (option.is_bool()) return "true or false";
-  if (!option.is_string()) return absl::StrCat(NumberText(option.min), " to ", NumberText(option.max));
+  if (!option.is_text()) return absl::StrCat(NumberText(option.min), " to ", NumberText(option.max));
   if (option.choices.empty()) return "";
   const auto last = option.choices.end() - 1;
   return absl::StrCat(absl::StrJoin(option.choices.begin(), last, ", "), " or ", *last);
@@ -158,6 +176,10 @@ absl::Status SetOption(const Option& option, absl::string_view text) {
             if (!checked.ok()) return refuse(checked.message());
           }
           *target = std::string(text);
+        } else if constexpr (std::is_same_v<Value, Tier>) {
+          const auto found = std::find(option.choices.begin(), option.choices.end(), text);
+          if (found == option.choices.end()) return refuse(absl::StrCat("must be ", LimitText(option)));
+          *target = static_cast<Tier>(found - option.choices.begin());
         } else if constexpr (std::is_same_v<Value, bool>) {
           if (text != "true" && text != "false") return refuse("must be true or false");
           *target = text == "true";
@@ -175,10 +197,12 @@ absl::Status SetOption(const Option& option, absl::string_view text) {
 
 std::string OptionText(const Option& option) {
   return std::visit(
-      [](auto* target) -> std::string {
+      [&](auto* target) -> std::string {
         using Value = std::remove_pointer_t<decltype(target)>;
         if constexpr (std::is_same_v<Value, std::string>) {
           return *target;
+        } else if constexpr (std::is_same_v<Value, Tier>) {
+          return option.choices[static_cast<size_t>(*target)];
         } else if constexpr (std::is_same_v<Value, bool>) {
           return *target ? "true" : "false";
         } else if constexpr (std::is_same_v<Value, double>) {

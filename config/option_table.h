@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
 #include "config/config.h"
+#include "engine/sparsity.h"
 
 namespace dejavu {
 
@@ -18,13 +19,13 @@ struct Option {
   std::string key;    // "kv.block_tokens": a key of the section `kv`
   std::string group;  // heading in --help
   std::string help;   // one line, with the unit
-  std::variant<std::string*, bool*, int*, int64_t*, double*> target;
+  std::variant<std::string*, Tier*, bool*, int*, int64_t*, double*> target;
   double min = 0;  // numbers only, inclusive
   double max = 0;
-  std::vector<std::string> choices = {};                     // strings only; empty: any
+  std::vector<std::string> choices = {};                     // text only; empty: any. Of a tier: its names in order
   absl::Status (*check)(absl::string_view value) = nullptr;  // strings only; what no list can say
 
-  bool is_string() const { return std::holds_alternative<std::string*>(target); }
+  bool is_text() const { return std::holds_alternative<std::string*>(target) || std::holds_alternative<Tier*>(target); }
   bool is_bool() const { return std::holds_alternative<bool*>(target); }
 };
 

@@ -9,6 +9,7 @@
 #include "kernels/base/status_macros.h"
 #include "server/error_details.h"
 #include "server/parse.h"
+#include "server/sparsity_messages.h"
 #include "server/token_stream.h"
 #include "server/validate.h"
 
@@ -100,6 +101,7 @@ class GenerateCall final : public EngineCall {
     options.prompt.set_prompt_tokens(static_cast<uint32_t>(checked.request.prompt.size()));
     options.prompt.set_seed(checked.request.sampling.seed);
     options.prompt.set_max_new_tokens(static_cast<uint32_t>(checked.request.max_new_tokens));
+    options.prompt.set_tier(ToMessage(checked.request.sparsity.tier));
     options.streaming = streaming_;
     options.tokenizer = model.tokenizer;
     options.stop_strings = std::move(checked.stop_strings);
@@ -250,6 +252,7 @@ absl::Status GenerationService::GetServerInfo(v1::GetServerInfoResponse* respons
   limits->set_max_message_bytes(static_cast<uint64_t>(options_.max_message_bytes));
 
   const ServedModel* const model = model_.load(std::memory_order_acquire);
+  FillInfo(options_, model == nullptr ? nullptr : model->engine, response->mutable_sparsity());
   if (model == nullptr) return absl::OkStatus();  // still loading: no backend and no load to speak of
   response->set_backend(model->engine->backend_description());
   const EngineStats stats = model->engine->stats();

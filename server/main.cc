@@ -152,6 +152,11 @@ std::optional<int> Daemon::Load(Server* server) {
     spdlog::error("cannot load the model: {}", std::string(loaded.status().message()));
     return kCannotStart;
   }
+  const absl::Status default_tier = loaded->engine->CheckTier(config_.server.default_tier);
+  if (!default_tier.ok()) {
+    spdlog::error("cannot serve sparsity.default_tier: {}", std::string(default_tier.message()));
+    return kCannotStart;
+  }
   model_ = *std::move(loaded);
   server->SetReady(model_.engine.get(), model_.tokenizer.get());
   spdlog::info("serving \"{}\" on {} after {:.1f} s: {:.2f} GB of {} weights", server->model_name(),

@@ -5,7 +5,11 @@
 #include <cstdint>
 #include <string>
 
+#include "engine/sparsity.h"
+
 namespace dejavu {
+
+inline constexpr int kMaxShadowEvery = 1'000'000'000;
 
 struct ServerOptions {
   std::string listen = "127.0.0.1:50051";  // host:port; port 0: any free one
@@ -20,6 +24,14 @@ struct ServerOptions {
   int max_stop_string_bytes = 256;
   int max_stop_token_ids = 64;
   int max_logit_bias = 300;
+
+  // Sparsity. Requests may ask for the tiers from `highest_tier` (best quality) to `lowest_tier`; the default is one of
+  // them. A shadow check computes a token twice: `min_shadow_every` is what the server can spend on them.
+  Tier default_tier = Tier::kExact;
+  Tier highest_tier = Tier::kDense;
+  Tier lowest_tier = Tier::kFast;
+  int shadow_every = 256;    // where the request names no number; 0: never
+  int min_shadow_every = 1;  // the smallest number but 0 that a request may name; at most kMaxShadowEvery
 
   // Transport.
   int64_t max_message_bytes = 4 << 20;   // the largest request that is read

@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
 #include "server/error_details.h"
+#include "server/sparsity_messages.h"
 
 namespace dejavu {
 namespace {
@@ -139,6 +140,7 @@ void TokenStream::FillFinish(const dejavu::Finish& finish) {
   message->set_prompt_tokens(static_cast<uint32_t>(finish.prompt_tokens));
   message->set_generated_tokens(static_cast<uint32_t>(finish.generated_tokens));
   FillTimings(finish, options_.arrival, message->mutable_timings());
+  FillReport(finish.sparsity, message->mutable_sparsity());
   if (matched_stop_ >= 0) {
     message->set_reason(v1::FINISH_REASON_STOP_STRING);
     message->set_stop_string(options_.stop_strings[matched_stop_]);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/ascii.h"
@@ -10,6 +11,7 @@
 #include "absl/strings/str_format.h"
 #include "kernels/base/status_macros.h"
 #include "server/error_details.h"
+#include "server/sparsity_messages.h"
 
 namespace dejavu {
 namespace {
@@ -149,6 +151,39 @@ absl::Status CheckPenalties(const v1::Penalties& penalties, const ServerOptions&
   return absl::OkStatus();
 }
 
+// Never another tier than the one that was asked for.
+absl::StatusOr<Tier> CheckTier(v1::Tier wanted, const ServerOptions& options, const ServedModel& model) {
+  const std::optional<Tier> known = FromMessage(wanted);
+  if (!known.has_value() && wanted != v1::TIER_UNSPECIFIED) {
+    return InvalidField("sparsity.tier", absl::StrCat("is ", static_cast<int>(wanted), "; it must be 0 to ",
+                                                      static_cast<int>(v1::Tier_MAX)));
+  }
+  const Tier tier = known.value_or(options.default_tier);
+  if (!IsAllowed(tier, options)) {
+    return InvalidField("sparsity.tier", absl::StrCat("is ", Name(tier), "; this server allows ",
+                                                      Name(options.highest_tier), " to ", Name(options.lowest_tier)));
+  }
+  const absl::Status servable = model.engine->CheckTier(tier);
+  if (!servable.ok()) return MissingFeature("predictor", servable.message());
+  return tier;
+}
+
+absl::Status CheckSparsity(const v1::Sparsity& sparsity, const ServerOptions& options, const ServedModel& model,
+                           SparsityParams* params) {
+  params->deterministic = sparsity.deterministic();
+  params->shadow_every = options.shadow_every;
+  if (sparsity.has_shadow_every()) {
+    const uint32_t every = sparsity.shadow_every();
+    if (every != 0 && (every < static_cast<uint32_t>(options.min_shadow_every) || every > kMaxShadowEvery)) {
+      return InvalidField("sparsity.shadow_every", absl::StrCat("is ", every, "; it must be 0, or ",
+                                                                options.min_shadow_every, " to ", kMaxShadowEvery));
+    }
+    params->shadow_every = static_cast<int32_t>(every);
+  }
+  ASSIGN_OR_RETURN(params->tier, CheckTier(sparsity.tier(), options, model));
+  return absl::OkStatus();
+}
+
 absl::Status CheckStopStrings(const v1::Stopping& stopping, const ServerOptions& options, const ServedModel& model) {
   if (stopping.stop_strings().empty()) return absl::OkStatus();
   RETURN_IF_ERROR(CheckTokenizer("stopping.stop_strings", model));
@@ -236,6 +271,7 @@ absl::StatusOr<CheckedGenerate> CheckGenerate(const v1::GenerateRequest& request
   RETURN_IF_ERROR(CheckAtMost("output.top_logprobs", request.output().top_logprobs(), options.max_top_logprobs));
   checked.request.top_logprobs = static_cast<int32_t>(request.output().top_logprobs());
   checked.request.logprobs = request.output().logprobs() || checked.request.top_logprobs > 0;
+  RETURN_IF_ERROR(CheckSparsity(request.sparsity(), options, model, &checked.request.sparsity));
   // Last, as tokenising costs most.
   ASSIGN_OR_RETURN(checked.request.prompt, CheckPrompt(request, model));
   RETURN_IF_ERROR(CheckStopping(request.stopping(), options, model, &checked));

@@ -1,6 +1,6 @@
 // Validation: every field of a request is held against its range before the engine sees anything. Pure functions; any
 // thread. Errors name the field, the value and the limit (InvalidField), or are NOT_FOUND for another model's name and
-// FAILED_PRECONDITION for text where no tokenizer is loaded.
+// FAILED_PRECONDITION for text where no tokenizer is loaded and for tiers that the loaded predictor cannot serve.
 #ifndef SERVER_VALIDATE_H_
 #define SERVER_VALIDATE_H_
 

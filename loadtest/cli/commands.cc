@@ -226,7 +226,8 @@ class InfoCommand : public Command {
               {"kv_blocks_free", load.kv_blocks_free()},
               {"steps", load.steps()},
               {"prompt_tokens", load.prompt_tokens()},
-              {"generated_tokens", load.generated_tokens()}}}};
+              {"generated_tokens", load.generated_tokens()}}},
+            {"sparsity", ToJson(server.sparsity())}};
   }
 
   static Json ModelJson(const v1::GetModelInfoResponse& model) {

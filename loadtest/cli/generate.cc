@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
@@ -82,6 +83,17 @@ void AddPromptJson(const v1::PromptInfo& prompt, Json* json) {
   (*json)["max_new_tokens"] = prompt.max_new_tokens();
 }
 
+void AddSparsityJson(const v1::SparsityReport& sparsity, Json* json) {
+  (*json)["decode_tokens"] = sparsity.decode_tokens();
+  (*json)["mlp_density"] = sparsity.mlp_density();
+  (*json)["mlp_selected"] = sparsity.mlp_selected();
+  (*json)["mlp_active"] = sparsity.mlp_active();
+  (*json)["mlp_union_density"] = sparsity.mlp_union_density();
+  (*json)["head_density"] = sparsity.head_density();
+  (*json)["fallback_share"] = sparsity.fallback_share();
+  (*json)["shadow"] = sparsity.shadow().tokens() > 0 ? ToJson(sparsity.shadow()) : Json();
+}
+
 void AddFinishJson(const Completion& completion, Json* json) {
   const v1::Finish& finish = completion.finish();
   const Latency& latency = completion.latency();
@@ -95,6 +107,8 @@ void AddFinishJson(const Completion& completion, Json* json) {
   (*json)["p99_itl_ms"] = latency.gap_ms(0.99);
   (*json)["tokens_per_second"] = latency.tokens_per_second();
   (*json)["server_timings"] = ToJson(finish.timings());
+  (*json)["tier"] = TierName(completion.prompt().tier());
+  AddSparsityJson(finish.sparsity(), json);
 }
 
 void PrintChunkJson(const v1::GenerateChunk& chunk, const Completion& completion) {
@@ -118,6 +132,19 @@ void PrintStats(const Completion& completion) {
                static_cast<unsigned long long>(completion.prompt().seed()));
 }
 
+void PrintSparsity(const Completion& completion) {
+  const v1::SparsityReport& sparsity = completion.finish().sparsity();
+  std::fprintf(stderr, "sparsity             tier %s, %.1f %% of MLP rows and %.1f %% of heads",
+               TierName(completion.prompt().tier()).c_str(), 100 * sparsity.mlp_density(),
+               100 * sparsity.head_density());
+  const v1::ShadowReport& shadow = sparsity.shadow();
+  if (shadow.tokens() > 0) {
+    std::fprintf(stderr, "; same most likely token as dense in %.1f %% of %u tokens", 100 * shadow.top1_agreement(),
+                 shadow.tokens());
+  }
+  std::fputs("\n", stderr);
+}
+
 class GenerateCommand : public Command {
  public:
   explicit GenerateCommand(CLI::App* program)
@@ -126,7 +153,9 @@ class GenerateCommand : public Command {
     AddRequestFlags();
     AddSamplingFlags();
     AddStoppingFlags();
-    app_->add_flag("--stats", stats_, "Write latencies, tokens per second and the finish reason to stderr")
+    AddSparsityFlags();
+    app_->add_flag("--stats", stats_,
+                   "Write latencies, tokens per second, the finish reason and the sparsity to stderr")
         ->group("Output");
     CLI::Option* json = app_->add_flag("--json", json_, "Write one JSON object instead of the text")->group("Output");
     app_->add_flag("--stream", stream_, "With --json: one object per chunk, the last with finish_reason and the stats")
@@ -161,7 +190,10 @@ class GenerateCommand : public Command {
     std::fflush(stdout);
     if (!status.ok()) return ReportFailure(status, connection->interrupted(), json_);
     if (json_ && !stream_) PrintWhole(*completion);
-    if (stats_) PrintStats(*completion);
+    if (stats_) {
+      PrintStats(*completion);
+      PrintSparsity(*completion);
+    }
     return kExitOk;
   }
 
@@ -203,6 +235,17 @@ class GenerateCommand : public Command {
     app_->add_flag("--ignore-eos", ignore_eos_, "Go on after the end token")->group("Stopping");
   }
 
+  void AddSparsityFlags() {
+    app_->add_option("--tier", tier_, "Quality for speed; without it, the server's default")
+        ->check(CLI::IsMember({"dense", "exact", "high", "balanced", "fast"}))
+        ->group("Sparsity");
+    app_->add_flag("--deterministic", deterministic_, "In a predicted tier: the same tokens beside any other requests")
+        ->group("Sparsity");
+    app_->add_option("--shadow-every", shadow_every_,
+                     "In a predicted tier: compare one in so many tokens with the dense result; 0: none")
+        ->group("Sparsity");
+  }
+
   void FillRequest() {
     request_.set_model(model_);
     request_.set_request_id(request_id_);
@@ -225,6 +268,12 @@ class GenerateCommand : public Command {
     stopping.mutable_stop_token_ids()->Add(stop_token_ids_.begin(), stop_token_ids_.end());
     stopping.set_include_stop_string(include_stop_string_);
     stopping.set_ignore_eos(ignore_eos_);
+    v1::Sparsity& sparsity = *request_.mutable_sparsity();
+    v1::Tier tier = v1::TIER_UNSPECIFIED;
+    if (!tier_.empty()) v1::Tier_Parse(absl::StrCat("TIER_", absl::AsciiStrToUpper(tier_)), &tier);
+    sparsity.set_tier(tier);
+    sparsity.set_deterministic(deterministic_);
+    if (shadow_every_) sparsity.set_shadow_every(*shadow_every_);
     request_.mutable_output()->set_logprobs(logprobs_);
     request_.mutable_output()->set_top_logprobs(top_logprobs_);
   }
@@ -255,14 +304,15 @@ class GenerateCommand : public Command {
 
   CLI::App* const app_;
   PromptSource prompt_;
-  std::string model_, request_id_;
+  std::string model_, request_id_, tier_;
   std::optional<float> temperature_, top_p_, min_p_, repetition_, presence_, frequency_;
-  std::optional<uint32_t> top_k_, max_new_tokens_;
+  std::optional<uint32_t> top_k_, max_new_tokens_, shadow_every_;
   std::optional<uint64_t> seed_;
   std::vector<std::string> logit_bias_, stop_strings_;
   std::vector<uint32_t> allowed_token_ids_, stop_token_ids_;
   uint32_t min_new_tokens_ = 0, top_logprobs_ = 0;
   bool include_stop_string_ = false, ignore_eos_ = false, logprobs_ = false;
+  bool deterministic_ = false;
   bool stats_ = false, json_ = false, stream_ = false;
   v1::GenerateRequest request_;
 };

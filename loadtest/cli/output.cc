@@ -76,6 +76,11 @@ void AppendPreconditionFailure(const std::string& bytes, std::vector<Detail>* de
   }
 }
 
+// The name of an enum's value as people write it: "EOS" of FINISH_REASON_EOS becomes "eos".
+std::string ShortName(absl::string_view name, absl::string_view prefix) {
+  return absl::AsciiStrToLower(absl::StartsWith(name, prefix) ? name.substr(prefix.size()) : "unknown");
+}
+
 std::vector<Detail> DetailsOf(const grpc::Status& status) {
   std::vector<Detail> details;
   rpc::Status message;
@@ -128,10 +133,38 @@ Json ToJson(const v1::TokenLogprob& alternative) {
   return {{"id", alternative.id()}, {"logprob", alternative.logprob()}};
 }
 
-std::string FinishReasonName(v1::FinishReason reason) {
-  static constexpr absl::string_view kPrefix = "FINISH_REASON_";
-  const std::string& name = v1::FinishReason_Name(reason);
-  return absl::AsciiStrToLower(absl::StartsWith(name, kPrefix) ? name.substr(kPrefix.size()) : "unknown");
+Json ToJson(const v1::ShadowReport& shadow) {
+  return {{"tokens", shadow.tokens()},       {"top1_agreement", shadow.top1_agreement()},
+          {"kl_nats", shadow.kl_nats()},     {"recall", shadow.recall()},
+          {"precision", shadow.precision()}, {"missed_mass", shadow.missed_mass()}};
 }
+
+Json ToJson(const v1::SparsityInfo& sparsity) {
+  Json available = Json::array(), exact = Json::array();
+  for (const int tier : sparsity.available_tiers()) available.push_back(TierName(static_cast<v1::Tier>(tier)));
+  for (const auto& layer : sparsity.exact_layers()) {
+    exact.push_back({{"tier", TierName(layer.tier())}, {"layer", layer.layer()}});
+  }
+  return {{"default_tier", TierName(sparsity.default_tier())},
+          {"highest_tier", TierName(sparsity.highest_tier())},
+          {"lowest_tier", TierName(sparsity.lowest_tier())},
+          {"available_tiers", std::move(available)},
+          {"predictor", sparsity.predictor()},
+          {"predictor_tap", sparsity.predictor_tap()},
+          {"predictor_bytes", sparsity.predictor_bytes()},
+          {"shadow_every", sparsity.shadow_every()},
+          {"shadow_tokens", sparsity.shadow_tokens()},
+          {"shadow_top1_agreement", sparsity.shadow_top1_agreement()},
+          {"shadow_kl_nats", sparsity.shadow_kl_nats()},
+          {"exact_layers", std::move(exact)},
+          {"fallbacks", sparsity.fallbacks()},
+          {"recoveries", sparsity.recoveries()}};
+}
+
+std::string FinishReasonName(v1::FinishReason reason) {
+  return ShortName(v1::FinishReason_Name(reason), "FINISH_REASON_");
+}
+
+std::string TierName(v1::Tier tier) { return ShortName(v1::Tier_Name(tier), "TIER_"); }
 
 }  // namespace dejavu

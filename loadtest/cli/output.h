@@ -28,9 +28,14 @@ int ReportFailure(const grpc::Status& status, bool interrupted, bool json);
 
 nlohmann::ordered_json ToJson(const v1::Timings& timings);
 nlohmann::ordered_json ToJson(const v1::TokenLogprob& alternative);
+nlohmann::ordered_json ToJson(const v1::ShadowReport& shadow);
+nlohmann::ordered_json ToJson(const v1::SparsityInfo& sparsity);
 
 // "length", "eos", "stop_string", "stop_token".
 std::string FinishReasonName(v1::FinishReason reason);
+
+// "dense", "exact", "high", "balanced", "fast".
+std::string TierName(v1::Tier tier);
 
 }  // namespace dejavu
 

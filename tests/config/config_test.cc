@@ -77,10 +77,12 @@ TEST(Config, AFlagWinsOverTheEnvironmentWhichWinsOverTheFileWhichWinsOverTheDefa
   EXPECT_EQ(config->engine.max_step_tokens, EngineOptions().max_step_tokens);
 }
 
-// A value that differs from the default and keeps to the limits.
+// A value that differs from the default and keeps to the limits, those of the default values of other keys too.
 std::string OtherValue(const Option& option) {
   if (option.is_bool()) return OptionText(option) == "true" ? "false" : "true";
-  if (!option.is_string()) {
+  if (option.key == "sparsity.highest_tier" || option.key == "sparsity.lowest_tier") return "exact";
+  if (option.key == "sparsity.min_shadow_every") return "2";
+  if (!option.is_text()) {
     const std::string most = absl::StrCat(static_cast<int64_t>(option.max));
     return most == OptionText(option) ? absl::StrCat(static_cast<int64_t>(option.min)) : most;
   }
@@ -166,6 +168,56 @@ TEST(Config, ErrorsInTheFileNamePlaceKeyValueAndLimit) {
   EXPECT_THAT(ErrorOf("kv: 16"), HasSubstr("t.yaml:1:5: kv must hold keys"));
 }
 
+TEST(Config, ATierIsKnownByTheNameThatTheEngineGivesIt) {
+  for (const Tier tier : kAllTiers) {
+    const absl::StatusOr<Config> config =
+        LoadYaml(absl::StrCat("sparsity: {default_tier: ", std::string(Name(tier)), "}"));
+    ASSERT_TRUE(config.ok()) << config.status();
+    EXPECT_EQ(config->server.default_tier, tier);
+    EXPECT_THAT(FormatConfig(*config), HasSubstr(absl::StrCat("default_tier: \"", std::string(Name(tier)), "\"")));
+  }
+  EXPECT_EQ(ErrorOf("sparsity: {default_tier: best}"),
+            "t.yaml:1:26: sparsity.default_tier is \"best\"; must be dense, exact, high, balanced or fast");
+  EXPECT_THAT(ErrorOf("sparsity: {default_tier: Exact}"), HasSubstr("is \"Exact\"; must be dense, exact"));
+  EXPECT_THAT(ErrorOf("sparsity: {default_tier: }"), HasSubstr("has no value"));
+}
+
+TEST(Config, TheDefaultTierIsOneThatRequestsMayAskFor) {
+  const auto sparsity = [](absl::string_view highest, absl::string_view tier, absl::string_view lowest) {
+    return ErrorOf(
+        absl::StrCat("sparsity: {highest_tier: ", highest, ", default_tier: ", tier, ", lowest_tier: ", lowest, "}"));
+  };
+  EXPECT_EQ(sparsity("high", "high", "high"), "no error");
+  EXPECT_EQ(sparsity("dense", "fast", "fast"), "no error");
+  EXPECT_EQ(sparsity("high", "exact", "fast"),
+            "sparsity.default_tier is \"exact\"; must be a tier that requests may ask for: sparsity.highest_tier is "
+            "\"high\", sparsity.lowest_tier is \"fast\"");
+  EXPECT_THAT(sparsity("dense", "fast", "balanced"), HasSubstr("sparsity.default_tier is \"fast\"; must be a tier"));
+  EXPECT_EQ(sparsity("high", "exact", "dense"),
+            "sparsity.lowest_tier is \"dense\"; must not be of better quality than the highest: sparsity.highest_tier "
+            "is \"high\"");
+}
+
+TEST(Config, TheServersShadowChecksKeepToItsOwnLimit) {
+  EXPECT_EQ(
+      ErrorOf("sparsity: {shadow_every: 9, min_shadow_every: 10}"),
+      "sparsity.shadow_every is \"9\"; must be 0 or at least what requests may name: sparsity.min_shadow_every is "
+      "\"10\"");
+  EXPECT_EQ(ErrorOf("sparsity: {shadow_every: 10, min_shadow_every: 10}"), "no error");
+  EXPECT_EQ(ErrorOf("sparsity: {shadow_every: 0, min_shadow_every: 10}"), "no error");
+  EXPECT_THAT(ErrorOf("sparsity: {shadow_every: 1000000001}"), HasSubstr("must be a whole number, 0 to 1000000000"));
+  EXPECT_THAT(ErrorOf("sparsity: {min_shadow_every: 0}"), HasSubstr("must be a whole number, 1 to 1000000000"));
+}
+
+// Each from its own source: only together are they wrong.
+TEST(Config, KeysThatDoNotFitTogetherAreFoundWhereverTheyWereSet) {
+  const absl::StatusOr<Config> config = LoadConfig({.yaml = "sparsity: {default_tier: fast}",
+                                                    .yaml_name = "t.yaml",
+                                                    .environment = {{"DEJAVUD_SPARSITY_HIGHEST_TIER", "exact"}},
+                                                    .flags = {{"sparsity.lowest_tier", "high"}}});
+  EXPECT_THAT(std::string(config.status().message()), HasSubstr("sparsity.default_tier is \"fast\""));
+}
+
 TEST(Config, ListenNeedsAHostAndAPort) {
   for (const char* good : {"127.0.0.1:0", "localhost:65535", "[::1]:50051", "0.0.0.0:1"}) {
     EXPECT_TRUE(LoadYaml(absl::StrCat("listen: \"", good, "\"")).ok()) << good;
@@ -236,7 +288,8 @@ TEST(CommandLine, ReadsFlagsAndFile) {
   const std::string file = WriteTemporary("good.yaml", "threads: 2\nkv: {block_tokens: 8}\npin_threads: true\n");
   const ParsedCommandLine parsed =
       Parse({"--model", "dir", "--listen=127.0.0.1:0", "--port-file", "p", "--served-model-name", "opt", "--config",
-             file.c_str(), "--threads", "1", "--no-pin-threads", "--reflection=false"});
+             file.c_str(), "--threads", "1", "--no-pin-threads", "--reflection=false", "--predictor", "none",
+             "--no-sparsity-fallback", "--sparsity-default-tier=balanced"});
   ASSERT_FALSE(parsed.exit_code.has_value());
   EXPECT_EQ(parsed.config.engine.model, "dir");
   EXPECT_EQ(parsed.config.server.listen, "127.0.0.1:0");
@@ -246,6 +299,9 @@ TEST(CommandLine, ReadsFlagsAndFile) {
   EXPECT_EQ(parsed.config.engine.kv_block_tokens, 8);
   EXPECT_FALSE(parsed.config.engine.pin_threads);
   EXPECT_FALSE(parsed.config.server.reflection);
+  EXPECT_EQ(parsed.config.engine.predictor, "none");
+  EXPECT_FALSE(parsed.config.engine.shadow_fallback);
+  EXPECT_EQ(parsed.config.server.default_tier, Tier::kBalanced);
 }
 
 TEST(CommandLine, TakesTheFileAndKeysFromTheEnvironment) {
@@ -274,6 +330,7 @@ TEST(CommandLine, WrongUsageExitsWithTwoAndNamesTheFlag) {
   EXPECT_THAT(usage_error({"--threads"}), HasSubstr("--threads"));
   EXPECT_THAT(usage_error({"--threads", "1", "--threads", "2"}), HasSubstr("--threads"));
   EXPECT_THAT(usage_error({"--threads", "-1"}), HasSubstr("threads is \"-1\"; must be a whole number, 0 to 1024"));
+  EXPECT_THAT(usage_error({"--sparsity-default-tier", "best"}), HasSubstr("must be dense, exact, high"));
   EXPECT_THAT(usage_error({"--pin-threads=maybe"}), HasSubstr("must be true or false"));
 }
 
@@ -285,6 +342,7 @@ TEST(CommandLine, AWrongConfigurationExitsWithOne) {
   EXPECT_EQ(RunAndExit({"--check-config", "--config", file.c_str()}).exit_code, 1);
   EXPECT_EQ(RunAndExit({"--check-config", "--config", "/nowhere/x.yaml"}).exit_code, 1);
   EXPECT_EQ(RunAndExit({"--check-config", "--config", "/"}).exit_code, 1);
+  EXPECT_EQ(RunAndExit({"--check-config", "--sparsity-highest-tier", "high"}).exit_code, 1);
 }
 
 TEST(CommandLine, CheckConfigIsQuietWhenAllIsWell) {

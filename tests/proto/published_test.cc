@@ -50,6 +50,15 @@ void ExpectSameField(const pb::FieldDescriptor& published, const pb::Descriptor&
   }
 }
 
+void ExpectSameMessage(const pb::Descriptor& published, const pb::Descriptor& message) {
+  for (int f = 0; f < published.field_count(); ++f) ExpectSameField(*published.field(f), message);
+  for (int n = 0; n < published.nested_type_count(); ++n) {
+    const pb::Descriptor* nested = message.FindNestedTypeByName(published.nested_type(n)->name());
+    ASSERT_NE(nested, nullptr) << published.nested_type(n)->full_name() << " was removed";
+    ExpectSameMessage(*published.nested_type(n), *nested);
+  }
+}
+
 TEST_F(PublishedApi, KeepsEveryMessageFieldAndEnumValue) {
   ASSERT_NE(published_, nullptr) << PUBLISHED_API;
   ASSERT_GT(published_->message_type_count(), 0);
@@ -57,7 +66,7 @@ TEST_F(PublishedApi, KeepsEveryMessageFieldAndEnumValue) {
     const pb::Descriptor& published = *published_->message_type(m);
     const pb::Descriptor* message = current_.FindMessageTypeByName(published.name());
     ASSERT_NE(message, nullptr) << published.full_name() << " was removed";
-    for (int f = 0; f < published.field_count(); ++f) ExpectSameField(*published.field(f), *message);
+    ExpectSameMessage(published, *message);
   }
   for (int e = 0; e < published_->enum_type_count(); ++e) {
     const pb::EnumDescriptor& published = *published_->enum_type(e);
@@ -89,15 +98,32 @@ TEST_F(PublishedApi, KeepsEveryMethod) {
   }
 }
 
-// A field that the server understands but that nobody published could change unnoticed.
-TEST_F(PublishedApi, HoldsEveryFieldOfTheCurrentApi) {
+void ExpectPublished(const pb::Descriptor& message, const pb::Descriptor& published) {
+  for (int f = 0; f < message.field_count(); ++f) {
+    EXPECT_NE(published.FindFieldByNumber(message.field(f)->number()), nullptr) << message.field(f)->full_name();
+  }
+  for (int n = 0; n < message.nested_type_count(); ++n) {
+    const pb::Descriptor* nested = published.FindNestedTypeByName(message.nested_type(n)->name());
+    ASSERT_NE(nested, nullptr) << message.nested_type(n)->full_name() << " is not in published.binpb";
+    ExpectPublished(*message.nested_type(n), *nested);
+  }
+}
+
+// What the server understands but nobody published could change unnoticed.
+TEST_F(PublishedApi, HoldsEveryFieldAndEnumValueOfTheCurrentApi) {
   ASSERT_NE(published_, nullptr) << PUBLISHED_API;
   for (int m = 0; m < current_.message_type_count(); ++m) {
     const pb::Descriptor& message = *current_.message_type(m);
     const pb::Descriptor* published = published_->FindMessageTypeByName(message.name());
     ASSERT_NE(published, nullptr) << message.full_name() << " is not in published.binpb";
-    for (int f = 0; f < message.field_count(); ++f) {
-      EXPECT_NE(published->FindFieldByNumber(message.field(f)->number()), nullptr) << message.field(f)->full_name();
+    ExpectPublished(message, *published);
+  }
+  for (int e = 0; e < current_.enum_type_count(); ++e) {
+    const pb::EnumDescriptor& current = *current_.enum_type(e);
+    const pb::EnumDescriptor* published = published_->FindEnumTypeByName(current.name());
+    ASSERT_NE(published, nullptr) << current.full_name() << " is not in published.binpb";
+    for (int v = 0; v < current.value_count(); ++v) {
+      EXPECT_NE(published->FindValueByNumber(current.value(v)->number()), nullptr) << current.value(v)->full_name();
     }
   }
 }

@@ -1,10 +1,12 @@
 """dejavu-cli as scripts use it: what it writes, and its exit codes."""
+from concurrent import futures
 import json
 import os
 import signal
 import socket
 import subprocess
 
+import grpc
 import pytest
 
 from conftest import BIN, PATIENCE_S
@@ -58,6 +60,102 @@ def test_a_stream_of_objects_adds_up_to_the_whole(daemon):
     assert not any("finish_reason" in c for c in chunks[:-1])
 
 
+SPARSITY_KEYS = {"tier", "decode_tokens", "mlp_density", "mlp_selected", "mlp_active", "mlp_union_density", "head_density",
+                 "fallback_share", "shadow"}
+
+
+def test_the_object_tells_tier_and_densities(daemon):
+    flags = ["generate", "--token-ids", IDS_FLAG, "--max-new-tokens", "12", "--ignore-eos", "--json"]
+    by_default = json.loads(succeed(daemon, *flags))
+    dense = json.loads(succeed(daemon, *flags, "--tier", "dense", "--deterministic", "--shadow-every", "1"))
+    assert by_default["tier"] == "exact" and dense["tier"] == "dense"
+    assert dense["token_ids"] == by_default["token_ids"]
+    for result in (by_default, dense):
+        assert SPARSITY_KEYS <= set(result)
+        assert result["shadow"] is None  # only predicted tiers are compared
+        assert result["head_density"] == 1 and 0 < result["mlp_density"] <= 1
+    *chunks, last = [json.loads(line) for line in succeed(daemon, *flags, "--tier", "dense", "--stream").splitlines()]
+    assert last["tier"] == "dense" and SPARSITY_KEYS <= set(last)
+    assert not any("tier" in c or "mlp_density" in c for c in chunks)
+
+
+def test_sparsity_flags_reach_the_server(start):
+    daemon = start("--predictor", "none", "--sparsity-min-shadow-every", "100")
+    flags = ["generate", "--token-ids", IDS_FLAG, "--max-new-tokens", "2"]
+    for tier in ("high", "balanced", "fast"):
+        done = run(daemon, *flags, "--tier", tier, "--json")
+        assert done.returncode == 1
+        error = json.loads(done.stdout)["error"]
+        assert error["code"] == "FAILED_PRECONDITION" and tier in error["message"]
+        assert (error["details"][0]["type"], error["details"][0]["subject"]) == ("FEATURE", "predictor")
+    done = run(daemon, *flags, "--shadow-every", "7", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["details"][0]["field"] == "sparsity.shadow_every"
+    succeed(daemon, *flags, "--shadow-every", "0")
+
+
+@pytest.fixture
+def scripted(api):
+    """A server that answers with a report of every field, and keeps the last request."""
+    report = api.pb.SparsityReport(tier=api.pb.TIER_HIGH, decode_tokens=4, mlp_density=0.25, mlp_selected=0.375,
+                                   mlp_active=0.125, mlp_union_density=0.5, head_density=0.75, fallback_share=0.0625)
+    report.shadow.CopyFrom(api.pb.ShadowReport(tokens=3, top1_agreement=0.875, kl_nats=0.03125, recall=0.9375, precision=0.625,
+                                               missed_mass=0.015625))
+
+    class Scripted(api.rpc.GenerationServiceServicer):
+        def GenerateStream(self, request, context):
+            self.request = request
+            yield api.pb.GenerateChunk(prompt=api.pb.PromptInfo(request_id="r", tier=api.pb.TIER_HIGH))
+            yield api.pb.GenerateChunk(token_ids=[7], text="x", finish=api.pb.Finish(reason=1, sparsity=report))
+
+        def GetServerInfo(self, request, context):
+            info = api.pb.SparsityInfo(
+                default_tier=api.pb.TIER_HIGH, highest_tier=api.pb.TIER_EXACT, lowest_tier=api.pb.TIER_FAST,
+                available_tiers=[api.pb.TIER_EXACT, api.pb.TIER_HIGH], predictor="p.safetensors", predictor_tap="mlp-norm",
+                predictor_bytes=99, shadow_every=64, shadow_tokens=8, shadow_top1_agreement=0.75, shadow_kl_nats=0.25,
+                fallbacks=5, recoveries=4)
+            info.exact_layers.add(tier=api.pb.TIER_HIGH, layer=3)
+            return api.pb.GetServerInfoResponse(sparsity=info)
+
+        def GetModelInfo(self, request, context):
+            return api.pb.GetModelInfoResponse()
+
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    servicer = Scripted()
+    api.rpc.add_GenerationServiceServicer_to_server(servicer, server)
+    servicer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    yield servicer
+    server.stop(None).wait()
+
+
+def test_the_whole_report_is_in_the_object(scripted, api):
+    result = json.loads(succeed(scripted, "generate", "--token-ids", "2", "--tier", "balanced", "--deterministic",
+                                "--shadow-every", "5", "--json"))
+    assert {k: v for k, v in result.items() if k in SPARSITY_KEYS} == {
+        "tier": "high", "decode_tokens": 4, "mlp_density": 0.25, "mlp_selected": 0.375, "mlp_active": 0.125,
+        "mlp_union_density": 0.5, "head_density": 0.75, "fallback_share": 0.0625,
+        "shadow": {"tokens": 3, "top1_agreement": 0.875, "kl_nats": 0.03125, "recall": 0.9375, "precision": 0.625,
+                   "missed_mass": 0.015625}}
+    sent = scripted.request.sparsity
+    assert sent.tier == api.pb.TIER_BALANCED and sent.deterministic and sent.shadow_every == 5
+    line = run(scripted, "generate", "--token-ids", "2", "--stats").stderr.decode().splitlines()[-1]
+    assert line.split(maxsplit=1) == [
+        "sparsity", "tier high, 25.0 % of MLP rows and 75.0 % of heads; same most likely token as dense in 87.5 % of 3 tokens"]
+    sent = scripted.request.sparsity
+    assert sent.tier == api.pb.TIER_UNSPECIFIED and not sent.deterministic and not sent.HasField("shadow_every")
+    succeed(scripted, "generate", "--token-ids", "2", "--shadow-every", "0")
+    assert scripted.request.sparsity.HasField("shadow_every")  # never, which is not the server's own number
+
+
+def test_info_tells_what_shadow_checks_have_found(scripted):
+    assert json.loads(succeed(scripted, "info", "--json"))["server"]["sparsity"] == {
+        "default_tier": "high", "highest_tier": "exact", "lowest_tier": "fast", "available_tiers": ["exact", "high"],
+        "predictor": "p.safetensors", "predictor_tap": "mlp-norm", "predictor_bytes": 99, "shadow_every": 64,
+        "shadow_tokens": 8, "shadow_top1_agreement": 0.75, "shadow_kl_nats": 0.25,
+        "exact_layers": [{"tier": "high", "layer": 3}], "fallbacks": 5, "recoveries": 4}
+
+
 def test_plain_text_goes_to_stdout_and_statistics_to_stderr(daemon):
     flags = ["generate", "It was", "--max-new-tokens", "12"]
     text = json.loads(succeed(daemon, *flags, "--json"))["text"]
@@ -65,6 +163,7 @@ def test_plain_text_goes_to_stdout_and_statistics_to_stderr(daemon):
     assert done.returncode == 0
     assert done.stdout.decode().rstrip("\n") == text.rstrip("\n")
     assert b"time to first token" in done.stderr and b"per token" in done.stderr
+    assert b"tier exact" in done.stderr and b"of MLP rows" in done.stderr
 
 
 def test_the_prompt_may_come_from_anywhere(daemon, tmp_path):
@@ -125,6 +224,18 @@ def test_info_tells_of_server_and_model(daemon):
     assert "context_tokens" in succeed(daemon, "info")
 
 
+def test_info_tells_of_tiers_and_predictor(start):
+    daemon = start("--predictor", "none", "--sparsity-lowest-tier", "balanced", "--sparsity-shadow-every", "64")
+    sparsity = json.loads(succeed(daemon, "info", "--json"))["server"]["sparsity"]
+    assert sparsity["default_tier"] == "exact"
+    assert sparsity["highest_tier"] == "dense" and sparsity["lowest_tier"] == "balanced"
+    assert sparsity["available_tiers"] == ["dense", "exact"]
+    assert sparsity["predictor"] == "" and sparsity["predictor_bytes"] == 0
+    assert sparsity["shadow_every"] == 64 and sparsity["shadow_tokens"] == 0 and sparsity["exact_layers"] == []
+    text = succeed(daemon, "info")
+    assert "server sparsity" in text and "lowest_tier              balanced" in text
+
+
 def test_health_succeeds_only_when_serving(daemon):
     assert succeed(daemon, "health") == "SERVING\n"
     assert run(daemon, "health", "--service", "no.such.Service").returncode == 1
@@ -144,6 +255,7 @@ def test_nobody_there_is_exit_code_3(daemon):
     [], ["nothing"], ["generate", "--top-k", "-1", "a"], ["generate", "--token-ids", "2,x"],
     ["generate", "a", "--token-ids", "2"], ["generate", "a", "--logit-bias", "5"], ["generate", "a", "--logprobs"],
     ["generate", b"\xff"], ["generate", "a", "--stop", b"\xff"], ["generate", "--prompt-file", "/nowhere"], ["abort"],
+    ["generate", "a", "--tier", "best"], ["generate", "a", "--tier", "EXACT"], ["generate", "a", "--shadow-every", "-1"],
 ])
 def test_wrong_usage_is_exit_code_2(daemon, arguments):
     done = run(daemon, *arguments)

@@ -221,6 +221,8 @@ def test_unknown_methods_and_services_are_unimplemented(daemon):
     (lambda r: r.stopping.stop_strings.extend(["x"] * 9), "stopping.stop_strings", "8"),
     (lambda r: r.stopping.stop_token_ids.append(8192), "stopping.stop_token_ids", "8192"),
     (lambda r: setattr(r.output, "top_logprobs", 10**6), "output.top_logprobs", "1000000"),
+    (lambda r: setattr(r.sparsity, "tier", 6), "sparsity.tier", "0 to 5"),
+    (lambda r: setattr(r.sparsity, "shadow_every", 10**9 + 1), "sparsity.shadow_every", "1000000000"),
     (lambda r: setattr(r, "request_id", "line\nbreak"), "request_id", ""),
     (lambda r: setattr(r, "request_id", "x" * 129), "request_id", "128"),
     (lambda r: r.token_ids.ids.append(8192), "token_ids", "8192"),
@@ -236,6 +238,60 @@ def test_a_bad_field_is_named_with_its_value_or_limit(daemon, change, field, par
     assert violation.field.startswith(field), violation
     assert part in violation.description and part in error.details(), error
     daemon.expect_idle()
+
+
+def test_the_tier_of_a_request_comes_back(daemon, api):
+    by_default = daemon.stub.Generate(daemon.request([2, 100], 20), timeout=PATIENCE_S)
+    assert by_default.prompt.tier == api.pb.TIER_EXACT
+    request = daemon.request([2, 100], 20)
+    request.sparsity.tier = api.pb.TIER_DENSE
+    request.sparsity.deterministic = True
+    request.sparsity.shadow_every = 1  # for predicted tiers; harmless elsewhere
+    dense = daemon.stub.Generate(request, timeout=PATIENCE_S)
+    assert dense.prompt.tier == api.pb.TIER_DENSE
+    assert list(dense.token_ids) == list(by_default.token_ids)
+    for reply in (dense, by_default):
+        assert 0 <= reply.finish.sparsity.mlp_density <= 1 and not reply.finish.sparsity.HasField("shadow")
+    *chunks, last = daemon.stub.GenerateStream(request, timeout=PATIENCE_S)
+    assert last.finish.HasField("sparsity") and not any(c.HasField("finish") for c in chunks)
+
+
+def test_a_tier_without_its_predictor_is_a_failed_precondition(start, api):
+    daemon = start("--predictor", "none")
+    running = daemon.stub.GenerateStream(daemon.request([2, 100], 500), timeout=PATIENCE_S)
+    next(running)
+    for tier in (api.pb.TIER_HIGH, api.pb.TIER_BALANCED, api.pb.TIER_FAST):
+        request = daemon.request([2, 100], 5)
+        request.sparsity.tier = tier
+        error = expect_error(lambda: daemon.stub.Generate(request, timeout=PATIENCE_S), grpc.StatusCode.FAILED_PRECONDITION)
+        violation = details(error, error_details_pb2.PreconditionFailure).violations[0]
+        assert (violation.type, violation.subject) == ("FEATURE", "predictor")
+        assert "predictor" in error.details() and violation.description == error.details()
+    assert [c for c in running][-1].finish.generated_tokens == 500
+    info = daemon.stub.GetServerInfo(api.pb.GetServerInfoRequest()).sparsity
+    assert list(info.available_tiers) == [api.pb.TIER_DENSE, api.pb.TIER_EXACT] and info.predictor == ""
+
+
+def test_the_servers_limits_of_tiers_and_shadow_checks_hold(start, api):
+    daemon = start("--sparsity-highest-tier", "exact", "--sparsity-lowest-tier", "high",
+                   "--sparsity-min-shadow-every", "100")
+    for change, field, part in [
+        (lambda s: setattr(s, "tier", api.pb.TIER_DENSE), "sparsity.tier", "exact to high"),
+        (lambda s: setattr(s, "tier", api.pb.TIER_FAST), "sparsity.tier", "exact to high"),
+        (lambda s: setattr(s, "shadow_every", 99), "sparsity.shadow_every", "100"),
+    ]:
+        request = daemon.request([2, 100], 5)
+        change(request.sparsity)
+        error = expect_error(lambda: daemon.stub.Generate(request, timeout=PATIENCE_S), grpc.StatusCode.INVALID_ARGUMENT)
+        violation = details(error, error_details_pb2.BadRequest).field_violations[0]
+        assert violation.field == field and part in violation.description, error
+    request = daemon.request([2, 100], 5)
+    request.sparsity.shadow_every = 0
+    assert daemon.stub.Generate(request, timeout=PATIENCE_S).prompt.tier == api.pb.TIER_EXACT
+    info = daemon.stub.GetServerInfo(api.pb.GetServerInfoRequest()).sparsity
+    assert (info.default_tier, info.highest_tier, info.lowest_tier) == (
+        api.pb.TIER_EXACT, api.pb.TIER_EXACT, api.pb.TIER_HIGH)
+    assert info.shadow_every == 256
 
 
 def test_another_model_is_not_found(daemon):

@@ -157,6 +157,10 @@ def test_exit_codes_and_messages_when_it_cannot_start(tmp_path):
         (("--no-such-flag",), 2, "no-such-flag"),
         (("--threads", "many"), 2, "threads"),
         (("--model", str(tmp_path / "nowhere"), "--listen", "127.0.0.1:0"), 1, "nowhere"),
+        (("--sparsity-default-tier", "best"), 2, "sparsity.default_tier"),
+        (("--model", str(MODEL), "--sparsity-highest-tier", "high"), 1, "sparsity.default_tier is \"exact\""),
+        (("--model", str(MODEL), "--listen", "127.0.0.1:0", "--predictor", "none", "--sparsity-default-tier", "high"), 1,
+         "sparsity.default_tier: tier high"),
         (("--model", str(MODEL), "--listen", "not an address"), 2, "not an address"),
         (("--model", str(MODEL), "--listen", "127.0.0.1:0", "--kv-memory-mib", "1"), 1, "512 tokens"),
     ]:

@@ -47,6 +47,7 @@ class EndToEnd : public testing::Test {
     EngineOptions options;
     options.model = EMBEDDED_MODEL;
     options.backend = "cpu";
+    options.predictor = "none";
     return Engine::Create(options, tokenizer_->vocab_size(), [](int64_t, int64_t) { return true; }).value();
   }
 
@@ -237,6 +238,54 @@ TEST_F(EndToEnd, RefusesBadRequestsWithTheirField) {
   request = Request(4);
   request.set_model("other");
   EXPECT_EQ(Generate(request, &response).error_code(), grpc::StatusCode::NOT_FOUND);
+}
+
+TEST_F(EndToEnd, TellsWhichTiersItServes) {
+  grpc::ClientContext context;
+  v1::GetServerInfoResponse info;
+  ASSERT_TRUE(stub_->GetServerInfo(&context, {}, &info).ok());
+  EXPECT_EQ(info.sparsity().default_tier(), v1::TIER_EXACT);
+  EXPECT_THAT(info.sparsity().available_tiers(), testing::ElementsAre(v1::TIER_DENSE, v1::TIER_EXACT));
+  EXPECT_EQ(info.sparsity().predictor(), "");
+}
+
+TEST_F(EndToEnd, TheTierOfAReplyIsTheOneThatWasAskedFor) {
+  v1::GenerateResponse by_default, dense;
+  ASSERT_TRUE(Generate(Request(20), &by_default).ok());
+  EXPECT_EQ(by_default.prompt().tier(), v1::TIER_EXACT);
+  EXPECT_TRUE(by_default.finish().has_sparsity());
+  v1::GenerateRequest request = Request(20);
+  request.mutable_sparsity()->set_tier(v1::TIER_DENSE);
+  request.mutable_sparsity()->set_deterministic(true);
+  request.mutable_sparsity()->set_shadow_every(1);  // for predicted tiers; harmless elsewhere
+  ASSERT_TRUE(Generate(request, &dense).ok());
+  EXPECT_EQ(dense.prompt().tier(), v1::TIER_DENSE);
+  EXPECT_FALSE(dense.finish().sparsity().has_shadow());
+  EXPECT_EQ(dense.text(), by_default.text());
+}
+
+TEST_F(EndToEnd, RefusesATierWithoutItsPredictorWhileOtherStreamsGoOn) {
+  v1::GenerateResponse alone;
+  ASSERT_TRUE(Generate(Request(200), &alone).ok());
+  grpc::ClientContext context;
+  const auto reader = stub_->GenerateStream(&context, Request(200));
+  reader->WaitForInitialMetadata();  // comes with the first chunk
+  v1::GenerateRequest request = Request(4);
+  for (const v1::Tier tier : {v1::TIER_HIGH, v1::TIER_BALANCED, v1::TIER_FAST}) {
+    request.mutable_sparsity()->set_tier(tier);
+    v1::GenerateResponse response;
+    const grpc::Status unary = Generate(request, &response);
+    EXPECT_EQ(unary.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+    EXPECT_THAT(unary.error_message(), HasSubstr("needs a predictor"));
+    EXPECT_TRUE(HasDetail(unary, "PreconditionFailure"));
+    const Streamed streamed = Stream(stub_.get(), request);
+    EXPECT_EQ(streamed.status.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+    EXPECT_EQ(streamed.chunks, 0);
+  }
+  const Streamed beside = ReadAll(reader.get());
+  EXPECT_TRUE(beside.status.ok()) << beside.status.error_message();
+  EXPECT_EQ(beside.response.text(), alone.text());
+  WaitUntilNothingRuns();
 }
 
 TEST_F(EndToEnd, ConcurrentStreamsSayWhatEachSaysAlone) {

@@ -48,6 +48,7 @@ class TokenStreamTest : public testing::Test {
     finish.prompt_tokens = 4;
     finish.generated_tokens = 3;
     finish.stop_token_id = stop_token_id;
+    finish.sparsity = sparsity_;
     finish.queued = start_;
     finish.scheduled = start_ + std::chrono::milliseconds(1);
     finish.first_token = start_ + std::chrono::milliseconds(10);
@@ -67,6 +68,7 @@ class TokenStreamTest : public testing::Test {
   static const Tokenizer* tokenizer_;
   const SteadyTime start_ = std::chrono::steady_clock::now();
   TokenStreamOptions options_;
+  SparsityReport sparsity_;
   std::unique_ptr<TokenStream> stream_;
   int wakes_ = 0;
   bool got_ = false;
@@ -130,6 +132,62 @@ TEST_F(TokenStreamTest, CountsTimeFromTheArrival) {
   EXPECT_DOUBLE_EQ(timings.ttft_ms(), 10);
   EXPECT_DOUBLE_EQ(timings.mean_itl_ms(), 10);  // 20 ms between 3 tokens
   EXPECT_DOUBLE_EQ(timings.total_ms(), 30);
+}
+
+TEST_F(TokenStreamTest, CarriesTheSparsityReport) {
+  sparsity_ = {.tier = Tier::kBalanced,
+               .decode_tokens = 2,
+               .mlp_density = 0.25,
+               .mlp_selected = 0.375,
+               .mlp_active = 0.125,
+               .mlp_union_density = 0.5,
+               .head_density = 0.75,
+               .fallback_share = 0.0625,
+               .shadow = {.tokens = 7,
+                          .top1_agreement = 0.875,
+                          .kl_nats = 0.03125,
+                          .recall = 0.9375,
+                          .precision = 0.625,
+                          .missed_mass = 0.015625}};
+  End(FinishReason::kLength);
+  const v1::SparsityReport report = Take().finish().sparsity();
+  EXPECT_EQ(report.tier(), v1::TIER_BALANCED);
+  EXPECT_EQ(report.decode_tokens(), 2u);
+  EXPECT_EQ(report.mlp_density(), 0.25);
+  EXPECT_EQ(report.mlp_selected(), 0.375);
+  EXPECT_EQ(report.mlp_active(), 0.125);
+  EXPECT_EQ(report.mlp_union_density(), 0.5);
+  EXPECT_EQ(report.head_density(), 0.75);
+  EXPECT_EQ(report.fallback_share(), 0.0625);
+  EXPECT_EQ(report.shadow().tokens(), 7u);
+  EXPECT_EQ(report.shadow().top1_agreement(), 0.875);
+  EXPECT_EQ(report.shadow().kl_nats(), 0.03125);
+  EXPECT_EQ(report.shadow().recall(), 0.9375);
+  EXPECT_EQ(report.shadow().precision(), 0.625);
+  EXPECT_EQ(report.shadow().missed_mass(), 0.015625);
+}
+
+TEST_F(TokenStreamTest, LeavesTheShadowOutWhenNothingWasCompared) {
+  End(FinishReason::kLength);
+  const v1::SparsityReport report = Take().finish().sparsity();
+  EXPECT_EQ(report.tier(), v1::TIER_EXACT);
+  EXPECT_EQ(report.mlp_density(), 1.0);
+  EXPECT_FALSE(report.has_shadow());
+}
+
+// However a request ends: at a stop string and at the end token it has one too.
+TEST_F(TokenStreamTest, CarriesTheSparsityReportAtEveryRegularEnd) {
+  sparsity_.tier = Tier::kHigh;
+  for (const FinishReason reason : {FinishReason::kLength, FinishReason::kEos, FinishReason::kStopToken}) {
+    stream_.reset();
+    End(reason, 5);
+    EXPECT_EQ(Take().finish().sparsity().tier(), v1::TIER_HIGH);
+  }
+  stream_.reset();
+  options_.stop_strings = {"two"};
+  Feed("one two");
+  End(FinishReason::kSink);
+  EXPECT_EQ(Take().finish().sparsity().tier(), v1::TIER_HIGH);
 }
 
 TEST_F(TokenStreamTest, AUnaryCallGetsOneReplyAtTheEnd) {

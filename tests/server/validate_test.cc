@@ -4,8 +4,10 @@
 #include <limits>
 
 #include "absl/strings/str_cat.h"
+#include "dejavu/rpc/status.pb.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "tests/server/fake_engine.h"
 
 namespace dejavu {
 namespace {
@@ -39,7 +41,8 @@ class ValidateTest : public testing::Test {
 
   static const Tokenizer* tokenizer_;
   ServerOptions options_;
-  ServedModel model_{"books", tokenizer_->vocab_size() + 8, 64, tokenizer_, nullptr};
+  FakeEngine engine_;
+  ServedModel model_{"books", tokenizer_->vocab_size() + 8, 64, tokenizer_, &engine_};
 };
 const Tokenizer* ValidateTest::tokenizer_ = nullptr;
 
@@ -250,6 +253,98 @@ TEST_F(ValidateTest, NeedsATokenizerForTextOnly) {
   EXPECT_TRUE(absl::IsFailedPrecondition(CheckDetokenize({}, model_).status()));
 }
 
+TEST_F(ValidateTest, TakesTheServersTierAndShadowWhereTheRequestNamesNone) {
+  SparsityParams params = Check(Good()).value().request.sparsity;
+  EXPECT_EQ(params.tier, Tier::kExact);
+  EXPECT_FALSE(params.deterministic);
+  EXPECT_EQ(params.shadow_every, 256);
+  engine_.predictor_info.tiers = {Tier::kBalanced};
+  options_.default_tier = Tier::kBalanced;
+  options_.shadow_every = 0;
+  v1::GenerateRequest request = Good();
+  request.mutable_sparsity()->set_deterministic(true);
+  params = Check(request).value().request.sparsity;
+  EXPECT_EQ(params.tier, Tier::kBalanced);
+  EXPECT_TRUE(params.deterministic);
+  EXPECT_EQ(params.shadow_every, 0);
+}
+
+TEST_F(ValidateTest, TakesTheTierThatTheRequestNames) {
+  engine_.predictor_info.tiers = {Tier::kHigh, Tier::kBalanced, Tier::kFast};
+  const std::pair<v1::Tier, Tier> tiers[] = {{v1::TIER_DENSE, Tier::kDense},
+                                             {v1::TIER_EXACT, Tier::kExact},
+                                             {v1::TIER_HIGH, Tier::kHigh},
+                                             {v1::TIER_BALANCED, Tier::kBalanced},
+                                             {v1::TIER_FAST, Tier::kFast}};
+  for (const auto& [message, tier] : tiers) {
+    v1::GenerateRequest request = Good();
+    request.mutable_sparsity()->set_tier(message);
+    EXPECT_EQ(Check(request)->request.sparsity.tier, tier) << Name(tier);
+  }
+}
+
+TEST_F(ValidateTest, RefusesTiersThatTheApiDoesNotKnow) {
+  for (int bad : {-1, 6, std::numeric_limits<int>::max()}) {
+    v1::GenerateRequest request = Good();
+    request.mutable_sparsity()->set_tier(static_cast<v1::Tier>(bad));
+    ExpectRefused(request, "sparsity.tier", absl::StrCat("is ", bad, "; it must be 0 to 5"));
+  }
+}
+
+TEST_F(ValidateTest, RefusesTiersThatTheServerDoesNotAllow) {
+  engine_.predictor_info.tiers = {Tier::kHigh, Tier::kBalanced, Tier::kFast};
+  options_.highest_tier = Tier::kExact;
+  options_.lowest_tier = Tier::kHigh;
+  v1::GenerateRequest request = Good();
+  request.mutable_sparsity()->set_tier(v1::TIER_DENSE);
+  ExpectRefused(request, "sparsity.tier", "is dense; this server allows exact to high");
+  request.mutable_sparsity()->set_tier(v1::TIER_BALANCED);
+  ExpectRefused(request, "sparsity.tier", "is balanced; this server allows exact to high");
+  for (v1::Tier good : {v1::TIER_EXACT, v1::TIER_HIGH}) {
+    request.mutable_sparsity()->set_tier(good);
+    EXPECT_TRUE(Check(request).ok()) << v1::Tier_Name(good);
+  }
+}
+
+TEST_F(ValidateTest, SaysThatATierNeedsAPredictorInsteadOfTakingAnother) {
+  engine_.predictor_info.tiers = {Tier::kHigh};
+  v1::GenerateRequest request = Good();
+  request.mutable_sparsity()->set_tier(v1::TIER_FAST);
+  const absl::Status status = Check(request).status();
+  EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("tier fast"));
+  const auto detail = status.GetPayload("type.googleapis.com/google.rpc.PreconditionFailure");
+  ASSERT_TRUE(detail.has_value());
+  rpc::PreconditionFailure failure;
+  ASSERT_TRUE(failure.ParseFromString(std::string(*detail)));
+  EXPECT_EQ(failure.violations(0).type(), "FEATURE");
+  EXPECT_EQ(failure.violations(0).subject(), "predictor");
+  // What the server forbids is the request's mistake, whatever is loaded.
+  options_.lowest_tier = Tier::kHigh;
+  ExpectRefused(request, "sparsity.tier", "is fast; this server allows dense to high");
+  // The default is not exempt.
+  options_.lowest_tier = options_.default_tier = Tier::kFast;
+  EXPECT_TRUE(absl::IsFailedPrecondition(Check(Good()).status()));
+}
+
+TEST_F(ValidateTest, HoldsShadowChecksAgainstTheServersLimit) {
+  options_.min_shadow_every = 10;
+  for (uint32_t bad : {1u, 9u, 1'000'000'001u, 1u << 31, ~0u}) {
+    v1::GenerateRequest request = Good();
+    request.mutable_sparsity()->set_shadow_every(bad);
+    ExpectRefused(request, "sparsity.shadow_every", absl::StrCat("is ", bad, "; it must be 0, or 10 to 1000000000"));
+  }
+  for (uint32_t good : {0u, 10u, 1'000'000'000u}) {  // in tier exact too, where they do nothing
+    v1::GenerateRequest request = Good();
+    request.mutable_sparsity()->set_shadow_every(good);
+    EXPECT_EQ(Check(request)->request.sparsity.shadow_every, static_cast<int32_t>(good));
+  }
+  options_.min_shadow_every = 1;
+  v1::GenerateRequest request = Good();
+  request.mutable_sparsity()->set_shadow_every(1);
+  EXPECT_EQ(Check(request)->request.sparsity.shadow_every, 1);
+}
+
 TEST_F(ValidateTest, RefusesRepliesThatDefaultClientsCouldNotRead) {
   model_.context = 100'000;
   v1::ScoreRequest score;
@@ -272,7 +367,9 @@ TEST_F(ValidateTest, ScoreAsksForNothingNew) {
   v1::ScoreRequest score;
   for (int i = 0; i < 64; ++i) score.mutable_token_ids()->add_ids(2);  // the whole context
   score.set_top_logprobs(3);
+  options_.default_tier = Tier::kFast;  // nothing is decoded: no predictor is needed
   const Request request = CheckScore(score, options_, model_).value();
+  EXPECT_FALSE(IsPredicted(request.sparsity.tier));
   EXPECT_TRUE(request.score);
   EXPECT_EQ(request.max_new_tokens, 0);
   EXPECT_EQ(request.top_logprobs, 3);

@@ -1,0 +1,56 @@
+// An engine without a model, for what the server does around one. A request ends at once, with `finish`.
+#ifndef TESTS_SERVER_FAKE_ENGINE_H_
+#define TESTS_SERVER_FAKE_ENGINE_H_
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "engine/engine.h"
+
+namespace dejavu {
+
+class FakeEngine final : public Engine {
+ public:
+  FakeEngine() {
+    config.vocab = 100;
+    config.context = 64;
+    finish.reason = FinishReason::kLength;
+  }
+
+  // What it says; set by the test.
+  OptConfig config;
+  PredictorInfo predictor_info;
+  SparsityStats stats_of_sparsity;
+  Finish finish;
+  // What it heard.
+  Request request;
+
+  const OptConfig& model() const override { return config; }
+  std::string backend_description() const override { return "fake"; }
+  int64_t weight_bytes() const override { return 0; }
+  DType weight_dtype() const override { return DType::kFloat32; }
+  const PredictorInfo& predictor() const override { return predictor_info; }
+  absl::Status CheckTier(Tier tier) const override {
+    const auto& tiers = predictor_info.tiers;
+    if (!IsPredicted(tier) || std::find(tiers.begin(), tiers.end(), tier) != tiers.end()) return absl::OkStatus();
+    return absl::FailedPreconditionError(absl::StrCat("the test predicts nothing for tier ", Name(tier)));
+  }
+  absl::StatusOr<uint64_t> Submit(Request submitted, std::shared_ptr<TokenSink> sink) override {
+    request = std::move(submitted);
+    sink->OnFinish(finish);
+    return 1;
+  }
+  void Cancel(uint64_t /*id*/) override {}
+  void Drain() override {}
+  bool WaitIdle(SteadyTime /*deadline*/) override { return true; }
+  EngineStats stats() const override { return {}; }
+  SparsityStats sparsity_stats() const override { return stats_of_sparsity; }
+  bool failed() const override { return false; }
+};
+
+}  // namespace dejavu
+
+#endif  // TESTS_SERVER_FAKE_ENGINE_H_
