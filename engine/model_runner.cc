@@ -21,7 +21,7 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> ModelRunner::Create(const Options& 
         absl::StrCat("the window is ", options.window, "; it must be in 2 ... ", config.context, ", the model's context"));
   }
   std::unique_ptr<ModelRunner> runner(new ModelRunner(options, config));
-  ASSIGN_OR_RETURN(runner->backend_, CreateCpuBackend({options.threads, /*pin=*/true}));
+  ASSIGN_OR_RETURN(runner->backend_, CreateCpuBackend({options.threads, /*pin=*/false}));
   ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(options.model));
   ASSIGN_OR_RETURN(runner->weights_, OptWeights::Load(checkpoint, config, *runner->backend_, progress));
   ASSIGN_OR_RETURN(runner->weights_hash_, WeightsHash(checkpoint, config));

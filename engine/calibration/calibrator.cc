@@ -1,0 +1,436 @@
+#include "engine/calibration/calibrator.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "engine/calibration/sensitivity.h"
+#include "engine/eval/evaluation.h"
+#include "engine/model_runner.h"
+#include "kernels/base/mutex.h"
+#include "kernels/base/status_macros.h"
+#include "nlohmann/json.hpp"
+
+namespace dejavu {
+namespace {
+
+constexpr Tier kTiers[] = {Tier::kHigh, Tier::kBalanced, Tier::kFast};
+// Where the search for each tier's exchange rate between nats and bytes starts.
+constexpr double kFirstMus[] = {10.0, 3.0, 1.3};
+constexpr int64_t kTokens = 49152, kTokensOfWideModels = 16384;
+constexpr int32_t kWideModel = 1024;
+constexpr int64_t kFisherTokens = 4096;
+constexpr int64_t kSensitivityTokens = 4096;
+constexpr int32_t kLoudNeurons = 8;
+constexpr double kSlowModel = 2e9;  // weights x tokens of the sensitivity runs stay below it times their number
+constexpr int kShiftRounds = 4;
+constexpr double kLargestShift = 2.0;
+constexpr double kCloseEnough = 0.08;
+
+absl::Status Stopped() { return absl::CancelledError("calibration was stopped"); }
+
+// Keeps, of the layers of one group, what LayerSample wants.
+class Collector final : public ModelObserver {
+ public:
+  Collector(Backend& backend, Tap tap, int32_t first, std::vector<LayerSample>* samples)
+      : dev_(backend), tap_(tap), first_(first), samples_(*samples) {}
+
+  void set_validation(bool validation) { validation_ = validation; }
+
+  void OnInput(int32_t layer, Tap at, Tensor x) override {
+    if (TapOf(layer) == at) KeepTap(layer, x);
+    if (tap_ == Tap::kPreviousLayer && at == Tap::kMlpNorm) KeepTap(layer + 1, x);
+    if (at == Tap::kMlpNorm) KeepInput(layer, x);
+  }
+
+ private:
+  // Where the tap of `layer` is seen while that layer runs.
+  Tap TapOf(int32_t layer) const { return layer == 0 && tap_ == Tap::kPreviousLayer ? Tap::kAttentionNorm : tap_; }
+  LayerSample* Of(int32_t layer) {
+    const int32_t i = layer - first_;
+    return i >= 0 && i < static_cast<int32_t>(samples_.size()) ? &samples_[i] : nullptr;
+  }
+  static Matrix CopyOf(const Tensor& x) {
+    Matrix m(x.rows, x.cols);
+    for (int64_t r = 0; r < x.rows; ++r) std::copy_n(x.row<float>(r), x.cols, m.row(r));
+    return m;
+  }
+
+  void KeepTap(int32_t layer, const Tensor& x) {
+    LayerSample* const sample = Of(layer);
+    if (sample == nullptr) return;
+    HalfRows& rows = validation_ ? sample->validation_taps : sample->taps;
+    for (int64_t r = 0; r < x.rows; ++r) rows.Append(x.row<float>(r));
+    // The look-ahead tap is seen one layer early: it waits here for its own layer's input.
+    if (!validation_) tap_now_[layer % 2] = CopyOf(x);
+  }
+
+  void KeepInput(int32_t layer, const Tensor& x) {
+    LayerSample* const sample = Of(layer);
+    if (sample == nullptr) return;
+    HalfRows& rows = validation_ ? sample->validation_inputs : sample->inputs;
+    for (int64_t r = 0; r < x.rows; ++r) rows.Append(x.row<float>(r));
+    if (validation_) return;
+    const Matrix& tap = tap_now_[layer % 2];
+    const Matrix turned = Transposed(tap);
+    Matrix product(tap.cols, tap.cols);
+    const auto add = [&](const Tensor& with, Matrix* sum) {
+      Multiply(dev_, turned.tensor(), with, product.tensor());
+      for (size_t i = 0; i < product.values.size(); ++i) sum->values[i] += product.values[i];
+    };
+    add(tap.tensor(), &sample->tap_tap);
+    add(x, &sample->tap_input);
+    for (int64_t r = 0; r < tap.rows; ++r) {
+      for (int64_t c = 0; c < tap.cols; ++c) sample->tap_sum[c] += tap.row(r)[c];
+    }
+    sample->tokens += tap.rows;
+  }
+
+  Backend& dev_;
+  const Tap tap_;
+  const int32_t first_;
+  std::vector<LayerSample>& samples_;
+  bool validation_ = false;
+  Matrix tap_now_[2];
+};
+
+class Calibrator {
+ public:
+  Calibrator(const CalibrationOptions& options, ModelRunner& runner, const CalibrationProgress& progress)
+      : options_(options), runner_(runner), config_(runner.config()), progress_(progress) {}
+
+  absl::Status ChooseWindows(absl::Span<const int32_t> tokens);
+  absl::StatusOr<PredictorData> Run();
+
+ private:
+  bool Report(absl::string_view name, double done) {
+    MutexLock lock(mutex_);
+    return progress_({name, done});
+  }
+  StepProgress ReportAs(absl::string_view name) {
+    return [this, name](double done) { return Report(name, done); };
+  }
+  absl::Status Sense();
+  int32_t LayersAtOnce() const;
+  absl::StatusOr<std::vector<LayerSample>> Collect(int32_t first, int32_t count);
+  absl::Status FitGroup(int32_t first, const std::vector<LayerSample>& samples);
+  void KeepFacts(int32_t layer, const LayerSample& sample);
+  PredictorData Assemble(const std::vector<double>& shifts) const;
+  absl::Status MeetTargets(std::vector<double>* shifts);
+  absl::StatusOr<Evaluation> Measure(const PredictorData& data, const std::vector<Tier>& tiers);
+
+  const CalibrationOptions& options_;
+  ModelRunner& runner_;
+  const OptConfig& config_;
+  const CalibrationProgress& progress_;
+  Mutex mutex_;
+
+  std::vector<Window> training_, validation_;
+  std::vector<int32_t> validation_tokens_;
+  Matrix fisher_;
+  std::vector<LayerSensitivity> sensitivities_;
+  std::vector<LayerFit> fits_;                 // [layers]
+  std::vector<LayerPredictorData> facts_;      // [layers] worth and frequency
+};
+
+// Training windows spread over the first three quarters of the text, validation over the last.
+absl::Status Calibrator::ChooseWindows(absl::Span<const int32_t> tokens) {
+  const int64_t window = runner_.options().window, all = static_cast<int64_t>(tokens.size()) / window;
+  const int64_t for_training = all * 3 / 4, for_validation = all - for_training;
+  if (for_training < 4 || for_validation < 2) {
+    return absl::InvalidArgumentError(absl::StrCat("the text has ", tokens.size(), " tokens; calibration needs at least ",
+                                                   8 * window, " (windows of ", window, ")"));
+  }
+  for (const int32_t id : tokens) {
+    if (id < 0 || id >= config_.vocab) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("the text has token ", id, "; ids of this model are below ", config_.vocab));
+    }
+  }
+  const int64_t wanted = options_.tokens > 0                 ? options_.tokens
+                         : config_.hidden > kWideModel ? kTokensOfWideModels
+                                                       : kTokens;
+  const auto spread = [&](int64_t first, int64_t there, int64_t count, std::vector<Window>* windows) {
+    count = std::clamp<int64_t>(count, 1, there);
+    for (int64_t i = 0; i < count; ++i) {
+      windows->push_back(tokens.subspan((first + i * there / count) * window, window));
+    }
+  };
+  spread(0, for_training, wanted / window, &training_);
+  spread(for_training, for_validation, wanted / 6 / window, &validation_);
+  for (const Window w : validation_) validation_tokens_.insert(validation_tokens_.end(), w.begin(), w.end());
+  return absl::OkStatus();
+}
+
+absl::Status Calibrator::Sense() {
+  const int64_t window = runner_.options().window;
+  const auto first = [&](int64_t tokens) {
+    const auto count = std::min<size_t>(training_.size(), static_cast<size_t>(std::max<int64_t>(1, tokens / window)));
+    std::vector<Window> some;
+    for (size_t i = 0; i < count; ++i) some.push_back(training_[i * training_.size() / count]);
+    return some;
+  };
+  ASSIGN_OR_RETURN(fisher_, FisherInformation(runner_, first(kFisherTokens), ReportAs("Fisher information")));
+  // Every layer costs some runs; for slow models these look at fewer tokens, and at no neurons one by one.
+  const double weights = static_cast<double>(runner_.weights().bytes()) / static_cast<double>(SizeOf(runner_.weights().dtype()));
+  const auto tokens = static_cast<int64_t>(std::clamp(kSensitivityTokens * 2e7 / weights, 512.0, 4096.0));
+  const int32_t loud = tokens >= 2048 ? kLoudNeurons : 2;
+  ASSIGN_OR_RETURN(sensitivities_, Sensitivities(runner_, fisher_, first(kSensitivityTokens), tokens, loud,
+                                                 ReportAs("sensitivity of the layers")));
+  return absl::OkStatus();
+}
+
+// As many as fit into the memory that may be used for samples.
+int32_t Calibrator::LayersAtOnce() const {
+  const int64_t hidden = config_.hidden;
+  const int64_t tokens = static_cast<int64_t>(training_.size() + validation_.size()) * runner_.options().window;
+  const int64_t bytes = tokens * hidden * 2 * 2 + 2 * hidden * hidden * static_cast<int64_t>(sizeof(float));
+  return static_cast<int32_t>(std::clamp<int64_t>((options_.memory_mib << 20) / bytes, 1, config_.layers));
+}
+
+absl::StatusOr<std::vector<LayerSample>> Calibrator::Collect(int32_t first, int32_t count) {
+  std::vector<LayerSample> samples(count);
+  const int64_t hidden = config_.hidden, window = runner_.options().window;
+  for (LayerSample& sample : samples) {
+    for (HalfRows* rows : {&sample.taps, &sample.inputs}) {
+      rows->Reserve(static_cast<int64_t>(training_.size()) * window, hidden);
+    }
+    for (HalfRows* rows : {&sample.validation_taps, &sample.validation_inputs}) {
+      rows->Reserve(static_cast<int64_t>(validation_.size()) * window, hidden);
+    }
+    sample.tap_sum.assign(hidden, 0.0);
+    sample.tap_tap = Matrix(hidden, hidden);
+    sample.tap_input = Matrix(hidden, hidden);
+  }
+  Collector collector(runner_.backend(), options_.tap, first, &samples);
+  runner_.model().set_observer(&collector);
+  const double total = static_cast<double>(training_.size() + validation_.size());
+  double done = 0.0;
+  bool going = true;
+  for (const auto* windows : {&training_, &validation_}) {
+    collector.set_validation(windows == &validation_);
+    for (const Window w : *windows) {
+      going = going && Report(absl::StrCat("reading layers ", first, " to ", first + count - 1), done / total);
+      if (!going) break;
+      Batch& batch = runner_.StartBatch();
+      for (size_t i = 0; i < w.size(); ++i) batch.AddRow(0, static_cast<int32_t>(i), w[i], /*wants_logits=*/false);
+      runner_.Run();
+      done += 1.0;
+    }
+  }
+  runner_.model().set_observer(nullptr);
+  if (!going) return Stopped();
+  return samples;
+}
+
+void Calibrator::KeepFacts(int32_t l, const LayerSample& sample) {
+  const MlpWeights& mlp = runner_.weights().layers[l].mlp;
+  const Matrix down = DownRows(runner_.backend(), mlp.down);
+  LayerPredictorData& facts = facts_[l];
+  facts.tap = l == 0 && options_.tap == Tap::kPreviousLayer ? Tap::kAttentionNorm : options_.tap;
+  facts.worth.assign(config_.ffn, 0.0f);
+  for (int64_t j = 0; j < down.rows; ++j) {
+    for (int64_t c = 0; c < down.cols; ++c) facts.worth[j] += down.row(j)[c] * down.row(j)[c];
+  }
+  const int64_t rows = std::min<int64_t>(4096, sample.inputs.rows());
+  std::vector<int64_t> active(config_.ffn, 0);
+  Matrix x(1, config_.hidden), z(1, config_.ffn);
+  for (int64_t i = 0; i < rows; ++i) {
+    sample.inputs.Copy(i * sample.inputs.rows() / rows, x.row(0));
+    runner_.backend().Linear(z.tensor(), x.tensor(), mlp.up);
+    for (int64_t j = 0; j < config_.ffn; ++j) active[j] += z.row(0)[j] > 0.0f;
+  }
+  for (const int64_t count : active) {
+    facts.frequency.push_back(static_cast<float>(static_cast<double>(count) / static_cast<double>(rows)));
+  }
+}
+
+// Ranks that are worth trying: up to a quarter of the width, in steps that kernels like.
+std::vector<int32_t> RanksToTry(int32_t hidden) {
+  std::vector<int32_t> ranks;
+  for (const double share : {1.0 / 32, 1.0 / 16, 3.0 / 32, 1.0 / 8, 3.0 / 16, 1.0 / 4}) {
+    const int32_t rank = std::clamp(static_cast<int32_t>(std::lround(hidden * share / 8) * 8), 8, 384);
+    if (rank < hidden && (ranks.empty() || rank > ranks.back())) ranks.push_back(rank);
+  }
+  if (ranks.empty()) ranks.push_back(hidden);
+  return ranks;
+}
+
+absl::Status Calibrator::FitGroup(int32_t first, const std::vector<LayerSample>& samples) {
+  FitOptions fit;
+  fit.method = options_.method;
+  fit.ranks = RanksToTry(config_.hidden);
+  fit.mus.assign(std::begin(kFirstMus), std::end(kFirstMus));
+  if (!options_.train) fit.scan_epochs = fit.refine_epochs = 0.0;
+  const auto count = static_cast<int32_t>(samples.size());
+  const int threads = options_.threads > 0 ? options_.threads : static_cast<int>(std::thread::hardware_concurrency());
+  std::atomic<int32_t> next{0};
+  std::atomic<bool> stopped{false};
+  std::vector<double> done(count, 0.0);
+  const auto work = [&] {
+    const auto backend = CreateCpuBackend({1, /*pin=*/false});
+    CHECK(backend.ok()) << backend.status();
+    for (int32_t i; (i = next.fetch_add(1)) < count && !stopped;) {
+      const int32_t l = first + i;
+      LayerProblem problem;
+      problem.layers = config_.layers;
+      problem.up = runner_.weights().layers[l].mlp.up;
+      problem.down = DownRows(**backend, runner_.weights().layers[l].mlp.down);
+      problem.fisher = &fisher_;
+      problem.sensitivity = sensitivities_[l].per_neuron;
+      problem.common_sensitivity = sensitivities_[l].common;
+      fits_[l] = FitLayer(**backend, problem, samples[i], fit, [&](double share) {
+        MutexLock lock(mutex_);
+        done[i] = share;
+        double sum = 0.0;
+        for (const double d : done) sum += d;
+        if (!progress_({absl::StrCat("fitting layers ", first, " to ", first + count - 1), sum / count})) stopped = true;
+        return !stopped;
+      });
+      MutexLock lock(mutex_);
+      done[i] = 1.0;
+    }
+  };
+  std::vector<std::thread> workers;
+  for (int i = 1; i < std::min(threads, count); ++i) workers.emplace_back(work);
+  work();
+  for (std::thread& worker : workers) worker.join();
+  if (stopped) return Stopped();
+  for (int32_t i = 0; i < count; ++i) KeepFacts(first + i, samples[i]);
+  return absl::OkStatus();
+}
+
+PredictorData Calibrator::Assemble(const std::vector<double>& shifts) const {
+  PredictorData data;
+  data.weights_hash = runner_.weights_hash();
+  data.tap = options_.tap;
+  data.tiers.assign(std::begin(kTiers), std::end(kTiers));
+  data.layers = facts_;
+  for (int32_t l = 0; l < config_.layers; ++l) {
+    data.layers[l].neurons = Quantise(fits_[l].selector, shifts, data.tiers);
+  }
+  data.report_json = "{}";
+  return data;
+}
+
+absl::StatusOr<Evaluation> Calibrator::Measure(const PredictorData& data, const std::vector<Tier>& tiers) {
+  EvaluationOptions options;
+  options.tiers = tiers;
+  return Evaluate(runner_, &data, validation_tokens_, options, nullptr);
+}
+
+// The layers were fitted one by one; here they run together. A shift of all biases of a tier trades nats for bytes as a
+// larger or smaller mu would: d log(mu) = d bias, and nats fall about in proportion to mu.
+absl::Status Calibrator::MeetTargets(std::vector<double>* shifts) {
+  shifts->assign(std::size(kTiers), 0.0);
+  std::vector<bool> met(std::size(kTiers), false);
+  for (int round = 0; round < kShiftRounds; ++round) {
+    if (!Report("meeting the targets", static_cast<double>(round) / kShiftRounds)) return Stopped();
+    const PredictorData data = Assemble(*shifts);
+    std::vector<Tier> tiers;
+    for (size_t i = 0; i < met.size(); ++i) {
+      if (!met[i]) tiers.push_back(kTiers[i]);
+    }
+    if (tiers.empty()) break;
+    ASSIGN_OR_RETURN(const Evaluation evaluation, Measure(data, tiers));
+    for (const TierEvaluation& tier : evaluation.tiers) {
+      const auto i = static_cast<size_t>(static_cast<int>(tier.tier) - static_cast<int>(Tier::kHigh));
+      const double off = std::log(std::max(tier.kl_nats, 1e-9) / options_.kl_targets[i]);
+      met[i] = std::fabs(off) < kCloseEnough;
+      if (!met[i]) (*shifts)[i] = std::clamp((*shifts)[i] + off, -kLargestShift, kLargestShift);
+    }
+  }
+  return absl::OkStatus();
+}
+
+nlohmann::json ToReport(const Evaluation& evaluation, const PredictorData& data) {
+  nlohmann::json tiers = nlohmann::json::array();
+  for (const TierEvaluation& t : evaluation.tiers) {
+    nlohmann::json layers = nlohmann::json::array();
+    for (size_t l = 0; l < t.layers.size(); ++l) {
+      const auto& point = data.layers[l].neurons.points[static_cast<size_t>(t.tier)];
+      layers.push_back({{"rank", point.has_value() ? point->rank : 0},
+                        {"mlp_selected", t.layers[l].mlp_selected},
+                        {"mlp_active", t.layers[l].mlp_active},
+                        {"mlp_byte_share", t.layers[l].mlp_byte_share},
+                        {"recall", t.layers[l].recall},
+                        {"precision", t.layers[l].precision},
+                        {"missed_mass", t.layers[l].missed_mass}});
+    }
+    tiers.push_back({{"tier", std::string(Name(t.tier))},
+                     {"perplexity_change", t.perplexity_change},
+                     {"top1_agreement", t.top1_agreement},
+                     {"kl_nats", t.kl_nats},
+                     {"mlp_density", t.mean.mlp_density()},
+                     {"mlp_selected", t.mean.mlp_selected},
+                     {"mlp_active", t.mean.mlp_active},
+                     {"head_density", t.mean.head_density},
+                     {"mlp_byte_share", t.mean.mlp_byte_share},
+                     {"recall", t.mean.recall},
+                     {"precision", t.mean.precision},
+                     {"missed_mass", t.mean.missed_mass},
+                     {"byte_ceiling", t.byte_ceiling},
+                     {"layers", std::move(layers)}});
+  }
+  return tiers;
+}
+
+absl::StatusOr<PredictorData> Calibrator::Run() {
+  fits_.resize(config_.layers);
+  facts_.resize(config_.layers);
+  RETURN_IF_ERROR(Sense());
+  const int32_t at_once = LayersAtOnce();
+  for (int32_t first = 0; first < config_.layers; first += at_once) {
+    const int32_t count = std::min(at_once, config_.layers - first);
+    ASSIGN_OR_RETURN(const std::vector<LayerSample> samples, Collect(first, count));
+    RETURN_IF_ERROR(FitGroup(first, samples));
+  }
+  std::vector<double> shifts;
+  RETURN_IF_ERROR(MeetTargets(&shifts));
+  PredictorData data = Assemble(shifts);
+  if (!Report("measuring", 0.0)) return Stopped();
+  ASSIGN_OR_RETURN(const Evaluation evaluation, Measure(data, data.tiers));
+  for (const TierEvaluation& t : evaluation.tiers) {
+    for (int32_t l = 0; l < config_.layers; ++l) {
+      auto& point = data.layers[l].neurons.points[static_cast<size_t>(t.tier)];
+      if (!point.has_value()) continue;
+      point->missed_mass = std::clamp(t.layers[l].missed_mass, 0.0, 1.0);
+      point->density = std::clamp(t.layers[l].mlp_selected, 0.0, 1.0);
+    }
+  }
+  nlohmann::json report;
+  report["validation_tokens"] = evaluation.tokens;
+  report["training_tokens"] = static_cast<int64_t>(training_.size()) * runner_.options().window;
+  report["tiers"] = ToReport(evaluation, data);
+  for (size_t i = 0; i < shifts.size(); ++i) report["shifts"].push_back(shifts[i]);
+  data.report_json = report.dump();
+  return data;
+}
+
+}  // namespace
+
+absl::StatusOr<PredictorData> Calibrate(const CalibrationOptions& options, absl::Span<const int32_t> tokens,
+                                        const CalibrationProgress& progress) {
+  ASSIGN_OR_RETURN(const OptConfig config, OptConfig::Load(options.model));
+  ModelRunner::Options run;
+  run.model = options.model;
+  run.threads = options.threads;
+  run.window = std::min(options.window, config.context);
+  run.max_rows = run.window;
+  run.max_audits = run.window;
+  ASSIGN_OR_RETURN(const std::unique_ptr<ModelRunner> runner,
+                   ModelRunner::Create(run, [&](int64_t done_bytes, int64_t total_bytes) {
+                     return progress({"loading", static_cast<double>(done_bytes) / static_cast<double>(total_bytes)});
+                   }));
+  Calibrator calibrator(options, *runner, progress);
+  RETURN_IF_ERROR(calibrator.ChooseWindows(tokens));
+  return calibrator.Run();
+}
+
+}  // namespace dejavu
