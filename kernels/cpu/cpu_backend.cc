@@ -38,6 +38,7 @@ void CheckLinear(const Tensor& y, const Tensor& x, const LinearWeights& w) {
   CheckShape("x of Linear", x, DType::kFloat32, y.rows, w.inputs());
   CheckShape("y of Linear", y, DType::kFloat32, x.rows, w.outputs());
   if (!w.bias.empty()) CheckShape("bias of Linear", w.bias, DType::kFloat32, 1, w.outputs());
+  if (!w.scale.empty()) CheckShape("scale of Linear", w.scale, DType::kFloat32, 1, w.outputs());
 }
 
 void CheckRows(const RowTable& rows) {
@@ -461,11 +462,14 @@ void CpuBackend::Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor 
   CheckShape("result of Audit", result, DType::kFloat32, x.rows, kAuditFields);
   CheckShape("worth of Audit", worth, DType::kFloat32, 1, up.outputs());
   CheckShape("rows of Audit", rows, DType::kInt32, 1, x.rows);
+  CheckMasks(neurons, 0, up.outputs());
   const cpu::DotJob job = {hidden, x, &up, nullptr, true};
   pool_.ParallelFor(up.outputs(), OutputGrain(up.outputs(), up.inputs() * x.rows),
                     [&](int64_t first, int64_t last, int) { cpu::DotProducts(job, first, last); });
   for (int64_t i = 0; i < x.rows; ++i) {
     const int32_t row = rows.row<int32_t>(0)[i];
+    CHECK(neurons.masks.empty() || (row >= 0 && row < neurons.masks.rows))
+        << "row " << row << " of " << neurons.masks.rows;
     const float* h = hidden.row<float>(i);
     double mass = 0.0, missed = 0.0;
     int64_t selected = 0, active = 0, hits = 0;
