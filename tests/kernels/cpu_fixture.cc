@@ -105,7 +105,7 @@ Matrix CpuMlpFixture::Reference(const Matrix& x, const std::vector<int32_t>& neu
   for (int64_t r = 0; r < hidden.rows; ++r) {
     for (const int32_t n : neurons) active.at(r, n) = std::max(0.0f, hidden.at(r, n));
   }
-  const Matrix y = ReferenceLinear(active, ValuesOf(w_.down), Get(w_.down.bias), magnitude);
+  Matrix y = ReferenceLinear(active, ValuesOf(w_.down), Get(w_.down.bias), magnitude);
   for (float& m : magnitude->values) m *= 10;  // the hidden values are rounded too
   return y;
 }

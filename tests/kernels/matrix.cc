@@ -3,6 +3,7 @@
 #include <hwy/base.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -57,7 +58,7 @@ bool SameBits(const Matrix& a, const Matrix& b) {
   if (a.rows != b.rows || a.cols != b.cols) return false;
   for (size_t i = 0; i < a.values.size(); ++i) {
     if (std::isnan(a.values[i]) && std::isnan(b.values[i])) continue;
-    if (std::memcmp(&a.values[i], &b.values[i], sizeof(float)) != 0) return false;
+    if (std::bit_cast<uint32_t>(a.values[i]) != std::bit_cast<uint32_t>(b.values[i])) return false;
   }
   return true;
 }

@@ -435,14 +435,11 @@ TEST_P(CpuSelectedAttentionTest, ARowOfNotANumberLeavesTheHeadsZeroThatItDidNotS
 
 class CpuAuditTest : public CpuSelectedMlpTest {
  protected:
-  // Rows of the step `x`, named by `rows`, in the order of AuditField.
-  Matrix Audit(const Matrix& x, const std::vector<int32_t>& rows, const Matrix& worth, const Selection& neurons) {
-    Matrix audited(static_cast<int64_t>(rows.size()), x.cols);
-    for (size_t i = 0; i < rows.size(); ++i)
-      std::copy_n(&x.values[rows[i] * x.cols], x.cols, &audited.values[i * x.cols]);
-    const Tensor result = arena_.Put(Matrix(audited.rows, kAuditFields, 77.0f));
-    const Tensor hidden = arena_.Put(Matrix(audited.rows, kNeurons, kNaN));
-    backend_->Audit(result, arena_.Put(audited), w_.up, arena_.Put(worth), neurons, arena_.PutInts(rows), hidden);
+  // In the order of AuditField.
+  Matrix Audit(const Matrix& x, const Matrix& worth, const Selection& neurons) {
+    const Tensor result = arena_.Put(Matrix(x.rows, kAuditFields, 77.0f));
+    const Tensor hidden = arena_.Put(Matrix(x.rows, kNeurons, kNaN));
+    backend_->Audit(result, arena_.Put(x), w_.up, arena_.Put(worth), neurons, hidden);
     return Get(result);
   }
 };
@@ -456,25 +453,23 @@ TEST_P(CpuAuditTest, HoldsWhatARowSelectedAgainstWhatIsActive) {
     for (float& value : worth.values) value = std::abs(value);
     const Lists lists = SomeLists(6);
     const Matrix hidden = Activations(x);
-    const std::vector<int32_t> rows = {5, 0, 3, 2};
     const Lists everything(6, EveryOther(0, kNeurons, 1));
     // Who is strict is no matter: an audit is about what the row selected itself.
     const Selection masked = arena_.SelectRows(lists, kNeurons, {0, 1, 0, 1, 0, 1});
     for (const auto& [selection, chosen] : {std::pair{masked, lists}, {Selection{}, everything}}) {
-      const Matrix got = Audit(x, rows, worth, selection);
-      for (size_t i = 0; i < rows.size(); ++i) {
-        SCOPED_TRACE(testing::Message() << Name(dtype) << ", row " << rows[i]);
+      const Matrix got = Audit(x, worth, selection);
+      for (int64_t r = 0; r < x.rows; ++r) {
+        SCOPED_TRACE(testing::Message() << Name(dtype) << ", row " << r);
         double active = 0.0, hits = 0.0, mass = 0.0, missed = 0.0;
         for (int32_t n = 0; n < kNeurons; ++n) {
-          const double h = hidden.at(rows[i], n);
-          const bool hit = std::binary_search(chosen[rows[i]].begin(), chosen[rows[i]].end(), n);
+          const double h = hidden.at(r, n);
+          const bool hit = std::binary_search(chosen[r].begin(), chosen[r].end(), n);
           active += h != 0.0;
           hits += h != 0.0 && hit;
           mass += h * h * worth.at(0, n);
           missed += hit ? 0.0 : h * h * worth.at(0, n);
         }
-        const auto r = static_cast<int64_t>(i);
-        EXPECT_EQ(got.at(r, kAuditSelected), chosen[rows[i]].size());
+        EXPECT_EQ(got.at(r, kAuditSelected), chosen[r].size());
         EXPECT_EQ(got.at(r, kAuditActive), active);
         EXPECT_EQ(got.at(r, kAuditHits), hits);
         EXPECT_NEAR(got.at(r, kAuditMass), mass, 1e-6 * mass);
@@ -488,7 +483,7 @@ TEST_P(CpuAuditTest, MissesNothingWhereWhatIsActiveWasSelected) {
   Use(70, kNeurons, DType::kFloat16);
   const Matrix x = Random(3, 70, 1);
   const Lists active = Active(Activations(x));
-  const Matrix got = Audit(x, {0, 1, 2}, Matrix(1, kNeurons, 1.0f), arena_.SelectRows(active, kNeurons));
+  const Matrix got = Audit(x, Matrix(1, kNeurons, 1.0f), arena_.SelectRows(active, kNeurons));
   for (int64_t r = 0; r < 3; ++r) {
     EXPECT_EQ(got.at(r, kAuditHits), got.at(r, kAuditActive));
     EXPECT_EQ(got.at(r, kAuditSelected), got.at(r, kAuditActive));
