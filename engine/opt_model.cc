@@ -64,6 +64,7 @@ StepCounts OptModel::MakeCounts(const Batch& largest) const {
   counts.active.resize(layers * (rows + 1));
   counts.heads.resize(layers * rows);
   counts.union_selected.resize(layers);
+  counts.union_heads.resize(layers);
   counts.audits.resize(layers * counts.max_audits * kAuditFields);
   return counts;
 }

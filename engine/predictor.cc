@@ -69,12 +69,13 @@ absl::Status Predictor::Load(const PredictorData& data) {
     layout.Reserve(&layer.worth, DType::kFloat32, 1, config_.ffn);
     const auto reserve = [&](const SelectorData& selector, Selector* to) {
       to->weights.outputs = to->outputs;
+      if (selector.rank == 0) return;
       for (size_t tier = 0; tier < kAllTiers.size(); ++tier) {
         if (!selector.points[tier].has_value()) continue;
         to->point_of_tier[tier] = static_cast<int32_t>(to->point_ranks.size());
         to->point_ranks.push_back(selector.points[tier]->rank);
       }
-      if (selector.rank == 0 || to->point_ranks.empty()) return;
+      if (to->point_ranks.empty()) return;
       layout.Reserve(&to->weights.b, DType::kInt8, selector.rank, Padded(to->outputs));
       layout.Reserve(&to->weights.thresholds, DType::kFloat16, PointsOf(selector), Padded(to->outputs));
       layout.Reserve(&to->weights.ranks, DType::kInt32, 1, PointsOf(selector));
@@ -275,8 +276,10 @@ void Predictor::EndStep(StepCounts* counts) {
     }
     if (layer.rank_heads > 0) {
       dev_.Download(row(counts->heads), head_counts_.Rows(l, 1).Cols(0, decode_rows_));
+      dev_.Download(&counts->union_heads[l], union_heads_.Rows(l, 1));
     } else {
       std::fill_n(row(counts->heads), decode_rows_, config_.heads);
+      counts->union_heads[l] = config_.heads;
     }
     if (audits_ > 0 && layer.rank_neurons > 0) {
       dev_.Download(&counts->audits[static_cast<size_t>(l) * max_audits_ * kAuditFields],

@@ -24,6 +24,7 @@ struct StepCounts {
   std::vector<int32_t> active;          // [layers, max rows + 1] and not zero; in column decode_rows: in any row
   std::vector<int32_t> heads;           // [layers, max rows]
   std::vector<int32_t> union_selected;  // [layers] neurons that some row selected
+  std::vector<int32_t> union_heads;     // [layers]
   std::vector<float> audits;            // [layers, max audits, kAuditFields]; of layers with a predictor only
 
   int32_t selected_of(int32_t layer, int32_t row) const { return selected[static_cast<size_t>(layer) * max_rows + row]; }

@@ -1,0 +1,275 @@
+// dejavu-eval: quality and cost of the tiers on any text.
+#include <signal.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "CLI/App.hpp"
+#include "CLI/Config.hpp"
+#include "CLI/Formatter.hpp"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "engine/checkpoint.h"
+#include "engine/eval/evaluation.h"
+#include "engine/eval/report.h"
+#include "engine/model_runner.h"
+#include "engine/text/tokenizer.h"
+#include "kernels/base/status_macros.h"
+#include "kernels/base/utf8.h"
+
+namespace dejavu {
+namespace {
+
+constexpr int kExitFailed = 1, kExitUsage = 2, kExitInterrupted = 130;
+constexpr int32_t kStepRows = 64;
+
+constexpr char kFooter[] =
+    "Columns: change, of the perplexity against DENSE. top-1, how often the most likely token is DENSE's. KL, of the\n"
+    "next-token distribution from DENSE's. up rows, down rows, MLP: weight rows read, and their mean. recall,\n"
+    "precision, missed (share of the output mass): a token's selection against all its non-zero neurons. MLP bytes:\n"
+    "read, predictor included, against a dense MLP. bytes/token: all weights that a decoded token reads; ceiling:\n"
+    "DENSE's over the tier's. --json has the same by layer, as fractions.\n"
+    "\n"
+    "Exit codes: 0 done; 1 failed, with the reason on stderr; 2 wrong usage; 130 interrupted with Ctrl-C.\n"
+    "\n"
+    "  dejavu-eval --model deploy/models/opt-8m-books --text book.txt --max-tokens 20000 --json report.json\n"
+    "  dejavu-eval --model deploy/models/opt-8m-books --text book.txt --tiers balanced --batch 8 --union";
+
+struct Arguments {
+  std::string model, predictor, text, json;
+  std::vector<std::string> tier_names;
+  int64_t max_tokens = 0;
+  int32_t batch = 1, window = 0, threads = 0;
+  bool union_of_rows = false;
+};
+
+std::atomic<bool> interrupted{false};
+
+// The first Ctrl-C stops between two steps, a second one at once.
+void StopOnInterrupt() {
+  struct sigaction action {};
+  action.sa_handler = [](int) { interrupted = true; };
+  action.sa_flags = static_cast<int>(SA_RESETHAND);
+  sigaction(SIGINT, &action, nullptr);
+}
+
+// Share done and time left on stderr: in place on a terminal, else a line now and then.
+class ProgressLine {
+ public:
+  ~ProgressLine() {
+    if (on_terminal_ && shown_) std::fputs("\r\x1b[K", stderr);
+  }
+
+  void Show(int64_t done, int64_t total) {
+    const Time now = std::chrono::steady_clock::now();
+    if (now - last_ < (on_terminal_ ? std::chrono::milliseconds(200) : std::chrono::milliseconds(5000))) return;
+    last_ = now;
+    shown_ = true;
+    const double spent_s = std::chrono::duration<double>(now - start_).count();
+    const double left_s = spent_s * static_cast<double>(total - done) / static_cast<double>(done);
+    const auto left = static_cast<int64_t>(left_s + 0.5);
+    std::fputs(absl::StrFormat("%sdejavu-eval: %3.0f %%, %d:%02d left%s", on_terminal_ ? "\r" : "",
+                               100.0 * static_cast<double>(done) / static_cast<double>(total), left / 60, left % 60,
+                               on_terminal_ ? "\x1b[K" : "\n")
+                   .c_str(),
+               stderr);
+  }
+
+ private:
+  using Time = std::chrono::steady_clock::time_point;
+  const bool on_terminal_ = isatty(STDERR_FILENO) != 0;
+  const Time start_ = std::chrono::steady_clock::now();
+  Time last_ = start_;
+  bool shown_ = false;
+};
+
+absl::StatusOr<std::vector<int32_t>> ReadTokens(const Arguments& arguments) {
+  absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer = Tokenizer::Load(arguments.model);
+  if (absl::IsNotFound(tokenizer.status())) {
+    return absl::NotFoundError(
+        absl::StrCat(arguments.model, ": has no tokenizer, which a text needs (", tokenizer.status().message(), ")"));
+  }
+  RETURN_IF_ERROR(tokenizer.status());
+  ASSIGN_OR_RETURN(const auto file, RandomAccessFile::Open(arguments.text));
+  ASSIGN_OR_RETURN(const std::string text, file->ReadString(0, file->size()));
+  const size_t valid = ValidUtf8Prefix(text);
+  if (valid != text.size()) {
+    return absl::InvalidArgumentError(absl::StrCat(arguments.text, ": is not valid UTF-8 at byte ", valid));
+  }
+  std::vector<int32_t> tokens = (*tokenizer)->EncodePrompt(text);
+  if (arguments.max_tokens > 0 && arguments.max_tokens < static_cast<int64_t>(tokens.size())) {
+    tokens.resize(arguments.max_tokens);
+  }
+  if (tokens.size() < 2) {
+    return absl::InvalidArgumentError(absl::StrCat(arguments.text, ": has ", tokens.size(),
+                                                   " tokens, the leading </s> included; at least 2 are needed"));
+  }
+  return tokens;
+}
+
+// The path, or nothing for none.
+std::optional<std::string> PredictorPath(const Arguments& arguments) {
+  if (arguments.predictor == "none") return std::nullopt;
+  if (!arguments.predictor.empty()) return arguments.predictor;
+  const std::string beside = absl::StrCat(arguments.model, "/predictor.safetensors");
+  return access(beside.c_str(), F_OK) == 0 ? std::optional(beside) : std::nullopt;
+}
+
+// What was asked for; without --tiers all that can be served.
+std::vector<Tier> WantedTiers(const Arguments& arguments, const std::optional<PredictorData>& predictor) {
+  std::vector<Tier> tiers;
+  for (const std::string& name : arguments.tier_names) {
+    const Tier tier = *ParseTier(name);
+    if (std::find(tiers.begin(), tiers.end(), tier) == tiers.end()) tiers.push_back(tier);
+  }
+  if (!tiers.empty()) return tiers;
+  for (const Tier tier : kAllTiers) {
+    const bool served = predictor.has_value() &&
+                        std::find(predictor->tiers.begin(), predictor->tiers.end(), tier) != predictor->tiers.end();
+    if (!IsPredicted(tier) || served) tiers.push_back(tier);
+  }
+  return tiers;
+}
+
+// Written beside `path` and then renamed.
+absl::Status WriteWhole(const std::string& path, const std::string& text) {
+  const std::string aside = absl::StrCat(path, ".", getpid(), ".tmp");
+  std::ofstream file(aside, std::ios::binary);
+  file << text;
+  file.close();
+  if (!file || std::rename(aside.c_str(), path.c_str()) != 0) {
+    const std::string reason = std::strerror(errno);
+    std::remove(aside.c_str());
+    return absl::UnavailableError(absl::StrCat(path, ": cannot be written: ", reason));
+  }
+  return absl::OkStatus();
+}
+
+// Before the work, which may take hours.
+absl::Status CheckWritable(const std::string& path) {
+  const std::filesystem::path folder = std::filesystem::path(path).parent_path();
+  if (path.empty() || access(folder.empty() ? "." : folder.c_str(), W_OK) == 0) return absl::OkStatus();
+  return absl::UnavailableError(absl::StrCat(path, ": cannot be written: ", std::strerror(errno)));
+}
+
+std::string Heading(const Arguments& arguments, const ModelRunner& runner, const std::string& predictor,
+                    const Evaluation& evaluation) {
+  return absl::StrCat("model ", arguments.model, ", predictor ", predictor, "\ntext ", arguments.text, ", ",
+                      evaluation.tokens, " tokens scored, window ", runner.options().window, ", batch ",
+                      arguments.batch,
+                      arguments.union_of_rows ? " (rows compute the union of their selections)"
+                                              : " (each row computes its own selection)",
+                      "\n\n");
+}
+
+absl::Status Run(const Arguments& arguments) {
+  RETURN_IF_ERROR(CheckWritable(arguments.json));
+  ASSIGN_OR_RETURN(const OptConfig config, OptConfig::Load(arguments.model));
+  ASSIGN_OR_RETURN(const std::vector<int32_t> tokens, ReadTokens(arguments));
+  const std::optional<std::string> predictor_path = PredictorPath(arguments);
+
+  ModelRunner::Options options;
+  options.model = arguments.model;
+  options.threads = arguments.threads;
+  options.slots = arguments.batch;
+  options.max_rows = arguments.union_of_rows ? arguments.batch : std::max(arguments.batch, kStepRows);
+  options.max_audits = predictor_path.has_value() ? options.max_rows : 0;
+  options.window = arguments.window > 0 ? arguments.window : std::min(256, config.context);
+  ASSIGN_OR_RETURN(const auto runner, ModelRunner::Create(options, [](int64_t, int64_t) { return !interrupted; }));
+  std::optional<PredictorData> predictor;
+  if (predictor_path.has_value()) {
+    ASSIGN_OR_RETURN(predictor, ReadPredictor(*predictor_path, config, runner->weights_hash()));
+  }
+
+  const EvaluationOptions wanted = {WantedTiers(arguments, predictor), arguments.union_of_rows};
+  absl::StatusOr<Evaluation> evaluation;
+  {
+    ProgressLine line;
+    evaluation = Evaluate(*runner, predictor.has_value() ? &*predictor : nullptr, tokens, wanted,
+                          [&](int64_t done, int64_t total) {
+                            line.Show(done, total);
+                            return !interrupted;
+                          });
+  }
+  RETURN_IF_ERROR(evaluation.status());
+  std::fputs(Heading(arguments, *runner, predictor_path.value_or("none"), *evaluation).c_str(), stdout);
+  std::fputs(EvaluationTable(*evaluation).c_str(), stdout);
+  return arguments.json.empty() ? absl::OkStatus() : WriteWhole(arguments.json, EvaluationJson(*evaluation));
+}
+
+std::string CheckTierName(const std::string& name) {
+  if (ParseTier(name).has_value()) return "";
+  const auto append = [](std::string* out, Tier tier) { absl::StrAppend(out, Name(tier)); };
+  return absl::StrCat("'", name, "' is no tier; it must be one of ", absl::StrJoin(kAllTiers, ", ", append));
+}
+
+void AddOptions(CLI::App* program, Arguments* arguments) {
+  program->add_option("--model", arguments->model, "Model directory in Hugging Face layout, with a tokenizer")
+      ->required();
+  program->add_option("--text", arguments->text, "UTF-8 text to evaluate on")->required();
+  program->add_option("--predictor", arguments->predictor,
+                      "Predictor file, or none; default: predictor.safetensors in the model directory, if there");
+  program
+      ->add_option("--tiers", arguments->tier_names,
+                   "Such as dense,balanced; default: dense, exact and what the predictor serves")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->check(CLI::Validator(CheckTierName, "TIER"));
+  program->add_option("--max-tokens", arguments->max_tokens, "Take only the first so many tokens of the text; 0: all")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  program
+      ->add_option("--window", arguments->window,
+                   "Tokens of a window, which starts without context; default: 256 or the model's context, if smaller")
+      ->check(CLI::Range(2, 1 << 20));
+  program->add_option("--batch", arguments->batch, "Windows side by side")
+      ->check(CLI::Range(1, 1024))
+      ->capture_default_str();
+  program->add_flag(
+      "--union", arguments->union_of_rows,
+      "Each step holds one row of each window of the batch, and all compute the union of what they select");
+  program->add_option("--threads", arguments->threads, "CPU threads; 0: one per CPU")
+      ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
+  program->add_option("--json", arguments->json, "Write the figures, by layer too, to this file");
+}
+
+int Main(int argc, char** argv) {
+  CLI::App program("Quality and cost of the tiers of a model on a text, against DENSE", "dejavu-eval");
+  program.set_version_flag("--version", "dejavu-eval " DEJAVU_VERSION);
+  program.footer(kFooter);
+  Arguments arguments;
+  AddOptions(&program, &arguments);
+  try {
+    program.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return program.exit(error) == 0 ? 0 : kExitUsage;  // 0: --help and --version
+  }
+  if (arguments.union_of_rows && arguments.batch < 2) {
+    std::fputs("dejavu-eval: --union needs --batch of 2 or more\n", stderr);
+    return kExitUsage;
+  }
+  StopOnInterrupt();
+  const absl::Status status = Run(arguments);
+  if (status.ok()) return 0;
+  if (absl::IsCancelled(status)) return kExitInterrupted;
+  std::fprintf(stderr, "dejavu-eval: %s\n", std::string(status.message()).c_str());
+  return kExitFailed;
+}
+
+}  // namespace
+}  // namespace dejavu
+
+int main(int argc, char** argv) { return dejavu::Main(argc, argv); }

@@ -1,0 +1,57 @@
+#include "engine/eval/weight_bytes.h"
+
+#include <optional>
+
+namespace dejavu {
+namespace {
+
+int64_t BytesOf(const NormWeights& norm) { return norm.weight.bytes() + norm.bias.bytes(); }
+int64_t BytesOf(const LinearWeights& linear) { return linear.weight.bytes() + linear.bias.bytes(); }
+
+int64_t SelectorBytes(const SelectorData& selector, int32_t rank_a, int32_t rank_b, int64_t hidden, int64_t outputs) {
+  using Row = decltype(selector.a)::value_type;
+  using Scale = decltype(selector.a_scale)::value_type;
+  const int64_t stage_a = rank_a * (hidden * sizeof(Row) + sizeof(Scale));
+  const int64_t stage_b = rank_b * outputs * sizeof(Row);
+  const int64_t thresholds = outputs * sizeof(uint16_t);  // float16
+  return stage_a + stage_b + thresholds;
+}
+
+const std::optional<OperatingPoint>& PointOf(const SelectorData& selector, Tier tier) {
+  return selector.points[static_cast<size_t>(tier)];
+}
+
+}  // namespace
+
+LayerBytes::LayerBytes(const LayerWeights& weights, const OptConfig& config) {
+  const MlpWeights& w = weights.mlp;
+  up_row = BytesOf(w.up) / config.ffn;
+  down_row = w.down.weight.bytes() / config.ffn;
+  down_bias = w.down.bias.bytes();
+  mlp = BytesOf(w.up) + BytesOf(w.down);
+  // Q, K and V have the same number of rows.
+  head = BytesOf(weights.qkv) / 3 / config.heads + weights.out.weight.bytes() / config.heads;
+  rest = BytesOf(weights.attention_norm) + BytesOf(weights.mlp_norm) + BytesOf(weights.qkv) / 3 * 2 +
+         weights.out.bias.bytes();
+}
+
+int64_t BytesAfterLayers(const OptWeights& weights) {
+  return BytesOf(weights.final_norm) + BytesOf(weights.project_in) + BytesOf(weights.project_out) +
+         BytesOf(weights.head);
+}
+
+int64_t EmbeddingBytes(const OptWeights& weights) {
+  return weights.token_embedding.Rows(0, 1).bytes() + weights.position_embedding.Rows(0, 1).bytes();
+}
+
+int64_t NeuronPredictorBytes(const SelectorData& neurons, Tier tier, const OptConfig& config) {
+  const auto& point = PointOf(neurons, tier);
+  return point.has_value() ? SelectorBytes(neurons, point->rank, point->rank, config.hidden, config.ffn) : 0;
+}
+
+int64_t HeadPredictorBytes(const SelectorData& heads, Tier tier, const OptConfig& config) {
+  const auto& point = PointOf(heads, tier);
+  return point.has_value() ? SelectorBytes(heads, heads.rank, point->rank, config.hidden, config.heads) : 0;
+}
+
+}  // namespace dejavu
