@@ -1,6 +1,6 @@
-// ShadowMonitor: decides from shadow checks which layers a tier may still skip in. A layer whose missed mass stays above
-// its limit goes EXACT for that tier until it has stayed well below for a while. Pure arithmetic: no device, no clock.
-// Engine thread only.
+// ShadowMonitor: decides from shadow checks which layers a tier may still skip in. A layer whose missed mass stays
+// above its limit goes EXACT for that tier until it has stayed well below for a while. Pure arithmetic: no device, no
+// clock. Engine thread only.
 #ifndef ENGINE_SHADOW_MONITOR_H_
 #define ENGINE_SHADOW_MONITOR_H_
 
