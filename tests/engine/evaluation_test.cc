@@ -310,8 +310,9 @@ TEST_F(EvaluationTest, BytesOfAPredictedTierAreWhatItSelectsAndItsPredictor) {
   predictor_.layers[1].neurons.points[static_cast<size_t>(Tier::kFast)].reset();  // EXACT there
   SelectTheFirst(7, &predictor_.layers[0].neurons);
   SelectTheFirst(1, &predictor_.layers[1].heads);
-  const Evaluation e = Evaluate({{Tier::kDense, Tier::kFast}, false});
-  const TierEvaluation& fast = e.tiers[1];
+  // HIGH audits layer 1, right before FAST.
+  const Evaluation e = Evaluate({{Tier::kDense, Tier::kHigh, Tier::kFast}, false});
+  const TierEvaluation& fast = e.tiers[2];
   EXPECT_EQ(fast.layers[0].mlp_selected, 7.0 / kFfn);
   EXPECT_EQ(fast.layers[1].mlp_selected, 1.0);
   EXPECT_EQ(fast.layers[0].head_density, 1.0);
