@@ -193,8 +193,14 @@ absl::Status Reader::ReadLayer(const Json& json, int32_t l, const std::vector<Ti
   layer->tap = *parsed;
   RETURN_IF_ERROR(ReadSelector(Member(json, "neurons"), At(l, "neurons"), config_.ffn, tiers, &layer->neurons));
   RETURN_IF_ERROR(ReadSelector(Member(json, "heads"), At(l, "heads"), config_.heads, tiers, &layer->heads));
+  if (layer->tap == Tap::kMlpNorm && layer->heads.rank > 0) {
+    return Refuse("layer ", l, " chooses heads from tap ", tap.dump(), ", which comes after its attention");
+  }
   RETURN_IF_ERROR(ReadTensor(At(l, "worth"), {config_.ffn}, &layer->worth));
   RETURN_IF_ERROR(CheckFinite(At(l, "worth"), layer->worth));
+  for (const float worth : layer->worth) {
+    if (worth < 0.0f) return Refuse("tensor ", At(l, "worth"), " holds negative values");
+  }
   RETURN_IF_ERROR(ReadTensor(At(l, "frequency"), {config_.ffn}, &layer->frequency));
   return CheckFinite(At(l, "frequency"), layer->frequency);
 }
@@ -259,6 +265,8 @@ absl::Status WritePredictor(const PredictorData& data, const OptConfig& config, 
   }
   Json tiers = Json::array();
   for (const Tier tier : data.tiers) tiers.push_back(Name(tier));
+  Json report = Json::parse(data.report_json, nullptr, /*allow_exceptions=*/false);
+  if (!report.is_object()) report = Json::object();
   const Json metadata = {{"version", kVersion},
                          {"weights", data.weights_hash},
                          {"tap", Name(data.tap)},
@@ -268,7 +276,7 @@ absl::Status WritePredictor(const PredictorData& data, const OptConfig& config, 
                          {"ffn", config.ffn},
                          {"tiers", std::move(tiers)},
                          {"per_layer", std::move(layers)},
-                         {"report", Json::parse(data.report_json, nullptr, /*allow_exceptions=*/false)}};
+                         {"report", std::move(report)}};
   return writer.Write(kPredictorMetadataKey, metadata.dump(), path);
 }
 

@@ -63,7 +63,7 @@ absl::StatusOr<std::string> WeightsHash(const Checkpoint& checkpoint, const OptC
   ASSIGN_OR_RETURN(const std::string prefix, WeightPrefix(checkpoint));
   const auto add = [&](const std::string& name) -> absl::Status {
     const StoredTensor* tensor = checkpoint.Find(prefix + name);
-    if (tensor == nullptr || tensor->shape.size() != 2 || tensor->dtype == DType::kInt8) {
+    if (tensor == nullptr || tensor->shape.size() != 2 || tensor->elements == 0 || tensor->dtype == DType::kInt8) {
       return absl::InvalidArgumentError(
           absl::StrCat("tensor ", prefix, name, " is missing from the checkpoint, or no matrix"));
     }
