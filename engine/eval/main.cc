@@ -83,7 +83,8 @@ std::string Heading(const Arguments& arguments, const ModelRunner& runner, const
 absl::Status Run(const Arguments& arguments) {
   RETURN_IF_ERROR(CheckWritable(arguments.json));
   ASSIGN_OR_RETURN(const OptConfig config, OptConfig::Load(arguments.model));
-  ASSIGN_OR_RETURN(const std::vector<int32_t> tokens, ReadTokens(arguments.model, arguments.text, arguments.max_tokens));
+  ASSIGN_OR_RETURN(const std::vector<int32_t> tokens,
+                   ReadTokens(arguments.model, arguments.text, arguments.max_tokens));
   const std::optional<std::string> predictor_path = PredictorPath(arguments);
 
   ModelRunner::Options options;
