@@ -46,7 +46,7 @@ void OptModel::Forward(const Batch& batch, const KvCache& kv, float* logits, Ste
   skip_zeros_ = std::find(batch.tiers.begin(), batch.tiers.end(), Tier::kDense) == batch.tiers.end();
   Embed(batch, rows);
   for (int32_t l = 0; l < config_.layers; ++l) Layer(l, kv.layer(l), rows);
-  if (observer_) observer_(config_.layers, Tap::kAttentionNorm, x_.Rows(0, batch.rows()));
+  if (observer_ != nullptr) observer_->OnInput(config_.layers, Tap::kAttentionNorm, x_.Rows(0, batch.rows()));
   if (!batch.logit_rows.empty()) Head(batch, logits);
   if (counts != nullptr) {
     predictor_.EndStep(counts);
@@ -102,19 +102,21 @@ void OptModel::Layer(int32_t l, const KvLayer& kv, const RowTable& rows) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
 
   if (config_.pre_norm) dev_.LayerNorm(h, x, w.attention_norm);
-  if (observer_) observer_(l, Tap::kAttentionNorm, h);
+  if (observer_ != nullptr) observer_->OnInput(l, Tap::kAttentionNorm, h);
   const Selection heads = ProjectQkv(l, qkv, h);
   dev_.WriteKv(kv, qkv, rows);
   dev_.Attention(context, qkv, kv, rows, scale, heads);
+  if (observer_ != nullptr) observer_->OnContext(l, context);
   dev_.Linear(partial, context, w.out, heads, config_.head_dim);
   comm_.AllReduce(partial);
   dev_.Add(x, partial);
   if (!config_.pre_norm) dev_.LayerNorm(x, x, w.attention_norm);
 
   if (config_.pre_norm) dev_.LayerNorm(h, x, w.mlp_norm);
-  if (observer_) observer_(l, Tap::kMlpNorm, h);
+  if (observer_ != nullptr) observer_->OnInput(l, Tap::kMlpNorm, h);
   const Selection neurons = SelectNeurons(l, h);
   dev_.Mlp(partial, h, w.mlp, neurons, skip_zeros_, neurons_.Rows(0, n), predictor_.ActiveCounts(l));
+  if (observer_ != nullptr) observer_->OnMlp(l, neurons_.Rows(0, n), partial);
   comm_.AllReduce(partial);
   dev_.Add(x, partial);
   if (!config_.pre_norm) dev_.LayerNorm(x, x, w.mlp_norm);

@@ -4,9 +4,7 @@
 #define ENGINE_OPT_MODEL_H_
 
 #include <cstdint>
-#include <functional>
 #include <memory>
-#include <utility>
 
 #include "absl/status/statusor.h"
 #include "engine/batch.h"
@@ -18,6 +16,20 @@
 #include "kernels/communicator.h"
 
 namespace dejavu {
+
+// Calibration looks on and may interfere. The tensors are valid during the call; on the CPU backend the host can read
+// and write them.
+class ModelObserver {
+ public:
+  virtual ~ModelObserver() = default;
+  // The input of a layer's attention (kAttentionNorm) or MLP (kMlpNorm) [rows, hidden]. As layer number `layers`: the
+  // residual stream after the last one.
+  virtual void OnInput(int32_t /*layer*/, Tap /*at*/, Tensor /*x*/) {}
+  // The heads' outputs before the out-projection, [rows, heads * head_dim].
+  virtual void OnContext(int32_t /*layer*/, Tensor /*context*/) {}
+  // Activations [rows, ffn] and what the MLP makes of them [rows, hidden], which may be changed.
+  virtual void OnMlp(int32_t /*layer*/, Tensor /*activations*/, Tensor /*y*/) {}
+};
 
 class OptModel {
  public:
@@ -33,10 +45,8 @@ class OptModel {
   void Forward(const Batch& batch, const KvCache& kv, float* logits, StepCounts* counts = nullptr);
   StepCounts MakeCounts(const Batch& largest) const;
 
-  // Calibration looks on: called with the input of each layer's attention and MLP, and, as layer number `layers`, with
-  // the residual stream after the last layer. float32 [rows, hidden], valid during the call.
-  using Observer = std::function<void(int32_t layer, Tap at, Tensor x)>;
-  void set_observer(Observer observer) { observer_ = std::move(observer); }
+  // nullptr: none. Borrowed.
+  void set_observer(ModelObserver* observer) { observer_ = observer; }
 
   const OptConfig& config() const { return config_; }
 
@@ -59,7 +69,7 @@ class OptModel {
   Backend& dev_;
   Communicator& comm_;
   Predictor& predictor_;
-  Observer observer_;
+  ModelObserver* observer_ = nullptr;
   Buffer floats_, ints_;
 
   // Activations: capacity rows; a step uses views of its first rows.

@@ -20,7 +20,7 @@ ShadowMonitor::ShadowMonitor(const PredictorData* data, int32_t layers)
     for (size_t tier = 0; tier < kAllTiers.size(); ++tier) {
       const auto& point = data->layers[l].neurons.points[tier];
       if (!point.has_value()) continue;
-      states_[l * kAllTiers.size() + tier].limit = std::min(kHighestLimit, kTolerance * point->missed_share + kSlack);
+      states_[l * kAllTiers.size() + tier].limit = std::min(kHighestLimit, kTolerance * point->missed_mass + kSlack);
     }
   }
 }

@@ -1,6 +1,6 @@
-// ShadowMonitor: decides from shadow checks which layers a tier may still skip in. A layer whose missed mass stays above
-// its limit goes EXACT for that tier until it has stayed well below for a while. Pure arithmetic: no device, no clock.
-// Engine thread only.
+// ShadowMonitor: decides from shadow checks which layers a tier may still skip in. A layer whose missed mass stays
+// above its limit goes EXACT for that tier until it has stayed well below for a while. Pure arithmetic: no device, no
+// clock. Engine thread only.
 #ifndef ENGINE_SHADOW_MONITOR_H_
 #define ENGINE_SHADOW_MONITOR_H_
 
@@ -16,7 +16,7 @@ class ShadowMonitor {
  public:
   enum class Change { kNone, kFallBack, kRecover };
 
-  // The limits follow from what calibration measured (OperatingPoint::missed_share). nullptr: nothing is watched.
+  // The limits follow from what calibration measured (OperatingPoint::missed_mass). nullptr: nothing is watched.
   ShadowMonitor(const PredictorData* data, int32_t layers);
 
   // One shadow token of `tier`: the mass of `layer` and what of it the prediction missed. Says what is to change now.

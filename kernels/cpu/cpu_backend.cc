@@ -38,6 +38,7 @@ void CheckLinear(const Tensor& y, const Tensor& x, const LinearWeights& w) {
   CheckShape("x of Linear", x, DType::kFloat32, y.rows, w.inputs());
   CheckShape("y of Linear", y, DType::kFloat32, x.rows, w.outputs());
   if (!w.bias.empty()) CheckShape("bias of Linear", w.bias, DType::kFloat32, 1, w.outputs());
+  if (!w.scale.empty()) CheckShape("scale of Linear", w.scale, DType::kFloat32, 1, w.outputs());
 }
 
 void CheckRows(const RowTable& rows) {
@@ -461,6 +462,7 @@ void CpuBackend::Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor 
   CheckShape("result of Audit", result, DType::kFloat32, x.rows, kAuditFields);
   CheckShape("worth of Audit", worth, DType::kFloat32, 1, up.outputs());
   CheckMasks(neurons, x.rows, up.outputs());
+  CHECK(neurons.all() || !neurons.masks.empty()) << "an audit wants to know what each row selected";
   const cpu::DotJob job = {hidden, x, &up, nullptr, true};
   pool_.ParallelFor(up.outputs(), OutputGrain(up.outputs(), up.inputs() * x.rows),
                     [&](int64_t first, int64_t last, int) { cpu::DotProducts(job, first, last); });

@@ -194,11 +194,11 @@ void SumRowsOf(const SumJob& job, int64_t first, int64_t last, float* scratch) {
     PackedRows<W>(job, first, packed, scratch);
   }
   if (packed < last) StreamRows<W>(job, packed, last);
-  // Adding zero where there is no bias turns a sum of -0 into 0, as if an input with activation zero had been added.
+  // Adding zero turns a sum of -0 into 0, as if an input with activation zero had been added; a bias of -0 would not.
   const float* bias = job.w->bias.empty() ? nullptr : job.w->bias.row<float>(0);
   for (int64_t r = 0; r < job.y.rows; ++r) {
     float* y = job.y.row<float>(r);
-    for (int64_t c = first; c < last; ++c) y[c] += bias != nullptr ? bias[c] : 0.0f;
+    for (int64_t c = first; c < last; ++c) y[c] = y[c] + 0.0f + (bias != nullptr ? bias[c] : 0.0f);
   }
 }
 

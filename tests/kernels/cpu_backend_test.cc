@@ -7,123 +7,21 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <numeric>
-#include <tuple>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/backend.h"
 #include "kernels/cpu/thread_pool.h"
+#include "tests/kernels/cpu_fixture.h"
 #include "tests/kernels/matrix.h"
 
 namespace dejavu {
 namespace {
 
-using Layout = LinearWeights::Layout;
 using testing::HasSubstr;
 
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr DType kWeightTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
-
-std::vector<int64_t> Targets() {
-  std::vector<int64_t> targets;
-  for (int64_t left = (hwy::SupportedTargets() | HWY_STATIC_TARGET) & HWY_TARGETS; left != 0; left &= left - 1) {
-    targets.push_back(left & -left);
-  }
-  return targets;
-}
-
-void ForceTarget(int64_t target) {  // 0: the best again
-  hwy::SetSupportedTargetsForTest(target);
-  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-}
-
-std::unique_ptr<Backend> Create(int threads) {
-  auto backend = CreateCpuBackend({.threads = threads, .pin = false});
-  EXPECT_TRUE(backend.ok()) << backend.status();
-  return *std::move(backend);
-}
-
-// The same bits, any NaN equal to any other.
-bool SameBits(const Matrix& a, const Matrix& b) {
-  if (a.rows != b.rows || a.cols != b.cols) return false;
-  for (size_t i = 0; i < a.values.size(); ++i) {
-    if (std::isnan(a.values[i]) && std::isnan(b.values[i])) continue;
-    if (std::memcmp(&a.values[i], &b.values[i], sizeof(float)) != 0) return false;
-  }
-  return true;
-}
-
-Matrix RowsOf(const Matrix& m, int64_t first, int64_t count) {
-  Matrix part(count, m.cols);
-  std::copy_n(m.values.begin() + first * m.cols, count * m.cols, part.values.begin());
-  return part;
-}
-
-// Rounding of a sum of terms whose absolute values add up to `magnitude`.
-void ExpectClose(const Matrix& got, const Matrix& want, const Matrix& magnitude) {
-  ASSERT_EQ(got.rows, want.rows);
-  ASSERT_EQ(got.cols, want.cols);
-  for (int64_t r = 0; r < got.rows; ++r) {
-    for (int64_t c = 0; c < got.cols; ++c) {
-      ASSERT_NEAR(got.at(r, c), want.at(r, c), 2e-6f * magnitude.at(r, c)) << "row " << r << ", column " << c;
-    }
-  }
-}
-
-void ExpectClose(const Matrix& got, const Matrix& want, float tolerance) {
-  ExpectClose(got, want, Matrix(want.rows, want.cols, tolerance / 2e-6f));
-}
-
-std::vector<int32_t> EveryOther(int32_t first, int32_t last, int32_t step) {
-  std::vector<int32_t> result;
-  for (int32_t i = first; i < last; i += step) result.push_back(i);
-  return result;
-}
-
-class CpuBackendTest : public testing::TestWithParam<std::tuple<int64_t, int>> {
- protected:
-  CpuBackendTest() {
-    ForceTarget(std::get<0>(GetParam()));
-    backend_ = Create(std::get<1>(GetParam()));
-  }
-  ~CpuBackendTest() override { ForceTarget(0); }
-
-  Matrix Linear(const Matrix& x, const LinearWeights& w, const Selection& inputs = {}, int64_t group = 1) {
-    return LinearOn(*backend_, x, w, inputs, group);
-  }
-
-  Matrix LinearOn(Backend& backend, const Matrix& x, const LinearWeights& w, const Selection& inputs = {},
-                  int64_t group = 1) {
-    const Tensor y = arena_.Put(Matrix(x.rows, w.outputs(), 77.0f));
-    backend.Linear(y, arena_.Put(x), w, inputs, group);
-    return Get(y);
-  }
-
-  // Weights [outputs, inputs] in `layout`, rounded to `dtype`.
-  LinearWeights Weights(const Matrix& w, Layout layout, DType dtype, const Matrix& bias = {}) {
-    LinearWeights result;
-    result.layout = layout;
-    result.weight = arena_.Put(layout == Layout::kOutputRows ? w : Transposed(w), dtype);
-    if (!bias.values.empty()) result.bias = arena_.Put(bias);
-    return result;
-  }
-
-  static Matrix ValuesOf(const LinearWeights& w) {  // [outputs, inputs]
-    return w.layout == Layout::kOutputRows ? Get(w.weight) : Transposed(Get(w.weight));
-  }
-
-  Arena arena_;
-  std::unique_ptr<Backend> backend_;
-};
-
-INSTANTIATE_TEST_SUITE_P(Targets, CpuBackendTest,
-                         testing::Combine(testing::ValuesIn(Targets()), testing::Values(1, 2, 3)),
-                         [](const auto& info) {
-                           return std::string(hwy::TargetName(std::get<0>(info.param))) + "_threads" +
-                                  std::to_string(std::get<1>(info.param));
-                         });
+class CpuBackendTest : public CpuFixture {};
+INSTANTIATE_TEST_SUITE_P(Targets, CpuBackendTest, EveryTargetAndThreads(), TargetAndThreads);
 
 TEST_P(CpuBackendTest, NamesItsTargetAndThreads) {
   const auto [target, threads] = GetParam();
@@ -138,9 +36,10 @@ struct Shape {
 constexpr Shape kShapes[] = {{1, 1}, {5, 3}, {64, 96}, {301, 77}, {130, 301}, {1003, 66}};
 
 TEST_P(CpuBackendTest, LinearIsRightAndARowDependsOnItselfAlone) {
-  std::unique_ptr<Backend> one_thread = Create(1);
+  std::unique_ptr<Backend> one_thread = CreateCpu(1);
   for (const DType dtype : kWeightTypes) {
     for (const Layout layout : {Layout::kOutputRows, Layout::kInputRows}) {
+      if (dtype == DType::kInt8 && layout == Layout::kInputRows) continue;  // not supported
       for (const Shape shape : kShapes) {
         SCOPED_TRACE(testing::Message() << Name(dtype) << (layout == Layout::kOutputRows ? " output" : " input")
                                         << " rows, " << shape.inputs << " -> " << shape.outputs);
@@ -189,12 +88,7 @@ TEST_P(CpuBackendTest, LinearOverSelectedGroupsLeavesTheOthersOut) {
       for (const int64_t rows : {1, 5, 17}) {
         SCOPED_TRACE(testing::Message() << selected.size() << " groups of " << group << ", rows " << rows);
         const Matrix x = Random(rows, kGroups * group, 1);
-        Matrix chosen(rows, kGroups * group);
-        for (int64_t r = 0; r < rows; ++r) {
-          for (const int32_t g : selected) {
-            for (int64_t i = g * group; i < (g + 1) * group; ++i) chosen.at(r, i) = x.at(r, i);
-          }
-        }
+        const Matrix chosen = OnlyGroups(x, selected, group, 0.0f);
         Matrix magnitude;
         const Matrix want = ReferenceLinear(chosen, ValuesOf(w), bias, &magnitude);
         const Matrix got = Linear(x, w, arena_.Select(selected), group);
@@ -215,9 +109,11 @@ TEST_P(CpuBackendTest, LeavingOutZerosChangesNoBitEvenWhereProductsUnderflow) {
     }
     Matrix weights(70, 6, 1.0f);
     for (int64_t o = 0; o < 70; ++o) weights.at(o, 1) = weights.at(o, 4) = o % 2 == 0 ? -1e-30f : 1e-30f;
-    const LinearWeights w = Weights(weights, Layout::kInputRows, DType::kFloat32);
-    EXPECT_TRUE(SameBits(Linear(x, w), Linear(x, w, arena_.Select({1, 4}))));
-    EXPECT_TRUE(SameBits(Linear(x, w), Linear(x, w, arena_.Select({1, 2, 4}))));
+    for (const Matrix& bias : {Matrix(), Matrix(1, 70, 0.0f), Matrix(1, 70, -0.0f)}) {
+      const LinearWeights w = Weights(weights, Layout::kInputRows, DType::kFloat32, bias);
+      EXPECT_TRUE(SameBits(Linear(x, w), Linear(x, w, arena_.Select({1, 4}))));
+      EXPECT_TRUE(SameBits(Linear(x, w), Linear(x, w, arena_.Select({1, 2, 4}))));
+    }
   }
 }
 
@@ -247,36 +143,8 @@ TEST_P(CpuBackendTest, NotANumberAndInfinityStayInTheirRow) {
   }
 }
 
-class CpuMlpTest : public CpuBackendTest {
- protected:
-  void Use(int64_t hidden, int64_t neurons, DType dtype) {
-    w_.up = Weights(Random(neurons, hidden, 11), Layout::kOutputRows, dtype, Random(1, neurons, 12));
-    w_.down = Weights(Random(hidden, neurons, 13), Layout::kInputRows, dtype, Random(1, hidden, 14));
-  }
-
-  Matrix Mlp(const Matrix& x, const Selection& neurons = {}) {
-    const Tensor y = arena_.Put(Matrix(x.rows, x.cols, 77.0f));
-    backend_->Mlp(y, arena_.Put(x), w_, neurons, /*skip_zeros=*/true, arena_.Put(Matrix(x.rows, w_.up.outputs(), kNaN)),
-                  {});
-    return Get(y);
-  }
-
-  // Plain, over `neurons` only.
-  Matrix Reference(const Matrix& x, const std::vector<int32_t>& neurons, Matrix* magnitude) {
-    const Matrix hidden = ReferenceLinear(x, ValuesOf(w_.up), Get(w_.up.bias), magnitude);
-    Matrix active(hidden.rows, hidden.cols);
-    for (int64_t r = 0; r < hidden.rows; ++r) {
-      for (const int32_t n : neurons) active.at(r, n) = std::max(0.0f, hidden.at(r, n));
-    }
-    const Matrix y = ReferenceLinear(active, ValuesOf(w_.down), Get(w_.down.bias), magnitude);
-    for (float& m : magnitude->values) m *= 10;  // the hidden values are rounded too
-    return y;
-  }
-
-  MlpWeights w_;
-};
-
-INSTANTIATE_TEST_SUITE_P(Targets, CpuMlpTest, testing::Combine(testing::ValuesIn(Targets()), testing::Values(1, 2, 3)));
+class CpuMlpTest : public CpuMlpFixture {};
+INSTANTIATE_TEST_SUITE_P(Targets, CpuMlpTest, EveryTargetAndThreads(), TargetAndThreads);
 
 TEST_P(CpuMlpTest, ComputesTheSelectedNeuronsAndNoOthers) {
   for (const DType dtype : kWeightTypes) {
@@ -315,89 +183,8 @@ TEST_P(CpuMlpTest, NotANumberPassesTheRelu) {
   EXPECT_TRUE(std::isnan(y.at(1, 0)));
 }
 
-// A paged cache with sequences of the given lengths, whose blocks lie scattered, filled by WriteKv.
-class CpuAttentionTest : public CpuBackendTest {
- protected:
-  void Fill(const std::vector<int32_t>& lengths, int32_t heads, int32_t head_dim, int32_t block_tokens) {
-    lengths_ = lengths;
-    const int32_t longest = *std::max_element(lengths.begin(), lengths.end());
-    const int32_t per_sequence = (longest + block_tokens - 1) / block_tokens;
-    const int32_t blocks = per_sequence * static_cast<int32_t>(lengths.size());
-    table_ = arena_.Make(DType::kInt32, static_cast<int64_t>(lengths.size()), per_sequence);
-    for (int32_t i = 0; i < blocks; ++i) table_.row<int32_t>(0)[i] = blocks - 1 - i;
-    kv_ = {nullptr, nullptr, blocks, heads, block_tokens, head_dim};
-    // What was never written must never be read.
-    kv_.keys = arena_.Put(Matrix(blocks * heads, block_tokens * head_dim, kNaN)).data;
-    kv_.values = arena_.Put(Matrix(blocks * heads, block_tokens * head_dim, kNaN)).data;
-    qkv_.clear();
-    for (size_t s = 0; s < lengths.size(); ++s) {
-      qkv_.push_back(Random(lengths[s], 3 * heads * head_dim, 20 + static_cast<uint32_t>(s)));
-      std::vector<int32_t> positions(lengths[s]);
-      std::iota(positions.begin(), positions.end(), 0);
-      backend_->WriteKv(kv_, arena_.Put(qkv_[s]),
-                        Rows(positions, std::vector<int32_t>(positions.size(), static_cast<int32_t>(s))));
-    }
-  }
-
-  RowTable Rows(const std::vector<int32_t>& positions, const std::vector<int32_t>& sequences) {
-    return {arena_.PutInts(positions), arena_.PutInts(sequences), table_};
-  }
-
-  // Rows of the step named by position and sequence.
-  Matrix Attention(const std::vector<int32_t>& positions, const std::vector<int32_t>& sequences,
-                   const Selection& heads = {}) {
-    Matrix qkv(static_cast<int64_t>(positions.size()), qkv_[0].cols);
-    for (size_t r = 0; r < positions.size(); ++r) {
-      std::copy_n(&qkv_[sequences[r]].values[positions[r] * qkv.cols], qkv.cols, &qkv.values[r * qkv.cols]);
-    }
-    const Tensor context = arena_.Put(Matrix(qkv.rows, qkv.cols / 3, 77.0f));
-    backend_->Attention(context, arena_.Put(qkv), kv_, Rows(positions, sequences), kScale, heads);
-    return Get(context);
-  }
-
-  // The rows of a whole sequence.
-  Matrix Whole(int32_t sequence, const Selection& heads = {}) {
-    std::vector<int32_t> positions(lengths_[sequence]);
-    std::iota(positions.begin(), positions.end(), 0);
-    return Attention(positions, std::vector<int32_t>(positions.size(), sequence), heads);
-  }
-
-  Matrix Reference(int32_t sequence) const {
-    const Matrix& qkv = qkv_[sequence];
-    const int64_t width = qkv.cols / 3;
-    Matrix context(qkv.rows, width);
-    for (int64_t r = 0; r < qkv.rows; ++r) {
-      for (int64_t head = 0; head < kv_.heads; ++head) {
-        const int64_t column = head * kv_.head_dim;
-        std::vector<double> weights;
-        double total = 0;
-        for (int64_t p = 0; p <= r; ++p) {
-          double score = 0;
-          for (int64_t d = column; d < column + kv_.head_dim; ++d) {
-            score += static_cast<double>(qkv.at(r, d)) * qkv.at(p, width + d);
-          }
-          weights.push_back(std::exp(score * kScale));
-          total += weights.back();
-        }
-        for (int64_t d = column; d < column + kv_.head_dim; ++d) {
-          double sum = 0;
-          for (int64_t p = 0; p <= r; ++p) sum += weights[p] / total * qkv.at(p, 2 * width + d);
-          context.at(r, d) = static_cast<float>(sum);
-        }
-      }
-    }
-    return context;
-  }
-
-  static constexpr float kScale = 0.7f;
-  std::vector<int32_t> lengths_;
-  std::vector<Matrix> qkv_;  // of every position of every sequence
-  Tensor table_;
-  KvLayer kv_;
-};
-
-INSTANTIATE_TEST_SUITE_P(Targets, CpuAttentionTest,
-                         testing::Combine(testing::ValuesIn(Targets()), testing::Values(1, 2, 3)));
+class CpuAttentionTest : public CpuAttentionFixture {};
+INSTANTIATE_TEST_SUITE_P(Targets, CpuAttentionTest, EveryTargetAndThreads(), TargetAndThreads);
 
 TEST_P(CpuAttentionTest, IsRightForEveryHeadSizeAndDoesNotDependOnTheBlockSize) {
   for (const int32_t head_dim : {1, 5, 64, 80, 81, 128}) {
@@ -439,12 +226,8 @@ TEST_P(CpuAttentionTest, LeavesHeadsThatAreNotSelectedUntouched) {
   Fill({70}, 5, 12, 16);
   const Matrix whole = Whole(0);
   for (const auto& selected : {std::vector<int32_t>{}, {1, 4}, {0, 1, 2, 3, 4}}) {
-    Matrix want(70, 60, 77.0f);
-    for (const int32_t head : selected) {
-      for (int64_t r = 0; r < 70; ++r)
-        std::copy_n(&whole.values[r * 60 + head * 12], 12, &want.values[r * 60 + head * 12]);
-    }
-    EXPECT_TRUE(SameBits(Whole(0, arena_.Select(selected)), want)) << selected.size() << " heads";
+    EXPECT_TRUE(SameBits(Whole(0, arena_.Select(selected)), OnlyGroups(whole, selected, 12, 77.0f)))
+        << selected.size() << " heads";
   }
 }
 
@@ -508,7 +291,7 @@ TEST_P(CpuBackendTest, LayerNormIsRightAndMayWorkInPlace) {
 }
 
 TEST_P(CpuBackendTest, EmbedAddsItsOffsetAndAccumulates) {
-  for (const DType dtype : kWeightTypes) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
     const Tensor table = arena_.Put(Random(10, 37, 1), dtype);
     const Tensor ids = arena_.PutInts({7, 0, 3});
     const Tensor y = arena_.Put(Matrix(3, 37, 0.5f));
@@ -548,7 +331,7 @@ TEST_P(CpuBackendTest, AddAndGatherRowsTouchWhatTheyShould) {
 }
 
 TEST(CpuBackend, UploadsToAndDownloadsFromStridedViews) {
-  std::unique_ptr<Backend> backend = Create(2);
+  std::unique_ptr<Backend> backend = CreateCpu(2);
   Arena arena;
   const Tensor wide = arena.Put(Matrix(3, 8, 9.0f));
   const Matrix m = Random(3, 5, 1);
@@ -561,7 +344,7 @@ TEST(CpuBackend, UploadsToAndDownloadsFromStridedViews) {
 }
 
 TEST(CpuBackend, AllocatesZeroedAlignedMemoryOfAnySize) {
-  std::unique_ptr<Backend> backend = Create(1);
+  std::unique_ptr<Backend> backend = CreateCpu(1);
   for (const int64_t bytes : {int64_t{0}, int64_t{1}, int64_t{1000}, int64_t{2} << 20, (int64_t{5} << 20) + 3}) {
     absl::StatusOr<Buffer> buffer = backend->Allocate(bytes);
     ASSERT_TRUE(buffer.ok()) << buffer.status();
@@ -574,7 +357,7 @@ TEST(CpuBackend, AllocatesZeroedAlignedMemoryOfAnySize) {
 }
 
 TEST(CpuBackend, RefusesMoreMemoryThanThereIsAndSaysHowMuch) {
-  const auto buffer = Create(1)->Allocate(int64_t{1} << 60);
+  const auto buffer = CreateCpu(1)->Allocate(int64_t{1} << 60);
   EXPECT_EQ(buffer.status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(buffer.status().message()), HasSubstr("1152921504606846976 bytes"));
 }
@@ -584,7 +367,7 @@ TEST(CpuBackend, RefusesANegativeNumberOfThreads) {
 }
 
 TEST(CpuBackend, ZeroThreadsMeansOnePerCpu) {
-  EXPECT_THAT(Create(0)->Description(), HasSubstr(absl::StrCat(", ", ThreadPool::Cpus().size(), " thread")));
+  EXPECT_THAT(CreateCpu(0)->Description(), HasSubstr(absl::StrCat(", ", ThreadPool::Cpus().size(), " thread")));
 }
 
 }  // namespace

@@ -3,10 +3,12 @@
 #include <hwy/base.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <random>
+#include <set>
 
 namespace dejavu {
 namespace {
@@ -14,6 +16,7 @@ namespace {
 // Rounds towards zero.
 uint16_t Float16Bits(float value) {
   const float magnitude = std::abs(value);
+  if (std::isinf(value)) return static_cast<uint16_t>((std::signbit(value) << 15) | 0x7C00);
   const int exponent = magnitude < 0x1p-14f ? -15 : std::ilogb(magnitude);
   const int mantissa = static_cast<int>(std::ldexp(magnitude, exponent == -15 ? 24 : 10 - exponent)) & 1023;
   return static_cast<uint16_t>((std::signbit(value) << 15) | ((exponent + 15) << 10) | mantissa);
@@ -35,6 +38,51 @@ Matrix Transposed(const Matrix& m) {
     for (int64_t c = 0; c < m.cols; ++c) t.at(c, r) = m.at(r, c);
   }
   return t;
+}
+
+Matrix RowsOf(const Matrix& m, int64_t first, int64_t count) {
+  Matrix part(count, m.cols);
+  std::copy_n(m.values.begin() + first * m.cols, count * m.cols, part.values.begin());
+  return part;
+}
+
+Matrix OnlyGroups(const Matrix& m, const std::vector<int32_t>& groups, int64_t group, float other) {
+  Matrix result(m.rows, m.cols, other);
+  for (int64_t r = 0; r < m.rows; ++r) {
+    for (const int32_t g : groups) std::copy_n(&m.values[r * m.cols + g * group], group, &result.at(r, g * group));
+  }
+  return result;
+}
+
+bool SameBits(const Matrix& a, const Matrix& b) {
+  if (a.rows != b.rows || a.cols != b.cols) return false;
+  for (size_t i = 0; i < a.values.size(); ++i) {
+    if (std::isnan(a.values[i]) && std::isnan(b.values[i])) continue;
+    if (std::bit_cast<uint32_t>(a.values[i]) != std::bit_cast<uint32_t>(b.values[i])) return false;
+  }
+  return true;
+}
+
+std::vector<int32_t> EveryOther(int32_t first, int32_t last, int32_t step) {
+  std::vector<int32_t> result;
+  for (int32_t i = first; i < last; i += step) result.push_back(i);
+  return result;
+}
+
+std::vector<int32_t> Sample(int32_t all, double share, uint32_t seed) {
+  std::mt19937 generator(seed);
+  std::bernoulli_distribution chosen(share);
+  std::vector<int32_t> result;
+  for (int32_t i = 0; i < all; ++i) {
+    if (chosen(generator)) result.push_back(i);
+  }
+  return result;
+}
+
+std::vector<int32_t> UnionOf(const std::vector<std::vector<int32_t>>& lists) {
+  std::set<int32_t> all;
+  for (const auto& list : lists) all.insert(list.begin(), list.end());
+  return {all.begin(), all.end()};
 }
 
 float Float16Value(uint16_t bits) {
@@ -67,6 +115,8 @@ Tensor Arena::Put(const Matrix& m, DType dtype, int64_t stride) {
         t.row<float>(r)[c] = value;
       } else if (dtype == DType::kFloat16) {
         t.row<uint16_t>(r)[c] = Float16Bits(value);
+      } else if (dtype == DType::kInt8) {
+        t.row<int8_t>(r)[c] = static_cast<int8_t>(value);
       } else {
         t.row<hwy::bfloat16_t>(r)[c] = hwy::BF16FromF32(value);
       }
@@ -85,12 +135,26 @@ Selection Arena::Select(const std::vector<int32_t>& indices) {
   return {PutInts(indices), PutInts({static_cast<int32_t>(indices.size())})};
 }
 
+Selection Arena::SelectRows(const std::vector<std::vector<int32_t>>& rows, int64_t all,
+                            const std::vector<int32_t>& strict) {
+  Selection selection = Select(UnionOf(rows));
+  selection.masks = Make(DType::kInt32, static_cast<int64_t>(rows.size()), (all + 31) / 32);
+  for (size_t r = 0; r < rows.size(); ++r) {
+    auto* words = selection.masks.row<uint32_t>(static_cast<int64_t>(r));
+    for (const int32_t i : rows[r]) words[i / 32] |= 1u << (i % 32);
+  }
+  if (!strict.empty()) selection.strict = PutInts(strict);
+  return selection;
+}
+
 Matrix Get(const Tensor& t) {
   Matrix m(t.rows, t.cols);
   for (int64_t r = 0; r < t.rows; ++r) {
     for (int64_t c = 0; c < t.cols; ++c) {
       if (t.dtype == DType::kFloat32) {
         m.at(r, c) = t.row<float>(r)[c];
+      } else if (t.dtype == DType::kInt8) {
+        m.at(r, c) = t.row<int8_t>(r)[c];
       } else {
         const uint16_t bits = t.row<uint16_t>(r)[c];
         const uint32_t high = uint32_t{bits} << 16;

@@ -25,6 +25,18 @@ struct Matrix {
 // Uniform in -1 ... 1, the same for the same seed.
 Matrix Random(int64_t rows, int64_t cols, uint32_t seed);
 Matrix Transposed(const Matrix& m);
+Matrix RowsOf(const Matrix& m, int64_t first, int64_t count);
+// `m` with `other` in every column outside the given groups of `group` columns.
+Matrix OnlyGroups(const Matrix& m, const std::vector<int32_t>& groups, int64_t group, float other);
+// The same bits, any NaN equal to any other.
+bool SameBits(const Matrix& a, const Matrix& b);
+
+// first, first + step, ... below last.
+std::vector<int32_t> EveryOther(int32_t first, int32_t last, int32_t step);
+// About a `share` of 0 ... all, ascending, the same for the same seed.
+std::vector<int32_t> Sample(int32_t all, double share, uint32_t seed);
+// What is in any of the lists, ascending.
+std::vector<int32_t> UnionOf(const std::vector<std::vector<int32_t>>& lists);
 
 float Float16Value(uint16_t bits);
 
@@ -33,10 +45,13 @@ class Arena {
  public:
   // A packed tensor, or one whose rows lie `stride` elements apart.
   Tensor Make(DType dtype, int64_t rows, int64_t cols, int64_t stride = 0);
-  // Rounds to `dtype`; the values are at most 65504.
+  // Rounds to `dtype`: float16 holds 65504 at most or infinity, int8 whole numbers.
   Tensor Put(const Matrix& m, DType dtype = DType::kFloat32, int64_t stride = 0);
   Tensor PutInts(const std::vector<int32_t>& values);
   Selection Select(const std::vector<int32_t>& indices);
+  // What each row selected out of `all`, and the union.
+  Selection SelectRows(const std::vector<std::vector<int32_t>>& rows, int64_t all,
+                       const std::vector<int32_t>& strict = {});
 
  private:
   std::vector<std::unique_ptr<char[]>> blocks_;
