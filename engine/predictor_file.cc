@@ -33,7 +33,10 @@ Json AddSelector(const SelectorData& selector, int32_t hidden, int64_t outputs, 
     const std::optional<OperatingPoint>& point = selector.points[static_cast<size_t>(tier)];
     if (!point.has_value()) continue;
     const std::string name(Name(tier));
-    json["points"][name] = {{"rank", point->rank}, {"missed_mass", point->missed_mass}, {"density", point->density}};
+    json["points"][name] = {{"rank", point->rank},
+                            {"missed_mass", point->missed_mass},
+                            {"missed_share", point->missed_share},
+                            {"density", point->density}};
     writer->AddAsFloat16(absl::StrCat(at, ".thresholds.", name), {outputs}, point->thresholds);
   }
   return json;
@@ -146,6 +149,7 @@ absl::Status Reader::ReadPoint(const Json& json, const std::string& name, int32_
   ASSIGN_OR_RETURN(const int64_t point_rank, Integer(json, "rank", 1, rank));
   point->rank = static_cast<int32_t>(point_rank);
   ASSIGN_OR_RETURN(point->missed_mass, Share(json, "missed_mass"));
+  ASSIGN_OR_RETURN(point->missed_share, Share(json, "missed_share"));
   ASSIGN_OR_RETURN(point->density, Share(json, "density"));
   std::vector<uint16_t> bits;
   RETURN_IF_ERROR(ReadTensor(name, {outputs}, &bits));

@@ -6,7 +6,7 @@ namespace dejavu {
 namespace {
 
 // Text differs from what was calibrated on; a broken predictor misses most of the mass.
-constexpr double kTolerance = 4.0;
+constexpr double kTolerance = 3.0;
 constexpr double kSlack = 0.05;
 constexpr double kHighestLimit = 0.6;
 constexpr double kRecoverShare = 0.5;  // of the limit
@@ -20,7 +20,7 @@ ShadowMonitor::ShadowMonitor(const PredictorData* data, int32_t layers)
     for (size_t tier = 0; tier < kAllTiers.size(); ++tier) {
       const auto& point = data->layers[l].neurons.points[tier];
       if (!point.has_value()) continue;
-      states_[l * kAllTiers.size() + tier].limit = std::min(kHighestLimit, kTolerance * point->missed_mass + kSlack);
+      states_[l * kAllTiers.size() + tier].limit = std::min(kHighestLimit, kTolerance * point->missed_share + kSlack);
     }
   }
 }

@@ -16,7 +16,7 @@ class ShadowMonitor {
  public:
   enum class Change { kNone, kFallBack, kRecover };
 
-  // The limits follow from what calibration measured (OperatingPoint::missed_mass). nullptr: nothing is watched.
+  // The limits follow from what calibration measured (OperatingPoint::missed_share). nullptr: nothing is watched.
   ShadowMonitor(const PredictorData* data, int32_t layers);
 
   // One shadow token of `tier`: the mass of `layer` and what of it the prediction missed. Says what is to change now.
@@ -30,7 +30,7 @@ class ShadowMonitor {
   // Means over about the last kWindow tokens, the missed share of each token counted the same: a few tokens carry
   // activations a hundred times larger than the rest.
   static constexpr int32_t kWindow = 32;
-  static constexpr int32_t kLeastTokens = 16;
+  static constexpr int32_t kLeastTokens = kWindow;
 
   struct State {
     double limit = 1.0;

@@ -579,8 +579,11 @@ absl::StatusOr<PredictorData> Calibrator::Run() {
     for (int32_t l = 0; l < config_.layers; ++l) {
       auto& point = data.layers[l].neurons.points[static_cast<size_t>(t.tier)];
       if (!point.has_value()) continue;
-      point->missed_mass = std::clamp(t.layers[l].missed_mass, 0.0, 1.0);
-      point->density = std::clamp(t.layers[l].mlp_selected, 0.0, 1.0);
+      // NaN where no neuron was active at all.
+      const auto share = [](double value) { return value >= 0.0 ? std::min(value, 1.0) : 0.0; };
+      point->missed_mass = share(t.layers[l].missed_mass);
+      point->missed_share = share(t.layers[l].missed_share);
+      point->density = share(t.layers[l].mlp_selected);
     }
   }
   nlohmann::json report;

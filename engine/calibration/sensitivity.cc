@@ -5,7 +5,7 @@
 #include <numeric>
 #include <random>
 
-#include "engine/calibration/fast_exp.h"
+#include "engine/fast_exp.h"
 #include "kernels/base/status_macros.h"
 
 namespace dejavu {

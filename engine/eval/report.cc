@@ -22,6 +22,7 @@ void AddFigures(const ReadFigures& figures, Json* json) {
   (*json)["recall"] = figures.recall;
   (*json)["precision"] = figures.precision;
   (*json)["missed_mass"] = figures.missed_mass;
+  (*json)["missed_share"] = figures.missed_share;
   (*json)["mlp_byte_share"] = figures.mlp_byte_share;
 }
 

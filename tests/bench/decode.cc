@@ -113,12 +113,13 @@ absl::Status Bench(const DecodeBenchOptions& options) {
   }
   std::vector<Tier> tiers = {Tier::kDense};
   for (const Tier tier : kAllTiers) {
-    const bool served = !IsPredicted(tier) || (predictor.has_value() && std::count(predictor->tiers.begin(),
-                                                                                   predictor->tiers.end(), tier) > 0);
-    const bool wanted = options.tiers.empty() ||
-                        std::count(options.tiers.begin(), options.tiers.end(), std::string(Name(tier))) > 0;
+    const bool served = !IsPredicted(tier) || (predictor.has_value() &&
+                                               std::count(predictor->tiers.begin(), predictor->tiers.end(), tier) > 0);
+    const bool wanted =
+        options.tiers.empty() || std::count(options.tiers.begin(), options.tiers.end(), std::string(Name(tier))) > 0;
     if (wanted && !served) {
-      if (!options.tiers.empty()) return absl::FailedPreconditionError(absl::StrCat("no predictor for tier ", Name(tier)));
+      if (!options.tiers.empty())
+        return absl::FailedPreconditionError(absl::StrCat("no predictor for tier ", Name(tier)));
       continue;
     }
     if (wanted && tier != Tier::kDense) tiers.push_back(tier);

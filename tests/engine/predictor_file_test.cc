@@ -47,6 +47,7 @@ void ExpectEqual(const SelectorData& a, const SelectorData& b) {
     EXPECT_EQ(a.points[tier]->rank, b.points[tier]->rank);
     EXPECT_EQ(a.points[tier]->thresholds, b.points[tier]->thresholds);
     EXPECT_EQ(a.points[tier]->missed_mass, b.points[tier]->missed_mass);
+    EXPECT_EQ(a.points[tier]->missed_share, b.points[tier]->missed_share);
     EXPECT_EQ(a.points[tier]->density, b.points[tier]->density);
   }
 }
@@ -198,6 +199,7 @@ TEST_F(PredictorFile, WithValuesThatAreNotFiniteIsRefused) {
     return [=](FileParts* p) { p->metadata["per_layer"][1]["neurons"]["points"]["high"][key] = value; };
   };
   ExpectSpoiled(set_point("missed_mass", Json()), {"\"missed_mass\" is null", "layers.1.neurons"});
+  ExpectSpoiled(set_point("missed_share", -0.1), {"\"missed_share\" is -0.1"});
   ExpectSpoiled(set_point("density", 1.5), {"\"density\" is 1.5"});
 }
 

@@ -22,7 +22,7 @@ SelectorData RandomSelector(int32_t rank, int32_t hidden, int32_t outputs, std::
 // `threshold` is a float16 value.
 void AddPoint(Tier tier, int32_t rank, float threshold, int32_t outputs, SelectorData* selector) {
   OperatingPoint& point = selector->points[static_cast<size_t>(tier)].emplace();
-  point = {rank, std::vector<float>(outputs, threshold), 0.015625, 0.25};
+  point = {rank, std::vector<float>(outputs, threshold), 0.015625, 0.03125, 0.25};
 }
 
 }  // namespace
