@@ -267,15 +267,9 @@ absl::Status WritePredictor(const PredictorData& data, const OptConfig& config, 
   for (const Tier tier : data.tiers) tiers.push_back(Name(tier));
   Json report = Json::parse(data.report_json, nullptr, /*allow_exceptions=*/false);
   if (!report.is_object()) report = Json::object();
-  const Json metadata = {{"version", kVersion},
-                         {"weights", data.weights_hash},
-                         {"tap", Name(data.tap)},
-                         {"layers", config.layers},
-                         {"hidden", config.hidden},
-                         {"heads", config.heads},
-                         {"ffn", config.ffn},
-                         {"tiers", std::move(tiers)},
-                         {"per_layer", std::move(layers)},
+  const Json metadata = {{"version", kVersion},        {"weights", data.weights_hash}, {"tap", Name(data.tap)},
+                         {"layers", config.layers},    {"hidden", config.hidden},      {"heads", config.heads},
+                         {"ffn", config.ffn},          {"tiers", std::move(tiers)},    {"per_layer", std::move(layers)},
                          {"report", std::move(report)}};
   return writer.Write(kPredictorMetadataKey, metadata.dump(), path);
 }
