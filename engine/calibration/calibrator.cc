@@ -613,7 +613,9 @@ absl::StatusOr<PredictorData> Calibrate(const CalibrationOptions& options, absl:
                    ModelRunner::Create(run, [&](int64_t done_bytes, int64_t total_bytes) {
                      return progress({"loading", static_cast<double>(done_bytes) / static_cast<double>(total_bytes)});
                    }));
-  Calibrator calibrator(options, *runner, progress);
+  CalibrationOptions feasible = options;
+  feasible.heads = options.heads && options.tap != Tap::kMlpNorm;  // the MLP's input comes after the heads
+  Calibrator calibrator(feasible, *runner, progress);
   RETURN_IF_ERROR(calibrator.ChooseWindows(tokens));
   return calibrator.Run();
 }

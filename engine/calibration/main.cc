@@ -48,6 +48,8 @@ uint64_t Fingerprint(const std::vector<int32_t>& tokens) {
 absl::Status Run(Arguments* arguments) {
   const auto start = std::chrono::steady_clock::now();
   CalibrationOptions& options = arguments->options;
+  RETURN_IF_ERROR(CheckWritable(arguments->out));
+  RETURN_IF_ERROR(CheckWritable(arguments->json));
   ASSIGN_OR_RETURN(const std::vector<int32_t> tokens, ReadTokens(options.model, arguments->text, 0));
   options.train = !arguments->no_training;
   options.heads = !arguments->no_heads;

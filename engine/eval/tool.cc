@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 
 #include "absl/strings/str_cat.h"
@@ -54,6 +55,12 @@ absl::StatusOr<std::vector<int32_t>> ReadTokens(const std::string& model, const 
         absl::StrCat(text_file, ": has ", tokens.size(), " tokens, the leading </s> included; at least 2 are needed"));
   }
   return tokens;
+}
+
+absl::Status CheckWritable(const std::string& path) {
+  const std::filesystem::path folder = std::filesystem::path(path).parent_path();
+  if (path.empty() || access(folder.empty() ? "." : folder.c_str(), W_OK) == 0) return absl::OkStatus();
+  return absl::UnavailableError(absl::StrCat(path, ": cannot be written: ", std::strerror(errno)));
 }
 
 absl::Status WriteText(const std::string& path, const std::string& text) {
