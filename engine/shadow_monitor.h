@@ -28,9 +28,9 @@ class ShadowMonitor {
 
  private:
   // Means over about the last kWindow tokens, the missed share of each token counted the same: a few tokens carry
-  // activations a hundred times larger than the rest.
+  // activations a hundred times larger than the rest. Nothing is decided before there are that many, so that one token
+  // counts for a thirty-second at most: less than the lowest limit.
   static constexpr int32_t kWindow = 32;
-  static constexpr int32_t kLeastTokens = 16;
 
   struct State {
     double limit = 1.0;

@@ -109,7 +109,7 @@ PlainSelection SelectPlainly(const SelectorData& selector, const OperatingPoint&
       size += std::abs(term);
     }
     result.selected.push_back(sum > point.thresholds[j]);
-    result.close.push_back(std::abs(sum - point.thresholds[j]) < 1e-4 * size);
+    result.close.push_back(std::abs(sum - point.thresholds[j]) < 3e-5 * size);
     result.count += result.selected.back();
     result.close_count += result.close.back();
   }

@@ -91,7 +91,10 @@ TEST_F(Monitor, SingleTokensChangeNothing) {
     // larger.
     const bool outlier = i % 64 == 0;
     const double mass = outlier ? 1000.0 : 1.0;
-    EXPECT_EQ(monitor_.Observe(Tier::kFast, 0, mass, outlier ? mass : 0.02), Change::kNone) << i;
+    for (int32_t layer = 0; layer < 2; ++layer) {
+      const double missed = outlier ? mass : layer == 0 ? 0.02 : 0.0;
+      EXPECT_EQ(monitor_.Observe(Tier::kFast, layer, mass, missed), Change::kNone) << i << ", layer " << layer;
+    }
   }
 }
 
