@@ -17,8 +17,8 @@ constexpr int32_t kBlockTokens = 16;
 absl::StatusOr<std::unique_ptr<ModelRunner>> ModelRunner::Create(const Options& options, const LoadProgress& progress) {
   ASSIGN_OR_RETURN(const OptConfig config, OptConfig::Load(options.model));
   if (options.window < 2 || options.window > config.context) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("the window is ", options.window, "; it must be in 2 ... ", config.context, ", the model's context"));
+    return absl::InvalidArgumentError(absl::StrCat("the window is ", options.window, "; it must be in 2 ... ",
+                                                   config.context, ", the model's context"));
   }
   std::unique_ptr<ModelRunner> runner(new ModelRunner(options, config));
   ASSIGN_OR_RETURN(runner->backend_, CreateCpuBackend({options.threads, /*pin=*/false}));

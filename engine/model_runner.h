@@ -25,12 +25,12 @@ namespace dejavu {
 class ModelRunner {
  public:
   struct Options {
-    std::string model;    // directory in Hugging Face layout
-    int threads = 0;      // 0: one per CPU
-    int slots = 1;        // sequences side by side
-    int max_rows = 64;    // rows of a step
-    int max_audits = 0;   // rows of a step whose selections are compared with everything
-    int window = 256;     // positions of a sequence
+    std::string model;   // directory in Hugging Face layout
+    int threads = 0;     // 0: one per CPU
+    int slots = 1;       // sequences side by side
+    int max_rows = 64;   // rows of a step
+    int max_audits = 0;  // rows of a step whose selections are compared with everything
+    int window = 256;    // positions of a sequence
   };
   static absl::StatusOr<std::unique_ptr<ModelRunner>> Create(const Options& options, const LoadProgress& progress);
 

@@ -14,7 +14,8 @@ namespace {
 int64_t Padded(int64_t outputs) { return (outputs + kSelectorPadding - 1) / kSelectorPadding * kSelectorPadding; }
 
 // Stage B and thresholds as the device wants them: outputs padded, thresholds of the padding +infinity.
-void PackSelector(const SelectorData& data, int32_t outputs, std::vector<int8_t>* b, std::vector<uint16_t>* thresholds) {
+void PackSelector(const SelectorData& data, int32_t outputs, std::vector<int8_t>* b,
+                  std::vector<uint16_t>* thresholds) {
   const int64_t padded = Padded(outputs);
   b->assign(data.rank * padded, 0);
   for (int64_t k = 0; k < data.rank; ++k) {
@@ -156,8 +157,8 @@ bool Predictor::HasNeuronPoint(int32_t layer, Tier tier) const {
   return layers_[layer].neurons.point_of_tier[Index(tier)] != kSelectEverything;
 }
 
-// Rows of prefill compute everything. An audited row's own prediction is computed even where it is switched off, so that
-// a layer can be seen to recover.
+// Rows of prefill compute everything. An audited row's own prediction is computed even where it is switched off, so
+// that a layer can be seen to recover.
 void Predictor::BeginStep(const Batch& batch) {
   rows_ = batch.rows();
   decode_rows_ = batch.decode_rows;

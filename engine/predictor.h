@@ -18,7 +18,7 @@ namespace dejavu {
 // What the rows of a step computed, on the host. Filled by OptModel::Forward for steps with decode rows.
 struct StepCounts {
   int32_t max_rows = 0, max_audits = 0;
-  int32_t decode_rows = 0;              // the columns that count: the first rows of the batch
+  int32_t decode_rows = 0;  // the columns that count: the first rows of the batch
   bool skipped_zeros = true;
   std::vector<int32_t> selected;        // [layers, max rows] neurons that a row selected
   std::vector<int32_t> active;          // [layers, max rows + 1] and not zero; in column decode_rows: in any row
@@ -27,8 +27,12 @@ struct StepCounts {
   std::vector<int32_t> union_heads;     // [layers]
   std::vector<float> audits;            // [layers, max audits, kAuditFields]; of layers with a predictor only
 
-  int32_t selected_of(int32_t layer, int32_t row) const { return selected[static_cast<size_t>(layer) * max_rows + row]; }
-  int32_t active_of(int32_t layer, int32_t row) const { return active[static_cast<size_t>(layer) * (max_rows + 1) + row]; }
+  int32_t selected_of(int32_t layer, int32_t row) const {
+    return selected[static_cast<size_t>(layer) * max_rows + row];
+  }
+  int32_t active_of(int32_t layer, int32_t row) const {
+    return active[static_cast<size_t>(layer) * (max_rows + 1) + row];
+  }
   int32_t heads_of(int32_t layer, int32_t row) const { return heads[static_cast<size_t>(layer) * max_rows + row]; }
   // Down rows that the step read: a DENSE row makes it all that were selected.
   int32_t union_down_of(int32_t layer) const {
@@ -45,15 +49,15 @@ class Predictor {
   static absl::StatusOr<std::unique_ptr<Predictor>> Create(const PredictorData* data, const OptConfig& config,
                                                            Backend& backend, int32_t max_rows, int32_t max_audits);
 
-  // Whether `tier` selects neurons (heads) in `layer`; with `on` false the layer runs EXACT for the tier (computes every
-  // head) until it is switched on again. Switching takes effect with the next step. No effect where the file has no
-  // operating point.
+  // Whether `tier` selects neurons (heads) in `layer`; with `on` false the layer runs EXACT for the tier (computes
+  // every head) until it is switched on again. Switching takes effect with the next step. No effect where the file has
+  // no operating point.
   void SwitchNeurons(int32_t layer, Tier tier, bool on) { layers_[layer].neurons.on[Index(tier)] = on; }
   void SwitchHeads(int32_t layer, Tier tier, bool on) { layers_[layer].heads.on[Index(tier)] = on; }
   bool HasNeuronPoint(int32_t layer, Tier tier) const;
 
-  // In the order in which the model calls them. BeginStep uploads what each row wants. Ride: what is to be computed from
-  // the vector that `at` stands for, in `layer`; may be nothing. Heads and Neurons run the second stage.
+  // In the order in which the model calls them. BeginStep uploads what each row wants. Ride: what is to be computed
+  // from the vector that `at` stands for, in `layer`; may be nothing. Heads and Neurons run the second stage.
   void BeginStep(const Batch& batch);
   Ride RideAlong(int32_t layer, Tap at);
   bool SelectsHeads(int32_t layer) const;
@@ -77,12 +81,10 @@ class Predictor {
     int32_t outputs = 0;
     int32_t rank = 0;
     SelectorWeights weights;
-    std::vector<int32_t> point_ranks;                      // [points]
-    std::array<int32_t, kAllTiers.size()> point_of_tier;   // kSelectEverything: none
+    std::vector<int32_t> point_ranks;                     // [points]
+    std::array<int32_t, kAllTiers.size()> point_of_tier;  // kSelectEverything: none
     std::array<bool, kAllTiers.size()> on;
-    int32_t PointFor(Tier tier) const {
-      return on[Index(tier)] ? point_of_tier[Index(tier)] : kSelectEverything;
-    }
+    int32_t PointFor(Tier tier) const { return on[Index(tier)] ? point_of_tier[Index(tier)] : kSelectEverything; }
   };
   struct Layer {
     Tap tap = Tap::kAttentionNorm;
@@ -91,7 +93,7 @@ class Predictor {
     Tensor worth;    // float32 [1, ffn]
     Selector heads, neurons;
     // This step.
-    int32_t rank_heads = 0;    // of stage A, how many rows of each are needed: 0: no row asks
+    int32_t rank_heads = 0;  // of stage A, how many rows of each are needed: 0: no row asks
     int32_t rank_neurons = 0;
     bool selects_neurons = false;  // some row has an operating point
     LinearWeights ride;
@@ -116,19 +118,19 @@ class Predictor {
   std::vector<int32_t> host_strict_;                            // [rows]
 
   // On the device.
-  Tensor coordinates_;                       // float32 [max rows, largest rank]
-  Tensor audit_coordinates_, audit_x_;       // float32 [max audits, largest rank], [max audits, hidden]
-  Tensor audit_hidden_;                      // float32 [max audits, ffn]
-  Tensor audit_results_;                     // float32 [layers * max audits, kAuditFields]
-  Tensor neuron_points_, head_points_;       // int32 [layers, max rows]
-  Tensor audit_points_;                      // int32 [layers, max audits]
-  Tensor strict_, audit_rows_;               // int32 [1, max rows], [1, max audits]
+  Tensor coordinates_;                  // float32 [max rows, largest rank]
+  Tensor audit_coordinates_, audit_x_;  // float32 [max audits, largest rank], [max audits, hidden]
+  Tensor audit_hidden_;                 // float32 [max audits, ffn]
+  Tensor audit_results_;                // float32 [layers * max audits, kAuditFields]
+  Tensor neuron_points_, head_points_;  // int32 [layers, max rows]
+  Tensor audit_points_;                 // int32 [layers, max audits]
+  Tensor strict_, audit_rows_;          // int32 [1, max rows], [1, max audits]
   Tensor neuron_list_, head_list_, audit_list_, audit_count_;
   Tensor neuron_masks_, head_masks_, audit_masks_;  // int32 [rows, words]
-  Tensor selected_, head_counts_;            // int32 [layers, max rows]
-  Tensor active_;                            // int32 [layers, max rows + 1]
-  Tensor union_selected_, union_heads_;      // int32 [layers, 1]
-  Tensor audit_selected_;                    // int32 [1, max audits]
+  Tensor selected_, head_counts_;                   // int32 [layers, max rows]
+  Tensor active_;                                   // int32 [layers, max rows + 1]
+  Tensor union_selected_, union_heads_;             // int32 [layers, 1]
+  Tensor audit_selected_;                           // int32 [1, max audits]
 };
 
 }  // namespace dejavu

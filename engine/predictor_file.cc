@@ -1,19 +1,13 @@
 #include "engine/predictor_file.h"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <fstream>
-#include <memory>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "engine/json_text.h"
+#include "engine/safetensors_writer.h"
 #include "kernels/base/float16.h"
 #include "kernels/base/status_macros.h"
 
@@ -28,63 +22,22 @@ std::string At(int32_t layer, absl::string_view name) { return absl::StrCat("lay
 
 // ---- Writing
 
-class Writer {
- public:
-  void Add(const std::string& name, const char* dtype, std::vector<int64_t> shape, const void* data, size_t bytes) {
-    header_[name] = {
-        {"dtype", dtype}, {"shape", std::move(shape)}, {"data_offsets", {data_.size(), data_.size() + bytes}}};
-    data_.append(static_cast<const char*>(data), bytes);
-  }
-  void Add(const std::string& name, const std::vector<float>& values) {
-    Add(name, "F32", {static_cast<int64_t>(values.size())}, values.data(), values.size() * sizeof(float));
-  }
-  void Add(const std::string& name, const std::vector<int8_t>& values, int64_t rows, int64_t cols) {
-    Add(name, "I8", {rows, cols}, values.data(), values.size());
-  }
-  void AddAsFloat16(const std::string& name, const std::vector<float>& values) {
-    std::vector<uint16_t> bits(values.size());
-    std::transform(values.begin(), values.end(), bits.begin(), Float16FromFloat);
-    Add(name, "F16", {static_cast<int64_t>(values.size())}, bits.data(), bits.size() * sizeof(uint16_t));
-  }
-
-  absl::Status Write(const std::string& metadata, const std::string& path);
-
- private:
-  Json header_ = Json::object();
-  std::string data_;
-};
-
-absl::Status Writer::Write(const std::string& metadata, const std::string& path) {
-  header_["__metadata__"] = {{"format", "dejavu-predictor"}, {kPredictorMetadataKey, metadata}};
-  std::string header = header_.dump();
-  header.resize((header.size() + 7) / 8 * 8, ' ');
-  uint8_t length[8];
-  for (int i = 0; i < 8; ++i) length[i] = static_cast<uint8_t>(uint64_t{header.size()} >> (8 * i));
-  const std::string temporary = absl::StrCat(path, ".", getpid(), ".tmp");
-  std::ofstream file(temporary, std::ios::binary);
-  file.write(reinterpret_cast<const char*>(length), sizeof length);
-  file << header << data_;
-  file.close();
-  if (!file || std::rename(temporary.c_str(), path.c_str()) != 0) {
-    const std::string reason = std::strerror(errno);
-    std::remove(temporary.c_str());
-    return absl::UnavailableError(absl::StrCat(path, ": cannot be written: ", reason));
-  }
-  return absl::OkStatus();
-}
-
-Json AddSelector(const SelectorData& selector, int32_t hidden, int64_t outputs, const std::string& at, Writer* writer) {
+Json AddSelector(const SelectorData& selector, int32_t hidden, int64_t outputs, const std::string& at,
+                 SafetensorsWriter* writer) {
   Json json = {{"rank", selector.rank}, {"points", Json::object()}};
   if (selector.rank == 0) return json;
-  writer->Add(at + ".a", selector.a, selector.rank, hidden);
-  writer->Add(at + ".a_scale", selector.a_scale);
-  writer->Add(at + ".b", selector.b, selector.rank, outputs);
+  writer->Add(at + ".a", {selector.rank, hidden}, selector.a);
+  writer->Add(at + ".a_scale", {selector.rank}, selector.a_scale);
+  writer->Add(at + ".b", {selector.rank, outputs}, selector.b);
   for (const Tier tier : kAllTiers) {
     const std::optional<OperatingPoint>& point = selector.points[static_cast<size_t>(tier)];
     if (!point.has_value()) continue;
     const std::string name(Name(tier));
-    json["points"][name] = {{"rank", point->rank}, {"missed_mass", point->missed_mass}, {"density", point->density}};
-    writer->AddAsFloat16(absl::StrCat(at, ".thresholds.", name), point->thresholds);
+    json["points"][name] = {{"rank", point->rank},
+                            {"missed_mass", point->missed_mass},
+                            {"missed_share", point->missed_share},
+                            {"density", point->density}};
+    writer->AddAsFloat16(absl::StrCat(at, ".thresholds.", name), {outputs}, point->thresholds);
   }
   return json;
 }
@@ -182,10 +135,8 @@ absl::Status Reader::CheckFinite(const std::string& name, const std::vector<floa
 }
 
 absl::Status Reader::CheckModel(const Json& metadata) const {
-  const std::pair<const char*, int32_t> wanted[] = {{"layers", config_.layers},
-                                                    {"hidden", config_.hidden},
-                                                    {"heads", config_.heads},
-                                                    {"ffn", config_.ffn}};
+  const std::pair<const char*, int32_t> wanted[] = {
+      {"layers", config_.layers}, {"hidden", config_.hidden}, {"heads", config_.heads}, {"ffn", config_.ffn}};
   for (const auto& [key, value] : wanted) {
     ASSIGN_OR_RETURN(const int64_t stored, Integer(metadata, key, 0, INT32_MAX));
     if (stored != value) return Refuse("was made for a model with ", key, " = ", stored, "; this one has ", value);
@@ -198,6 +149,7 @@ absl::Status Reader::ReadPoint(const Json& json, const std::string& name, int32_
   ASSIGN_OR_RETURN(const int64_t point_rank, Integer(json, "rank", 1, rank));
   point->rank = static_cast<int32_t>(point_rank);
   ASSIGN_OR_RETURN(point->missed_mass, Share(json, "missed_mass"));
+  ASSIGN_OR_RETURN(point->missed_share, Share(json, "missed_share"));
   ASSIGN_OR_RETURN(point->density, Share(json, "density"));
   std::vector<uint16_t> bits;
   RETURN_IF_ERROR(ReadTensor(name, {outputs}, &bits));
@@ -245,8 +197,14 @@ absl::Status Reader::ReadLayer(const Json& json, int32_t l, const std::vector<Ti
   layer->tap = *parsed;
   RETURN_IF_ERROR(ReadSelector(Member(json, "neurons"), At(l, "neurons"), config_.ffn, tiers, &layer->neurons));
   RETURN_IF_ERROR(ReadSelector(Member(json, "heads"), At(l, "heads"), config_.heads, tiers, &layer->heads));
+  if (layer->tap == Tap::kMlpNorm && layer->heads.rank > 0) {
+    return Refuse("layer ", l, " chooses heads from tap ", tap.dump(), ", which comes after its attention");
+  }
   RETURN_IF_ERROR(ReadTensor(At(l, "worth"), {config_.ffn}, &layer->worth));
   RETURN_IF_ERROR(CheckFinite(At(l, "worth"), layer->worth));
+  for (const float worth : layer->worth) {
+    if (worth < 0.0f) return Refuse("tensor ", At(l, "worth"), " holds negative values");
+  }
   RETURN_IF_ERROR(ReadTensor(At(l, "frequency"), {config_.ffn}, &layer->frequency));
   return CheckFinite(At(l, "frequency"), layer->frequency);
 }
@@ -299,25 +257,25 @@ std::optional<Tap> ParseTap(absl::string_view name) {
 }
 
 absl::Status WritePredictor(const PredictorData& data, const OptConfig& config, const std::string& path) {
-  Writer writer;
+  SafetensorsWriter writer;
   Json layers = Json::array();
   for (int32_t l = 0; l < config.layers; ++l) {
     const LayerPredictorData& layer = data.layers[l];
     layers.push_back({{"tap", Name(layer.tap)},
                       {"neurons", AddSelector(layer.neurons, config.hidden, config.ffn, At(l, "neurons"), &writer)},
                       {"heads", AddSelector(layer.heads, config.hidden, config.heads, At(l, "heads"), &writer)}});
-    writer.Add(At(l, "worth"), layer.worth);
-    writer.Add(At(l, "frequency"), layer.frequency);
+    writer.Add(At(l, "worth"), {config.ffn}, layer.worth);
+    writer.Add(At(l, "frequency"), {config.ffn}, layer.frequency);
   }
   Json tiers = Json::array();
   for (const Tier tier : data.tiers) tiers.push_back(Name(tier));
-  const Json metadata = {{"version", kVersion},     {"weights", data.weights_hash},
-                         {"tap", Name(data.tap)},   {"layers", config.layers},
-                         {"hidden", config.hidden}, {"heads", config.heads},
-                         {"ffn", config.ffn},       {"tiers", std::move(tiers)},
-                         {"per_layer", std::move(layers)},
-                         {"report", Json::parse(data.report_json, nullptr, /*allow_exceptions=*/false)}};
-  return writer.Write(metadata.dump(), path);
+  Json report = Json::parse(data.report_json, nullptr, /*allow_exceptions=*/false);
+  if (!report.is_object()) report = Json::object();
+  const Json metadata = {{"version", kVersion},        {"weights", data.weights_hash}, {"tap", Name(data.tap)},
+                         {"layers", config.layers},    {"hidden", config.hidden},      {"heads", config.heads},
+                         {"ffn", config.ffn},          {"tiers", std::move(tiers)},    {"per_layer", std::move(layers)},
+                         {"report", std::move(report)}};
+  return writer.Write(kPredictorMetadataKey, metadata.dump(), path);
 }
 
 absl::StatusOr<PredictorData> ReadPredictor(const std::string& path, const OptConfig& config,

@@ -37,7 +37,8 @@ std::optional<Tap> ParseTap(absl::string_view name);
 struct OperatingPoint {
   int32_t rank = 0;               // the first so many components
   std::vector<float> thresholds;  // [outputs], float16 values; -infinity: always, +infinity: never
-  double missed_mass = 0.0;       // what calibration measured (ShadowReport): shadow checks are held to it
+  double missed_mass = 0.0;       // in calibration: missed mass over all mass (ShadowReport::missed_mass)
+  double missed_share = 0.0;      // and the mean over tokens of each one's own share: what shadow checks are held to
   double density = 0.0;           // share of the outputs that it selected at batch 1
 };
 

@@ -6,7 +6,7 @@ namespace dejavu {
 namespace {
 
 // Text differs from what was calibrated on; a broken predictor misses most of the mass.
-constexpr double kTolerance = 4.0;
+constexpr double kTolerance = 3.0;
 constexpr double kSlack = 0.05;
 constexpr double kHighestLimit = 0.6;
 constexpr double kRecoverShare = 0.5;  // of the limit
@@ -20,7 +20,7 @@ ShadowMonitor::ShadowMonitor(const PredictorData* data, int32_t layers)
     for (size_t tier = 0; tier < kAllTiers.size(); ++tier) {
       const auto& point = data->layers[l].neurons.points[tier];
       if (!point.has_value()) continue;
-      states_[l * kAllTiers.size() + tier].limit = std::min(kHighestLimit, kTolerance * point->missed_mass + kSlack);
+      states_[l * kAllTiers.size() + tier].limit = std::min(kHighestLimit, kTolerance * point->missed_share + kSlack);
     }
   }
 }
@@ -31,7 +31,7 @@ ShadowMonitor::Change ShadowMonitor::Observe(Tier tier, int32_t layer, double ma
   ++state.tokens;
   const double weight = 1.0 / static_cast<double>(std::min<int64_t>(state.tokens, kWindow));
   state.missed_share += weight * (missed_mass / mass - state.missed_share);
-  if (state.tokens < kWindow) return Change::kNone;
+  if (state.tokens < kLeastTokens) return Change::kNone;
   const bool fall_back = !state.fallen_back && state.missed_share > state.limit;
   const bool recover = state.fallen_back && state.missed_share < kRecoverShare * state.limit;
   if (!fall_back && !recover) return Change::kNone;

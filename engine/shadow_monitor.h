@@ -1,6 +1,6 @@
-// ShadowMonitor: decides from shadow checks which layers a tier may still skip in. A layer whose missed mass stays above
-// its limit goes EXACT for that tier until it has stayed well below for a while. Pure arithmetic: no device, no clock.
-// Engine thread only.
+// ShadowMonitor: decides from shadow checks which layers a tier may still skip in. A layer whose missed mass stays
+// above its limit goes EXACT for that tier until it has stayed well below for a while. Pure arithmetic: no device, no
+// clock. Engine thread only.
 #ifndef ENGINE_SHADOW_MONITOR_H_
 #define ENGINE_SHADOW_MONITOR_H_
 
@@ -16,7 +16,7 @@ class ShadowMonitor {
  public:
   enum class Change { kNone, kFallBack, kRecover };
 
-  // The limits follow from what calibration measured (OperatingPoint::missed_mass). nullptr: nothing is watched.
+  // The limits follow from what calibration measured (OperatingPoint::missed_share). nullptr: nothing is watched.
   ShadowMonitor(const PredictorData* data, int32_t layers);
 
   // One shadow token of `tier`: the mass of `layer` and what of it the prediction missed. Says what is to change now.
@@ -28,9 +28,9 @@ class ShadowMonitor {
 
  private:
   // Means over about the last kWindow tokens, the missed share of each token counted the same: a few tokens carry
-  // activations a hundred times larger than the rest. Nothing is decided before there are that many, so that one token
-  // counts for a thirty-second at most: less than the lowest limit.
+  // activations a hundred times larger than the rest.
   static constexpr int32_t kWindow = 32;
+  static constexpr int32_t kLeastTokens = kWindow;
 
   struct State {
     double limit = 1.0;

@@ -1,6 +1,6 @@
-// SparsityControl: what the engine does about sparsity around a step. It picks the rows that are computed a second time,
-// densely, adds up what each request and each layer read, and switches layers to EXACT where shadow checks fail. Engine
-// thread only, but for stats().
+// SparsityControl: what the engine does about sparsity around a step. It picks the rows that are computed a second
+// time, densely, adds up what each request and each layer read, and switches layers to EXACT where shadow checks fail.
+// Engine thread only, but for stats().
 #ifndef ENGINE_SPARSITY_CONTROL_H_
 #define ENGINE_SPARSITY_CONTROL_H_
 

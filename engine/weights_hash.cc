@@ -1,6 +1,6 @@
 // SHA-256 over a description of the model and a few rows of each of its matrices: all the attention and MLP matrices of
-// every layer, kSampledRows rows each, at fixed places. A predictor depends on every weight; one that was trained further
-// differs in nearly all of them, so a sample tells models apart, and costs a few pages per matrix.
+// every layer, kSampledRows rows each, at fixed places. A predictor depends on every weight; one that was trained
+// further differs in nearly all of them, so a sample tells models apart, and costs a few pages per matrix.
 #include <openssl/evp.h>
 
 #include <memory>
@@ -23,9 +23,7 @@ class Sha256 {
   Sha256() : context_(EVP_MD_CTX_new(), EVP_MD_CTX_free) {
     CHECK(context_ != nullptr && EVP_DigestInit_ex(context_.get(), EVP_sha256(), nullptr) == 1) << "SHA-256";
   }
-  void Add(const void* data, size_t bytes) {
-    CHECK(EVP_DigestUpdate(context_.get(), data, bytes) == 1) << "SHA-256";
-  }
+  void Add(const void* data, size_t bytes) { CHECK(EVP_DigestUpdate(context_.get(), data, bytes) == 1) << "SHA-256"; }
   void Add(const std::string& text) { Add(text.data(), text.size()); }
   std::string Hex() {
     unsigned char digest[EVP_MAX_MD_SIZE];
@@ -65,8 +63,9 @@ absl::StatusOr<std::string> WeightsHash(const Checkpoint& checkpoint, const OptC
   ASSIGN_OR_RETURN(const std::string prefix, WeightPrefix(checkpoint));
   const auto add = [&](const std::string& name) -> absl::Status {
     const StoredTensor* tensor = checkpoint.Find(prefix + name);
-    if (tensor == nullptr || tensor->shape.size() != 2 || tensor->dtype == DType::kInt8) {
-      return absl::InvalidArgumentError(absl::StrCat("tensor ", prefix, name, " is missing from the checkpoint, or no matrix"));
+    if (tensor == nullptr || tensor->shape.size() != 2 || tensor->elements == 0 || tensor->dtype == DType::kInt8) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("tensor ", prefix, name, " is missing from the checkpoint, or no matrix"));
     }
     hash.Add(absl::StrCat(name, " ", tensor->shape[0], " ", tensor->shape[1], "\n"));
     for (int64_t i = 0; i < kSampledRows; ++i) {

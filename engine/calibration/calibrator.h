@@ -24,13 +24,13 @@ struct CalibrationOptions {
   int64_t tokens = 0;  // to fit to; 0: 49,152, for wide models 16,384. Validation takes a sixth as many beside them
   FitMethod method = FitMethod::kRegression;
   Tap tap = Tap::kAttentionNorm;
-  bool train = true;  // fine-tune the regression by gradient descent
-  bool heads = true;  // skip heads where that pays
+  bool train = true;          // fine-tune the regression by gradient descent
+  bool heads = true;          // skip heads where that pays
   int64_t memory_mib = 1024;  // for what is kept of the text, beside the weights
   // Mean KL(DENSE || tier), in nats per token, that each predicted tier may cost. About the relative change of the
   // perplexity.
   std::vector<double> kl_targets = {0.0018, 0.0065, 0.018};
-  std::string state_file;  // finished layers are kept there, and taken from there if they fit; empty: nowhere
+  std::string state_file;         // finished layers are kept there, and taken from there if they fit; empty: nowhere
   uint64_t text_fingerprint = 0;  // tells states of other texts apart
 };
 

@@ -72,6 +72,7 @@ class Fitter {
   void PrepareValidation();
   FloatSelector Chosen(const FloatSelector& scanned, std::vector<double>* objective);
   void ToTapSpace(FloatSelector* selector) const;
+  FloatSelector FitHeads(const std::function<bool(double)>& keep_going);
 
   Backend& dev_;
   const LayerProblem& problem_;
@@ -101,8 +102,8 @@ void Fitter::FindWorth() {
   }
 }
 
-// Regression predicts z from the tap through their covariance; whitened SVD takes the tap for the input; plain SVD knows
-// no data at all.
+// Regression predicts z from the tap through their covariance; whitened SVD takes the tap for the input; plain SVD
+// knows no data at all.
 void Fitter::Whiten() {
   const double n = static_cast<double>(sample_.tokens);
   mean_.assign(hidden_, 0.0f);
@@ -115,8 +116,8 @@ void Fitter::Whiten() {
   for (int64_t i = 0; i < hidden_; ++i) mean_[i] = static_cast<float>(sample_.tap_sum[i] / n);
   Matrix covariance(hidden_, hidden_), cross(hidden_, hidden_);
   const Matrix& with = options_.method == FitMethod::kRegression ? sample_.tap_input : sample_.tap_tap;
-  // E[(x - m) y^T] = E[x y^T] - m E[y]^T; E[y] is found from the tap's constant direction only for y = x. For the input,
-  // the mean's part falls out of the intercept, so the sample's mean serves.
+  // E[(x - m) y^T] = E[x y^T] - m E[y]^T; E[y] is found from the tap's constant direction only for y = x. For the
+  // input, the mean's part falls out of the intercept, so the sample's mean serves.
   std::vector<double> with_mean(hidden_, 0.0);
   if (options_.method == FitMethod::kRegression) {
     std::vector<float> row(hidden_);
@@ -201,8 +202,8 @@ FloatSelector Fitter::Initial() {
   for (const int32_t rank : options_.ranks) {
     for (const double mu : options_.mus) selector.points.push_back({rank, mu, std::vector<float>(neurons_, 0.0f)});
   }
-  // Mean and spread of what the prediction leaves over, per rank; from there each point's thresholds. Weights and biases
-  // in units of a logistic's slope at the largest rank's spread.
+  // Mean and spread of what the prediction leaves over, per rank; from there each point's thresholds. Weights and
+  // biases in units of a logistic's slope at the largest rank's spread.
   const size_t ranks = options_.ranks.size();
   std::vector<std::vector<double>> means(ranks, std::vector<double>(neurons_, 0.0)), spreads = means;
   for (int64_t first = 0; first < count; first += kChunk) {
@@ -299,9 +300,10 @@ double Fitter::Objective(const FloatSelector& selector, const FloatSelector::Poi
     for (size_t i = 0; i < missed.values.size(); ++i) energy += double{missed.values[i]} * turned.values[i];
   }
   const double tokens = static_cast<double>(n), neurons = static_cast<double>(neurons_);
-  const double bytes = static_cast<double>(rows_read) / (2.0 * neurons * tokens) +
-                       static_cast<double>(rank * (hidden_ + neurons_)) / (4.0 * neurons * static_cast<double>(hidden_)) +
-                       1.0 / (2.0 * static_cast<double>(hidden_));
+  const double bytes =
+      static_cast<double>(rows_read) / (2.0 * neurons * tokens) +
+      static_cast<double>(rank * (hidden_ + neurons_)) / (4.0 * neurons * static_cast<double>(hidden_)) +
+      1.0 / (2.0 * static_cast<double>(hidden_));
   const double nats = (problem_.common_sensitivity * energy + extra) / tokens;
   return bytes + point.mu * problem_.layers * nats;
 }
@@ -347,11 +349,90 @@ void Fitter::ToTapSpace(FloatSelector* selector) const {
     for (int64_t k = 0; k < point.rank; ++k) {
       double at_mean = 0.0;
       for (int64_t c = 0; c < hidden_; ++c) at_mean += double{selector->a.row(k)[c]} * mean_[c];
-      for (int64_t j = 0; j < neurons_; ++j) {
+      for (int64_t j = 0; j < selector->b.cols; ++j) {
         point.bias[j] -= static_cast<float>(at_mean * selector->b.row(k)[j]);
       }
     }
   }
+}
+
+// One component per head, from the covariance of the white tap with the head's mass. A head costs the rows of Q and of
+// the out-projection that it has.
+FloatSelector Fitter::FitHeads(const std::function<bool(double)>& keep_going) {
+  const int64_t heads = problem_.heads, head_dim = hidden_ / heads, samples = x_.rows;
+  const auto cost = static_cast<float>(2 * head_dim);
+  const float weight = problem_.head_sensitivity * static_cast<float>(2 * neurons_ * problem_.layers);
+  FloatSelector selector;
+  selector.a = Matrix(heads, hidden_);
+  selector.b = Matrix(heads, heads);
+  for (int64_t h = 0; h < heads; ++h) {
+    double mean = 0.0, squares = 0.0;
+    for (int64_t i = 0; i < samples; ++i) {
+      const double m = sample_.head_mass[i * heads + h];
+      mean += m;
+      squares += m * m;
+    }
+    mean /= static_cast<double>(samples);
+    const double spread = std::sqrt(std::max(squares / static_cast<double>(samples) - mean * mean, 1e-30));
+    for (int64_t i = 0; i < samples; ++i) {
+      const auto m =
+          static_cast<float>((sample_.head_mass[i * heads + h] - mean) / spread / static_cast<double>(samples));
+      for (int64_t c = 0; c < hidden_; ++c) selector.a.row(h)[c] += m * x_.row(i)[c];
+    }
+    selector.b.row(h)[h] = 2.0f;
+  }
+  for (const double mu : options_.mus) {
+    FloatSelector::Point& point = selector.points.emplace_back();
+    point.rank = static_cast<int32_t>(heads);
+    point.mu = mu;
+    for (int64_t h = 0; h < heads; ++h) {
+      int64_t worth_it = 1;
+      for (int64_t i = 0; i < samples; ++i) {
+        worth_it += static_cast<float>(mu) * weight * sample_.head_mass[i * heads + h] > cost;
+      }
+      const double share = static_cast<double>(worth_it) / static_cast<double>(samples + 2);
+      point.bias.push_back(static_cast<float>(std::clamp(std::log(share / (1.0 - share)), -4.0, 4.0)));
+    }
+  }
+  const GainFunction gains = [&](absl::Span<const int32_t> ids, double mu, Matrix* g) {
+    for (size_t i = 0; i < ids.size(); ++i) {
+      for (int64_t h = 0; h < heads; ++h) {
+        g->row(static_cast<int64_t>(i))[h] =
+            (static_cast<float>(mu) * weight * sample_.head_mass[ids[i] * heads + h] - cost) / cost;
+      }
+    }
+  };
+  TrainSelector(dev_, x_, gains, {options_.scan_epochs, 1e-2, 3}, keep_going, &selector);
+
+  // Keep a point only where it is better than computing every head.
+  bool any = false;
+  for (FloatSelector::Point& point : selector.points) {
+    double rows_read = 0.0, nats = 0.0;
+    const int64_t n = validation_x_.rows;
+    Matrix h(n, heads), s(n, heads);
+    MultiplyTransposed(dev_, validation_x_.tensor(), selector.a.tensor(), h.tensor());
+    Multiply(dev_, h.tensor(), selector.b.tensor(), s.tensor());
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < heads; ++j) {
+        if (s.row(i)[j] + point.bias[j] > 0.0f) {
+          rows_read += cost;
+        } else {
+          nats += problem_.head_sensitivity * sample_.validation_head_mass[i * heads + j];
+        }
+      }
+    }
+    const double tokens = static_cast<double>(n), dense = static_cast<double>(2 * neurons_);
+    const double predictor = static_cast<double>(heads * (hidden_ + heads)) / (2.0 * static_cast<double>(hidden_));
+    const double objective = (rows_read / tokens + predictor) / dense + point.mu * problem_.layers * nats / tokens;
+    if (objective < static_cast<double>(cost) * static_cast<double>(heads) / dense) {
+      any = true;
+    } else {
+      point.rank = 0;
+    }
+  }
+  if (!any) return {};
+  ToTapSpace(&selector);
+  return selector;
 }
 
 LayerFit Fitter::Run(const std::function<bool(double)>& keep_going) {
@@ -363,19 +444,20 @@ LayerFit Fitter::Run(const std::function<bool(double)>& keep_going) {
   const GainFunction gains = [&](absl::Span<const int32_t> ids, double mu, Matrix* g) { Gains(ids, mu, g); };
   TrainSelector(dev_, x_, gains, {options_.scan_epochs, 1e-2, 1}, Phase(keep_going, 0.1, 0.65), &selector);
   LayerFit fit;
-  fit.selector = Chosen(selector, &fit.objective);
-  FloatSelector refined = fit.selector;
+  fit.neurons = Chosen(selector, &fit.objective);
+  FloatSelector refined = fit.neurons;
   refined.points.erase(std::remove_if(refined.points.begin(), refined.points.end(),
                                       [](const FloatSelector::Point& point) { return point.rank == 0; }),
                        refined.points.end());
   TrainSelector(dev_, x_, gains, {options_.refine_epochs, 5e-3, 2}, Phase(keep_going, 0.7, 0.98), &refined);
   size_t next = 0;
-  fit.selector.a = refined.a;
-  fit.selector.b = refined.b;
-  for (FloatSelector::Point& point : fit.selector.points) {
+  fit.neurons.a = refined.a;
+  fit.neurons.b = refined.b;
+  for (FloatSelector::Point& point : fit.neurons.points) {
     if (point.rank > 0) point = refined.points[next++];
   }
-  ToTapSpace(&fit.selector);
+  ToTapSpace(&fit.neurons);
+  if (problem_.heads > 0) fit.heads = FitHeads(Phase(keep_going, 0.98, 1.0));
   return fit;
 }
 

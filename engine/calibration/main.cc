@@ -19,7 +19,8 @@ namespace dejavu {
 namespace {
 
 constexpr char kFooter[] =
-    "The predictor is bound to the weights by a hash. dejavud, dejavu-eval take it with --predictor FILE, or by itself\n"
+    "The predictor is bound to the weights by a hash. dejavud, dejavu-eval take it with --predictor FILE, or by "
+    "itself\n"
     "where it lies in the model's directory as predictor.safetensors. The table at the end is measured on the last\n"
     "quarter of the text, to which nothing was fitted; dejavu-eval measures on any other text.\n"
     "\n"
@@ -47,6 +48,8 @@ uint64_t Fingerprint(const std::vector<int32_t>& tokens) {
 absl::Status Run(Arguments* arguments) {
   const auto start = std::chrono::steady_clock::now();
   CalibrationOptions& options = arguments->options;
+  RETURN_IF_ERROR(CheckWritable(arguments->out));
+  RETURN_IF_ERROR(CheckWritable(arguments->json));
   ASSIGN_OR_RETURN(const std::vector<int32_t> tokens, ReadTokens(options.model, arguments->text, 0));
   options.train = !arguments->no_training;
   options.heads = !arguments->no_heads;
@@ -86,15 +89,13 @@ int Main(int argc, char** argv) {
       ->required();
   app.add_option("--out", arguments.out, "The file to write")->required();
   app.add_option("--json", arguments.json, "Write the report there too, as JSON");
-  const std::map<std::string, FitMethod> methods = {{"svd", FitMethod::kSvd},
-                                                    {"whitened-svd", FitMethod::kWhitenedSvd},
-                                                    {"regression", FitMethod::kRegression}};
+  const std::map<std::string, FitMethod> methods = {
+      {"svd", FitMethod::kSvd}, {"whitened-svd", FitMethod::kWhitenedSvd}, {"regression", FitMethod::kRegression}};
   app.add_option("--method", o.method, "Where the predictor starts from: svd (weights only), whitened-svd, regression")
       ->transform(CLI::Transformer(methods))
       ->option_text("NAME [regression]");
-  const std::map<std::string, Tap> taps = {{"attention-norm", Tap::kAttentionNorm},
-                                           {"mlp-norm", Tap::kMlpNorm},
-                                           {"previous-layer", Tap::kPreviousLayer}};
+  const std::map<std::string, Tap> taps = {
+      {"attention-norm", Tap::kAttentionNorm}, {"mlp-norm", Tap::kMlpNorm}, {"previous-layer", Tap::kPreviousLayer}};
   app.add_option("--tap", o.tap,
                  "What it reads: attention-norm (rides in the QKV product), mlp-norm (more exact, one more product) or "
                  "previous-layer (a layer ahead)")

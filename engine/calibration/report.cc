@@ -10,14 +10,21 @@ std::string CalibrationTable(const PredictorData& data) {
   const nlohmann::json report = nlohmann::json::parse(data.report_json, nullptr, /*allow_exceptions=*/false);
   std::string table = absl::StrFormat("tap %s; measured on %d tokens that were not fitted to\n\n",
                                       std::string(Name(data.tap)), report.value("validation_tokens", int64_t{0}));
-  absl::StrAppendFormat(&table, "%-10s %10s %7s %9s %9s %8s %8s %8s %9s %8s\n", "tier", "perplexity", "top-1", "KL nats",
-                        "MLP bytes", "up rows", "down", "recall", "precision", "heads");
+  absl::StrAppendFormat(&table, "%-10s %10s %7s %9s %9s %8s %8s %8s %9s %8s\n", "tier", "perplexity", "top-1",
+                        "KL nats", "MLP bytes", "up rows", "down", "recall", "precision", "heads");
   for (const nlohmann::json& tier : report["tiers"]) {
     const auto percent = [&](const char* key) { return 100.0 * tier.value(key, 0.0); };
     absl::StrAppendFormat(&table, "%-10s %+9.2f%% %6.1f%% %9.4f %8.2f%% %7.1f%% %7.1f%% %7.1f%% %8.1f%% %7.1f%%\n",
                           tier.value("tier", ""), percent("perplexity_change"), percent("top1_agreement"),
                           tier.value("kl_nats", 0.0), percent("mlp_byte_share"), percent("mlp_selected"),
                           percent("mlp_active"), percent("recall"), percent("precision"), percent("head_density"));
+  }
+  if (report.contains("heads")) absl::StrAppend(&table, "\n");
+  for (const nlohmann::json& heads : report.value("heads", nlohmann::json::array())) {
+    const double without = heads.value("weight_bytes_per_token", 1.0);
+    absl::StrAppendFormat(&table, "%s: skipping heads %s (%+.1f%% of all weight bytes at the same quality)\n",
+                          heads.value("tier", ""), heads.value("skipped", false) ? "pays" : "does not pay",
+                          100.0 * (heads.value("weight_bytes_per_token_if_skipped", without) / without - 1.0));
   }
   absl::StrAppend(&table, "\nrank / neurons selected, by layer (exact: prediction does not pay there)\n");
   absl::StrAppendFormat(&table, "%-6s", "layer");

@@ -5,7 +5,7 @@
 #include <numeric>
 #include <random>
 
-#include "engine/calibration/fast_exp.h"
+#include "engine/fast_exp.h"
 
 namespace dejavu {
 namespace {
@@ -81,7 +81,8 @@ void TrainSelector(Backend& backend, const Matrix& x, const GainFunction& gains,
   Adam adam_a(ranks, inputs), adam_b(ranks, outputs);
   Adam adam_bias(static_cast<int64_t>(selector->points.size()), outputs);
   Matrix xs(batch, inputs), g(batch, outputs), s(batch, outputs);
-  Matrix h(batch, ranks), h_turned(ranks, batch), dh(batch, ranks), gradient_a(ranks, inputs), gradient_b(ranks, outputs);
+  Matrix h(batch, ranks), h_turned(ranks, batch), dh(batch, ranks), gradient_a(ranks, inputs),
+      gradient_b(ranks, outputs);
   std::vector<float> gradient_bias(outputs);
   int64_t next = 0;
   for (int64_t step = 0; step < steps; ++step) {

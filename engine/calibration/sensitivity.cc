@@ -5,7 +5,7 @@
 #include <numeric>
 #include <random>
 
-#include "engine/calibration/fast_exp.h"
+#include "engine/fast_exp.h"
 #include "kernels/base/status_macros.h"
 
 namespace dejavu {
@@ -75,8 +75,8 @@ void NormGradient(const float* x, const float* u, const float* weight, int64_t n
   }
 }
 
-// Leaves out a share of some neurons' activations of one layer, at random, and gives back the mean of what is missing: a
-// shift of every token alike is not what a predictor does.
+// Leaves out a share of some neurons' activations of one layer, at random, and gives back the mean of what is missing:
+// a shift of every token alike is not what a predictor does.
 class Dropper final : public ModelObserver {
  public:
   Dropper(int32_t layer, const Matrix& down, std::vector<float> mass_weight)
@@ -120,6 +120,35 @@ class Dropper final : public ModelObserver {
   const Matrix& down_;
   const std::vector<float> mass_weight_;
   std::vector<uint8_t> dropped_;  // [ffn]
+  std::mt19937 random_;
+};
+
+// Leaves out a share of the heads' outputs of one layer, at random.
+class HeadDropper final : public ModelObserver {
+ public:
+  HeadDropper(int32_t layer, int32_t heads, const HeadMetric& metric)
+      : layer_(layer), heads_(heads), metric_(metric), random_(11) {}
+
+  void OnContext(int32_t layer, Tensor context) override {
+    if (layer != layer_) return;
+    const int64_t head_dim = context.cols / heads_;
+    for (int64_t r = 0; r < context.rows; ++r) {
+      float* row = context.row<float>(r);
+      for (int32_t h = 0; h < heads_; ++h) {
+        if (random_() > kDropShare * std::mt19937::max()) continue;
+        mass += metric_.Mass(h, row);
+        std::fill_n(row + h * head_dim, head_dim, 0.0f);
+      }
+    }
+    rows += context.rows;
+  }
+
+  double mass = 0.0;
+  int64_t rows = 0;
+
+ private:
+  const int32_t layer_, heads_;
+  const HeadMetric& metric_;
   std::mt19937 random_;
 };
 
@@ -201,6 +230,30 @@ class Observing {
 };
 
 }  // namespace
+
+HeadMetric::HeadMetric(Backend& backend, const LinearWeights& out, const Matrix& fisher, int32_t heads)
+    : head_dim_(out.inputs() / heads) {
+  const Matrix rows = DownRows(backend, out);
+  const Matrix turned = Product(backend, rows, fisher);
+  for (int32_t h = 0; h < heads; ++h) {
+    Matrix& metric = metrics_.emplace_back(head_dim_, head_dim_);
+    MultiplyTransposed(backend, turned.tensor().Rows(h * head_dim_, head_dim_),
+                       rows.tensor().Rows(h * head_dim_, head_dim_), metric.tensor());
+  }
+}
+
+double HeadMetric::Mass(int32_t head, const float* context) const {
+  const float* c = context + head * head_dim_;
+  const Matrix& metric = metrics_[head];
+  double mass = 0.0;
+  for (int64_t i = 0; i < head_dim_; ++i) {
+    const float* row = metric.row(i);
+    float sum = 0.0f;
+    for (int64_t j = 0; j < head_dim_; ++j) sum += row[j] * c[j];
+    mass += double{sum} * c[i];
+  }
+  return std::max(mass, 0.0);
+}
 
 Matrix DownRows(Backend& backend, const LinearWeights& down) {
   Matrix rows(down.inputs(), down.outputs());
@@ -327,6 +380,13 @@ absl::StatusOr<std::vector<LayerSensitivity>> Sensitivities(ModelRunner& runner,
       alone[order[i]] = 1;
       sensitivity.per_neuron[order[i]] = std::max(sensitivity.common, ratio(alone, wanted_loud));
     }
+    const HeadMetric metric(runner.backend(), runner.weights().layers[l].out, fisher, config.heads);
+    HeadDropper head_dropper(l, config.heads, metric);
+    runner.model().set_observer(&head_dropper);
+    const double kl = reference.Kl(wanted_loud);
+    sensitivity.heads = std::max(
+        1e-3f,
+        static_cast<float>(kl / std::max(head_dropper.mass / static_cast<double>(head_dropper.rows), kLeastMass)));
     if (!progress(done / work)) return Stopped();
     result.push_back(std::move(sensitivity));
   }

@@ -24,10 +24,24 @@ using StepProgress = std::function<bool(double done)>;  // false: stop, CANCELLE
 absl::StatusOr<Matrix> FisherInformation(ModelRunner& runner, const std::vector<Window>& windows,
                                          const StepProgress& progress);
 
+// The Fisher mass of a head's output, (W c)^T F (W c), c being its part of the context and W of the out-projection.
+class HeadMetric {
+ public:
+  HeadMetric(Backend& backend, const LinearWeights& out, const Matrix& fisher, int32_t heads);
+  // `context`: [heads * head_dim] of one row.
+  double Mass(int32_t head, const float* context) const;
+  int32_t heads() const { return static_cast<int32_t>(metrics_.size()); }
+
+ private:
+  int64_t head_dim_ = 0;
+  std::vector<Matrix> metrics_;  // by head [head_dim, head_dim] W^T F W
+};
+
 // Nats per Fisher mass a^2 w2^T F w2 of a missed neuron.
 struct LayerSensitivity {
-  float common = 1.0f;             // of the layer as a whole
-  std::vector<float> per_neuron;   // [ffn] at least `common`; more for loud neurons that act through later attention
+  float heads = 1.0f;             // of heads that are left out
+  float common = 1.0f;            // of the layer's neurons as a whole
+  std::vector<float> per_neuron;  // [ffn] at least `common`; more for loud neurons that act through later attention
 };
 
 // `tokens_per_run`: how many to look at for each layer, and a quarter of them for each of its `loud` loudest neurons.

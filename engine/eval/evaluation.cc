@@ -27,6 +27,8 @@ struct LayerSums {
   int64_t up_rows = 0, down_rows = 0, heads = 0;  // over the reads
   int64_t own_selected = 0, active = 0;           // over the rows
   std::array<double, kAuditFields> audit{};       // over the rows, where there is an operating point
+  double missed_shares = 0.0;                     // of rows with any mass
+  int64_t rows_with_mass = 0;
 
   LayerSums& operator+=(const LayerSums& other) {
     up_rows += other.up_rows;
@@ -35,6 +37,8 @@ struct LayerSums {
     own_selected += other.own_selected;
     active += other.active;
     for (size_t i = 0; i < audit.size(); ++i) audit[i] += other.audit[i];
+    missed_shares += other.missed_shares;
+    rows_with_mass += other.rows_with_mass;
     return *this;
   }
 };
@@ -237,7 +241,11 @@ void Evaluator::NoteReads(const Batch& batch, const StepCounts& counts, TierSums
     }
     if (!runner_.predictor().HasNeuronPoint(l, sums.tier)) continue;
     for (int32_t r = 0; r < rows; ++r) {
-      for (int f = 0; f < kAuditFields; ++f) layer.audit[f] += counts.audit_of(l, r)[f];
+      const float* const found = counts.audit_of(l, r);
+      for (int f = 0; f < kAuditFields; ++f) layer.audit[f] += found[f];
+      if (found[kAuditMass] <= 0.0f) continue;
+      layer.missed_shares += double{found[kAuditMissedMass]} / found[kAuditMass];
+      ++layer.rows_with_mass;
     }
   }
 }
@@ -254,10 +262,11 @@ ReadFigures Evaluator::Figures(const LayerSums& sums, const TierSums& tier, doub
     figures.recall = Ratio(sums.audit[kAuditHits], sums.audit[kAuditActive]);
     figures.precision = Ratio(sums.audit[kAuditHits], sums.audit[kAuditSelected]);
     figures.missed_mass = Ratio(sums.audit[kAuditMissedMass], sums.audit[kAuditMass]);
+    figures.missed_share = Ratio(sums.missed_shares, static_cast<double>(sums.rows_with_mass));
   } else {
     figures.recall = 1.0;
     figures.precision = static_cast<double>(sums.active) / (rows * config_.ffn);
-    figures.missed_mass = 0.0;
+    figures.missed_mass = figures.missed_share = 0.0;
   }
   return figures;
 }

@@ -36,6 +36,7 @@ struct ReadFigures {
   // A row's own selection against all its non-zero neurons, as in ShadowReport, over layers with an operating point.
   // Where there is none everything is computed: recall 1, precision the share of neurons that are not zero.
   double recall = 0.0, precision = 0.0, missed_mass = 0.0;
+  double missed_share = 0.0;  // mean over tokens of each one's own missed share, where it has any mass
 
   double mlp_density() const { return (mlp_selected + mlp_active) / 2.0; }
 };

@@ -1,15 +1,8 @@
 // dejavu-eval: quality and cost of the tiers on any text.
-#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cerrno>
-#include <chrono>
 #include <cstdio>
-#include <cstring>
-#include <filesystem>
-#include <fstream>
 #include <optional>
 #include <string>
 #include <utility>
@@ -24,15 +17,13 @@
 #include "engine/checkpoint.h"
 #include "engine/eval/evaluation.h"
 #include "engine/eval/report.h"
+#include "engine/eval/tool.h"
 #include "engine/model_runner.h"
-#include "engine/text/tokenizer.h"
 #include "kernels/base/status_macros.h"
-#include "kernels/base/utf8.h"
 
 namespace dejavu {
 namespace {
 
-constexpr int kExitFailed = 1, kExitUsage = 2, kExitInterrupted = 130;
 constexpr int32_t kStepRows = 64;
 
 constexpr char kFooter[] =
@@ -54,70 +45,6 @@ struct Arguments {
   int32_t batch = 1, window = 0, threads = 0;
   bool union_of_rows = false;
 };
-
-std::atomic<bool> interrupted{false};
-
-// The first Ctrl-C stops between two steps, a second one at once.
-void StopOnInterrupt() {
-  struct sigaction action {};
-  action.sa_handler = [](int) { interrupted = true; };
-  action.sa_flags = static_cast<int>(SA_RESETHAND);
-  sigaction(SIGINT, &action, nullptr);
-}
-
-// Share done and time left on stderr: in place on a terminal, else a line now and then.
-class ProgressLine {
- public:
-  ~ProgressLine() {
-    if (on_terminal_ && shown_) std::fputs("\r\x1b[K", stderr);
-  }
-
-  void Show(int64_t done, int64_t total) {
-    const Time now = std::chrono::steady_clock::now();
-    if (now - last_ < (on_terminal_ ? std::chrono::milliseconds(200) : std::chrono::milliseconds(5000))) return;
-    last_ = now;
-    shown_ = true;
-    const double spent_s = std::chrono::duration<double>(now - start_).count();
-    const double left_s = spent_s * static_cast<double>(total - done) / static_cast<double>(done);
-    const auto left = static_cast<int64_t>(left_s + 0.5);
-    std::fputs(absl::StrFormat("%sdejavu-eval: %3.0f %%, %d:%02d left%s", on_terminal_ ? "\r" : "",
-                               100.0 * static_cast<double>(done) / static_cast<double>(total), left / 60, left % 60,
-                               on_terminal_ ? "\x1b[K" : "\n")
-                   .c_str(),
-               stderr);
-  }
-
- private:
-  using Time = std::chrono::steady_clock::time_point;
-  const bool on_terminal_ = isatty(STDERR_FILENO) != 0;
-  const Time start_ = std::chrono::steady_clock::now();
-  Time last_ = start_;
-  bool shown_ = false;
-};
-
-absl::StatusOr<std::vector<int32_t>> ReadTokens(const Arguments& arguments) {
-  absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer = Tokenizer::Load(arguments.model);
-  if (absl::IsNotFound(tokenizer.status())) {
-    return absl::NotFoundError(
-        absl::StrCat(arguments.model, ": has no tokenizer, which a text needs (", tokenizer.status().message(), ")"));
-  }
-  RETURN_IF_ERROR(tokenizer.status());
-  ASSIGN_OR_RETURN(const auto file, RandomAccessFile::Open(arguments.text));
-  ASSIGN_OR_RETURN(const std::string text, file->ReadString(0, file->size()));
-  const size_t valid = ValidUtf8Prefix(text);
-  if (valid != text.size()) {
-    return absl::InvalidArgumentError(absl::StrCat(arguments.text, ": is not valid UTF-8 at byte ", valid));
-  }
-  std::vector<int32_t> tokens = (*tokenizer)->EncodePrompt(text);
-  if (arguments.max_tokens > 0 && arguments.max_tokens < static_cast<int64_t>(tokens.size())) {
-    tokens.resize(arguments.max_tokens);
-  }
-  if (tokens.size() < 2) {
-    return absl::InvalidArgumentError(absl::StrCat(arguments.text, ": has ", tokens.size(),
-                                                   " tokens, the leading </s> included; at least 2 are needed"));
-  }
-  return tokens;
-}
 
 // The path, or nothing for none.
 std::optional<std::string> PredictorPath(const Arguments& arguments) {
@@ -143,27 +70,6 @@ std::vector<Tier> WantedTiers(const Arguments& arguments, const std::optional<Pr
   return tiers;
 }
 
-// Written beside `path` and then renamed.
-absl::Status WriteWhole(const std::string& path, const std::string& text) {
-  const std::string aside = absl::StrCat(path, ".", getpid(), ".tmp");
-  std::ofstream file(aside, std::ios::binary);
-  file << text;
-  file.close();
-  if (!file || std::rename(aside.c_str(), path.c_str()) != 0) {
-    const std::string reason = std::strerror(errno);
-    std::remove(aside.c_str());
-    return absl::UnavailableError(absl::StrCat(path, ": cannot be written: ", reason));
-  }
-  return absl::OkStatus();
-}
-
-// Before the work, which may take hours.
-absl::Status CheckWritable(const std::string& path) {
-  const std::filesystem::path folder = std::filesystem::path(path).parent_path();
-  if (path.empty() || access(folder.empty() ? "." : folder.c_str(), W_OK) == 0) return absl::OkStatus();
-  return absl::UnavailableError(absl::StrCat(path, ": cannot be written: ", std::strerror(errno)));
-}
-
 std::string Heading(const Arguments& arguments, const ModelRunner& runner, const std::string& predictor,
                     const Evaluation& evaluation) {
   return absl::StrCat("model ", arguments.model, ", predictor ", predictor, "\ntext ", arguments.text, ", ",
@@ -177,7 +83,8 @@ std::string Heading(const Arguments& arguments, const ModelRunner& runner, const
 absl::Status Run(const Arguments& arguments) {
   RETURN_IF_ERROR(CheckWritable(arguments.json));
   ASSIGN_OR_RETURN(const OptConfig config, OptConfig::Load(arguments.model));
-  ASSIGN_OR_RETURN(const std::vector<int32_t> tokens, ReadTokens(arguments));
+  ASSIGN_OR_RETURN(const std::vector<int32_t> tokens,
+                   ReadTokens(arguments.model, arguments.text, arguments.max_tokens));
   const std::optional<std::string> predictor_path = PredictorPath(arguments);
 
   ModelRunner::Options options;
@@ -187,7 +94,7 @@ absl::Status Run(const Arguments& arguments) {
   options.max_rows = arguments.union_of_rows ? arguments.batch : std::max(arguments.batch, kStepRows);
   options.max_audits = predictor_path.has_value() ? options.max_rows : 0;
   options.window = arguments.window > 0 ? arguments.window : std::min(256, config.context);
-  ASSIGN_OR_RETURN(const auto runner, ModelRunner::Create(options, [](int64_t, int64_t) { return !interrupted; }));
+  ASSIGN_OR_RETURN(const auto runner, ModelRunner::Create(options, [](int64_t, int64_t) { return !Interrupted(); }));
   std::optional<PredictorData> predictor;
   if (predictor_path.has_value()) {
     ASSIGN_OR_RETURN(predictor, ReadPredictor(*predictor_path, config, runner->weights_hash()));
@@ -196,17 +103,17 @@ absl::Status Run(const Arguments& arguments) {
   const EvaluationOptions wanted = {WantedTiers(arguments, predictor), arguments.union_of_rows};
   absl::StatusOr<Evaluation> evaluation;
   {
-    ProgressLine line;
+    ProgressLine line("dejavu-eval");
     evaluation = Evaluate(*runner, predictor.has_value() ? &*predictor : nullptr, tokens, wanted,
                           [&](int64_t done, int64_t total) {
-                            line.Show(done, total);
-                            return !interrupted;
+                            line.Show("", static_cast<double>(done) / static_cast<double>(total));
+                            return !Interrupted();
                           });
   }
   RETURN_IF_ERROR(evaluation.status());
   std::fputs(Heading(arguments, *runner, predictor_path.value_or("none"), *evaluation).c_str(), stdout);
   std::fputs(EvaluationTable(*evaluation).c_str(), stdout);
-  return arguments.json.empty() ? absl::OkStatus() : WriteWhole(arguments.json, EvaluationJson(*evaluation));
+  return arguments.json.empty() ? absl::OkStatus() : WriteText(arguments.json, EvaluationJson(*evaluation));
 }
 
 std::string CheckTierName(const std::string& name) {

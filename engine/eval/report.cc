@@ -12,29 +12,29 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-Json Number(double value) { return std::isfinite(value) ? Json(value) : Json(); }
-
+// NaN is written as null.
 void AddFigures(const ReadFigures& figures, Json* json) {
-  (*json)["mlp_density"] = Number(figures.mlp_density());
-  (*json)["mlp_selected"] = Number(figures.mlp_selected);
-  (*json)["mlp_active"] = Number(figures.mlp_active);
-  (*json)["mlp_own_selected"] = Number(figures.mlp_own_selected);
-  (*json)["head_density"] = Number(figures.head_density);
-  (*json)["recall"] = Number(figures.recall);
-  (*json)["precision"] = Number(figures.precision);
-  (*json)["missed_mass"] = Number(figures.missed_mass);
-  (*json)["mlp_byte_share"] = Number(figures.mlp_byte_share);
+  (*json)["mlp_density"] = figures.mlp_density();
+  (*json)["mlp_selected"] = figures.mlp_selected;
+  (*json)["mlp_active"] = figures.mlp_active;
+  (*json)["mlp_own_selected"] = figures.mlp_own_selected;
+  (*json)["head_density"] = figures.head_density;
+  (*json)["recall"] = figures.recall;
+  (*json)["precision"] = figures.precision;
+  (*json)["missed_mass"] = figures.missed_mass;
+  (*json)["missed_share"] = figures.missed_share;
+  (*json)["mlp_byte_share"] = figures.mlp_byte_share;
 }
 
 Json TierJson(const TierEvaluation& e) {
   Json json = {{"tier", std::string(Name(e.tier))},
-               {"perplexity", Number(e.perplexity)},
-               {"perplexity_change", Number(e.perplexity_change)},
-               {"top1_agreement", Number(e.top1_agreement)},
-               {"kl_nats", Number(e.kl_nats)}};
+               {"perplexity", e.perplexity},
+               {"perplexity_change", e.perplexity_change},
+               {"top1_agreement", e.top1_agreement},
+               {"kl_nats", e.kl_nats}};
   AddFigures(e.mean, &json);
-  json["weight_bytes_per_token"] = Number(e.weight_bytes_per_token);
-  json["byte_ceiling"] = Number(e.byte_ceiling);
+  json["weight_bytes_per_token"] = e.weight_bytes_per_token;
+  json["byte_ceiling"] = e.byte_ceiling;
   json["layers"] = Json::array();
   for (const ReadFigures& layer : e.layers) {
     Json entry = {{"layer", json["layers"].size()}};

@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 
 #include "absl/strings/str_cat.h"
@@ -50,10 +51,16 @@ absl::StatusOr<std::vector<int32_t>> ReadTokens(const std::string& model, const 
   std::vector<int32_t> tokens = (*tokenizer)->EncodePrompt(text);
   if (max_tokens > 0 && max_tokens < static_cast<int64_t>(tokens.size())) tokens.resize(max_tokens);
   if (tokens.size() < 2) {
-    return absl::InvalidArgumentError(absl::StrCat(text_file, ": has ", tokens.size(),
-                                                   " tokens, the leading </s> included; at least 2 are needed"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(text_file, ": has ", tokens.size(), " tokens, the leading </s> included; at least 2 are needed"));
   }
   return tokens;
+}
+
+absl::Status CheckWritable(const std::string& path) {
+  const std::filesystem::path folder = std::filesystem::path(path).parent_path();
+  if (path.empty() || access(folder.empty() ? "." : folder.c_str(), W_OK) == 0) return absl::OkStatus();
+  return absl::UnavailableError(absl::StrCat(path, ": cannot be written: ", std::strerror(errno)));
 }
 
 absl::Status WriteText(const std::string& path, const std::string& text) {

@@ -24,6 +24,8 @@ bool Interrupted();
 absl::StatusOr<std::vector<int32_t>> ReadTokens(const std::string& model, const std::string& text_file,
                                                 int64_t max_tokens);
 
+// Whether a file could be written there, before the work, which may take hours; OK for an empty path.
+absl::Status CheckWritable(const std::string& path);
 // Written beside `path` and then renamed.
 absl::Status WriteText(const std::string& path, const std::string& text);
 

@@ -49,7 +49,8 @@ int main(int argc, char** argv) {
       ->capture_default_str();
 
   std::vector<std::unique_ptr<dejavu::Command>> commands = dejavu::MakeOtherCommands(&program);
-  commands.insert(commands.begin(), dejavu::MakeGenerateCommand(&program));
+  commands.push_back(dejavu::MakeGenerateCommand(&program));
+  commands.push_back(dejavu::MakeCompareCommand(&program));
   try {
     program.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

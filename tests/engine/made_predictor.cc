@@ -67,7 +67,7 @@ void SelectOnly(const std::vector<int32_t>& outputs, Tier tier, SelectorData* se
 
 void SetMissed(double share, SelectorData* selector) {
   for (auto& point : selector->points) {
-    if (point.has_value()) point->missed_mass = share;
+    if (point.has_value()) point->missed_share = share;
   }
 }
 

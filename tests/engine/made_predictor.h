@@ -22,7 +22,7 @@ PredictorData MakePredictor(const OptConfig& config, Tap tap, uint32_t seed);
 void SetThresholds(float threshold, SelectorData* selector);
 // Those outputs always, the others never.
 void SelectOnly(const std::vector<int32_t>& outputs, Tier tier, SelectorData* selector);
-// What calibration is said to have measured at every point; 0 where a test says nothing. Shadow checks follow from it.
+// OperatingPoint::missed_share of every point, to which shadow checks are held; 0 where a test says nothing.
 void SetMissed(double share, SelectorData* selector);
 
 std::string WeightsHashOf(const std::string& model);

@@ -1,6 +1,6 @@
 // e^x to about 1e-6, |x| <= 80, in a form that compilers turn into vectors. Any thread.
-#ifndef ENGINE_CALIBRATION_FAST_EXP_H_
-#define ENGINE_CALIBRATION_FAST_EXP_H_
+#ifndef ENGINE_FAST_EXP_H_
+#define ENGINE_FAST_EXP_H_
 
 #include <bit>
 #include <cstdint>
@@ -17,4 +17,4 @@ inline float FastExp(float x) {
 
 }  // namespace dejavu
 
-#endif  // ENGINE_CALIBRATION_FAST_EXP_H_
+#endif  // ENGINE_FAST_EXP_H_
