@@ -78,12 +78,14 @@ void SparsityControl::PlanShadow(const std::vector<std::unique_ptr<Sequence>>& r
 void SparsityControl::NoteStep(const std::vector<std::unique_ptr<Sequence>>& running, const Batch& batch,
                                const StepCounts& counts, const float* logits, const float* shadow_logits) {
   if (batch.decode_rows == 0) return;
+  // All rows first: what the audits then switch holds from the next step on.
+  for (const auto& s : running) {
+    if (s->step_rows > 0 && s->decodes()) NoteRow(*s, s->first_row, batch, counts);
+  }
   int32_t audit = 0;
   const int32_t audits = static_cast<int32_t>(batch.audit_rows.size());
   for (const auto& s : running) {
-    if (s->step_rows == 0 || !s->decodes()) continue;
-    NoteRow(*s, s->first_row, batch, counts);
-    if (audit == audits || batch.audit_rows[audit] != s->first_row) continue;
+    if (s->step_rows == 0 || audit == audits || batch.audit_rows[audit] != s->first_row) continue;
     const float* const sparse = logits + static_cast<size_t>(s->first_logit) * config_.vocab;
     const float* const dense = shadow_logits + static_cast<size_t>(audit) * config_.vocab;
     if (Sampler::AllFinite(sparse, config_.vocab) && Sampler::AllFinite(dense, config_.vocab)) {

@@ -1,0 +1,75 @@
+#include "tests/engine/embedded_engine.h"
+
+#include <algorithm>
+#include <fstream>
+#include <iterator>
+#include <utility>
+
+#include "engine/text/tokenizer.h"
+#include "kernels/base/check.h"
+
+namespace dejavu {
+
+std::unique_ptr<Engine> MakeEngine(EngineOptions options) {
+  if (options.model.empty()) options.model = EMBEDDED_MODEL;
+  options.backend = "cpu";
+  options.threads = 2;
+  options.pin_threads = false;
+  auto engine = Engine::Create(options, 0, nullptr);
+  CHECK(engine.ok()) << engine.status().ToString();
+  return *std::move(engine);
+}
+
+const std::vector<std::vector<int32_t>>& TextPrompts() {
+  static const auto* const kPrompts = [] {
+    std::ifstream file(std::string(TESTDATA) + "/text/prompts.txt", std::ios::binary);
+    const std::string text(std::istreambuf_iterator<char>(file), {});
+    CHECK(text.size() > 40000) << text.size() << " bytes of text";
+    const auto tokenizer = Tokenizer::Load(EMBEDDED_MODEL).value();
+    auto* prompts = new std::vector<std::vector<int32_t>>;
+    for (size_t i = 0; i < 100; ++i) {
+      const size_t first = text.find(' ', i * (text.size() / 100)) + 1;
+      const size_t last = text.find(' ', first + 40 + 4 * (i * 37 % 100));
+      prompts->push_back(tokenizer->EncodePrompt(text.substr(first, last - first)));
+    }
+    return prompts;
+  }();
+  return *kPrompts;
+}
+
+Request SparseRequest(std::vector<int32_t> prompt, int max_new_tokens, const SparsityParams& sparsity) {
+  Request request;
+  request.prompt = std::move(prompt);
+  request.max_new_tokens = max_new_tokens;
+  request.sparsity = sparsity;
+  request.ignore_eos = true;
+  request.logprobs = true;
+  return request;
+}
+
+Heard Listen(CollectingSink& sink) {
+  Heard heard;
+  heard.finish = sink.WaitForFinish();
+  for (const auto& token : sink.tokens()) {
+    heard.ids.push_back(token.id);
+    heard.logprobs.push_back(token.logprob);
+  }
+  return heard;
+}
+
+Heard Generate(Engine& engine, Request request) { return GenerateTogether(engine, {std::move(request)})[0]; }
+
+std::vector<Heard> GenerateTogether(Engine& engine, const std::vector<Request>& requests) {
+  std::vector<std::shared_ptr<CollectingSink>> sinks;
+  for (const Request& request : requests) {
+    sinks.push_back(std::make_shared<CollectingSink>());
+    const auto id = engine.Submit(request, sinks.back());
+    CHECK(id.ok()) << id.status().ToString();
+  }
+  std::vector<Heard> heard;
+  heard.reserve(sinks.size());
+  for (const auto& sink : sinks) heard.push_back(Listen(*sink));
+  return heard;
+}
+
+}  // namespace dejavu
