@@ -9,7 +9,7 @@ namespace {
 constexpr double kTolerance = 4.0;
 constexpr double kSlack = 0.08;
 constexpr double kHighestLimit = 0.6;
-constexpr double kRecoverShare = 0.5;  // of the limit
+constexpr double kRecoverShare = 0.25;  // of the limit
 
 }  // namespace
 
@@ -31,7 +31,7 @@ ShadowMonitor::Change ShadowMonitor::Observe(Tier tier, int32_t layer, double ma
   ++state.tokens;
   const double weight = 1.0 / static_cast<double>(std::min<int64_t>(state.tokens, kWindow));
   state.missed_share += weight * (missed_mass / mass - state.missed_share);
-  if (state.tokens < kLeastTokens) return Change::kNone;
+  if (state.tokens < (state.fallen_back ? kRecoverTokens : kLeastTokens)) return Change::kNone;
   const bool fall_back = !state.fallen_back && state.missed_share > state.limit;
   const bool recover = state.fallen_back && state.missed_share < kRecoverShare * state.limit;
   if (!fall_back && !recover) return Change::kNone;

@@ -30,7 +30,8 @@ class ShadowMonitor {
   // Means over about the last kWindow tokens, the missed share of each token counted the same: a few tokens carry
   // activations a hundred times larger than the rest.
   static constexpr int32_t kWindow = 64;
-  static constexpr int32_t kLeastTokens = 32;
+  static constexpr int32_t kLeastTokens = 32;     // before a layer falls back
+  static constexpr int32_t kRecoverTokens = 128;  // before it comes back: some texts are kind to a broken predictor
 
   struct State {
     double limit = 1.0;

@@ -583,7 +583,7 @@ TEST_F(Fickle, ALayerFallsBackAndComesBack) {
   const SparsityReport unseen = Run(true, 1, /*shadow_every=*/0)[0].finish.sparsity;
   EXPECT_DOUBLE_EQ(unseen.fallback_share, 0.5) << "and while nobody looks";
 
-  Run(false, 2);
+  Run(false, 6);
   stats = engine_->sparsity_stats();
   EXPECT_THAT(stats.exact_now, IsEmpty());
   EXPECT_EQ(stats.layers[0].fallbacks, 1);
