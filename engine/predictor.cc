@@ -93,6 +93,7 @@ absl::Status Predictor::Load(const PredictorData& data) {
     if (layer.a.empty()) continue;
     int64_t row = 0;
     for (const SelectorData* selector : {&from.heads, &from.neurons}) {
+      if (selector->rank == 0) continue;
       dev_.Upload(layer.a.Rows(row, selector->rank), selector->a.data());
       dev_.Upload(layer.a_scale.Cols(row, selector->rank), selector->a_scale.data());
       row += selector->rank;
