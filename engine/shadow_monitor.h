@@ -29,8 +29,8 @@ class ShadowMonitor {
  private:
   // Means over about the last kWindow tokens, the missed share of each token counted the same: a few tokens carry
   // activations a hundred times larger than the rest.
-  static constexpr int32_t kWindow = 32;
-  static constexpr int32_t kLeastTokens = kWindow;
+  static constexpr int32_t kWindow = 64;
+  static constexpr int32_t kLeastTokens = 32;
 
   struct State {
     double limit = 1.0;

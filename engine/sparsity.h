@@ -26,7 +26,8 @@ std::optional<Tier> ParseTier(absl::string_view name);  // what Name gives
 struct SparsityParams {
   Tier tier = Tier::kExact;
   // Compute exactly what this request's own prediction selects, whatever its batch-mates select: its tokens then do not
-  // depend on them. DENSE and EXACT are so anyway.
+  // depend on them, as long as no layer falls back to EXACT (SparsityReport::fallback_share). DENSE and EXACT are so
+  // anyway.
   bool deterministic = false;
   // Predicted tiers: beside one in so many decoded tokens, compute the dense result too and compare. 0: never. It
   // changes no token.
