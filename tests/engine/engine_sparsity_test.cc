@@ -1,11 +1,9 @@
 // Tiers, reports and shadow checks of the engine, through its public interface.
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cmath>
 #include <filesystem>
-#include <random>
-#include <thread>
+#include <numeric>
 
 #include "engine/model_runner.h"
 #include "gmock/gmock.h"
@@ -13,7 +11,7 @@
 #include "tests/engine/embedded_engine.h"
 #include "tests/engine/golden.h"
 #include "tests/engine/made_predictor.h"
-#include "tests/engine/tiny_checkpoint.h"
+#include "tests/scratch_directory.h"
 
 namespace dejavu {
 namespace {
@@ -91,38 +89,36 @@ class DeterministicRequest : public testing::TestWithParam<Tier> {};
 
 TEST_P(DeterministicRequest, GetsTheSameBitsAloneAndBesideFifteenOthers) {
   const auto engine = MakeEngine(WithoutFallback());
-  for (const float temperature : {0.0f, 0.9f}) {
-    const auto request = [&](bool deterministic) {
-      Request r = SparseRequest(TextPrompts()[17], 40, {GetParam(), deterministic, 0});
-      r.sampling.temperature = temperature;
-      r.sampling.seed = 5;
-      return r;
+  const auto request = [&](bool deterministic) {
+    Request r = SparseRequest(TextPrompts()[17], 30, {GetParam(), deterministic, 0});
+    r.sampling.temperature = 0.9f;
+    r.sampling.seed = 5;
+    return r;
+  };
+  const auto beside_others = [&](const Request& r) {
+    std::vector<std::shared_ptr<CollectingSink>> mates;
+    std::vector<uint64_t> ids;
+    const auto add_mate = [&] {
+      const auto m = static_cast<int>(mates.size());
+      mates.push_back(std::make_shared<CollectingSink>());
+      Request mate = SparseRequest(TextPrompts()[20 + m], 300, {kAllTiers[m % 5], m % 7 == 3, m % 2});
+      mate.sampling.temperature = 0.7f;
+      ids.push_back(engine->Submit(mate, mates.back()).value());
     };
-    const auto beside_others = [&](const Request& r) {
-      std::vector<std::shared_ptr<CollectingSink>> mates;
-      std::vector<uint64_t> ids;
-      const auto add_mate = [&] {
-        const auto m = static_cast<int>(mates.size());
-        mates.push_back(std::make_shared<CollectingSink>());
-        Request mate = SparseRequest(TextPrompts()[20 + m], 300, {kAllTiers[m % 5], m % 7 == 3, m % 2});
-        mate.sampling.temperature = 0.7f;
-        ids.push_back(engine->Submit(mate, mates.back()).value());
-      };
-      for (int m = 0; m < 9; ++m) add_mate();
-      for (const auto& mate : mates) mate->WaitForTokens(2);
-      auto sink = std::make_shared<CollectingSink>();
-      EXPECT_TRUE(engine->Submit(r, sink).ok());
-      for (int m = 9; m < 15; ++m) add_mate();  // their prompts run beside it
-      const Heard heard = Listen(*sink);
-      for (const uint64_t id : ids) engine->Cancel(id);
-      EXPECT_TRUE(engine->WaitIdle(SteadyTime::max()));
-      return heard;
-    };
-    const Heard alone = Generate(*engine, request(true));
-    ExpectSameBits(beside_others(request(true)), alone);
-    ExpectSameBits(Generate(*engine, request(false)), alone);  // alone it makes no difference
-    EXPECT_NE(beside_others(request(false)).logprobs, alone.logprobs) << "this test would not see what it is for";
-  }
+    for (int m = 0; m < 9; ++m) add_mate();
+    for (const auto& mate : mates) mate->WaitForTokens(2);
+    auto sink = std::make_shared<CollectingSink>();
+    EXPECT_TRUE(engine->Submit(r, sink).ok());
+    for (int m = 9; m < 15; ++m) add_mate();  // their prompts run beside it
+    const Heard heard = Listen(*sink);
+    for (const uint64_t id : ids) engine->Cancel(id);
+    EXPECT_TRUE(engine->WaitIdle(SteadyTime::max()));
+    return heard;
+  };
+  const Heard alone = Generate(*engine, request(true));
+  ExpectSameBits(beside_others(request(true)), alone);
+  ExpectSameBits(Generate(*engine, request(false)), alone);  // alone it makes no difference
+  EXPECT_NE(beside_others(request(false)).logprobs, alone.logprobs) << "this test would not see what it is for";
 }
 
 INSTANTIATE_TEST_SUITE_P(PredictedTiers, DeterministicRequest, testing::ValuesIn(kPredictedTiers),
@@ -345,10 +341,10 @@ int64_t ShadowTokens(uint64_t id, int tokens, int every) {
 
 TEST(EngineSparsity, ShadowChecksChangeNoTokenAndAreAsManyAsAskedFor) {
   const auto engine = MakeEngine(WithoutFallback());
-  constexpr int kTokens = 40;
+  constexpr int kTokens = 30;
   for (const Tier tier : kPredictedTiers) {
     Heard without;
-    for (const int every : {0, 1, 2, 3, 7, 1000}) {
+    for (const int every : {0, 1, 3, 1000}) {
       auto sink = std::make_shared<CollectingSink>();
       const auto id = engine->Submit(SparseRequest(TextPrompts()[6], kTokens, {tier, false, every}), sink);
       ASSERT_TRUE(id.ok());
@@ -376,7 +372,7 @@ TEST(EngineSparsity, ShadowReportsAreWhatADenseRunBesideTheSparseOneGives) {
   for (const Tier tier : kPredictedTiers) {
     for (const int every : {1, 3}) {
       const std::vector<int32_t>& prompt = TextPrompts()[8];
-      Request request = SparseRequest(prompt, 30, {tier, false, every});
+      Request request = SparseRequest(prompt, 20, {tier, false, every});
       request.sampling.temperature = 1.0f;
       auto sink = std::make_shared<CollectingSink>();
       const uint64_t id = engine->Submit(request, sink).value();
@@ -518,105 +514,6 @@ TEST_P(SpoiledPredictor, RunsExactInThoseLayersFromThenOn) {
 
 INSTANTIATE_TEST_SUITE_P(PredictedTiers, SpoiledPredictor, testing::ValuesIn(kPredictedTiers),
                          [](const auto& info) { return std::string(Name(info.param)); });
-
-// A model whose first coordinate says whether a token is below 25, and a predictor that then selects nothing in the
-// first layer, and else everything.
-class Fickle : public testing::Test {
- protected:
-  static constexpr int kTokens = 60;
-
-  void SetUp() override {
-    TinyCheckpoint tiny = TinyCheckpoint::Random(5, /*hidden=*/16, kFfn);
-    tiny.config["max_position_embeddings"] = 128;
-    auto& positions = tiny.tensors.at("model.decoder.embed_positions.weight");
-    positions.shape[0] = 130;
-    positions.data.assign(size_t{130} * 16, 0.01f);
-    auto& tokens = tiny.tensors.at("model.decoder.embed_tokens.weight").data;
-    for (size_t id = 0; id < 50; ++id) tokens[id * 16] = id < 25 ? -1.0f : 1.0f;
-    tiny.tensors.at("model.decoder.layers.0.self_attn_layer_norm.weight").data[0] = 1.0f;
-    tiny.tensors.at("model.decoder.layers.0.self_attn_layer_norm.bias").data[0] = 0.0f;
-    tiny.Write(directory_);
-
-    PredictorData data = MakePredictor(OptConfig::Load(directory_.path()).value(), Tap::kAttentionNorm, 1);
-    SelectorData& neurons = data.layers[0].neurons;
-    std::fill(neurons.a.begin(), neurons.a.end(), int8_t{0});
-    for (int32_t k = 0; k < neurons.rank; ++k) neurons.a[k * 16] = 127;
-    std::fill(neurons.b.begin(), neurons.b.end(), int8_t{127});
-    SetThresholds(0.0f, &neurons);
-    data.layers[0].heads = {};
-    data.layers[1].neurons = data.layers[1].heads = {};
-    WritePredictorFor(directory_.path(), data, directory_.Path("predictor.safetensors"));
-    EngineOptions options;
-    options.model = directory_.path();
-    engine_ = MakeEngine(options);
-  }
-
-  // That many requests together; `misses` says which tokens come.
-  std::vector<Heard> Run(bool misses, int requests, int shadow_every = 1) {
-    Request request = SparseRequest({misses ? 3 : 40}, kTokens + 1, {Tier::kFast, false, shadow_every});
-    for (int32_t id = 0; id < 25; ++id) request.sampling.allowed_token_ids.push_back(misses ? id : 25 + id);
-    return GenerateTogether(*engine_, std::vector<Request>(requests, request));
-  }
-
-  static constexpr int kFfn = 40;
-  const ScratchDirectory directory_;
-  std::unique_ptr<Engine> engine_;
-};
-
-TEST_F(Fickle, ALayerFallsBackAndComesBack) {
-  const SparsityReport good = Run(false, 1)[0].finish.sparsity;
-  EXPECT_EQ(good.mlp_selected, 1.0);
-  EXPECT_EQ(good.shadow.recall, 1.0);
-  EXPECT_EQ(good.fallback_share, 0.0);
-
-  const SparsityReport bad = Run(true, 1)[0].finish.sparsity;
-  EXPECT_GT(bad.fallback_share, 0.0);
-  EXPECT_LT(bad.fallback_share, 0.5);
-  EXPECT_EQ(bad.shadow.recall, 0.0) << "shadow checks are about the prediction, fallen back or not";
-  EXPECT_DOUBLE_EQ(bad.mlp_selected, 0.5 + bad.fallback_share);
-  SparsityStats stats = engine_->sparsity_stats();
-  ASSERT_EQ(stats.exact_now.size(), 1u);
-  EXPECT_EQ(stats.exact_now[0].tier, Tier::kFast);
-  EXPECT_EQ(stats.exact_now[0].layer, 0);
-
-  EXPECT_DOUBLE_EQ(Run(true, 1)[0].finish.sparsity.fallback_share, 0.5) << "it stays while checks fail";
-  const SparsityReport unseen = Run(true, 1, /*shadow_every=*/0)[0].finish.sparsity;
-  EXPECT_DOUBLE_EQ(unseen.fallback_share, 0.5) << "and while nobody looks";
-
-  Run(false, 6);
-  stats = engine_->sparsity_stats();
-  EXPECT_THAT(stats.exact_now, IsEmpty());
-  EXPECT_EQ(stats.layers[0].fallbacks, 1);
-  EXPECT_EQ(stats.layers[0].recoveries, 1);
-  EXPECT_EQ(Run(false, 1)[0].finish.sparsity.fallback_share, 0.0);
-}
-
-// Which layers ran EXACT in a step must not depend on what the step's own checks then found.
-TEST_F(Fickle, TheFallbackShareIsThatOfTheStepsThatRanExact) {
-  for (const Heard& heard : Run(true, 5)) {
-    const SparsityReport& report = heard.finish.sparsity;
-    EXPECT_GT(report.fallback_share, 0.0);
-    EXPECT_DOUBLE_EQ(report.mlp_selected, 0.5 + report.fallback_share);
-  }
-}
-
-// Any thread may ask, at any time.
-TEST_F(Fickle, CountersCanBeReadWhileItRuns) {
-  std::atomic<bool> done = false;
-  std::thread reader([&] {
-    int64_t last = 0;
-    while (!done) {
-      const SparsityStats stats = engine_->sparsity_stats();
-      EXPECT_GE(stats.layers[0].shadow_rows, last);
-      EXPECT_LE(stats.exact_now.size(), 1u);
-      last = stats.layers[0].shadow_rows;
-    }
-  });
-  for (const bool misses : {true, false, true}) Run(misses, 4);
-  done = true;
-  reader.join();
-  EXPECT_EQ(engine_->sparsity_stats().layers[0].shadow_rows, 3 * 4 * kTokens);
-}
 
 }  // namespace
 }  // namespace dejavu
