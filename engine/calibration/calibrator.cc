@@ -27,7 +27,6 @@ constexpr Tier kTiers[] = {Tier::kHigh, Tier::kBalanced, Tier::kFast};
 constexpr double kFirstMus[] = {10.0, 3.0, 1.3};
 constexpr int64_t kTokens = 49152, kTokensOfWideModels = 16384;
 constexpr int32_t kWideModel = 1024;
-constexpr int64_t kFisherTokens = 4096;
 constexpr int64_t kSensitivityTokens = 4096;
 constexpr int32_t kLoudNeurons = 8;
 constexpr int kShiftRounds = 4;
@@ -143,6 +142,8 @@ class Calibrator {
     return [this, name](double done) { return Report(name, done); };
   }
   absl::Status Sense();
+  int64_t FitBytes() const;
+  int Workers() const;
   int32_t LayersAtOnce() const;
   absl::StatusOr<std::vector<LayerSample>> Collect(const std::vector<int32_t>& layers);
   absl::Status FitGroup(const std::vector<int32_t>& layers, const std::vector<LayerSample>& samples);
@@ -168,6 +169,17 @@ class Calibrator {
   std::vector<LayerFit> fits_;             // [layers]
   std::vector<LayerPredictorData> facts_;  // [layers] worth and frequency
 };
+
+// Ranks that are worth trying: up to a quarter of the width, in steps that kernels like.
+std::vector<int32_t> RanksToTry(int32_t hidden) {
+  std::vector<int32_t> ranks;
+  for (const double share : {1.0 / 32, 1.0 / 16, 3.0 / 32, 1.0 / 8, 3.0 / 16, 1.0 / 4}) {
+    const int32_t rank = std::clamp(static_cast<int32_t>(std::lround(hidden * share / 8) * 8), 8, 384);
+    if (rank < hidden && (ranks.empty() || rank > ranks.back())) ranks.push_back(rank);
+  }
+  if (ranks.empty()) ranks.push_back(hidden);
+  return ranks;
+}
 
 // Training windows spread over the first three quarters of the text, validation over the last.
 absl::Status Calibrator::ChooseWindows(absl::Span<const int32_t> tokens) {
@@ -211,23 +223,41 @@ absl::Status Calibrator::Sense() {
     for (size_t i = 0; i < count; ++i) some.push_back(training_[i * training_.size() / count]);
     return some;
   };
-  ASSIGN_OR_RETURN(fisher_, FisherInformation(runner_, first(kFisherTokens), ReportAs("Fisher information")));
   // Every layer costs some runs; for slow models these look at fewer tokens, and at no neurons one by one.
   const double weights =
       static_cast<double>(runner_.weights().bytes()) / static_cast<double>(SizeOf(runner_.weights().dtype()));
   const auto tokens = static_cast<int64_t>(std::clamp(kSensitivityTokens * 2e7 / weights, 512.0, 4096.0));
-  const int32_t loud = tokens >= 2048 ? kLoudNeurons : 2;
+  const int32_t loud = tokens >= 2048 ? kLoudNeurons : 0;
+  ASSIGN_OR_RETURN(fisher_, FisherInformation(runner_, first(tokens), ReportAs("Fisher information")));
   ASSIGN_OR_RETURN(sensitivities_, Sensitivities(runner_, fisher_, first(kSensitivityTokens), tokens, loud,
                                                  ReportAs("sensitivity of the layers")));
   return absl::OkStatus();
 }
 
-// As many as fit into the memory that may be used for samples.
+// What fitting a layer takes beside its sample: white taps, validation activations, the map's parameters with their
+// moments, products for a few hundred tokens.
+int64_t Calibrator::FitBytes() const {
+  const int64_t window = runner_.options().window, hidden = config_.hidden, ffn = config_.ffn;
+  const int64_t training = static_cast<int64_t>(training_.size()) * window;
+  const int64_t validation = static_cast<int64_t>(validation_.size()) * window;
+  const int64_t rank = RanksToTry(config_.hidden).back();
+  const int64_t floats = training * hidden + validation * (hidden + ffn) + 4 * rank * (hidden + ffn) +
+                         3 * hidden * ffn + 6 * hidden * hidden + 4 * 512 * ffn;
+  return floats * static_cast<int64_t>(sizeof(float));
+}
+
+// Fitting side by side may take a third of the memory, samples the rest: reading them again costs more than a thread.
+int Calibrator::Workers() const {
+  const int threads = options_.threads > 0 ? options_.threads : static_cast<int>(std::thread::hardware_concurrency());
+  return static_cast<int>(std::clamp<int64_t>((options_.memory_mib << 20) / 3 / FitBytes(), 1, std::max(threads, 1)));
+}
+
 int32_t Calibrator::LayersAtOnce() const {
   const int64_t hidden = config_.hidden;
   const int64_t tokens = static_cast<int64_t>(training_.size() + validation_.size()) * runner_.options().window;
   const int64_t bytes = tokens * hidden * 2 * 2 + 2 * hidden * hidden * static_cast<int64_t>(sizeof(float));
-  return static_cast<int32_t>(std::clamp<int64_t>((options_.memory_mib << 20) / bytes, 1, config_.layers));
+  const int64_t left = (options_.memory_mib << 20) - Workers() * FitBytes();
+  return static_cast<int32_t>(std::clamp<int64_t>(left / bytes, 1, config_.layers));
 }
 
 std::string NamesOf(const std::vector<int32_t>& layers) {
@@ -298,17 +328,6 @@ LayerPredictorData Calibrator::Facts(Backend& backend, int32_t l, const LayerSam
   return facts;
 }
 
-// Ranks that are worth trying: up to a quarter of the width, in steps that kernels like.
-std::vector<int32_t> RanksToTry(int32_t hidden) {
-  std::vector<int32_t> ranks;
-  for (const double share : {1.0 / 32, 1.0 / 16, 3.0 / 32, 1.0 / 8, 3.0 / 16, 1.0 / 4}) {
-    const int32_t rank = std::clamp(static_cast<int32_t>(std::lround(hidden * share / 8) * 8), 8, 384);
-    if (rank < hidden && (ranks.empty() || rank > ranks.back())) ranks.push_back(rank);
-  }
-  if (ranks.empty()) ranks.push_back(hidden);
-  return ranks;
-}
-
 absl::Status Calibrator::FitGroup(const std::vector<int32_t>& layers, const std::vector<LayerSample>& samples) {
   FitOptions fit;
   fit.method = options_.method;
@@ -316,7 +335,6 @@ absl::Status Calibrator::FitGroup(const std::vector<int32_t>& layers, const std:
   fit.mus.assign(std::begin(kFirstMus), std::end(kFirstMus));
   if (!options_.train) fit.scan_epochs = fit.refine_epochs = 0.0;
   const auto count = static_cast<int32_t>(layers.size());
-  const int threads = options_.threads > 0 ? options_.threads : static_cast<int>(std::thread::hardware_concurrency());
   const std::string part = absl::StrCat("fitting ", NamesOf(layers));
   std::atomic<int32_t> next{0};
   std::atomic<bool> stopped{false};
@@ -354,7 +372,7 @@ absl::Status Calibrator::FitGroup(const std::vector<int32_t>& layers, const std:
     }
   };
   std::vector<std::thread> workers;
-  for (int i = 1; i < std::min(threads, count); ++i) workers.emplace_back(work);
+  for (int i = 1; i < std::min<int>(Workers(), count); ++i) workers.emplace_back(work);
   work();
   for (std::thread& worker : workers) worker.join();
   if (stopped) return Stopped();

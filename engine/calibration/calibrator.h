@@ -26,7 +26,7 @@ struct CalibrationOptions {
   Tap tap = Tap::kAttentionNorm;
   bool train = true;          // fine-tune the regression by gradient descent
   bool heads = true;          // skip heads where that pays
-  int64_t memory_mib = 1024;  // for what is kept of the text, beside the weights
+  int64_t memory_mib = 1536;  // to use beside the weights
   // Mean KL(DENSE || tier), in nats per token, that each predicted tier may cost. About the relative change of the
   // perplexity.
   std::vector<double> kl_targets = {0.0018, 0.0065, 0.018};

@@ -112,7 +112,7 @@ int Main(int argc, char** argv) {
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 32));
   app.add_option("--window", o.window, "Tokens of context [256, or the model's context if that is less]")
       ->check(CLI::Range(2, 1 << 16));
-  app.add_option("--memory-mib", o.memory_mib, "Memory for what is kept of the text, beside the weights [1024]")
+  app.add_option("--memory-mib", o.memory_mib, "Memory to use beside the weights and one step's activations [1536]")
       ->check(CLI::Range(int64_t{16}, int64_t{1} << 24));
   app.add_option("--threads", o.threads, "CPU threads [one per CPU]")->check(CLI::Range(0, 1024));
   try {
