@@ -9,7 +9,7 @@ namespace {
 constexpr double kTolerance = 4.0;
 constexpr double kSlack = 0.08;
 constexpr double kHighestLimit = 0.6;
-constexpr double kRecoverShare = 0.25;  // of the limit
+constexpr double kRecoverShare = 0.5;  // of the limit
 
 }  // namespace
 
@@ -29,9 +29,10 @@ ShadowMonitor::Change ShadowMonitor::Observe(Tier tier, int32_t layer, double ma
   State& state = states_[static_cast<size_t>(layer) * kAllTiers.size() + static_cast<size_t>(tier)];
   if (!(mass > 0.0)) return Change::kNone;
   ++state.tokens;
-  const double weight = 1.0 / static_cast<double>(std::min<int64_t>(state.tokens, kWindow));
+  const int64_t window = state.fallen_back ? kRecoveryWindow : kWindow;
+  const double weight = 1.0 / static_cast<double>(std::min(state.tokens, window));
   state.missed_share += weight * (missed_mass / mass - state.missed_share);
-  if (state.tokens < (state.fallen_back ? kRecoverTokens : kLeastTokens)) return Change::kNone;
+  if (state.tokens < (state.fallen_back ? kRecoveryWindow : kLeastTokens)) return Change::kNone;
   const bool fall_back = !state.fallen_back && state.missed_share > state.limit;
   const bool recover = state.fallen_back && state.missed_share < kRecoverShare * state.limit;
   if (!fall_back && !recover) return Change::kNone;

@@ -28,10 +28,11 @@ class ShadowMonitor {
 
  private:
   // Means over about the last kWindow tokens, the missed share of each token counted the same: a few tokens carry
-  // activations a hundred times larger than the rest.
+  // activations a hundred times larger than the rest. A layer comes back after kRecoveryWindow of them: where most of
+  // the mass lies in few tokens, the others look well even if the predictor is broken.
   static constexpr int32_t kWindow = 64;
-  static constexpr int32_t kLeastTokens = 32;     // before a layer falls back
-  static constexpr int32_t kRecoverTokens = 128;  // before it comes back: some texts are kind to a broken predictor
+  static constexpr int32_t kLeastTokens = 32;
+  static constexpr int32_t kRecoveryWindow = 256;
 
   struct State {
     double limit = 1.0;

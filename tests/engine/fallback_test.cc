@@ -76,7 +76,7 @@ TEST_F(Fickle, ALayerFallsBackAndComesBack) {
   const SparsityReport unseen = Run(true, 1, /*shadow_every=*/0)[0].finish.sparsity;
   EXPECT_DOUBLE_EQ(unseen.fallback_share, 0.5) << "and while nobody looks";
 
-  Run(false, 6);
+  Run(false, 24);
   stats = engine_->sparsity_stats();
   EXPECT_TRUE(stats.exact_now.empty());
   EXPECT_EQ(stats.layers[0].fallbacks, 1);
@@ -105,10 +105,10 @@ TEST_F(Fickle, CountersCanBeReadWhileItRuns) {
       last = stats.layers[0].shadow_rows;
     }
   });
-  for (const bool misses : {true, false, true}) Run(misses, 4);
+  for (const bool misses : {true, false, true}) Run(misses, 16);
   done = true;
   reader.join();
-  EXPECT_EQ(engine_->sparsity_stats().layers[0].shadow_rows, 3 * 4 * kTokens);
+  EXPECT_EQ(engine_->sparsity_stats().layers[0].shadow_rows, 3 * 16 * kTokens);
 }
 
 }  // namespace
