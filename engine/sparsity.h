@@ -30,7 +30,7 @@ struct SparsityParams {
   // anyway.
   bool deterministic = false;
   // Predicted tiers: beside one in so many decoded tokens, compute the dense result too and compare. 0: never. It
-  // changes no token.
+  // changes no token, unless what it finds makes a layer fall back.
   int32_t shadow_every = 0;
 };
 
