@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "engine/calibration/linear_algebra.h"
+#include "engine/calibration/sensitivity.h"
 #include "kernels/base/float16.h"
 
 namespace dejavu {
@@ -70,7 +71,7 @@ class Fitter {
   double Objective(const FloatSelector& selector, const FloatSelector::Point& point);
   double ExactObjective() const { return (1.0 + validation_active_) / 2.0; }
   void PrepareValidation();
-  FloatSelector Chosen(const FloatSelector& scanned, std::vector<double>* objective);
+  FloatSelector Chosen(const FloatSelector& scanned);
   void ToTapSpace(FloatSelector* selector) const;
   FloatSelector FitHeads(const std::function<bool(double)>& keep_going);
 
@@ -91,13 +92,9 @@ class Fitter {
 };
 
 void Fitter::FindWorth() {
-  const Matrix df = Product(dev_, problem_.down, *problem_.fisher);
-  mass_weight_.resize(neurons_);
+  mass_weight_ = FisherMasses(dev_, problem_.down, *problem_.fisher);
   loss_weight_.resize(neurons_);
   for (int64_t j = 0; j < neurons_; ++j) {
-    double mass = 0.0;
-    for (int64_t c = 0; c < hidden_; ++c) mass += double{df.row(j)[c]} * problem_.down.row(j)[c];
-    mass_weight_[j] = static_cast<float>(std::max(mass, 0.0));
     loss_weight_[j] = mass_weight_[j] * problem_.sensitivity[j] * static_cast<float>(2 * neurons_ * problem_.layers);
   }
 }
@@ -309,11 +306,10 @@ double Fitter::Objective(const FloatSelector& selector, const FloatSelector::Poi
 }
 
 // For each tier the rank with the least objective; rank 0 where EXACT is no worse.
-FloatSelector Fitter::Chosen(const FloatSelector& scanned, std::vector<double>* objective) {
+FloatSelector Fitter::Chosen(const FloatSelector& scanned) {
   FloatSelector chosen;
   chosen.a = scanned.a;
   chosen.b = scanned.b;
-  objective->clear();
   int32_t largest = 0;
   for (const double mu : options_.mus) {
     FloatSelector::Point best;
@@ -327,7 +323,6 @@ FloatSelector Fitter::Chosen(const FloatSelector& scanned, std::vector<double>* 
       best = point;
     }
     largest = std::max(largest, best.rank);
-    objective->push_back(least);
     chosen.points.push_back(std::move(best));
   }
   const auto keep = [&](Matrix* m) {
@@ -444,7 +439,7 @@ LayerFit Fitter::Run(const std::function<bool(double)>& keep_going) {
   const GainFunction gains = [&](absl::Span<const int32_t> ids, double mu, Matrix* g) { Gains(ids, mu, g); };
   TrainSelector(dev_, x_, gains, {options_.scan_epochs, 1e-2, 1}, Phase(keep_going, 0.1, 0.65), &selector);
   LayerFit fit;
-  fit.neurons = Chosen(selector, &fit.objective);
+  fit.neurons = Chosen(selector);
   FloatSelector refined = fit.neurons;
   refined.points.erase(std::remove_if(refined.points.begin(), refined.points.end(),
                                       [](const FloatSelector::Point& point) { return point.rank == 0; }),

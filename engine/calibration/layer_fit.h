@@ -67,9 +67,8 @@ struct FitOptions {
 };
 
 struct LayerFit {
-  FloatSelector neurons;          // in terms of the tap itself; a point of rank 0: the layer had better run EXACT
-  FloatSelector heads;            // likewise; a point of rank 0: it had better compute every head
-  std::vector<double> objective;  // per tier: share of a dense layer's bytes + mu * nats, on validation
+  FloatSelector neurons;  // in terms of the tap itself; a point of rank 0: the layer had better run EXACT
+  FloatSelector heads;    // likewise; a point of rank 0: it had better compute every head
 };
 
 // `keep_going(done)`: false gives up; the result is then to be thrown away.

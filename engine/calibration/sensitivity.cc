@@ -273,6 +273,17 @@ Matrix DownRows(Backend& backend, const LinearWeights& down) {
   return rows;
 }
 
+std::vector<float> FisherMasses(Backend& backend, const Matrix& down, const Matrix& fisher) {
+  const Matrix turned = Product(backend, down, fisher);
+  std::vector<float> masses;
+  for (int64_t j = 0; j < down.rows; ++j) {
+    double mass = 0.0;
+    for (int64_t c = 0; c < down.cols; ++c) mass += double{turned.row(j)[c]} * down.row(j)[c];
+    masses.push_back(static_cast<float>(std::max(mass, 0.0)));
+  }
+  return masses;
+}
+
 absl::StatusOr<Matrix> FisherInformation(ModelRunner& runner, const std::vector<Window>& windows,
                                          const StepProgress& progress) {
   const OptConfig& config = runner.config();
@@ -347,13 +358,7 @@ absl::StatusOr<std::vector<LayerSensitivity>> Sensitivities(ModelRunner& runner,
   std::vector<LayerSensitivity> result;
   for (int32_t l = 0; l < config.layers; ++l) {
     const Matrix down = DownRows(runner.backend(), runner.weights().layers[l].mlp.down);
-    const Matrix turned = Product(runner.backend(), down, fisher);
-    std::vector<float> mass_weight(config.ffn);
-    for (int64_t j = 0; j < config.ffn; ++j) {
-      double mass = 0.0;
-      for (int64_t c = 0; c < config.hidden; ++c) mass += double{turned.row(j)[c]} * down.row(j)[c];
-      mass_weight[j] = static_cast<float>(std::max(mass, 0.0));
-    }
+    const std::vector<float> mass_weight = FisherMasses(runner.backend(), down, fisher);
     std::vector<int32_t> order(config.ffn);
     std::iota(order.begin(), order.end(), 0);
     const auto mass_of = [&](int32_t j) { return loudness.squares[l][j] * mass_weight[j]; };

@@ -52,6 +52,9 @@ absl::StatusOr<std::vector<LayerSensitivity>> Sensitivities(ModelRunner& runner,
 // The rows of a layer's down-projection as floats, [ffn, hidden].
 Matrix DownRows(Backend& backend, const LinearWeights& down);
 
+// row^T F row for each row of `down`: the Fisher mass of a unit activation.
+std::vector<float> FisherMasses(Backend& backend, const Matrix& down, const Matrix& fisher);
+
 }  // namespace dejavu
 
 #endif  // ENGINE_CALIBRATION_SENSITIVITY_H_
