@@ -89,7 +89,7 @@ void OptModel::Embed(const Batch& batch, const RowTable& rows) {
     dev_.Embed(embedded, tokens, weights_.token_embedding, 0, /*accumulate=*/false);
     dev_.Linear(x, embedded, weights_.project_in);
   }
-  dev_.Embed(x, rows.positions, weights_.position_embedding, kPositionOffset, /*accumulate=*/true);
+  dev_.Embed(x, rows.positions, {weights_.position_embedding, {}}, kPositionOffset, /*accumulate=*/true);
 }
 
 // Pre-norm: x += attention(norm(x)); x += mlp(norm(x)). Post-norm (OPT-350m): x = norm(x + attention(x)); x = norm(x +

@@ -182,7 +182,7 @@ absl::Status Loader::Plan(OptWeights* w) {
     return absl::InvalidArgumentError(absl::StrCat("the checkpoint has tensor ", beyond,
                                                    " but config.json says num_hidden_layers = ", config_.layers));
   }
-  RETURN_IF_ERROR(PlanMatrix("embed_tokens.weight", config_.vocab, config_.embed, false, &w->token_embedding));
+  RETURN_IF_ERROR(PlanMatrix("embed_tokens.weight", config_.vocab, config_.embed, false, &w->token_embedding.weight));
   RETURN_IF_ERROR(PlanMatrix("embed_positions.weight", config_.context + kPositionOffset, config_.hidden, false,
                              &w->position_embedding));
   if (config_.embed != config_.hidden) {
@@ -286,7 +286,8 @@ absl::StatusOr<OptWeights> OptWeights::Load(const Checkpoint& checkpoint, const 
   RETURN_IF_ERROR(loader.Plan(&weights));
   ASSIGN_OR_RETURN(weights.storage_, loader.layout().Allocate(backend));
   RETURN_IF_ERROR(loader.Read(backend, progress));
-  weights.head.weight = weights.token_embedding;
+  weights.head.weight = weights.token_embedding.weight;
+  weights.head.scale = weights.token_embedding.scale;
   return weights;
 }
 

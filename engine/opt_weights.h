@@ -36,16 +36,16 @@ class OptWeights {
   static absl::StatusOr<OptWeights> Load(const Checkpoint& checkpoint, const OptConfig& config, Backend& backend,
                                          const LoadProgress& progress);
 
-  Tensor token_embedding;     // [vocab, embed]
-  Tensor position_embedding;  // [kPositionOffset + context, hidden]
-  LinearWeights project_in;   // kOutputRows [hidden, embed]; empty where embed == hidden
-  LinearWeights project_out;  // kOutputRows [embed, hidden]; likewise
+  EmbeddingWeights token_embedding;  // [vocab, embed]
+  Tensor position_embedding;         // [kPositionOffset + context, hidden]
+  LinearWeights project_in;          // kOutputRows [hidden, embed]; empty where embed == hidden
+  LinearWeights project_out;         // kOutputRows [embed, hidden]; likewise
   std::vector<LayerWeights> layers;
   NormWeights final_norm;  // empty without config.final_norm
   LinearWeights head;      // kOutputRows [vocab, embed]: the token embedding again
 
   int64_t bytes() const { return storage_.bytes(); }
-  DType dtype() const { return token_embedding.dtype; }
+  DType dtype() const { return token_embedding.weight.dtype; }
 
  private:
   Buffer storage_;

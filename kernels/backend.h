@@ -27,9 +27,9 @@ struct LinearWeights {
     kInputRows,   // weight [inputs, outputs]: an input is a row; computed as a sum of rows, in ascending input order
   };
   Layout layout = Layout::kOutputRows;
-  Tensor weight;  // float32, float16 or bfloat16; int8 where an output is a row
+  Tensor weight;  // float32, float16, bfloat16 or int8
   Tensor bias;    // float32 [1, outputs]; empty: none
-  Tensor scale;   // float32 [1, outputs], for int8: what an output's weights are multiplied with
+  Tensor scale;   // float32 [1, rows of the weight], for int8: what the integers of a row are multiplied with
 
   int64_t inputs() const { return layout == Layout::kOutputRows ? weight.cols : weight.rows; }
   int64_t outputs() const { return layout == Layout::kOutputRows ? weight.rows : weight.cols; }
@@ -63,6 +63,12 @@ inline constexpr int32_t kSelectEverything = -1;  // in place of an operating po
 // What Audit finds for a row, as columns of its result.
 enum AuditField { kAuditSelected, kAuditActive, kAuditHits, kAuditMass, kAuditMissedMass, kAuditFields };
 
+// A row for each token or position.
+struct EmbeddingWeights {
+  Tensor weight;  // [entries, features] float32, float16, bfloat16 or int8
+  Tensor scale;   // float32 [1, entries], for int8: what the integers of a row are multiplied with
+};
+
 struct NormWeights {
   Tensor weight;  // float32 [1, features]
   Tensor bias;    // float32 [1, features]
@@ -90,12 +96,19 @@ struct RowTable {
   int64_t rows() const { return positions.cols; }
 };
 
+// Since the backend was made.
+struct BackendStats {
+  int64_t barriers = 0;    // times that all threads met
+  int64_t barrier_ns = 0;  // time that the calling thread waited there for the others
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
 
   // For people: "cpu, AVX3, 2 threads".
   virtual std::string Description() const = 0;
+  virtual BackendStats stats() const = 0;
 
   // RESOURCE_EXHAUSTED with the size asked for when the device has not that much.
   virtual absl::StatusOr<Buffer> Allocate(int64_t bytes) = 0;
@@ -107,7 +120,7 @@ class Backend {
   virtual void Synchronize() = 0;
 
   // y[r] = table[ids[r] + offset], widened, or y[r] += with `accumulate`. ids int32 [1, rows].
-  virtual void Embed(Tensor y, Tensor ids, Tensor table, int64_t offset, bool accumulate) = 0;
+  virtual void Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) = 0;
 
   // y = (x - mean) / sqrt(variance + epsilon) * weight + bias over the features of each row. y may be x.
   virtual void LayerNorm(Tensor y, Tensor x, const NormWeights& norm) = 0;

@@ -41,7 +41,7 @@ int64_t BytesAfterLayers(const OptWeights& weights) {
 }
 
 int64_t EmbeddingBytes(const OptWeights& weights) {
-  return weights.token_embedding.Rows(0, 1).bytes() + weights.position_embedding.Rows(0, 1).bytes();
+  return weights.token_embedding.weight.Rows(0, 1).bytes() + weights.position_embedding.Rows(0, 1).bytes();
 }
 
 int64_t NeuronPredictorBytes(const SelectorData& neurons, Tier tier, const OptConfig& config) {

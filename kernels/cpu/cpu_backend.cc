@@ -34,11 +34,17 @@ void CheckShape(const char* what, const Tensor& t, DType dtype, int64_t rows, in
       << ", " << cols << "]";
 }
 
+// int8 has a factor for each row; the other types have none.
+void CheckScale(const char* what, const Tensor& weight, const Tensor& scale) {
+  CHECK((weight.dtype == DType::kInt8) == !scale.empty()) << what << " of " << Name(weight.dtype);
+  if (!scale.empty()) CheckShape(what, scale, DType::kFloat32, 1, weight.rows);
+}
+
 void CheckLinear(const Tensor& y, const Tensor& x, const LinearWeights& w) {
   CheckShape("x of Linear", x, DType::kFloat32, y.rows, w.inputs());
   CheckShape("y of Linear", y, DType::kFloat32, x.rows, w.outputs());
   if (!w.bias.empty()) CheckShape("bias of Linear", w.bias, DType::kFloat32, 1, w.outputs());
-  if (!w.scale.empty()) CheckShape("scale of Linear", w.scale, DType::kFloat32, 1, w.outputs());
+  CheckScale("scale of Linear", w.weight, w.scale);
 }
 
 void CheckRows(const RowTable& rows) {
@@ -161,8 +167,9 @@ class CpuBackend final : public Backend {
   }
 
   void Synchronize() override {}
+  BackendStats stats() const override { return {pool_.runs(), pool_.wait_ns()}; }
 
-  void Embed(Tensor y, Tensor ids, Tensor table, int64_t offset, bool accumulate) override;
+  void Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) override;
   void LayerNorm(Tensor y, Tensor x, const NormWeights& norm) override;
   void Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& selected, int64_t group,
               const Ride& ride) override;
@@ -194,13 +201,14 @@ class CpuBackend final : public Backend {
   }
 
   const int32_t* Members(const Selection& selected, int64_t rows, int64_t group, int64_t* count);
-  void SumRows(const cpu::SumJob& job);
+  void SumRows(cpu::SumJob job);
   void GroupRows(const RowTable& rows);
 
   ThreadPool pool_;
   const std::unique_ptr<float, decltype(&std::free)> sum_scratch_;  // [threads, kSumScratchBytes]
 
   // Scratch that grows to the largest size seen and then stays.
+  std::vector<float> scaled_;         // activations times the factors of their inputs
   std::vector<int32_t> members_;      // weight rows of the selected groups
   std::vector<int32_t> neurons_;      // neurons with an activation other than zero
   std::vector<int64_t> chunk_count_;  // how many of them each chunk of neurons found
@@ -233,9 +241,10 @@ absl::StatusOr<Buffer> CpuBackend::Allocate(int64_t bytes) {
   return Buffer(data, bytes, std::move(free));
 }
 
-void CpuBackend::Embed(Tensor y, Tensor ids, Tensor table, int64_t offset, bool accumulate) {
+void CpuBackend::Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) {
   CheckShape("ids of Embed", ids, DType::kInt32, 1, y.rows);
-  CheckShape("y of Embed", y, DType::kFloat32, ids.cols, table.cols);
+  CheckShape("y of Embed", y, DType::kFloat32, ids.cols, table.weight.cols);
+  CheckScale("scale of Embed", table.weight, table.scale);
   ForRows(y.rows, y.cols,
           [&](int64_t first, int64_t last) { cpu::Embed(y, ids, table, offset, accumulate, first, last); });
 }
@@ -285,7 +294,15 @@ void CpuBackend::Linear(Tensor y, Tensor x, const LinearWeights& w, const Select
   });
 }
 
-void CpuBackend::SumRows(const cpu::SumJob& job) {
+void CpuBackend::SumRows(cpu::SumJob job) {
+  if (!job.w->scale.empty()) {  // an input's factor multiplies its activation
+    scaled_.resize(std::max<size_t>(scaled_.size(), job.x.rows * job.x.cols));
+    const float* scale = job.w->scale.row<float>(0);
+    for (int64_t r = 0; r < job.x.rows; ++r) {
+      for (int64_t i = 0; i < job.x.cols; ++i) scaled_[r * job.x.cols + i] = job.x.row<float>(r)[i] * scale[i];
+    }
+    job.x = {scaled_.data(), DType::kFloat32, job.x.rows, job.x.cols, job.x.cols};
+  }
   const int64_t columns = job.y.cols;
   const bool small = columns * job.count * job.x.rows < kSmallWork;
   const int64_t grain = small ? columns : RoundUp(DivideUp(columns, pool_.threads()), kColumnGrain);

@@ -16,32 +16,38 @@ namespace dejavu::cpu::HWY_NAMESPACE {
 const char* Target() { return hwy::TargetName(HWY_TARGET); }
 
 template <typename W>
-void EmbedRow(float* y, const W* row, int64_t n, bool accumulate) {
+void EmbedRow(float* y, const W* row, float scale, int64_t n, bool accumulate) {
+  const V factor = hn::Set(F32(), scale);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    const V v = Widen(row + i);
+    const V v = hn::Mul(Widen(row + i), factor);
     hn::StoreU(accumulate ? hn::Add(hn::LoadU(F32(), y + i), v) : v, F32(), y + i);
   }
   if (i == n) return;
-  const V v = WidenPart(row + i, n - i);
+  const V v = hn::Mul(WidenPart(row + i, n - i), factor);
   StorePart(accumulate ? hn::Add(WidenPart(y + i, n - i), v) : v, y + i, n - i);
 }
 
-void Embed(const Tensor& y, const Tensor& ids, const Tensor& table, int64_t offset, bool accumulate, int64_t first,
-           int64_t last) {
+void Embed(const Tensor& y, const Tensor& ids, const EmbeddingWeights& embedding, int64_t offset, bool accumulate,
+           int64_t first, int64_t last) {
+  const Tensor& table = embedding.weight;
   for (int64_t r = first; r < last; ++r) {
     const int64_t id = ids.row<int32_t>(0)[r] + offset;
     CHECK(id >= 0 && id < table.rows) << "row " << id << " of " << table.rows;
     float* to = y.row<float>(r);
+    const float scale = embedding.scale.empty() ? 1.0f : embedding.scale.row<float>(0)[id];
     switch (table.dtype) {
       case DType::kFloat32:
-        EmbedRow(to, table.row<float>(id), y.cols, accumulate);
+        EmbedRow(to, table.row<float>(id), scale, y.cols, accumulate);
         break;
       case DType::kFloat16:
-        EmbedRow(to, table.row<hwy::float16_t>(id), y.cols, accumulate);
+        EmbedRow(to, table.row<hwy::float16_t>(id), scale, y.cols, accumulate);
         break;
       case DType::kBFloat16:
-        EmbedRow(to, table.row<hwy::bfloat16_t>(id), y.cols, accumulate);
+        EmbedRow(to, table.row<hwy::bfloat16_t>(id), scale, y.cols, accumulate);
+        break;
+      case DType::kInt8:
+        EmbedRow(to, table.row<int8_t>(id), scale, y.cols, accumulate);
         break;
       default:
         CHECK(false) << "table of type " << Name(table.dtype);
@@ -89,7 +95,7 @@ void LayerNorm(const Tensor& y, const Tensor& x, const NormWeights& norm, int64_
 }
 
 void Add(const Tensor& x, const Tensor& y, int64_t first, int64_t last) {
-  for (int64_t r = first; r < last; ++r) EmbedRow(x.row<float>(r), y.row<float>(r), x.cols, true);
+  for (int64_t r = first; r < last; ++r) EmbedRow(x.row<float>(r), y.row<float>(r), 1.0f, x.cols, true);
 }
 
 }  // namespace dejavu::cpu::HWY_NAMESPACE
@@ -105,8 +111,8 @@ HWY_EXPORT(Add);
 
 const char* TargetName() { return HWY_DYNAMIC_DISPATCH(Target)(); }
 
-void Embed(const Tensor& y, const Tensor& ids, const Tensor& table, int64_t offset, bool accumulate, int64_t first,
-           int64_t last) {
+void Embed(const Tensor& y, const Tensor& ids, const EmbeddingWeights& table, int64_t offset, bool accumulate,
+           int64_t first, int64_t last) {
   HWY_DYNAMIC_DISPATCH(Embed)(y, ids, table, offset, accumulate, first, last);
 }
 

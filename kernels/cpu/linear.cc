@@ -210,6 +210,8 @@ void SumRows(const SumJob& job, int64_t first, int64_t last, float* scratch) {
       return SumRowsOf<hwy::float16_t>(job, first, last, scratch);
     case DType::kBFloat16:
       return SumRowsOf<hwy::bfloat16_t>(job, first, last, scratch);
+    case DType::kInt8:
+      return SumRowsOf<int8_t>(job, first, last, scratch);
     default:
       CHECK(false) << "weights of type " << Name(job.w->weight.dtype);
   }

@@ -2,6 +2,8 @@
 
 #include <sched.h>
 
+#include <chrono>
+
 #include "kernels/base/check.h"
 
 namespace dejavu {
@@ -68,7 +70,10 @@ void ThreadPool::RunBody(Body body, void* context) {
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
   body(context, 0);
+  const auto start = std::chrono::steady_clock::now();
   for (uint32_t left; (left = running_.load(std::memory_order_acquire)) != 0;) AwaitChange(running_, left);
+  wait_ns_ += (std::chrono::steady_clock::now() - start).count();
+  ++runs_;
 }
 
 void ThreadPool::Work(int thread) {

@@ -28,6 +28,10 @@ class ThreadPool {
 
   int threads() const { return threads_; }
 
+  // Of the calling thread: how often it ran something together with the others, and how long it then waited for them.
+  int64_t runs() const { return runs_; }
+  int64_t wait_ns() const { return wait_ns_; }
+
   // function(thread) on every thread; returns when all have returned.
   template <typename Function>
   void Run(Function&& function) {
@@ -66,6 +70,7 @@ class ThreadPool {
   std::vector<std::thread> workers_;
 
   // The calling thread only.
+  int64_t runs_ = 0, wait_ns_ = 0;
   std::thread::id pinned_caller_;
 
   // Written by the caller before it raises epoch_, read by the workers after.

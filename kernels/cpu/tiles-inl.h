@@ -67,7 +67,7 @@ HWY_INLINE V Widen(const hwy::float16_t* p) {
 template <typename W>
 HWY_INLINE V WidenPart(const W* p, int64_t n) {
   alignas(64) W part[kLanes] = {};
-  std::memcpy(part, p, n * sizeof(W));
+  std::memcpy(part, p, n % kLanes * sizeof(W));  // the compiler sees the bound
   return Widen(part);
 }
 

@@ -47,7 +47,7 @@ TEST(OptWeights, PutsEveryTensorInItsPlace) {
       EXPECT_EQ(layer.mlp.down.weight.row<float>(n)[i], stored("layers.1.fc2.weight")[i * 40 + n]);
     }
   }
-  EXPECT_EQ(weights->head.weight.data, weights->token_embedding.data) << "the head is tied: one copy";
+  EXPECT_EQ(weights->head.weight.data, weights->token_embedding.weight.data) << "the head is tied: one copy";
 }
 
 // The stripes of a large matrix, more than one of them, transposed and not.

@@ -123,7 +123,7 @@ TEST_P(CpuBackendTest, EveryFloat16IsWidenedExactly) {
   std::vector<int32_t> ids(64);
   std::iota(ids.begin(), ids.end(), 0);
   const Tensor y = arena_.Put(Matrix(64, 1024));
-  backend_->Embed(y, arena_.PutInts(ids), table, 0, false);
+  backend_->Embed(y, arena_.PutInts(ids), {table, {}}, 0, false);
   EXPECT_TRUE(SameBits(Get(y), Get(table)));
 }
 
@@ -295,7 +295,7 @@ TEST_P(CpuBackendTest, EmbedAddsItsOffsetAndAccumulates) {
     const Tensor table = arena_.Put(Random(10, 37, 1), dtype);
     const Tensor ids = arena_.PutInts({7, 0, 3});
     const Tensor y = arena_.Put(Matrix(3, 37, 0.5f));
-    backend_->Embed(y, ids, table, 0, false);
+    backend_->Embed(y, ids, {table, {}}, 0, false);
     const Matrix values = Get(table);
     Matrix want(3, 37);
     for (int64_t c = 0; c < 37; ++c) {
@@ -304,7 +304,7 @@ TEST_P(CpuBackendTest, EmbedAddsItsOffsetAndAccumulates) {
       want.at(2, c) = values.at(3, c);
     }
     EXPECT_TRUE(SameBits(Get(y), want));
-    backend_->Embed(y, ids, table, 2, true);
+    backend_->Embed(y, ids, {table, {}}, 2, true);
     for (int64_t c = 0; c < 37; ++c) {
       want.at(0, c) += values.at(9, c);
       want.at(1, c) += values.at(2, c);
