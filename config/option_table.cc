@@ -72,6 +72,13 @@ std::vector<Option> OptionTable(Config* config) {
   const std::vector<std::string> tiers = TierNames();
   return {
       {"model", "Model", "directory of the checkpoint, in Hugging Face layout", &e.model},
+      {"weights",
+       "Model",
+       "type of the weights in memory; int8: a factor per row",
+       &e.weights,
+       0,
+       0,
+       {"stored", "fp32", "fp16", "bf16", "int8"}},
       {"predictor", "Model",
        "predictor of the sparse tiers; empty: predictor.safetensors in the model's directory, if there; none: never",
        &e.predictor},

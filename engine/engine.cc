@@ -16,8 +16,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/batch.h"
-#include "engine/checkpoint.h"
 #include "engine/kv_cache.h"
+#include "engine/loaded_model.h"
 #include "engine/opt_model.h"
 #include "engine/predictor.h"
 #include "engine/predictor_file.h"
@@ -111,7 +111,7 @@ class StepEngine final : public Engine {
 
  private:
   absl::Status CheckRequest(const Request& request) const;
-  absl::Status LoadPredictor(const Checkpoint& checkpoint);
+  absl::Status TakePredictor(const LoadedModel& loaded);
 
   // Engine thread.
   void WarmUp();
@@ -189,29 +189,22 @@ StepEngine::~StepEngine() {
 
 absl::Status StepEngine::Load(const LoadProgress& progress) {
   ASSIGN_OR_RETURN(backend_, CreateBackend(options_));
-  ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(options_.model));
-  ASSIGN_OR_RETURN(weights_, OptWeights::Load(checkpoint, config_, *backend_, progress));
+  ASSIGN_OR_RETURN(LoadedModel loaded,
+                   LoadModel({options_.model, options_.weights, options_.predictor}, config_, *backend_, progress));
+  weights_ = std::move(loaded.weights);
   ASSIGN_OR_RETURN(kv_, KvCache::Create(*backend_, config_, pool_.total(), options_.kv_block_tokens));
-  RETURN_IF_ERROR(LoadPredictor(checkpoint));
+  RETURN_IF_ERROR(TakePredictor(loaded));
   ASSIGN_OR_RETURN(model_, OptModel::Create(config_, weights_, *backend_, *communicator_, *predictor_, batch_));
   step_counts_ = model_->MakeCounts(batch_);
   return absl::OkStatus();
 }
 
-absl::Status StepEngine::LoadPredictor(const Checkpoint& checkpoint) {
-  std::string path = options_.predictor;
-  if (path.empty()) {
-    path = absl::StrCat(options_.model, "/predictor.safetensors");
-    if (access(path.c_str(), F_OK) != 0) path = "none";
-  }
-  std::optional<PredictorData> data;
-  if (path != "none") {
-    ASSIGN_OR_RETURN(const std::string hash, WeightsHash(checkpoint, config_));
-    ASSIGN_OR_RETURN(data, ReadPredictor(path, config_, hash));
-    predictor_info_ = {path, std::string(Name(data->tap)), data->tiers, 0};
+absl::Status StepEngine::TakePredictor(const LoadedModel& loaded) {
+  const PredictorData* const from = loaded.predictor.has_value() ? &*loaded.predictor : nullptr;
+  if (from != nullptr) {
+    predictor_info_ = {loaded.predictor_path, std::string(Name(from->tap)), from->tiers, 0};
     shadow_logits_.resize(static_cast<size_t>(options_.max_batch) * config_.vocab);
   }
-  const PredictorData* const from = data.has_value() ? &*data : nullptr;
   ASSIGN_OR_RETURN(predictor_,
                    Predictor::Create(from, config_, *backend_, options_.max_step_tokens, options_.max_batch));
   predictor_info_.bytes = predictor_->bytes();
@@ -549,7 +542,7 @@ void StepEngine::PublishStats() {
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options, int32_t sampled_vocab,
                                                        const LoadProgress& progress) {
   RETURN_IF_ERROR(CheckOptions(options));
-  ASSIGN_OR_RETURN(const OptConfig config, OptConfig::Load(options.model));
+  ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(options.model));
   ASSIGN_OR_RETURN(const int32_t kv_blocks, KvBlocks(options, config));
   auto engine = std::make_unique<StepEngine>(options, config, sampled_vocab, kv_blocks);
   RETURN_IF_ERROR(engine->Load(progress));

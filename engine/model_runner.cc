@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "engine/checkpoint.h"
 #include "kernels/base/status_macros.h"
 
 namespace dejavu {
@@ -15,22 +14,22 @@ constexpr int32_t kBlockTokens = 16;
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<ModelRunner>> ModelRunner::Create(const Options& options, const LoadProgress& progress) {
-  ASSIGN_OR_RETURN(const OptConfig config, OptConfig::Load(options.model));
+  ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(options.model));
   if (options.window < 2 || options.window > config.context) {
     return absl::InvalidArgumentError(absl::StrCat("the window is ", options.window, "; it must be in 2 ... ",
                                                    config.context, ", the model's context"));
   }
   std::unique_ptr<ModelRunner> runner(new ModelRunner(options, config));
-  ASSIGN_OR_RETURN(runner->backend_, CreateCpuBackend({options.threads, /*pin=*/false}));
-  ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(options.model));
-  ASSIGN_OR_RETURN(runner->weights_, OptWeights::Load(checkpoint, config, *runner->backend_, progress));
-  ASSIGN_OR_RETURN(runner->weights_hash_, WeightsHash(checkpoint, config));
+  ASSIGN_OR_RETURN(runner->backend_, CreateCpuBackend({options.threads, options.pin}));
+  if (options.wrap_backend) runner->backend_ = options.wrap_backend(std::move(runner->backend_));
+  ASSIGN_OR_RETURN(runner->loaded_,
+                   LoadModel({options.model, options.weights, options.predictor}, config, *runner->backend_, progress));
   const int32_t blocks = (options.window + kBlockTokens - 1) / kBlockTokens;
   ASSIGN_OR_RETURN(runner->kv_, KvCache::Create(*runner->backend_, config, blocks * options.slots, kBlockTokens));
   runner->batch_ = std::make_unique<Batch>(options.max_rows, options.max_rows, options.slots, blocks);
   std::iota(runner->batch_->block_table.begin(), runner->batch_->block_table.end(), 0);
   runner->logits_.resize(static_cast<size_t>(options.max_rows) * config.vocab);
-  RETURN_IF_ERROR(runner->SetPredictor(nullptr));
+  RETURN_IF_ERROR(runner->SetPredictor(runner->predictor_data()));
   return runner;
 }
 
@@ -38,7 +37,7 @@ absl::Status ModelRunner::SetPredictor(const PredictorData* data) {
   model_.reset();
   predictor_.reset();
   ASSIGN_OR_RETURN(predictor_, Predictor::Create(data, config_, *backend_, options_.max_rows, options_.max_audits));
-  ASSIGN_OR_RETURN(model_, OptModel::Create(config_, weights_, *backend_, *communicator_, *predictor_, *batch_));
+  ASSIGN_OR_RETURN(model_, OptModel::Create(config_, loaded_.weights, *backend_, *communicator_, *predictor_, *batch_));
   counts_ = model_->MakeCounts(*batch_);
   return absl::OkStatus();
 }

@@ -4,6 +4,7 @@
 #define ENGINE_MODEL_RUNNER_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -12,6 +13,7 @@
 #include "absl/types/span.h"
 #include "engine/batch.h"
 #include "engine/kv_cache.h"
+#include "engine/loaded_model.h"
 #include "engine/opt_config.h"
 #include "engine/opt_model.h"
 #include "engine/opt_weights.h"
@@ -25,16 +27,21 @@ namespace dejavu {
 class ModelRunner {
  public:
   struct Options {
-    std::string model;   // directory in Hugging Face layout
-    int threads = 0;     // 0: one per CPU
-    int slots = 1;       // sequences side by side
-    int max_rows = 64;   // rows of a step
-    int max_audits = 0;  // rows of a step whose selections are compared with everything
-    int window = 256;    // positions of a sequence
+    std::string model;               // as ModelOptions has it
+    std::string weights = "stored";  // likewise
+    std::string predictor = "none";  // likewise
+    int threads = 0;                 // 0: one per CPU
+    bool pin = false;                // one CPU per thread
+    int slots = 1;                   // sequences side by side
+    int max_rows = 64;               // rows of a step
+    int max_audits = 0;              // rows of a step whose selections are compared with everything
+    int window = 256;                // positions of a sequence
+    // What stands between model and device, such as a decorator that measures; empty: nothing.
+    std::function<std::unique_ptr<Backend>(std::unique_ptr<Backend>)> wrap_backend;
   };
   static absl::StatusOr<std::unique_ptr<ModelRunner>> Create(const Options& options, const LoadProgress& progress);
 
-  // Replaces the predictor; nullptr: none.
+  // Replaces the predictor that was loaded; nullptr: none.
   absl::Status SetPredictor(const PredictorData* data);
 
   // Empties batch(); fill it with rows and call Run. Each slot has KV blocks for a whole window.
@@ -44,9 +51,12 @@ class ModelRunner {
 
   // What the decode rows of the last Run selected.
   const StepCounts& counts() const { return counts_; }
-  const std::string& weights_hash() const { return weights_hash_; }
+  const std::string& weights_hash() const { return loaded_.weights_hash; }
+  // What Options::predictor named, whatever SetPredictor has done since; nullptr: none.
+  const PredictorData* predictor_data() const { return loaded_.predictor.has_value() ? &*loaded_.predictor : nullptr; }
+  const std::string& predictor_path() const { return loaded_.predictor_path; }
   const OptConfig& config() const { return config_; }
-  const OptWeights& weights() const { return weights_; }
+  const OptWeights& weights() const { return loaded_.weights; }
   Backend& backend() { return *backend_; }
   OptModel& model() { return *model_; }
   Predictor& predictor() { return *predictor_; }
@@ -57,10 +67,9 @@ class ModelRunner {
 
   const Options options_;
   const OptConfig config_;
-  std::string weights_hash_;
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Communicator> communicator_ = SingleRank();
-  OptWeights weights_;
+  LoadedModel loaded_;
   KvCache kv_;
   std::unique_ptr<Batch> batch_;
   std::unique_ptr<Predictor> predictor_;

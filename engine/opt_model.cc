@@ -135,6 +135,7 @@ Selection OptModel::ProjectQkv(int32_t l, Tensor qkv, Tensor h) {
   const auto part = [&](int64_t first, int64_t count) {
     LinearWeights view = w;
     view.weight = w.weight.Rows(first, count);
+    if (!w.scale.empty()) view.scale = w.scale.Cols(first, count);
     if (!w.bias.empty()) view.bias = w.bias.Cols(first, count);
     return view;
   };

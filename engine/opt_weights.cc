@@ -1,14 +1,16 @@
 // Loading runs in two passes over one plan. The first pass names every tensor that the model needs, checks it against
 // the checkpoint and gives each a place in one buffer; the second reads the files stripe by stripe into those places,
-// transposing where the layout wants it. Besides the buffer, memory holds two stripes.
+// converting and transposing where that is wanted. Besides the buffer, memory holds a few stripes. A transposed matrix
+// in int8 is read twice: a row's factor needs the whole row, which lies across all stripes.
 #include "engine/opt_weights.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "kernels/base/float16.h"
+#include "engine/weight_convert.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/layout.h"
 
@@ -16,10 +18,6 @@ namespace dejavu {
 namespace {
 
 constexpr int64_t kStripeBytes = int64_t{4} << 20;
-
-float Widen(uint16_t bits, DType dtype) {
-  return dtype == DType::kBFloat16 ? FloatFromBFloat16(bits) : FloatFromFloat16(bits);
-}
 
 // Infinities and NaNs have all exponent bits set in every one of the three types.
 template <typename Bits>
@@ -49,9 +47,20 @@ void Transpose(const T* source, int64_t rows, int64_t cols, T* target) {
   }
 }
 
+void Transpose(const void* source, DType dtype, int64_t rows, int64_t cols, void* target) {
+  const auto as = [&](auto element) {
+    using T = decltype(element);
+    Transpose(static_cast<const T*>(source), rows, cols, static_cast<T*>(target));
+  };
+  if (SizeOf(dtype) == 4) return as(uint32_t{});
+  if (SizeOf(dtype) == 2) return as(uint16_t{});
+  as(uint8_t{});
+}
+
 class Loader {
  public:
-  Loader(const Checkpoint& checkpoint, const OptConfig& config) : checkpoint_(checkpoint), config_(config) {}
+  Loader(const Checkpoint& checkpoint, const OptConfig& config, std::optional<DType> dtype)
+      : checkpoint_(checkpoint), config_(config), dtype_(dtype) {}
 
   absl::Status Plan(OptWeights* w);
   DeviceLayout& layout() { return layout_; }
@@ -62,13 +71,16 @@ class Loader {
   struct Placement {
     const StoredTensor* source;  // nullptr: fill with `constant`
     Tensor* view;
-    int64_t first_row;
-    bool transposed;
-    float constant;
+    int64_t first_row = 0;
+    bool transposed = false;
+    float constant = 0.0f;
+    Tensor* scale = nullptr;  // [1, rows of the view], for int8
   };
 
   absl::StatusOr<const StoredTensor*> Find(const std::string& name, const std::vector<int64_t>& shape) const;
-  absl::Status PlanMatrix(const std::string& name, int64_t rows, int64_t cols, bool transposed, Tensor* view);
+  DType TypeFor(const StoredTensor& source, const Tensor* scale) const;
+  absl::Status PlanMatrix(const std::string& name, int64_t rows, int64_t cols, bool transposed, Tensor* view,
+                          Tensor* scale);
   absl::Status PlanLinear(const std::string& name, int64_t outputs, int64_t inputs, LinearWeights::Layout layout,
                           LinearWeights* linear);
   absl::Status PlanQkv(const std::string& attention, LinearWeights* qkv);
@@ -77,16 +89,23 @@ class Loader {
 
   absl::Status ReadVector(Backend& backend, const Placement& placement);
   absl::Status ReadMatrix(Backend& backend, const Placement& placement, const LoadProgress& progress);
+  // Calls `use`(first row, rows) for each stripe of a matrix, which then lies in stripe_, as stored.
+  template <typename Use>
+  absl::Status ForStripes(const StoredTensor& source, const Use& use);
+  absl::Status Convert(Backend& backend, const Placement& placement, int64_t first, int64_t rows);
+  absl::Status ReadColumnScales(Backend& backend, const Placement& placement, const LoadProgress& progress);
   absl::Status Advance(int64_t bytes, const LoadProgress& progress);
 
   const Checkpoint& checkpoint_;
   const OptConfig& config_;
+  const std::optional<DType> dtype_;  // nothing: as stored
   std::string prefix_;
   DeviceLayout layout_;
   std::vector<Placement> placements_;
   int64_t source_bytes_ = 0;
   int64_t done_bytes_ = 0;
-  std::vector<char> stripe_, transposed_;
+  std::vector<char> stripe_, converted_, transposed_;
+  std::vector<float> wide_, scales_, inverses_;
 };
 
 absl::StatusOr<const StoredTensor*> Loader::Find(const std::string& name, const std::vector<int64_t>& shape) const {
@@ -106,22 +125,30 @@ absl::StatusOr<const StoredTensor*> Loader::Find(const std::string& name, const 
   return tensor;
 }
 
-absl::Status Loader::PlanMatrix(const std::string& name, int64_t rows, int64_t cols, bool transposed, Tensor* view) {
+// Without `scale` a matrix cannot be int8.
+DType Loader::TypeFor(const StoredTensor& source, const Tensor* scale) const {
+  if (!dtype_.has_value() || (*dtype_ == DType::kInt8 && scale == nullptr)) return source.dtype;
+  return *dtype_;
+}
+
+absl::Status Loader::PlanMatrix(const std::string& name, int64_t rows, int64_t cols, bool transposed, Tensor* view,
+                                Tensor* scale) {
   ASSIGN_OR_RETURN(const StoredTensor* source, Find(name, {rows, cols}));
-  layout_.Reserve(view, source->dtype, transposed ? cols : rows, transposed ? rows : cols);
-  placements_.push_back({source, view, 0, transposed, 0.0f});
+  layout_.Reserve(view, TypeFor(*source, scale), transposed ? cols : rows, transposed ? rows : cols);
+  if (view->dtype == DType::kInt8) layout_.Reserve(scale, DType::kFloat32, 1, view->rows);
+  placements_.push_back({source, view, 0, transposed, 0.0f, scale});
   return absl::OkStatus();
 }
 
 absl::Status Loader::PlanLinear(const std::string& name, int64_t outputs, int64_t inputs, LinearWeights::Layout layout,
                                 LinearWeights* linear) {
   linear->layout = layout;
-  RETURN_IF_ERROR(
-      PlanMatrix(name + ".weight", outputs, inputs, layout == LinearWeights::Layout::kInputRows, &linear->weight));
+  RETURN_IF_ERROR(PlanMatrix(name + ".weight", outputs, inputs, layout == LinearWeights::Layout::kInputRows,
+                             &linear->weight, &linear->scale));
   if (!config_.biases) return absl::OkStatus();
   ASSIGN_OR_RETURN(const StoredTensor* bias, Find(name + ".bias", {outputs}));
   layout_.Reserve(&linear->bias, DType::kFloat32, 1, outputs);
-  placements_.push_back({bias, &linear->bias, 0, false, 0.0f});
+  placements_.push_back({bias, &linear->bias});
   return absl::OkStatus();
 }
 
@@ -132,7 +159,7 @@ absl::Status Loader::PlanQkv(const std::string& attention, LinearWeights* qkv) {
   const char* const names[3] = {"q_proj", "k_proj", "v_proj"};
   for (int i = 0; i < 3; ++i) {
     ASSIGN_OR_RETURN(weights[i], Find(absl::StrCat(attention, names[i], ".weight"), {hidden, hidden}));
-    if (weights[i]->dtype != weights[0]->dtype) {
+    if (!dtype_.has_value() && weights[i]->dtype != weights[0]->dtype) {
       return absl::InvalidArgumentError(absl::StrCat(
           weights[i]->file->path(), ": tensor ", weights[i]->name, " is ", Name(weights[i]->dtype), " but ",
           weights[0]->name, " is ", Name(weights[0]->dtype), "; the three projections of a layer must have one type"));
@@ -141,11 +168,12 @@ absl::Status Loader::PlanQkv(const std::string& attention, LinearWeights* qkv) {
       ASSIGN_OR_RETURN(biases[i], Find(absl::StrCat(attention, names[i], ".bias"), {hidden}));
     }
   }
-  layout_.Reserve(&qkv->weight, weights[0]->dtype, 3 * hidden, hidden);
+  layout_.Reserve(&qkv->weight, TypeFor(*weights[0], &qkv->scale), 3 * hidden, hidden);
+  if (qkv->weight.dtype == DType::kInt8) layout_.Reserve(&qkv->scale, DType::kFloat32, 1, 3 * hidden);
   if (config_.biases) layout_.Reserve(&qkv->bias, DType::kFloat32, 1, 3 * hidden);
   for (int i = 0; i < 3; ++i) {
-    placements_.push_back({weights[i], &qkv->weight, i * hidden, false, 0.0f});
-    if (config_.biases) placements_.push_back({biases[i], &qkv->bias, i * hidden, false, 0.0f});
+    placements_.push_back({weights[i], &qkv->weight, i * hidden, false, 0.0f, &qkv->scale});
+    if (config_.biases) placements_.push_back({biases[i], &qkv->bias, i * hidden});
   }
   return absl::OkStatus();
 }
@@ -159,7 +187,7 @@ absl::Status Loader::PlanNorm(const std::string& name, NormWeights* norm) {
   layout_.Reserve(&norm->weight, DType::kFloat32, 1, config_.hidden);
   layout_.Reserve(&norm->bias, DType::kFloat32, 1, config_.hidden);
   placements_.push_back({weight, &norm->weight, 0, false, 1.0f});
-  placements_.push_back({bias, &norm->bias, 0, false, 0.0f});
+  placements_.push_back({bias, &norm->bias});
   return absl::OkStatus();
 }
 
@@ -182,12 +210,15 @@ absl::Status Loader::Plan(OptWeights* w) {
     return absl::InvalidArgumentError(absl::StrCat("the checkpoint has tensor ", beyond,
                                                    " but config.json says num_hidden_layers = ", config_.layers));
   }
-  RETURN_IF_ERROR(PlanMatrix("embed_tokens.weight", config_.vocab, config_.embed, false, &w->token_embedding.weight));
+  RETURN_IF_ERROR(PlanMatrix("embed_tokens.weight", config_.vocab, config_.embed, false, &w->token_embedding.weight,
+                             &w->token_embedding.scale));
   RETURN_IF_ERROR(PlanMatrix("embed_positions.weight", config_.context + kPositionOffset, config_.hidden, false,
-                             &w->position_embedding));
+                             &w->position_embedding, nullptr));
   if (config_.embed != config_.hidden) {
-    RETURN_IF_ERROR(PlanMatrix("project_in.weight", config_.hidden, config_.embed, false, &w->project_in.weight));
-    RETURN_IF_ERROR(PlanMatrix("project_out.weight", config_.embed, config_.hidden, false, &w->project_out.weight));
+    RETURN_IF_ERROR(PlanMatrix("project_in.weight", config_.hidden, config_.embed, false, &w->project_in.weight,
+                               &w->project_in.scale));
+    RETURN_IF_ERROR(PlanMatrix("project_out.weight", config_.embed, config_.hidden, false, &w->project_out.weight,
+                               &w->project_out.scale));
   }
   w->layers.resize(config_.layers);
   for (int32_t l = 0; l < config_.layers; ++l) RETURN_IF_ERROR(PlanLayer(l, &w->layers[l]));
@@ -217,40 +248,93 @@ absl::Status Loader::ReadVector(Backend& backend, const Placement& p) {
     std::vector<char> stored(count * SizeOf(p.source->dtype));
     RETURN_IF_ERROR(Checkpoint::Read(*p.source, 0, count, stored.data()));
     if (!AllFinite(stored.data(), count, p.source->dtype)) return NotFinite(*p.source);
-    if (p.source->dtype == DType::kFloat32) {
-      std::memcpy(values.data(), stored.data(), stored.size());
-    } else {
-      const auto* bits = reinterpret_cast<const uint16_t*>(stored.data());
-      for (int64_t i = 0; i < count; ++i) values[i] = Widen(bits[i], p.source->dtype);
-    }
+    WidenValues(stored.data(), p.source->dtype, count, values.data());
   }
   backend.Upload(p.view->Cols(p.first_row, count), values.data());
   return absl::OkStatus();
 }
 
-absl::Status Loader::ReadMatrix(Backend& backend, const Placement& p, const LoadProgress& progress) {
-  const int64_t rows = p.source->shape[0], cols = p.source->shape[1], element = SizeOf(p.source->dtype);
+template <typename Use>
+absl::Status Loader::ForStripes(const StoredTensor& source, const Use& use) {
+  const int64_t rows = source.shape[0], cols = source.shape[1], element = SizeOf(source.dtype);
   const int64_t stripe_rows = std::clamp<int64_t>(kStripeBytes / (cols * element), 1, rows);
   stripe_.resize(std::max<int64_t>(stripe_.size(), stripe_rows * cols * element));
-  if (p.transposed) transposed_.resize(stripe_.size());
   for (int64_t r = 0; r < rows; r += stripe_rows) {
     const int64_t n = std::min(stripe_rows, rows - r);
-    RETURN_IF_ERROR(Checkpoint::Read(*p.source, r * cols, n * cols, stripe_.data()));
-    if (!AllFinite(stripe_.data(), n * cols, p.source->dtype)) return NotFinite(*p.source);
-    if (!p.transposed) {
-      backend.Upload(p.view->Rows(p.first_row + r, n), stripe_.data());
-    } else {
-      if (element == 4) {
-        Transpose(reinterpret_cast<uint32_t*>(stripe_.data()), n, cols,
-                  reinterpret_cast<uint32_t*>(transposed_.data()));
-      } else {
-        Transpose(reinterpret_cast<uint16_t*>(stripe_.data()), n, cols,
-                  reinterpret_cast<uint16_t*>(transposed_.data()));
-      }
-      backend.Upload(p.view->Cols(r, n), transposed_.data());
-    }
-    RETURN_IF_ERROR(Advance(n * cols * element, progress));
+    RETURN_IF_ERROR(Checkpoint::Read(source, r * cols, n * cols, stripe_.data()));
+    if (!AllFinite(stripe_.data(), n * cols, source.dtype)) return NotFinite(source);
+    RETURN_IF_ERROR(use(r, n));
   }
+  return absl::OkStatus();
+}
+
+absl::Status Loader::ReadMatrix(Backend& backend, const Placement& p, const LoadProgress& progress) {
+  const StoredTensor& source = *p.source;
+  const int64_t cols = source.shape[1];
+  const DType dtype = p.view->dtype;
+  if (dtype == DType::kInt8 && p.transposed) RETURN_IF_ERROR(ReadColumnScales(backend, p, progress));
+  return ForStripes(source, [&](int64_t first, int64_t rows) -> absl::Status {
+    const char* values = stripe_.data();
+    if (dtype != source.dtype) {
+      RETURN_IF_ERROR(Convert(backend, p, first, rows));
+      values = converted_.data();
+    }
+    if (p.transposed) {
+      transposed_.resize(std::max<size_t>(transposed_.size(), rows * cols * SizeOf(dtype)));
+      Transpose(values, dtype, rows, cols, transposed_.data());
+      backend.Upload(p.view->Cols(first, rows), transposed_.data());
+    } else {
+      backend.Upload(p.view->Rows(p.first_row + first, rows), values);
+    }
+    return Advance(rows * cols * SizeOf(source.dtype), progress);
+  });
+}
+
+// The stripe, `rows` rows from `first` on, into converted_.
+absl::Status Loader::Convert(Backend& backend, const Placement& p, int64_t first, int64_t rows) {
+  const int64_t cols = p.source->shape[1], count = rows * cols;
+  const DType dtype = p.view->dtype;
+  wide_.resize(std::max<size_t>(wide_.size(), count));
+  converted_.resize(std::max<size_t>(converted_.size(), count * SizeOf(dtype)));
+  WidenValues(stripe_.data(), p.source->dtype, count, wide_.data());
+  if (dtype != DType::kInt8) {
+    if (NarrowValues(wide_.data(), count, dtype, converted_.data())) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat(p.source->file->path(), ": tensor ", p.source->name, " holds ",
+                                                   LargestMagnitude(wide_.data(), count), ", which is beyond ",
+                                                   Name(dtype)));
+  }
+  auto* const integers = reinterpret_cast<int8_t*>(converted_.data());
+  if (p.transposed) {
+    for (int64_t r = 0; r < rows; ++r) {
+      QuantiseColumns(&wide_[r * cols], cols, inverses_.data(), integers + r * cols);
+    }
+    return absl::OkStatus();
+  }
+  scales_.resize(rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    scales_[r] = Int8Scale(LargestMagnitude(&wide_[r * cols], cols));
+    QuantiseRow(&wide_[r * cols], cols, Int8Inverse(scales_[r]), integers + r * cols);
+  }
+  backend.Upload(p.scale->Cols(p.first_row + first, rows), scales_.data());
+  return absl::OkStatus();
+}
+
+// The factors of a matrix that is stored transposed, from its columns; leaves what Convert needs in inverses_.
+absl::Status Loader::ReadColumnScales(Backend& backend, const Placement& p, const LoadProgress& progress) {
+  const int64_t cols = p.source->shape[1];
+  scales_.assign(cols, 0.0f);
+  RETURN_IF_ERROR(ForStripes(*p.source, [&](int64_t, int64_t rows) {
+    wide_.resize(std::max<size_t>(wide_.size(), rows * cols));
+    WidenValues(stripe_.data(), p.source->dtype, rows * cols, wide_.data());
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < cols; ++c) scales_[c] = std::max(scales_[c], std::fabs(wide_[r * cols + c]));
+    }
+    return Advance(0, progress);
+  }));
+  inverses_.resize(cols);
+  std::transform(scales_.begin(), scales_.end(), scales_.begin(), Int8Scale);
+  std::transform(scales_.begin(), scales_.end(), inverses_.begin(), Int8Inverse);
+  backend.Upload(*p.scale, scales_.data());
   return absl::OkStatus();
 }
 
@@ -280,9 +364,9 @@ absl::StatusOr<std::string> WeightPrefix(const Checkpoint& checkpoint) {
 }
 
 absl::StatusOr<OptWeights> OptWeights::Load(const Checkpoint& checkpoint, const OptConfig& config, Backend& backend,
-                                            const LoadProgress& progress) {
+                                            const LoadProgress& progress, std::optional<DType> dtype) {
   OptWeights weights;
-  Loader loader(checkpoint, config);
+  Loader loader(checkpoint, config, dtype);
   RETURN_IF_ERROR(loader.Plan(&weights));
   ASSIGN_OR_RETURN(weights.storage_, loader.layout().Allocate(backend));
   RETURN_IF_ERROR(loader.Read(backend, progress));

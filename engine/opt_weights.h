@@ -1,10 +1,12 @@
 // OptWeights: an OPT model's parameters on one device, laid out so that a neuron and a head are contiguous memory. One
-// copy, in the type that the checkpoint stores; norms and biases are widened to float32. Immutable after Load.
+// copy, in the type that the checkpoint stores or in one that it is converted to; norms and biases are widened to
+// float32. Immutable after Load.
 #ifndef ENGINE_OPT_WEIGHTS_H_
 #define ENGINE_OPT_WEIGHTS_H_
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -32,9 +34,11 @@ absl::StatusOr<std::string> WeightPrefix(const Checkpoint& checkpoint);
 class OptWeights {
  public:
   // Checks that every tensor is there in its shape before anything large is allocated, then reads the files once, in
-  // stripes, and refuses values that are not finite. Errors name file and tensor.
+  // stripes, and refuses values that are not finite. Errors name file and tensor. With `dtype` every matrix is
+  // converted to it, to the nearest; int8 is symmetric with a factor for each row as it is laid out here, and leaves
+  // the position embedding as stored.
   static absl::StatusOr<OptWeights> Load(const Checkpoint& checkpoint, const OptConfig& config, Backend& backend,
-                                         const LoadProgress& progress);
+                                         const LoadProgress& progress, std::optional<DType> dtype = std::nullopt);
 
   EmbeddingWeights token_embedding;  // [vocab, embed]
   Tensor position_embedding;         // [kPositionOffset + context, hidden]

@@ -8,7 +8,8 @@
 namespace dejavu {
 
 struct EngineOptions {
-  std::string model;  // directory in Hugging Face layout
+  std::string model;               // directory in Hugging Face layout
+  std::string weights = "stored";  // type of the matrices in memory: stored, fp32, fp16, bf16 or int8
   // Predictor file; empty: predictor.safetensors in the model's directory, if there is one; "none": none even then.
   std::string predictor;
   bool shadow_fallback = true;   // a layer whose shadow checks fail runs EXACT until they pass again

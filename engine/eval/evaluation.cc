@@ -146,6 +146,7 @@ absl::StatusOr<Evaluation> Evaluator::Run() {
   RETURN_IF_ERROR(Check());
   RETURN_IF_ERROR(CutWindows());
   Evaluation evaluation;
+  evaluation.weight_dtype = runner_.weights().dtype();
   evaluation.tokens = total_rows_;
   RETURN_IF_ERROR(runner_.SetPredictor(predictor_));
 

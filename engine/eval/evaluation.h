@@ -54,6 +54,7 @@ struct TierEvaluation {
 };
 
 struct Evaluation {
+  DType weight_dtype = DType::kFloat32;
   int64_t tokens = 0;  // scored
   std::vector<TierEvaluation> tiers;
 };

@@ -1,9 +1,6 @@
 // dejavu-eval: quality and cost of the tiers on any text.
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdio>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,10 +11,10 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
-#include "engine/checkpoint.h"
 #include "engine/eval/evaluation.h"
 #include "engine/eval/report.h"
 #include "engine/eval/tool.h"
+#include "engine/loaded_model.h"
 #include "engine/model_runner.h"
 #include "kernels/base/status_macros.h"
 
@@ -39,23 +36,15 @@ constexpr char kFooter[] =
     "  dejavu-eval --model deploy/models/opt-8m-books --text book.txt --tiers balanced --batch 8 --union";
 
 struct Arguments {
-  std::string model, predictor, text, json;
+  std::string model, weights = "stored", predictor, text, json;
   std::vector<std::string> tier_names;
   int64_t max_tokens = 0;
   int32_t batch = 1, window = 0, threads = 0;
   bool union_of_rows = false;
 };
 
-// The path, or nothing for none.
-std::optional<std::string> PredictorPath(const Arguments& arguments) {
-  if (arguments.predictor == "none") return std::nullopt;
-  if (!arguments.predictor.empty()) return arguments.predictor;
-  const std::string beside = absl::StrCat(arguments.model, "/predictor.safetensors");
-  return access(beside.c_str(), F_OK) == 0 ? std::optional(beside) : std::nullopt;
-}
-
 // What was asked for; without --tiers all that can be served.
-std::vector<Tier> WantedTiers(const Arguments& arguments, const std::optional<PredictorData>& predictor) {
+std::vector<Tier> WantedTiers(const Arguments& arguments, const PredictorData* predictor) {
   std::vector<Tier> tiers;
   for (const std::string& name : arguments.tier_names) {
     const Tier tier = *ParseTier(name);
@@ -63,18 +52,18 @@ std::vector<Tier> WantedTiers(const Arguments& arguments, const std::optional<Pr
   }
   if (!tiers.empty()) return tiers;
   for (const Tier tier : kAllTiers) {
-    const bool served = predictor.has_value() &&
+    const bool served = predictor != nullptr &&
                         std::find(predictor->tiers.begin(), predictor->tiers.end(), tier) != predictor->tiers.end();
     if (!IsPredicted(tier) || served) tiers.push_back(tier);
   }
   return tiers;
 }
 
-std::string Heading(const Arguments& arguments, const ModelRunner& runner, const std::string& predictor,
-                    const Evaluation& evaluation) {
-  return absl::StrCat("model ", arguments.model, ", predictor ", predictor, "\ntext ", arguments.text, ", ",
-                      evaluation.tokens, " tokens scored, window ", runner.options().window, ", batch ",
-                      arguments.batch,
+std::string Heading(const Arguments& arguments, const ModelRunner& runner, const Evaluation& evaluation) {
+  const std::string predictor = runner.predictor_path().empty() ? "none" : runner.predictor_path();
+  return absl::StrCat("model ", arguments.model, ", ", Name(evaluation.weight_dtype), " weights, predictor ", predictor,
+                      "\ntext ", arguments.text, ", ", evaluation.tokens, " tokens scored, window ",
+                      runner.options().window, ", batch ", arguments.batch,
                       arguments.union_of_rows ? " (rows compute the union of their selections)"
                                               : " (each row computes its own selection)",
                       "\n\n");
@@ -82,36 +71,31 @@ std::string Heading(const Arguments& arguments, const ModelRunner& runner, const
 
 absl::Status Run(const Arguments& arguments) {
   RETURN_IF_ERROR(CheckWritable(arguments.json));
-  ASSIGN_OR_RETURN(const OptConfig config, OptConfig::Load(arguments.model));
+  ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(arguments.model));
   ASSIGN_OR_RETURN(const std::vector<int32_t> tokens,
                    ReadTokens(arguments.model, arguments.text, arguments.max_tokens));
-  const std::optional<std::string> predictor_path = PredictorPath(arguments);
 
   ModelRunner::Options options;
   options.model = arguments.model;
+  options.weights = arguments.weights;
+  options.predictor = arguments.predictor;
   options.threads = arguments.threads;
   options.slots = arguments.batch;
   options.max_rows = arguments.union_of_rows ? arguments.batch : std::max(arguments.batch, kStepRows);
-  options.max_audits = predictor_path.has_value() ? options.max_rows : 0;
+  options.max_audits = options.max_rows;
   options.window = arguments.window > 0 ? arguments.window : std::min(256, config.context);
   ASSIGN_OR_RETURN(const auto runner, ModelRunner::Create(options, [](int64_t, int64_t) { return !Interrupted(); }));
-  std::optional<PredictorData> predictor;
-  if (predictor_path.has_value()) {
-    ASSIGN_OR_RETURN(predictor, ReadPredictor(*predictor_path, config, runner->weights_hash()));
-  }
-
-  const EvaluationOptions wanted = {WantedTiers(arguments, predictor), arguments.union_of_rows};
+  const EvaluationOptions wanted = {WantedTiers(arguments, runner->predictor_data()), arguments.union_of_rows};
   absl::StatusOr<Evaluation> evaluation;
   {
     ProgressLine line("dejavu-eval");
-    evaluation = Evaluate(*runner, predictor.has_value() ? &*predictor : nullptr, tokens, wanted,
-                          [&](int64_t done, int64_t total) {
-                            line.Show("", static_cast<double>(done) / static_cast<double>(total));
-                            return !Interrupted();
-                          });
+    evaluation = Evaluate(*runner, runner->predictor_data(), tokens, wanted, [&](int64_t done, int64_t total) {
+      line.Show("", static_cast<double>(done) / static_cast<double>(total));
+      return !Interrupted();
+    });
   }
   RETURN_IF_ERROR(evaluation.status());
-  std::fputs(Heading(arguments, *runner, predictor_path.value_or("none"), *evaluation).c_str(), stdout);
+  std::fputs(Heading(arguments, *runner, *evaluation).c_str(), stdout);
   std::fputs(EvaluationTable(*evaluation).c_str(), stdout);
   return arguments.json.empty() ? absl::OkStatus() : WriteText(arguments.json, EvaluationJson(*evaluation));
 }
@@ -126,6 +110,10 @@ void AddOptions(CLI::App* program, Arguments* arguments) {
   program->add_option("--model", arguments->model, "Model directory in Hugging Face layout, with a tokenizer")
       ->required();
   program->add_option("--text", arguments->text, "UTF-8 text to evaluate on")->required();
+  program
+      ->add_option("--weights", arguments->weights, "Type of the matrices in memory: stored, fp32, fp16, bf16 or int8")
+      ->check(CLI::IsMember({"stored", "fp32", "fp16", "bf16", "int8"}))
+      ->capture_default_str();
   program->add_option("--predictor", arguments->predictor,
                       "Predictor file, or none; default: predictor.safetensors in the model directory, if there");
   program

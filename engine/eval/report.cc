@@ -51,7 +51,8 @@ std::string Percent(double share, int digits) {
 }  // namespace
 
 std::string EvaluationJson(const Evaluation& evaluation) {
-  Json json = {{"tokens", evaluation.tokens}, {"tiers", Json::array()}};
+  Json json = {
+      {"weight_dtype", Name(evaluation.weight_dtype)}, {"tokens", evaluation.tokens}, {"tiers", Json::array()}};
   for (const TierEvaluation& e : evaluation.tiers) json["tiers"].push_back(TierJson(e));
   return json.dump(2) + "\n";
 }

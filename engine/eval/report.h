@@ -8,7 +8,7 @@
 
 namespace dejavu {
 
-// {"tokens": ..., "tiers": [...]}; null where there is nothing to compute a figure from.
+// {"weight_dtype": ..., "tokens": ..., "tiers": [...]}; null where there is nothing to compute a figure from.
 std::string EvaluationJson(const Evaluation& evaluation);
 
 // A line of column heads and one for each tier.

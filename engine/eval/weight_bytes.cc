@@ -6,7 +6,8 @@ namespace dejavu {
 namespace {
 
 int64_t BytesOf(const NormWeights& norm) { return norm.weight.bytes() + norm.bias.bytes(); }
-int64_t BytesOf(const LinearWeights& linear) { return linear.weight.bytes() + linear.bias.bytes(); }
+int64_t BytesOf(const Tensor& weight, const Tensor& scale) { return weight.bytes() + scale.bytes(); }
+int64_t BytesOf(const LinearWeights& linear) { return BytesOf(linear.weight, linear.scale) + linear.bias.bytes(); }
 
 int64_t SelectorBytes(const SelectorData& selector, int32_t rank_a, int32_t rank_b, int64_t hidden, int64_t outputs) {
   using Row = decltype(selector.a)::value_type;
@@ -26,11 +27,11 @@ const std::optional<OperatingPoint>& PointOf(const SelectorData& selector, Tier 
 LayerBytes::LayerBytes(const LayerWeights& weights, const OptConfig& config) {
   const MlpWeights& w = weights.mlp;
   up_row = BytesOf(w.up) / config.ffn;
-  down_row = w.down.weight.bytes() / config.ffn;
+  down_row = BytesOf(w.down.weight, w.down.scale) / config.ffn;
   down_bias = w.down.bias.bytes();
   mlp = BytesOf(w.up) + BytesOf(w.down);
   // Q, K and V have the same number of rows.
-  head = BytesOf(weights.qkv) / 3 / config.heads + weights.out.weight.bytes() / config.heads;
+  head = BytesOf(weights.qkv) / 3 / config.heads + BytesOf(weights.out.weight, weights.out.scale) / config.heads;
   rest = BytesOf(weights.attention_norm) + BytesOf(weights.mlp_norm) + BytesOf(weights.qkv) / 3 * 2 +
          weights.out.bias.bytes();
 }
@@ -41,7 +42,9 @@ int64_t BytesAfterLayers(const OptWeights& weights) {
 }
 
 int64_t EmbeddingBytes(const OptWeights& weights) {
-  return weights.token_embedding.weight.Rows(0, 1).bytes() + weights.position_embedding.Rows(0, 1).bytes();
+  const EmbeddingWeights& tokens = weights.token_embedding;
+  const int64_t scale = tokens.scale.empty() ? 0 : SizeOf(tokens.scale.dtype);
+  return tokens.weight.Rows(0, 1).bytes() + scale + weights.position_embedding.Rows(0, 1).bytes();
 }
 
 int64_t NeuronPredictorBytes(const SelectorData& neurons, Tier tier, const OptConfig& config) {

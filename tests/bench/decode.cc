@@ -2,8 +2,6 @@
 // a repeat.
 #include "tests/bench/decode.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -90,10 +88,10 @@ class DecodeBench {
 };
 
 absl::Status Bench(const DecodeBenchOptions& options) {
-  ASSIGN_OR_RETURN(const OptConfig config, OptConfig::Load(options.model));
   const int largest = *std::max_element(options.batches.begin(), options.batches.end());
   ModelRunner::Options run;
   run.model = options.model;
+  run.predictor = options.predictor;
   run.threads = options.threads;
   run.slots = largest;
   run.max_rows = std::max(64, largest);
@@ -104,16 +102,10 @@ absl::Status Bench(const DecodeBenchOptions& options) {
     return absl::InvalidArgumentError(absl::StrCat(options.text, ": has ", tokens.size(), " tokens; ", largest,
                                                    " sequences of ", run.window, " need more"));
   }
-  std::string path = options.predictor;
-  if (path.empty()) path = absl::StrCat(options.model, "/predictor.safetensors");
-  std::optional<PredictorData> predictor;
-  if (!options.predictor.empty() || access(path.c_str(), F_OK) == 0) {
-    ASSIGN_OR_RETURN(predictor, ReadPredictor(path, config, runner->weights_hash()));
-    RETURN_IF_ERROR(runner->SetPredictor(&*predictor));
-  }
+  const PredictorData* const predictor = runner->predictor_data();
   std::vector<Tier> tiers = {Tier::kDense};
   for (const Tier tier : kAllTiers) {
-    const bool served = !IsPredicted(tier) || (predictor.has_value() &&
+    const bool served = !IsPredicted(tier) || (predictor != nullptr &&
                                                std::count(predictor->tiers.begin(), predictor->tiers.end(), tier) > 0);
     const bool wanted =
         options.tiers.empty() || std::count(options.tiers.begin(), options.tiers.end(), std::string(Name(tier))) > 0;

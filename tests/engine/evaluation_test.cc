@@ -343,7 +343,8 @@ TEST_F(EvaluationTest, BytesOfAPredictedTierAreWhatItSelectsAndItsPredictor) {
 TEST_F(EvaluationTest, JsonHasEveryKeyForEveryTier) {
   const Evaluation e = Evaluate({kEveryTier, false});
   const auto json = nlohmann::json::parse(EvaluationJson(e));
-  EXPECT_EQ(json.size(), 2u);
+  EXPECT_EQ(json.size(), 3u);
+  EXPECT_EQ(json["weight_dtype"], "float32");
   EXPECT_EQ(json["tokens"], e.tokens);
   ASSERT_EQ(json["tiers"].size(), 5u);
   for (size_t i = 0; i < 5; ++i) {

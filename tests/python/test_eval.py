@@ -33,7 +33,7 @@ def test_the_table_and_the_json_file_agree(tmp_path):
     assert done.returncode == 0, done.stderr.decode()
     result = json.loads(report.read_text())
     assert os.listdir(tmp_path) == ["report.json"]
-    assert set(result) == {"tokens", "tiers"}
+    assert set(result) == {"weight_dtype", "tokens", "tiers"}
     assert result["tokens"] == 900 - math.ceil(900 / 256)
     assert [t["tier"] for t in result["tiers"]] == ["dense", "exact"]
     dense, exact = result["tiers"]

@@ -1,0 +1,48 @@
+#include "engine/loaded_model.h"
+
+#include <unistd.h>
+
+#include "absl/strings/str_cat.h"
+#include "engine/checkpoint.h"
+#include "kernels/base/status_macros.h"
+
+namespace dejavu {
+namespace {
+
+// Empty: none.
+std::string PredictorPath(const ModelOptions& options) {
+  if (options.predictor == "none") return "";
+  if (!options.predictor.empty()) return options.predictor;
+  const std::string beside = absl::StrCat(options.model, "/predictor.safetensors");
+  return access(beside.c_str(), F_OK) == 0 ? beside : "";
+}
+
+}  // namespace
+
+absl::StatusOr<std::optional<DType>> ParseWeights(const std::string& name) {
+  if (name == "stored") return std::optional<DType>();
+  if (name == "fp32") return DType::kFloat32;
+  if (name == "fp16") return DType::kFloat16;
+  if (name == "bf16") return DType::kBFloat16;
+  if (name == "int8") return DType::kInt8;
+  return absl::InvalidArgumentError(
+      absl::StrCat("weights is '", name, "'; it must be stored, fp32, fp16, bf16 or int8"));
+}
+
+absl::StatusOr<OptConfig> LoadModelConfig(const std::string& model) { return OptConfig::Load(model); }
+
+absl::StatusOr<LoadedModel> LoadModel(const ModelOptions& options, const OptConfig& config, Backend& backend,
+                                      const LoadProgress& progress) {
+  ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseWeights(options.weights));
+  LoadedModel model;
+  ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(options.model));
+  ASSIGN_OR_RETURN(model.weights, OptWeights::Load(checkpoint, config, backend, progress, dtype));
+  ASSIGN_OR_RETURN(model.weights_hash, WeightsHash(checkpoint, config));
+  model.predictor_path = PredictorPath(options);
+  if (!model.predictor_path.empty()) {
+    ASSIGN_OR_RETURN(model.predictor, ReadPredictor(model.predictor_path, config, model.weights_hash));
+  }
+  return model;
+}
+
+}  // namespace dejavu

@@ -1,0 +1,42 @@
+// LoadModel: a model by its name, weights and predictor together, for everything that runs one. One thread per call.
+#ifndef ENGINE_LOADED_MODEL_H_
+#define ENGINE_LOADED_MODEL_H_
+
+#include <optional>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "engine/opt_config.h"
+#include "engine/opt_weights.h"
+#include "engine/predictor_file.h"
+#include "kernels/backend.h"
+
+namespace dejavu {
+
+struct ModelOptions {
+  std::string model;               // directory in Hugging Face layout
+  std::string weights = "stored";  // type of the matrices in memory: stored, fp32, fp16, bf16 or int8
+  // File; empty: predictor.safetensors in the model's directory, if there; "none": none even then.
+  std::string predictor;
+};
+
+struct LoadedModel {
+  OptWeights weights;
+  std::optional<PredictorData> predictor;
+  std::string predictor_path;  // empty: none
+  std::string weights_hash;    // of the weights as stored
+};
+
+// The model's shape, without loading it.
+absl::StatusOr<OptConfig> LoadModelConfig(const std::string& model);
+
+// `config` is what LoadModelConfig gave.
+absl::StatusOr<LoadedModel> LoadModel(const ModelOptions& options, const OptConfig& config, Backend& backend,
+                                      const LoadProgress& progress);
+
+// The type that ModelOptions::weights names, nothing for "stored"; INVALID_ARGUMENT for others.
+absl::StatusOr<std::optional<DType>> ParseWeights(const std::string& name);
+
+}  // namespace dejavu
+
+#endif  // ENGINE_LOADED_MODEL_H_
