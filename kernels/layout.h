@@ -13,6 +13,8 @@ namespace dejavu {
 class DeviceLayout {
  public:
   // `view`, which must live until Allocate, gets its shape now and its address then. Without elements it stays empty.
+  // Long rows lie a cache line further apart than they are long: a power of two between rows that are read side by side
+  // would put all of them into the same sets of the caches.
   void Reserve(Tensor* view, DType dtype, int64_t rows, int64_t cols);
   int64_t bytes() const { return bytes_; }
 
@@ -20,6 +22,8 @@ class DeviceLayout {
 
  private:
   static constexpr int64_t kAlignmentBytes = 256;
+  static constexpr int64_t kLineBytes = 64;
+  static constexpr int64_t kPaddedRowBytes = 512;
   struct Region {
     Tensor* view;
     int64_t offset_bytes;

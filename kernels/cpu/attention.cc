@@ -57,9 +57,10 @@ HWY_INLINE void Scores(const float* q, const float* keys, const int32_t* places,
   const float* k[kOutputs];
   for (int i = 0; i < kOutputs; ++i) k[i] = keys + places[i] * head_dim;
   const float* const x[1] = {q};
-  float y[1][kOutputs];
-  DotTile<float, 1, kOutputs>(k, nullptr, x, head_dim, y);
-  for (int i = 0; i < kOutputs; ++i) scores[i] = y[0][i] * scale;
+  V sum[1][kOutputs];
+  for (int i = 0; i < kOutputs; ++i) sum[0][i] = hn::Zero(F32());
+  DotTile<float, 1, kOutputs>(k, nullptr, x, head_dim, sum);
+  for (int i = 0; i < kOutputs; ++i) scores[i] = hn::GetLane(hn::SumOfLanes(F32(), sum[0][i])) * scale;
 }
 
 HWY_INLINE void AttendTile(const AttentionJob& job, const float* q, const int32_t* places, int64_t n, Softmax& softmax,
@@ -73,7 +74,7 @@ HWY_INLINE void AttendTile(const AttentionJob& job, const float* q, const int32_
   const float rescale = Accumulate(scores, n, softmax);
   for (int64_t d = 0; d < head_dim; ++d) context[d] *= rescale;
   const float* values = static_cast<const float*>(job.kv.values);
-  SumColumns<float, 1>({scores, 0, nullptr, values, head_dim, places, n}, 0, head_dim, context, 0);
+  AddColumns<float, 1>({scores, 0, nullptr, values, head_dim, places, n}, 0, head_dim, context, 0);
 }
 
 void Attend(const AttentionJob& job, int64_t first, int64_t last, int64_t head) {

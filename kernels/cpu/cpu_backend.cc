@@ -21,8 +21,7 @@ namespace {
 
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kSmallWork =
-    16 << 10;                         // multiply-adds or elements, a few microseconds: about what waking threads costs
-constexpr int64_t kColumnGrain = 64;  // columns of one part: whole tiles for every target
+    16 << 10;  // multiply-adds or elements, a few microseconds: about what waking threads costs
 constexpr int64_t kChunksPerThread = 8;
 
 int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -141,8 +140,8 @@ class CpuBackend final : public Backend {
  public:
   CpuBackend(int threads, bool pin)
       : pool_(threads, pin),
-        sum_scratch_(static_cast<float*>(std::aligned_alloc(64, threads * cpu::kSumScratchBytes)), std::free) {
-    CHECK(sum_scratch_ != nullptr);
+        scratch_(static_cast<float*>(std::aligned_alloc(64, threads * cpu::kScratchBytes)), std::free) {
+    CHECK(scratch_ != nullptr);
   }
 
   std::string Description() const override {
@@ -201,14 +200,24 @@ class CpuBackend final : public Backend {
   }
 
   const int32_t* Members(const Selection& selected, int64_t rows, int64_t group, int64_t* count);
-  void SumRows(cpu::SumJob job);
+  float* Scratch(int thread) const { return scratch_.get() + thread * (cpu::kScratchBytes / sizeof(float)); }
+  cpu::Quantized Quantize(Tensor x, const float* factor, const int32_t* list, int64_t count);
+  cpu::Quantized QuantizeFor(const LinearWeights& w, Tensor x) {
+    return w.weight.dtype == DType::kInt8 ? Quantize(x, nullptr, nullptr, x.cols) : cpu::Quantized{};
+  }
+  template <typename Function>
+  void Dots(const cpu::DotJob& job, int64_t count, int64_t grain, const Function& function);
+  void SumRows(Tensor y, Tensor x, const LinearWeights& w, const int32_t* list, int64_t count);
   void GroupRows(const RowTable& rows);
 
   ThreadPool pool_;
-  const std::unique_ptr<float, decltype(&std::free)> sum_scratch_;  // [threads, kSumScratchBytes]
+  const std::unique_ptr<float, decltype(&std::free)> scratch_;  // [threads, kScratchBytes]
 
   // Scratch that grows to the largest size seen and then stays.
-  std::vector<float> scaled_;         // activations times the factors of their inputs
+  std::vector<int16_t> quantized_;  // activations for int8 weights, and their factors
+  std::vector<float> quantized_scale_;
+  std::vector<int64_t> bounds_;       // where each segment of a sum begins
+  std::vector<float> sums_;           // and the segments' sums
   std::vector<int32_t> members_;      // weight rows of the selected groups
   std::vector<int32_t> neurons_;      // neurons with an activation other than zero
   std::vector<int64_t> chunk_count_;  // how many of them each chunk of neurons found
@@ -276,38 +285,82 @@ void CpuBackend::Linear(Tensor y, Tensor x, const LinearWeights& w, const Select
   const int32_t* list = Members(selected, w.weight.rows, group, &count);
   if (w.layout == LinearWeights::Layout::kInputRows) {
     CHECK(ride.w == nullptr) << "nothing rides along where an input is a row";
-    SumRows({y, x, &w, list, count});
+    SumRows(y, x, w, list, count);
     return;
   }
-  const cpu::DotJob job = {y, x, &w, list, false};
+  cpu::DotJob job = {y, x, &w, list, false, QuantizeFor(w, x)};
   cpu::DotJob riding = {};
   int64_t total = count;
   if (ride.w != nullptr) {
     CHECK(ride.w->layout == LinearWeights::Layout::kOutputRows);
     CheckLinear(ride.y, x, *ride.w);
-    riding = {ride.y, x, ride.w, nullptr, false};
+    riding = {ride.y, x, ride.w, nullptr, false, job.quantized.q != nullptr ? job.quantized : QuantizeFor(*ride.w, x)};
     total += ride.w->outputs();
   }
-  pool_.ParallelFor(total, OutputGrain(total, w.inputs() * x.rows), [&](int64_t first, int64_t last, int) {
-    if (first < count) cpu::DotProducts(job, first, std::min(last, count));
-    if (last > count) cpu::DotProducts(riding, std::max(first, count) - count, last - count);
+  pool_.ParallelFor(total, OutputGrain(total, w.inputs() * x.rows), [&](int64_t first, int64_t last, int thread) {
+    if (first < count) cpu::DotProducts(job, first, std::min(last, count), Scratch(thread));
+    if (last > count) cpu::DotProducts(riding, std::max(first, count) - count, last - count, Scratch(thread));
   });
 }
 
-void CpuBackend::SumRows(cpu::SumJob job) {
-  if (!job.w->scale.empty()) {  // an input's factor multiplies its activation
-    scaled_.resize(std::max<size_t>(scaled_.size(), job.x.rows * job.x.cols));
-    const float* scale = job.w->scale.row<float>(0);
-    for (int64_t r = 0; r < job.x.rows; ++r) {
-      for (int64_t i = 0; i < job.x.cols; ++i) scaled_[r * job.x.cols + i] = job.x.row<float>(r)[i] * scale[i];
+// x as int8 weights want it.
+cpu::Quantized CpuBackend::Quantize(Tensor x, const float* factor, const int32_t* list, int64_t count) {
+  const int64_t stride = RoundUp(count, cpu::kQuantizedPadding) + cpu::kQuantizedPadding;
+  quantized_.resize(std::max<size_t>(quantized_.size(), x.rows * stride));
+  quantized_scale_.resize(std::max<size_t>(quantized_scale_.size(), x.rows));
+  ForRows(x.rows, count, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      cpu::Quantize(x.row<float>(r), factor, list, count, &quantized_[r * stride], &quantized_scale_[r]);
     }
-    job.x = {scaled_.data(), DType::kFloat32, job.x.rows, job.x.cols, job.x.cols};
+  });
+  return {quantized_.data(), stride, quantized_scale_.data()};
+}
+
+// Few rows: threads share the inputs, so that each reads whole rows of weights. Many: they share the columns.
+void CpuBackend::SumRows(Tensor y, Tensor x, const LinearWeights& w, const int32_t* list, int64_t count) {
+  const int64_t inputs = w.inputs(), columns = w.outputs(), segment = cpu::SegmentInputs(inputs);
+  const int64_t segments = std::max<int64_t>(1, DivideUp(inputs, segment));
+  bounds_.resize(std::max<size_t>(bounds_.size(), segments + 1));
+  for (int64_t s = 0; s < segments; ++s) {
+    bounds_[s] =
+        list != nullptr ? std::lower_bound(list, list + count, s * segment) - list : std::min(s * segment, count);
   }
-  const int64_t columns = job.y.cols;
-  const bool small = columns * job.count * job.x.rows < kSmallWork;
-  const int64_t grain = small ? columns : RoundUp(DivideUp(columns, pool_.threads()), kColumnGrain);
-  pool_.ParallelFor(columns, grain, [&](int64_t first, int64_t last, int thread) {
-    cpu::SumRows(job, first, last, sum_scratch_.get() + thread * (cpu::kSumScratchBytes / sizeof(float)));
+  bounds_[segments] = count;
+  cpu::SumJob job = {y, x, &w, list, count, segments, bounds_.data(), nullptr, 0, {}};
+  if (w.weight.dtype == DType::kInt8) job.quantized = Quantize(x, w.scale.row<float>(0), list, count);
+  const bool small = columns * count * x.rows < kSmallWork;
+  if (small || x.rows > cpu::kSegmentRows) {
+    const int64_t grain = small ? columns : RoundUp(DivideUp(columns, pool_.threads()), cpu::kColumnGrain);
+    pool_.ParallelFor(columns, grain, [&](int64_t first, int64_t last, int thread) {
+      cpu::SumColumns(job, first, last, Scratch(thread));
+    });
+    return;
+  }
+  // Rows of `sums` lie a line more than a power of two apart, or they would share the sets of the caches.
+  job.sums_stride = RoundUp(columns, cpu::kColumnGrain) + 16;
+  sums_.resize(std::max<size_t>(sums_.size(), segments * x.rows * job.sums_stride));
+  job.sums = sums_.data();
+  const int64_t slabs = std::clamp<int64_t>(DivideUp(2 * pool_.threads(), segments), 1, DivideUp(columns, 512));
+  const int64_t slab = RoundUp(DivideUp(columns, slabs), cpu::kColumnGrain);
+  pool_.ParallelFor(segments * slabs, 1, [&](int64_t first, int64_t last, int thread) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t s = i / slabs, c = i % slabs * slab;
+      if (bounds_[s] < bounds_[s + 1] && c < columns) {
+        cpu::SumSegment(job, s, c, std::min(c + slab, columns), Scratch(thread));
+      }
+    }
+  });
+  pool_.ParallelFor(
+      columns, RoundUp(DivideUp(columns, pool_.threads()), cpu::kColumnGrain),
+      [&](int64_t first, int64_t last, int thread) { cpu::JoinSegments(job, first, last, Scratch(thread)); });
+}
+
+// Outputs of w for x, in parts that whichever thread is free takes; and right after each part function(first, last).
+template <typename Function>
+void CpuBackend::Dots(const cpu::DotJob& job, int64_t count, int64_t grain, const Function& function) {
+  pool_.ParallelFor(count, grain, [&](int64_t first, int64_t last, int thread) {
+    cpu::DotProducts(job, first, last, Scratch(thread));
+    function(first, last);
   });
 }
 
@@ -444,9 +497,8 @@ void CpuBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& n
   chunk_count_.assign(chunks, 0);
   chunk_rows_.assign(chunks * counted, 0);
 
-  const cpu::DotJob up = {hidden, x, &w.up, list, true};
-  pool_.ParallelFor(count, grain, [&](int64_t first, int64_t last, int) {
-    cpu::DotProducts(up, first, last);
+  const cpu::DotJob up = {hidden, x, &w.up, list, true, QuantizeFor(w.up, x)};
+  Dots(up, count, grain, [&](int64_t first, int64_t last) {
     if (!neurons.masks.empty()) ApplyMasks(hidden, neurons, first, last);
     for (int64_t r = 0; r < counted; ++r) {
       chunk_rows_[first / grain * counted + r] = NonZero(hidden.row<float>(r), list, first, last);
@@ -467,9 +519,9 @@ void CpuBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& n
     counts[counted] = static_cast<int32_t>(not_zero);
   }
   if (skip_zeros) {
-    SumRows({y, hidden, &w.down, neurons_.data(), not_zero});
+    SumRows(y, hidden, w.down, neurons_.data(), not_zero);
   } else {
-    SumRows({y, hidden, &w.down, list, count});
+    SumRows(y, hidden, w.down, list, count);
   }
 }
 
@@ -480,9 +532,8 @@ void CpuBackend::Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor 
   CheckShape("worth of Audit", worth, DType::kFloat32, 1, up.outputs());
   CheckMasks(neurons, x.rows, up.outputs());
   CHECK(neurons.all() || !neurons.masks.empty()) << "an audit wants to know what each row selected";
-  const cpu::DotJob job = {hidden, x, &up, nullptr, true};
-  pool_.ParallelFor(up.outputs(), OutputGrain(up.outputs(), up.inputs() * x.rows),
-                    [&](int64_t first, int64_t last, int) { cpu::DotProducts(job, first, last); });
+  const cpu::DotJob job = {hidden, x, &up, nullptr, true, QuantizeFor(up, x)};
+  Dots(job, up.outputs(), OutputGrain(up.outputs(), up.inputs() * x.rows), [](int64_t, int64_t) {});
   for (int64_t i = 0; i < x.rows; ++i) {
     const float* h = hidden.row<float>(i);
     double mass = 0.0, missed = 0.0;

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels/cpu/kernels.h"
 
@@ -94,6 +95,47 @@ void LayerNorm(const Tensor& y, const Tensor& x, const NormWeights& norm, int64_
   }
 }
 
+// An infinity or a NaN makes the whole row NaN.
+void Quantize(const float* x, const float* factor, const int32_t* list, int64_t count, int16_t* q, float* scale) {
+  constexpr int32_t kInfinity = 0x7f800000;
+  const auto at = [&](int64_t i) HWY_ATTR {
+    const int64_t place = list != nullptr ? list[i] : i;
+    return factor != nullptr ? x[place] * factor[place] : x[place];
+  };
+  const bool plain = list == nullptr && factor == nullptr;
+  const int64_t whole = plain ? count - count % kLanes : 0;
+  int32_t most = 0;  // of floats without sign, which order as integers
+  hn::Vec<hn::RebindToSigned<F32>> most_of_lane = hn::Zero(hn::RebindToSigned<F32>());
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const V magnitude = hn::Abs(hn::LoadU(F32(), x + i));
+    most_of_lane = hn::Max(most_of_lane, hn::BitCast(hn::RebindToSigned<F32>(), magnitude));
+  }
+  if (whole > 0) most = hn::GetLane(hn::MaxOfLanes(hn::RebindToSigned<F32>(), most_of_lane));
+  for (int64_t i = whole; i < count; ++i) {
+    const float v = std::abs(at(i));
+    int32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    most = std::max(most, bits);
+  }
+  float largest;
+  std::memcpy(&largest, &most, sizeof largest);
+  std::fill_n(q + count, kQuantizedPadding, int16_t{0});
+  // The smallest floats would have an infinite inverse: they count as zero.
+  const float inverse = static_cast<float>(kQuantizedMost) / largest;
+  if (most >= kInfinity || std::isinf(inverse)) {
+    *scale = most >= kInfinity ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
+    std::fill_n(q, count, int16_t{0});
+    return;
+  }
+  *scale = largest / static_cast<float>(kQuantizedMost);
+  const hn::Rebind<int16_t, F32> di16;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const V scaled = hn::Mul(hn::LoadU(F32(), x + i), hn::Set(F32(), inverse));
+    hn::StoreU(hn::DemoteTo(di16, hn::NearestInt(scaled)), di16, q + i);
+  }
+  for (int64_t i = whole; i < count; ++i) q[i] = static_cast<int16_t>(std::lrintf(at(i) * inverse));
+}
+
 void Add(const Tensor& x, const Tensor& y, int64_t first, int64_t last) {
   for (int64_t r = first; r < last; ++r) EmbedRow(x.row<float>(r), y.row<float>(r), 1.0f, x.cols, true);
 }
@@ -107,6 +149,7 @@ namespace dejavu::cpu {
 HWY_EXPORT(Target);
 HWY_EXPORT(Embed);
 HWY_EXPORT(LayerNorm);
+HWY_EXPORT(Quantize);
 HWY_EXPORT(Add);
 
 const char* TargetName() { return HWY_DYNAMIC_DISPATCH(Target)(); }
@@ -118,6 +161,10 @@ void Embed(const Tensor& y, const Tensor& ids, const EmbeddingWeights& table, in
 
 void LayerNorm(const Tensor& y, const Tensor& x, const NormWeights& norm, int64_t first, int64_t last) {
   HWY_DYNAMIC_DISPATCH(LayerNorm)(y, x, norm, first, last);
+}
+
+void Quantize(const float* x, const float* factor, const int32_t* list, int64_t count, int16_t* q, float* scale) {
+  HWY_DYNAMIC_DISPATCH(Quantize)(x, factor, list, count, q, scale);
 }
 
 void Add(const Tensor& x, const Tensor& y, int64_t first, int64_t last) {

@@ -5,8 +5,9 @@
 //
 // How sums stay the same: a dot product keeps one vector accumulator per (row, output), goes through the inputs in
 // order, and reduces at the end; a sum of rows is one fused multiply-add after the other per output, in input order,
-// from zero. Tiles only decide which of these run side by side. Adding an input whose activation is zero changes no bit
-// (weights are finite), so leaving such inputs out gives the same result.
+// from zero, for each segment of inputs, and then the segments are added in order. Tiles only decide which of these run
+// side by side. Adding an input whose activation is zero changes no bit (weights are finite), so leaving such inputs
+// out gives the same result. With int8 weights the activations become int16 and what is added are integers, exactly.
 #ifndef KERNELS_CPU_KERNELS_H_
 #define KERNELS_CPU_KERNELS_H_
 
@@ -18,6 +19,22 @@ namespace dejavu::cpu {
 
 const char* TargetName();
 
+// A thread's own memory for a call, 64-byte aligned.
+constexpr int64_t kScratchBytes = 320 << 10;
+
+// Activations for int8 weights: x[r][i] = scale[r] * q[r][i], rounded, |q| <= kQuantizedMost. So kQuantizedBlock
+// products with int8 weights add up in int32. Rows are padded with kQuantizedPadding zeros.
+constexpr int32_t kQuantizedMost = 16383;
+constexpr int64_t kQuantizedBlock = 1024;
+constexpr int64_t kQuantizedPadding = 64;
+struct Quantized {
+  const int16_t* q;  // [rows, stride]
+  int64_t stride;
+  const float* scale;  // [rows]
+};
+// Row r of x, element list[i] (nullptr: i) times factor (nullptr: 1) of the same number, to q[i] for i < count.
+void Quantize(const float* x, const float* factor, const int32_t* list, int64_t count, int16_t* q, float* scale);
+
 // y = W x + b for kOutputRows, then ReLU if asked for.
 struct DotJob {
   Tensor y;                // [rows, outputs of w]
@@ -25,9 +42,10 @@ struct DotJob {
   const LinearWeights* w;  // [outputs, inputs]
   const int32_t* outputs;  // which outputs; nullptr: all
   bool relu;
+  Quantized quantized;  // x, for int8
 };
 // The outputs at `first` ... `last` of the list. NaN passes ReLU.
-void DotProducts(const DotJob& job, int64_t first, int64_t last);
+void DotProducts(const DotJob& job, int64_t first, int64_t last, float* scratch);
 
 // y = W x + b for kInputRows over a list of inputs.
 struct SumJob {
@@ -36,10 +54,21 @@ struct SumJob {
   const LinearWeights* w;  // [inputs, outputs]
   const int32_t* inputs;   // which inputs, ascending; nullptr: 0 ... count
   int64_t count;
+  int64_t segments;
+  const int64_t* bounds;  // [segments + 1] where in the list each segment begins; the last is `count`
+  float* sums;            // [segments, rows, sums_stride] of each segment, where segments are summed apart
+  int64_t sums_stride;
+  Quantized quantized;  // x by position in the list, times the factors of the inputs, for int8
 };
-constexpr int64_t kSumScratchBytes = 32 << 10;
-// The columns `first` ... `last`. `scratch` is the calling thread's own, 64-byte aligned.
-void SumRows(const SumJob& job, int64_t first, int64_t last, float* scratch);
+// The inputs of a segment, whole ones from 0 on.
+int64_t SegmentInputs(int64_t inputs);
+constexpr int64_t kColumnGrain = 64;  // ranges of columns start at multiples of it
+
+// Few rows: each segment by itself into `sums`, then all of them together into y. Many: columns of y at once.
+constexpr int64_t kSegmentRows = 16;
+void SumSegment(const SumJob& job, int64_t segment, int64_t first, int64_t last, float* scratch);
+void JoinSegments(const SumJob& job, int64_t first, int64_t last, float* scratch);
+void SumColumns(const SumJob& job, int64_t first, int64_t last, float* scratch);
 
 // Which outputs each row selects; see SelectorWeights. A word holds 32 outputs.
 struct SelectJob {

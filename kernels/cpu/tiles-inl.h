@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "hwy/highway.h"
+#include "kernels/cpu/kernels.h"
 
 #if defined(KERNELS_CPU_TILES_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef KERNELS_CPU_TILES_INL_H_
@@ -20,9 +21,11 @@ using F32 = hn::ScalableTag<float>;
 using V = hn::Vec<F32>;
 constexpr int64_t kLanes = hn::MaxLanes(F32());
 constexpr int kTileVectors = 4;
-// 4 * kTileRows accumulators, the operands of kTileRows rows and one vector of weights fill the registers: 32 with
-// AVX-512, else 16. One more and an accumulator lives on the stack, at half the speed.
-constexpr int kTileRows = HWY_TARGET <= HWY_AVX3 ? 6 : 3;
+// Rows of a tile: with two vectors of the other side, 12 accumulators and their operands fill 16 registers. One more
+// and an accumulator lives on the stack, at half the speed.
+constexpr int kTileRows = 6;
+constexpr int64_t kStreamInputs = 8;  // rows that are read side by side, where each passes once
+constexpr int64_t kPackRows = 12;     // from more rows of x on, weights are widened once for all of them
 constexpr int64_t kPrefetchBytes = 2048;
 constexpr int64_t kLineBytes = 64;
 
@@ -77,6 +80,12 @@ HWY_INLINE void StorePart(V v, float* p, int64_t n) {
   std::memcpy(p, part, n * sizeof(float));
 }
 
+// The first n <= kLanes elements.
+HWY_INLINE void StoreFirst(V v, float* p, int64_t n) {
+  if (n < kLanes) return StorePart(v, p, n);
+  hn::StoreU(v, F32(), p);
+}
+
 template <typename W, int kRows, int kOutputs>
 HWY_INLINE void DotStep(const W* const (&w)[kOutputs], const float* const (&x)[kRows], int64_t k,
                         V (&sum)[kRows][kOutputs]) {
@@ -91,21 +100,19 @@ HWY_INLINE void DotStep(const W* const (&w)[kOutputs], const float* const (&x)[k
   }
 }
 
-// y[r][o] = x[r] . w[o] over n inputs. With `next`, the rows that will be read after w, it fetches ahead and into
+// sum[r][o] += x[r] . w[o] over n inputs. With `next`, the rows that will be read after w, it fetches ahead and into
 // those.
 template <typename W, int kRows, int kOutputs>
-HWY_INLINE void DotTile(const W* const (&w)[kOutputs], const W* const* next, const float* const (&x)[kRows], int64_t n,
-                        float (&y)[kRows][kOutputs]) {
+HWY_INLINE void DotTile(const W* const* w_list, const W* const* next, const float* const (&x)[kRows], int64_t n,
+                        V (&sum)[kRows][kOutputs]) {
   constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(W));
-  constexpr int64_t kAhead = kPrefetchBytes / static_cast<int64_t>(sizeof(W));
-  V sum[kRows][kOutputs];
-  for (int r = 0; r < kRows; ++r) {
-    for (int o = 0; o < kOutputs; ++o) sum[r][o] = hn::Zero(F32());
-  }
+  const int64_t ahead = HWY_MIN(kPrefetchBytes / static_cast<int64_t>(sizeof(W)), n);
+  const W* w[kOutputs];
+  for (int o = 0; o < kOutputs; ++o) w[o] = w_list[o];
   int64_t k = 0;
   for (; k + kLine <= n; k += kLine) {
     if (next != nullptr) {
-      for (int o = 0; o < kOutputs; ++o) Prefetch(k + kAhead < n ? w[o] + k + kAhead : next[o] + (k + kAhead - n));
+      for (int o = 0; o < kOutputs; ++o) Prefetch(k + ahead < n ? w[o] + k + ahead : next[o] + (k + ahead - n));
     }
     for (int64_t i = 0; i < kLine; i += kLanes) DotStep(w, x, k + i, sum);
   }
@@ -118,9 +125,100 @@ HWY_INLINE void DotTile(const W* const (&w)[kOutputs], const W* const* next, con
       for (int r = 0; r < kRows; ++r) sum[r][o] = hn::MulAdd(xk[r], wk, sum[r][o]);
     }
   }
+}
+
+// Integers. A vector of int16 holds kPairLanes of them; products of neighbours are added in pairs to int32. The scalar
+// target keeps one product a lane.
+using I32 = hn::ScalableTag<int32_t>;
+using VI32 = hn::Vec<I32>;
+using I16 = hn::ScalableTag<int16_t>;
+#if HWY_TARGET == HWY_SCALAR
+struct VI16 {
+  int16_t a, b;
+};
+constexpr int64_t kPairLanes = 1;
+HWY_INLINE VI16 WidenPair(const int8_t* p) { return {*p, 0}; }
+HWY_INLINE VI16 WidenPairPart(const int8_t* p, int64_t /*n*/) { return {*p, 0}; }
+HWY_INLINE VI16 LoadPair(const int16_t* p) { return {*p, 0}; }
+HWY_INLINE VI16 SetPair(int32_t pair) { return {static_cast<int16_t>(pair), static_cast<int16_t>(pair >> 16)}; }
+HWY_INLINE VI16 InterleavePairLower(VI16 a, VI16 b) { return {a.a, b.a}; }
+HWY_INLINE VI16 InterleavePairUpper(VI16 /*a*/, VI16 /*b*/) { return {0, 0}; }
+HWY_INLINE VI32 AddPairProducts(VI16 a, VI16 b, VI32 sum) {
+  return hn::Add(sum, hn::Set(I32(), int32_t{a.a} * b.a + int32_t{a.b} * b.b));
+}
+constexpr int64_t PairPlace(int64_t column) { return column; }
+#else
+using VI16 = hn::Vec<I16>;
+using I8 = hn::Rebind<int8_t, I16>;
+constexpr int64_t kPairLanes = hn::MaxLanes(I16());
+HWY_INLINE VI16 WidenPair(const int8_t* p) { return hn::PromoteTo(I16(), hn::LoadU(I8(), p)); }
+HWY_INLINE VI16 WidenPairPart(const int8_t* p, int64_t n) {
+  alignas(64) int8_t part[kPairLanes] = {};
+  std::memcpy(part, p, n % kPairLanes);
+  return WidenPair(part);
+}
+HWY_INLINE VI16 LoadPair(const int16_t* p) { return hn::LoadU(I16(), p); }
+HWY_INLINE VI16 SetPair(int32_t pair) { return hn::BitCast(I16(), hn::Set(I32(), pair)); }
+HWY_INLINE VI16 InterleavePairLower(VI16 a, VI16 b) { return hn::InterleaveLower(I16(), a, b); }
+HWY_INLINE VI16 InterleavePairUpper(VI16 a, VI16 b) { return hn::InterleaveUpper(I16(), a, b); }
+HWY_INLINE VI32 AddPairProducts(VI16 a, VI16 b, VI32 sum) {
+  VI32 unused = hn::Zero(I32());
+  return hn::ReorderWidenMulAccumulate(I32(), a, b, sum, unused);
+}
+// Where a column of a unit lies after the interleaving, which works within 128 bits: 4 columns of each 8 in the lower
+// vector, 4 in the upper.
+constexpr int64_t PairPlace(int64_t column) { return column / 8 * 4 + column % 4 + (column % 8 >= 4 ? kLanes : 0); }
+#endif
+
+// y[r][o] = x[r] . w[o] over `n` <= kQuantizedBlock of the `inputs` from `first` on. x is padded with zeros, w is not.
+template <int kRows, int kOutputs>
+HWY_INLINE void IntegerDotTile(const int8_t* const (&w)[kOutputs], const int8_t* const* next,
+                               const int16_t* const (&x)[kRows], int64_t first, int64_t n, int64_t inputs,
+                               int32_t (&y)[kRows][kOutputs]) {
+  const int64_t ahead = HWY_MIN(kPrefetchBytes, inputs), end = first + n;
+  VI32 sum[kRows][kOutputs];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    for (int o = 0; o < kOutputs; ++o) y[r][o] = hn::GetLane(hn::SumOfLanes(F32(), sum[r][o]));
+#pragma GCC unroll 8
+    for (int o = 0; o < kOutputs; ++o) sum[r][o] = hn::Zero(I32());
   }
+  const auto step = [&](int64_t k) HWY_ATTR {
+    VI16 xk[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) xk[r] = LoadPair(x[r] + k);
+#pragma GCC unroll 8
+    for (int o = 0; o < kOutputs; ++o) {
+      const VI16 wk = WidenPair(w[o] + k);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum[r][o] = AddPairProducts(xk[r], wk, sum[r][o]);
+    }
+  };
+  int64_t k = first;
+  for (; k + kLineBytes <= end; k += kLineBytes) {
+    if (next != nullptr) {
+      for (int o = 0; o < kOutputs; ++o) {
+        Prefetch(k + ahead < inputs ? w[o] + k + ahead : next[o] + (k + ahead - inputs));
+      }
+    }
+    for (int64_t i = 0; i < kLineBytes; i += kPairLanes) step(k + i);
+  }
+  for (; k + kPairLanes <= end; k += kPairLanes) step(k);
+  if (k < end) {
+    for (int o = 0; o < kOutputs; ++o) {
+      const VI16 wk = WidenPairPart(w[o] + k, end - k);
+      for (int r = 0; r < kRows; ++r) sum[r][o] = AddPairProducts(LoadPair(x[r] + k), wk, sum[r][o]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int o = 0; o < kOutputs; ++o) y[r][o] = hn::GetLane(hn::SumOfLanes(I32(), sum[r][o]));
+  }
+}
+
+// Calls function.template Tile<kRows>(first) for tiles of rows: as many of kTileRows as fit, then one of the rest.
+template <int kRows = kTileRows, typename Function>
+HWY_INLINE void ForRowTiles(int64_t rows, const Function& function, int64_t first = 0) {
+  for (; rows - first >= kRows; first += kRows) function.template Tile<kRows>(first);
+  if constexpr (kRows > 1) ForRowTiles<kRows - 1>(rows, function, first);
 }
 
 // The inputs of a sum of rows: input i of the list has its activation at x[r * x_stride + x_at(i)] and its weights in
@@ -183,7 +281,7 @@ HWY_INLINE void SumTail(const Inputs<W>& in, int64_t column, int64_t n, float* y
 
 // y[r][first ... last] += sum over the inputs, for kRows rows.
 template <typename W, int kRows>
-HWY_INLINE void SumColumns(const Inputs<W>& in, int64_t first, int64_t last, float* y, int64_t y_stride) {
+HWY_INLINE void AddColumns(const Inputs<W>& in, int64_t first, int64_t last, float* y, int64_t y_stride) {
   int64_t column = first;
   for (; column + kTileVectors * kLanes <= last; column += kTileVectors * kLanes) {
     SumTile<W, kRows, kTileVectors>(in, column, y, y_stride);

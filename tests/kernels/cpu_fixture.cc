@@ -39,13 +39,13 @@ void ExpectClose(const Matrix& got, const Matrix& want, const Matrix& magnitude)
   ASSERT_EQ(got.cols, want.cols);
   for (int64_t r = 0; r < got.rows; ++r) {
     for (int64_t c = 0; c < got.cols; ++c) {
-      ASSERT_NEAR(got.at(r, c), want.at(r, c), 2e-6f * magnitude.at(r, c)) << "row " << r << ", column " << c;
+      ASSERT_NEAR(got.at(r, c), want.at(r, c), kRounding * magnitude.at(r, c)) << "row " << r << ", column " << c;
     }
   }
 }
 
 void ExpectClose(const Matrix& got, const Matrix& want, float tolerance) {
-  ExpectClose(got, want, Matrix(want.rows, want.cols, tolerance / 2e-6f));
+  ExpectClose(got, want, Matrix(want.rows, want.cols, tolerance / kRounding));
 }
 
 CpuFixture::CpuFixture() {
@@ -68,7 +68,7 @@ LinearWeights CpuFixture::Weights(const Matrix& w, Layout layout, DType dtype, c
   Matrix values = layout == Layout::kOutputRows ? w : Transposed(w);
   if (dtype == DType::kInt8) {
     for (float& value : values.values) value = std::round(127.0f * value);
-    Matrix scale = Random(1, w.rows, 4);
+    Matrix scale = Random(1, values.rows, 4);
     for (float& value : scale.values) value /= 127.0f;
     result.scale = arena_.Put(scale);
   }
@@ -81,15 +81,36 @@ Matrix CpuFixture::ValuesOf(const LinearWeights& w) {
   Matrix values = w.layout == Layout::kOutputRows ? Get(w.weight) : Transposed(Get(w.weight));
   if (w.scale.empty()) return values;
   for (int64_t o = 0; o < values.rows; ++o) {
-    for (int64_t i = 0; i < values.cols; ++i) values.at(o, i) *= w.scale.row<float>(0)[o];
+    for (int64_t i = 0; i < values.cols; ++i) {
+      values.at(o, i) *= w.scale.row<float>(0)[w.layout == Layout::kOutputRows ? o : i];
+    }
   }
   return values;
 }
 
+Matrix CpuFixture::Reference(const Matrix& x, const LinearWeights& w, Matrix* magnitude) {
+  constexpr float kSteps = 16383.0f;  // of an activation, from zero to the largest of its row
+  const Matrix values = ValuesOf(w);
+  Matrix y = ReferenceLinear(x, values, w.bias.empty() ? Matrix() : Get(w.bias), magnitude);
+  if (w.scale.empty()) return y;
+  // With int8 weights activations are rounded to integers, after the factor of their input where it has one.
+  const auto factor = [&](int64_t i) { return w.layout == Layout::kOutputRows ? 1.0f : w.scale.row<float>(0)[i]; };
+  for (int64_t r = 0; r < x.rows; ++r) {
+    float largest = 0.0f;
+    for (int64_t i = 0; i < x.cols; ++i) largest = std::max(largest, std::abs(x.at(r, i) * factor(i)));
+    for (int64_t o = 0; o < y.cols; ++o) {
+      for (int64_t i = 0; i < x.cols; ++i) {
+        if (factor(i) == 0.0f) continue;
+        magnitude->at(r, o) += std::abs(values.at(o, i) / factor(i)) * largest / kSteps * 0.51f / kRounding;
+      }
+    }
+  }
+  return y;
+}
+
 void CpuMlpFixture::Use(int64_t hidden, int64_t neurons, DType dtype) {
-  const DType down = dtype == DType::kInt8 ? DType::kBFloat16 : dtype;
   w_.up = Weights(Random(neurons, hidden, 11), Layout::kOutputRows, dtype, Random(1, neurons, 12));
-  w_.down = Weights(Random(hidden, neurons, 13), Layout::kInputRows, down, Random(1, hidden, 14));
+  w_.down = Weights(Random(hidden, neurons, 13), Layout::kInputRows, dtype, Random(1, hidden, 14));
 }
 
 Matrix CpuMlpFixture::Mlp(const Matrix& x, const Selection& neurons, bool skip_zeros, const Tensor& active) {
@@ -100,13 +121,19 @@ Matrix CpuMlpFixture::Mlp(const Matrix& x, const Selection& neurons, bool skip_z
 }
 
 Matrix CpuMlpFixture::Reference(const Matrix& x, const std::vector<int32_t>& neurons, Matrix* magnitude) {
-  const Matrix hidden = ReferenceLinear(x, ValuesOf(w_.up), Get(w_.up.bias), magnitude);
+  Matrix of_hidden;
+  const Matrix hidden = Reference(x, w_.up, &of_hidden);
   Matrix active(hidden.rows, hidden.cols);
   for (int64_t r = 0; r < hidden.rows; ++r) {
     for (const int32_t n : neurons) active.at(r, n) = std::max(0.0f, hidden.at(r, n));
   }
-  Matrix y = ReferenceLinear(active, ValuesOf(w_.down), Get(w_.down.bias), magnitude);
-  for (float& m : magnitude->values) m *= 10;  // the hidden values are rounded too
+  Matrix y = Reference(active, w_.down, magnitude);
+  const Matrix down = ValuesOf(w_.down);
+  for (int64_t r = 0; r < y.rows; ++r) {
+    for (int64_t o = 0; o < y.cols; ++o) {
+      for (const int32_t n : neurons) magnitude->at(r, o) += std::abs(down.at(o, n)) * of_hidden.at(r, n);
+    }
+  }
   return y;
 }
 

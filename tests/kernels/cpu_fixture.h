@@ -23,6 +23,7 @@ constexpr DType kWeightTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFlo
 
 std::unique_ptr<Backend> CreateCpu(int threads);
 
+constexpr float kRounding = 2e-6f;
 // Rounding of a sum of terms whose absolute values add up to `magnitude`.
 void ExpectClose(const Matrix& got, const Matrix& want, const Matrix& magnitude);
 void ExpectClose(const Matrix& got, const Matrix& want, float tolerance);
@@ -44,6 +45,8 @@ class CpuFixture : public testing::TestWithParam<std::tuple<int64_t, int>> {  //
   // Weights [outputs, inputs] in `layout`, rounded to `dtype`; with a scale for int8.
   LinearWeights Weights(const Matrix& w, Layout layout, DType dtype, const Matrix& bias = {});
   static Matrix ValuesOf(const LinearWeights& w);  // [outputs, inputs]
+  // W x + b, plain, and what its rounding is measured by.
+  static Matrix Reference(const Matrix& x, const LinearWeights& w, Matrix* magnitude);
 
   Arena arena_;
   std::unique_ptr<Backend> backend_;
@@ -51,11 +54,11 @@ class CpuFixture : public testing::TestWithParam<std::tuple<int64_t, int>> {  //
 
 class CpuMlpFixture : public CpuFixture {
  protected:
-  // int8 is for the up-projection only; the other is bfloat16 then.
   void Use(int64_t hidden, int64_t neurons, DType dtype);
   Matrix Mlp(const Matrix& x, const Selection& neurons = {}, bool skip_zeros = true, const Tensor& active = {});
   // Plain, over `neurons` only.
   Matrix Reference(const Matrix& x, const std::vector<int32_t>& neurons, Matrix* magnitude);
+  using CpuFixture::Reference;
 
   MlpWeights w_;
 };

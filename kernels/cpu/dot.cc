@@ -1,0 +1,238 @@
+// Products where an output is a row of the weight. A group of outputs passes a block of inputs at a time: the block of x
+// stays in L1 while all rows of weights of the group meet it, so memory is read once however many rows x has. Between
+// blocks the accumulators of a group wait in the thread's scratch. When the rows of x are many, weights are widened
+// once for all of them.
+#include <algorithm>
+
+#include "kernels/cpu/kernels.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/dot.cc"
+#include "hwy/foreach_target.h"
+
+// What follows is included once for each target, so it stays below foreach_target.h.
+#include "kernels/cpu/tiles-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace dejavu::cpu::HWY_NAMESPACE {
+
+constexpr int64_t kGroupOutputs = 32;
+constexpr int64_t kBlockRows = 96;     // rows of x whose accumulators, for a group, fit L2
+constexpr int64_t kBlockInputs = 256;  // inputs of a block where the rows are several tiles
+constexpr int64_t kL1Bytes = 16 << 10;  // what a block of x may take of L1
+static_assert((kGroupOutputs * kBlockRows * kLanes + kGroupOutputs * kBlockInputs) * int64_t{sizeof(float)} <=
+              kScratchBytes);
+
+// Outputs of a tile: chains of multiply-adds enough to hide their latency, and no more than the registers hold.
+template <int kRows>
+constexpr int kOutputsOf = kRows == 1 ? 8 : kRows <= 3 || HWY_TARGET <= HWY_AVX3 ? 4 : 2;
+
+// One block of inputs of one group of outputs.
+template <typename W>
+struct DotBlock {
+  const DotJob& job;
+  int64_t first;             // the group's outputs in the list
+  int64_t count;             // and how many
+  int64_t input;             // the first of the block
+  int64_t inputs;            // and how many
+  bool last;                 // no input follows
+  int64_t row;               // the first of the rows
+  int64_t rows;              // and how many
+  const W* const* w;         // [2 * kGroupOutputs] the outputs' weights at `input`; then what will be read after them
+  float* sums;               // [kGroupOutputs][kBlockRows][kLanes]
+  bool fetch;
+
+  int64_t Output(int64_t i) const { return job.outputs != nullptr ? job.outputs[first + i] : first + i; }
+
+  template <int kRows>
+  void Tile(int64_t r) const {
+    constexpr int kOutputs = kOutputsOf<kRows>;
+    int64_t i = 0;
+    for (; i + kOutputs <= count; i += kOutputs) Outputs<kRows, kOutputs>(r, i);
+    for (; i < count; ++i) Outputs<kRows, 1>(r, i);
+  }
+
+  template <int kRows, int kOutputs>
+  HWY_INLINE void Outputs(int64_t r, int64_t i) const {
+    const float* x[kRows];
+    for (int a = 0; a < kRows; ++a) x[a] = job.x.row<float>(row + r + a) + input;
+    V sum[kRows][kOutputs];
+    float* const kept = sums + (i * kBlockRows + r) * kLanes;
+#pragma GCC unroll 8
+    for (int o = 0; o < kOutputs; ++o) {
+#pragma GCC unroll 8
+      for (int a = 0; a < kRows; ++a) {
+        sum[a][o] = input == 0 ? hn::Zero(F32()) : hn::Load(F32(), kept + (o * kBlockRows + a) * kLanes);
+      }
+    }
+    DotTile<W, kRows, kOutputs>(w + i, fetch && r == 0 ? w + i + kOutputs : nullptr, x, inputs, sum);
+    if (last) return Finish<kRows, kOutputs>(sum, row + r, i);
+#pragma GCC unroll 8
+    for (int o = 0; o < kOutputs; ++o) {
+#pragma GCC unroll 8
+      for (int a = 0; a < kRows; ++a) hn::Store(sum[a][o], F32(), kept + (o * kBlockRows + a) * kLanes);
+    }
+  }
+
+  template <int kRows, int kOutputs>
+  HWY_INLINE void Finish(const V (&sum)[kRows][kOutputs], int64_t r, int64_t i) const {
+    const float* bias = job.w->bias.empty() ? nullptr : job.w->bias.row<float>(0);
+    for (int o = 0; o < kOutputs; ++o) {
+      const int64_t output = Output(i + o);
+      const float b = bias != nullptr ? bias[output] : 0.0f;
+      for (int a = 0; a < kRows; ++a) {
+        const float y = hn::GetLane(hn::SumOfLanes(F32(), sum[a][o])) + b;
+        job.y.row<float>(r + a)[output] = job.relu && y < 0.0f ? 0.0f : y;
+      }
+    }
+  }
+};
+
+template <typename W>
+class DotRun {
+ public:
+  DotRun(const DotJob& job, int64_t first, int64_t last, float* scratch)
+      : job_(job), first_(first), last_(last), sums_(scratch), panel_(scratch + kGroupOutputs * kBlockRows * kLanes) {}
+
+  void Run() {
+    for (int64_t row = 0; row < job_.x.rows; row += kBlockRows) Rows(row, std::min(kBlockRows, job_.x.rows - row));
+  }
+
+ private:
+  const W* Weights(int64_t i) const {
+    return job_.w->weight.template row<W>(job_.outputs != nullptr ? job_.outputs[i] : i);
+  }
+
+  // A single row of x passes whole rows of weights; a few rows what of them fits L1.
+  static int64_t BlockInputs(int64_t rows, int64_t inputs) {
+    if (rows == 1) return inputs;
+    if (rows > kTileRows) return kBlockInputs;
+    return kL1Bytes / static_cast<int64_t>(sizeof(float)) / rows / kLineBytes * kLineBytes;
+  }
+
+  void Rows(int64_t row, int64_t rows) {
+    const int64_t inputs = job_.x.cols, block = BlockInputs(rows, inputs);
+    for (int64_t first = first_; first < last_; first += kGroupOutputs) {
+      const int64_t count = std::min(kGroupOutputs, last_ - first);
+      for (int64_t input = 0; input < inputs || input == 0; input += block) {
+        const int64_t n = std::min(block, inputs - input);
+        const bool last = input + n == inputs;
+        const W* w[2 * kGroupOutputs];
+        for (int64_t i = 0; i < count; ++i) w[i] = Weights(first + i) + input;
+        for (int64_t i = 0; i < kGroupOutputs; ++i) {
+          w[count + i] = last ? Weights(std::min(first + count + i, last_ - 1)) : w[std::min(i, count - 1)] + n;
+        }
+        if (rows <= kPackRows || std::is_same_v<W, float>) {
+          ForRowTiles(rows, DotBlock<W>{job_, first, count, input, n, last, row, rows, w, sums_, true});
+        } else {
+          const float* packed[2 * kGroupOutputs];
+          for (int64_t i = 0; i < count; ++i) {
+            Pack(w[i], w[i + 1], n, panel_ + i * kBlockInputs);
+            packed[i] = panel_ + i * kBlockInputs;
+          }
+          ForRowTiles(rows, DotBlock<float>{job_, first, count, input, n, last, row, rows, packed, sums_, false});
+        }
+      }
+    }
+  }
+
+  static void Pack(const W* from, const W* next, int64_t n, float* to) {
+    int64_t k = 0;
+    for (; k + kLanes <= n; k += kLanes) {
+      Prefetch(next + k);
+      hn::Store(Widen(from + k), F32(), to + k);
+    }
+    if (k < n) StorePart(WidenPart(from + k, n - k), to + k, n - k);
+  }
+
+  const DotJob& job_;
+  const int64_t first_, last_;
+  float* const sums_;   // [kGroupOutputs][kBlockRows][kLanes]
+  float* const panel_;  // [kGroupOutputs][kBlockInputs]
+};
+
+// int8 weights by int16 activations. Sums of kQuantizedBlock products fit int32, and those of all blocks int64: nothing
+// is rounded, so the order does not matter.
+struct IntegerDot {
+  const DotJob& job;
+  int64_t first;  // the group's outputs in the list
+  int64_t count;
+
+  int64_t Output(int64_t i) const { return job.outputs != nullptr ? job.outputs[first + i] : first + i; }
+  const int8_t* Weights(int64_t i) const { return job.w->weight.row<int8_t>(Output(std::min(i, count - 1))); }
+
+  template <int kRows>
+  void Tile(int64_t r) const {
+    constexpr int kOutputs = kOutputsOf<kRows>;
+    int64_t i = 0;
+    for (; i + kOutputs <= count; i += kOutputs) Outputs<kRows, kOutputs>(r, i);
+    for (; i < count; ++i) Outputs<kRows, 1>(r, i);
+  }
+
+  template <int kRows, int kOutputs>
+  HWY_INLINE void Outputs(int64_t r, int64_t i) const {
+    const int8_t* w[kOutputs];
+    const int8_t* next[kOutputs];
+    for (int o = 0; o < kOutputs; ++o) {
+      w[o] = Weights(i + o);
+      next[o] = Weights(i + kOutputs + o);
+    }
+    const int16_t* x[kRows];
+    for (int a = 0; a < kRows; ++a) x[a] = job.quantized.q + (r + a) * job.quantized.stride;
+    int64_t sum[kRows][kOutputs] = {};
+    for (int64_t input = 0; input < job.x.cols; input += kQuantizedBlock) {
+      const int64_t n = std::min(kQuantizedBlock, job.x.cols - input);
+      int32_t part[kRows][kOutputs];
+      IntegerDotTile<kRows, kOutputs>(w, r == 0 ? next : nullptr, x, input, n, job.x.cols, part);
+      for (int a = 0; a < kRows; ++a) {
+        for (int o = 0; o < kOutputs; ++o) sum[a][o] += part[a][o];
+      }
+    }
+    const float* bias = job.w->bias.empty() ? nullptr : job.w->bias.row<float>(0);
+    const float* scale = job.w->scale.row<float>(0);
+    for (int o = 0; o < kOutputs; ++o) {
+      const int64_t output = Output(i + o);
+      for (int a = 0; a < kRows; ++a) {
+        const float product = static_cast<float>(sum[a][o]) * (job.quantized.scale[r + a] * scale[output]);
+        const float y = product + (bias != nullptr ? bias[output] : 0.0f);
+        job.y.row<float>(r + a)[output] = job.relu && y < 0.0f ? 0.0f : y;
+      }
+    }
+  }
+};
+
+void IntegerDotProducts(const DotJob& job, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; i += kGroupOutputs) {
+    ForRowTiles(job.x.rows, IntegerDot{job, i, std::min(kGroupOutputs, last - i)});
+  }
+}
+
+void DotProducts(const DotJob& job, int64_t first, int64_t last, float* scratch) {
+  switch (job.w->weight.dtype) {
+    case DType::kFloat32:
+      return DotRun<float>(job, first, last, scratch).Run();
+    case DType::kFloat16:
+      return DotRun<hwy::float16_t>(job, first, last, scratch).Run();
+    case DType::kBFloat16:
+      return DotRun<hwy::bfloat16_t>(job, first, last, scratch).Run();
+    case DType::kInt8:
+      return IntegerDotProducts(job, first, last);
+    default:
+      CHECK(false) << "weights of type " << Name(job.w->weight.dtype);
+  }
+}
+
+}  // namespace dejavu::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace dejavu::cpu {
+
+HWY_EXPORT(DotProducts);
+
+void DotProducts(const DotJob& job, int64_t first, int64_t last, float* scratch) {
+  HWY_DYNAMIC_DISPATCH(DotProducts)(job, first, last, scratch);
+}
+
+}  // namespace dejavu::cpu
+#endif
