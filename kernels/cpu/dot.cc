@@ -1,7 +1,7 @@
-// Products where an output is a row of the weight. A group of outputs passes a block of inputs at a time: the block of x
-// stays in L1 while all rows of weights of the group meet it, so memory is read once however many rows x has. Between
-// blocks the accumulators of a group wait in the thread's scratch. When the rows of x are many, weights are widened
-// once for all of them.
+// Products where an output is a row of the weight. A group of outputs passes a block of inputs at a time: the block of
+// x stays in L1 while all rows of weights of the group meet it, so memory is read once however many rows x has. Between
+// blocks the accumulators of a group wait in the thread's scratch. Widening the weights once for many rows of x, into
+// the cache, was slower than doing it again for each tile.
 #include <algorithm>
 
 #include "kernels/cpu/kernels.h"
@@ -17,30 +17,30 @@ HWY_BEFORE_NAMESPACE();
 namespace dejavu::cpu::HWY_NAMESPACE {
 
 constexpr int64_t kGroupOutputs = 32;
-constexpr int64_t kBlockRows = 96;     // rows of x whose accumulators, for a group, fit L2
-constexpr int64_t kBlockInputs = 256;  // inputs of a block where the rows are several tiles
+constexpr int64_t kBlockRows = 96;      // rows of x whose accumulators, for a group, fit L2
+constexpr int64_t kBlockInputs = 256;   // inputs of a block where the rows are several tiles
 constexpr int64_t kL1Bytes = 16 << 10;  // what a block of x may take of L1
-static_assert((kGroupOutputs * kBlockRows * kLanes + kGroupOutputs * kBlockInputs) * int64_t{sizeof(float)} <=
-              kScratchBytes);
+static_assert(kGroupOutputs * kBlockRows * kLanes * int64_t{sizeof(float)} <= kScratchBytes);
 
-// Outputs of a tile: chains of multiply-adds enough to hide their latency, and no more than the registers hold.
+// A tile has accumulators enough to hide the latency of a multiply-add and no more than the registers hold together
+// with its rows of x and one vector of weights: 32 with AVX-512, else 16.
+constexpr int kTileRows = HWY_TARGET <= HWY_AVX3 ? 4 : 3;
 template <int kRows>
-constexpr int kOutputsOf = kRows == 1 ? 8 : kRows <= 3 || HWY_TARGET <= HWY_AVX3 ? 4 : 2;
+constexpr int kOutputsOf = HWY_TARGET <= HWY_AVX3 ? (kRows == 4 ? 6 : 8) : (kRows == 1 ? 8 : 4);
 
 // One block of inputs of one group of outputs.
 template <typename W>
 struct DotBlock {
   const DotJob& job;
-  int64_t first;             // the group's outputs in the list
-  int64_t count;             // and how many
-  int64_t input;             // the first of the block
-  int64_t inputs;            // and how many
-  bool last;                 // no input follows
-  int64_t row;               // the first of the rows
-  int64_t rows;              // and how many
-  const W* const* w;         // [2 * kGroupOutputs] the outputs' weights at `input`; then what will be read after them
-  float* sums;               // [kGroupOutputs][kBlockRows][kLanes]
-  bool fetch;
+  int64_t first;      // the group's outputs in the list
+  int64_t count;      // and how many
+  int64_t input;      // the first of the block
+  int64_t inputs;     // and how many
+  bool last;          // no input follows
+  int64_t row;        // the first of the rows
+  int64_t rows;       // and how many
+  const W* const* w;  // [2 * kGroupOutputs] the outputs' weights at `input`; then what will be read after them
+  float* sums;        // [kGroupOutputs][kBlockRows][kLanes]
 
   int64_t Output(int64_t i) const { return job.outputs != nullptr ? job.outputs[first + i] : first + i; }
 
@@ -65,7 +65,7 @@ struct DotBlock {
         sum[a][o] = input == 0 ? hn::Zero(F32()) : hn::Load(F32(), kept + (o * kBlockRows + a) * kLanes);
       }
     }
-    DotTile<W, kRows, kOutputs>(w + i, fetch && r == 0 ? w + i + kOutputs : nullptr, x, inputs, sum);
+    DotTile<W, kRows, kOutputs>(w + i, r == 0 ? w + i + kOutputs : nullptr, x, inputs, sum);
     if (last) return Finish<kRows, kOutputs>(sum, row + r, i);
 #pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o) {
@@ -77,9 +77,11 @@ struct DotBlock {
   template <int kRows, int kOutputs>
   HWY_INLINE void Finish(const V (&sum)[kRows][kOutputs], int64_t r, int64_t i) const {
     const float* bias = job.w->bias.empty() ? nullptr : job.w->bias.row<float>(0);
+#pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o) {
       const int64_t output = Output(i + o);
       const float b = bias != nullptr ? bias[output] : 0.0f;
+#pragma GCC unroll 8
       for (int a = 0; a < kRows; ++a) {
         const float y = hn::GetLane(hn::SumOfLanes(F32(), sum[a][o])) + b;
         job.y.row<float>(r + a)[output] = job.relu && y < 0.0f ? 0.0f : y;
@@ -92,7 +94,7 @@ template <typename W>
 class DotRun {
  public:
   DotRun(const DotJob& job, int64_t first, int64_t last, float* scratch)
-      : job_(job), first_(first), last_(last), sums_(scratch), panel_(scratch + kGroupOutputs * kBlockRows * kLanes) {}
+      : job_(job), first_(first), last_(last), sums_(scratch) {}
 
   void Run() {
     for (int64_t row = 0; row < job_.x.rows; row += kBlockRows) Rows(row, std::min(kBlockRows, job_.x.rows - row));
@@ -122,33 +124,14 @@ class DotRun {
         for (int64_t i = 0; i < kGroupOutputs; ++i) {
           w[count + i] = last ? Weights(std::min(first + count + i, last_ - 1)) : w[std::min(i, count - 1)] + n;
         }
-        if (rows <= kPackRows || std::is_same_v<W, float>) {
-          ForRowTiles(rows, DotBlock<W>{job_, first, count, input, n, last, row, rows, w, sums_, true});
-        } else {
-          const float* packed[2 * kGroupOutputs];
-          for (int64_t i = 0; i < count; ++i) {
-            Pack(w[i], w[i + 1], n, panel_ + i * kBlockInputs);
-            packed[i] = panel_ + i * kBlockInputs;
-          }
-          ForRowTiles(rows, DotBlock<float>{job_, first, count, input, n, last, row, rows, packed, sums_, false});
-        }
+        ForRowTiles<kTileRows>(rows, DotBlock<W>{job_, first, count, input, n, last, row, rows, w, sums_});
       }
     }
   }
 
-  static void Pack(const W* from, const W* next, int64_t n, float* to) {
-    int64_t k = 0;
-    for (; k + kLanes <= n; k += kLanes) {
-      Prefetch(next + k);
-      hn::Store(Widen(from + k), F32(), to + k);
-    }
-    if (k < n) StorePart(WidenPart(from + k, n - k), to + k, n - k);
-  }
-
   const DotJob& job_;
   const int64_t first_, last_;
-  float* const sums_;   // [kGroupOutputs][kBlockRows][kLanes]
-  float* const panel_;  // [kGroupOutputs][kBlockInputs]
+  float* const sums_;  // [kGroupOutputs][kBlockRows][kLanes]
 };
 
 // int8 weights by int16 activations. Sums of kQuantizedBlock products fit int32, and those of all blocks int64: nothing
@@ -203,7 +186,7 @@ struct IntegerDot {
 
 void IntegerDotProducts(const DotJob& job, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i += kGroupOutputs) {
-    ForRowTiles(job.x.rows, IntegerDot{job, i, std::min(kGroupOutputs, last - i)});
+    ForRowTiles<kTileRows>(job.x.rows, IntegerDot{job, i, std::min(kGroupOutputs, last - i)});
   }
 }
 

@@ -16,16 +16,21 @@
 HWY_BEFORE_NAMESPACE();
 namespace dejavu::cpu::HWY_NAMESPACE {
 
-constexpr int64_t kChunkInputs = 32;   // read side by side at most: even
+constexpr int64_t kChunkInputs = 32;    // read side by side at most: even
 constexpr int64_t kBlockColumns = 256;  // of a block where the rows are several tiles
-constexpr int64_t kBlockRows = 64;     // rows of x whose accumulators for a block fit L2
+constexpr int64_t kBlockRows = 64;      // rows of x whose accumulators for a block fit L2
 constexpr int64_t kBlockFloats = kBlockRows * kBlockColumns;
 static_assert((2 * kBlockFloats + kChunkInputs * (kBlockColumns + kBlockRows)) * int64_t{sizeof(float)} <=
               kScratchBytes);
 
-// Vectors of a tile; of integers twice as many rows of weights are joined to pairs of half as many.
+constexpr int64_t kPackRows = 12;  // from more rows of x on, weights are widened once for all of them
+
+// Vectors of a tile: accumulators enough to hide the latency of a multiply-add and no more than the registers hold.
+constexpr int kTileRows = 6;
 template <int kRows>
-constexpr int kVectorsOf = kRows == 1 ? 8 : kRows <= 3 || HWY_TARGET <= HWY_AVX3 ? 4 : 2;
+constexpr int kVectorsOf = kRows == 1                             ? 8
+                           : kRows <= 3 || HWY_TARGET <= HWY_AVX3 ? 4
+                                                                  : 2;
 
 // Floats: one multiply-add after the other for each input.
 template <typename W>
@@ -45,15 +50,10 @@ struct FloatTerms {
     }
     for (int64_t i = 0; i < inputs; ++i) {
       const W* from = w[i] + column;
-      V xi[kRows];
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) xi[r] = hn::Set(F32(), x[r * kChunkInputs + i]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kUnits; ++v) {
-        const V wv = kUnits > 1 || n == kUnit ? Widen(from + v * kLanes) : WidenPart(from, n);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) sum[r][v] = hn::MulAdd(xi[r], wv, sum[r][v]);
-      }
+      OuterProduct<kRows, kUnits>(
+          [&](int r) HWY_ATTR { return hn::Set(F32(), x[r * kChunkInputs + i]); },
+          [&](int v) HWY_ATTR { return kUnits > 1 || n == kUnit ? Widen(from + v * kLanes) : WidenPart(from, n); },
+          [&](int r, int v, V xi, V wv) HWY_ATTR { sum[r][v] = hn::MulAdd(xi, wv, sum[r][v]); });
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -68,6 +68,9 @@ struct FloatTerms {
 
 // int8 weights of two inputs, interleaved, by pairs of int16 activations. In the accumulators the columns of a unit lie
 // as the interleaving leaves them; Store puts them in order.
+struct PairOfPairs {
+  VI16 low, high;
+};
 struct IntegerTerms {
   using Weight = int8_t;
   static constexpr int64_t kUnit = kPairLanes;
@@ -88,21 +91,18 @@ struct IntegerTerms {
     for (int64_t i = 0; i < inputs; i += 2) {
       const int8_t* a = w[i] + column;
       const int8_t* b = w[i + 1] + column;
-      VI16 xi[kRows];
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) xi[r] = SetPair(reinterpret_cast<const int32_t*>(x)[r * kChunkInputs + i / 2]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kUnits; ++v) {
-        const bool whole = kUnits > 1 || n == kUnit;
-        const VI16 wa = whole ? WidenPair(a + v * kUnit) : WidenPairPart(a, n);
-        const VI16 wb = whole ? WidenPair(b + v * kUnit) : WidenPairPart(b, n);
-        const VI16 low = InterleavePairLower(wa, wb), high = InterleavePairUpper(wa, wb);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          sum[r][v][0] = AddPairProducts(xi[r], low, sum[r][v][0]);
-          sum[r][v][1] = AddPairProducts(xi[r], high, sum[r][v][1]);
-        }
-      }
+      OuterProduct<kRows, kUnits>(
+          [&](int r) HWY_ATTR { return SetPair(reinterpret_cast<const int32_t*>(x)[r * kChunkInputs + i / 2]); },
+          [&](int v) HWY_ATTR {
+            const bool whole = kUnits > 1 || n == kUnit;
+            const VI16 wa = whole ? WidenPair(a + v * kUnit) : WidenPairPart(a, n);
+            const VI16 wb = whole ? WidenPair(b + v * kUnit) : WidenPairPart(b, n);
+            return PairOfPairs{InterleavePairLower(wa, wb), InterleavePairUpper(wa, wb)};
+          },
+          [&](int r, int v, VI16 xi, const PairOfPairs& wv) HWY_ATTR {
+            sum[r][v][0] = AddPairProducts(xi, wv.low, sum[r][v][0]);
+            sum[r][v][1] = AddPairProducts(xi, wv.high, sum[r][v][1]);
+          });
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -175,7 +175,10 @@ class SumRun {
 
  public:
   SumRun(const SumJob& job, float* scratch)
-      : job_(job), x_(scratch), panel_(x_ + kChunkInputs * kBlockRows), sums_(panel_ + kChunkInputs * kBlockColumns),
+      : job_(job),
+        x_(scratch),
+        panel_(x_ + kChunkInputs * kBlockRows),
+        sums_(panel_ + kChunkInputs * kBlockColumns),
         totals_(sums_ + kBlockFloats) {}
 
   // sums = the terms of the inputs first ... last of the list, columns c0 ... c1 of rows r0 ... r0 + rows.
@@ -196,14 +199,14 @@ class SumRun {
         const int64_t end = std::min(c + block, c1);
         float* const to = sums + c - c0;
         if (!kFloats || rows <= kPackRows || std::is_same_v<W, float>) {
-          ForRowTiles(rows, SumBlock<Terms>{w, x_, inputs, c, end, to, stride, true});
+          ForRowTiles<kTileRows>(rows, SumBlock<Terms>{w, x_, inputs, c, end, to, stride, true});
         } else {
           const float* packed[2 * kChunkInputs];
           for (int64_t k = 0; k < n; ++k) {
             Pack(w[k] + c, end - c, panel_ + k * kBlockColumns);
             packed[k] = panel_ + k * kBlockColumns - c;
           }
-          ForRowTiles(rows, SumBlock<FloatTerms<float>>{packed, x_, n, c, end, to, stride, false});
+          ForRowTiles<kTileRows>(rows, SumBlock<FloatTerms<float>>{packed, x_, n, c, end, to, stride, false});
         }
       }
     }
@@ -243,9 +246,7 @@ class SumRun {
 
  private:
   static int64_t RoundUp(int64_t columns) { return (columns + Terms::kUnit - 1) / Terms::kUnit * Terms::kUnit; }
-  const W* Row(int64_t i) const {
-    return job_.w->weight.template row<W>(job_.inputs != nullptr ? job_.inputs[i] : i);
-  }
+  const W* Row(int64_t i) const { return job_.w->weight.template row<W>(job_.inputs != nullptr ? job_.inputs[i] : i); }
 
   // The chunk's activations side by side; integers as pairs.
   void GatherX(int64_t first, int64_t n, int64_t r0, int64_t rows) {

@@ -21,11 +21,7 @@ using F32 = hn::ScalableTag<float>;
 using V = hn::Vec<F32>;
 constexpr int64_t kLanes = hn::MaxLanes(F32());
 constexpr int kTileVectors = 4;
-// Rows of a tile: with two vectors of the other side, 12 accumulators and their operands fill 16 registers. One more
-// and an accumulator lives on the stack, at half the speed.
-constexpr int kTileRows = 6;
 constexpr int64_t kStreamInputs = 8;  // rows that are read side by side, where each passes once
-constexpr int64_t kPackRows = 12;     // from more rows of x on, weights are widened once for all of them
 constexpr int64_t kPrefetchBytes = 2048;
 constexpr int64_t kLineBytes = 64;
 
@@ -86,18 +82,30 @@ HWY_INLINE void StoreFirst(V v, float* p, int64_t n) {
   hn::StoreU(v, F32(), p);
 }
 
+// term(r, o, left(r), right(o)) for all pairs. The shorter side stays in registers: all of both would not fit.
+template <int kLeft, int kRight, typename Left, typename Right, typename Term>
+HWY_INLINE void OuterProduct(const Left& left, const Right& right, const Term& term) {
+  if constexpr (kLeft <= kRight) {
+    decltype(left(0)) a[kLeft];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLeft; ++i) a[i] = left(i);
+#pragma GCC unroll 8
+    for (int j = 0; j < kRight; ++j) {
+      const auto b = right(j);
+#pragma GCC unroll 8
+      for (int i = 0; i < kLeft; ++i) term(i, j, a[i], b);
+    }
+  } else {
+    OuterProduct<kRight, kLeft>(right, left, [&](int j, int i, auto b, auto a) HWY_ATTR { term(i, j, a, b); });
+  }
+}
+
 template <typename W, int kRows, int kOutputs>
 HWY_INLINE void DotStep(const W* const (&w)[kOutputs], const float* const (&x)[kRows], int64_t k,
                         V (&sum)[kRows][kOutputs]) {
-  V xk[kRows];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) xk[r] = Widen(x[r] + k);
-#pragma GCC unroll 8
-  for (int o = 0; o < kOutputs; ++o) {
-    const V wk = Widen(w[o] + k);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) sum[r][o] = hn::MulAdd(xk[r], wk, sum[r][o]);
-  }
+  OuterProduct<kRows, kOutputs>([&](int r) HWY_ATTR { return Widen(x[r] + k); },
+                                [&](int o) HWY_ATTR { return Widen(w[o] + k); },
+                                [&](int r, int o, V xk, V wk) HWY_ATTR { sum[r][o] = hn::MulAdd(xk, wk, sum[r][o]); });
 }
 
 // sum[r][o] += x[r] . w[o] over n inputs. With `next`, the rows that will be read after w, it fetches ahead and into
@@ -118,12 +126,10 @@ HWY_INLINE void DotTile(const W* const* w_list, const W* const* next, const floa
   }
   for (; k + kLanes <= n; k += kLanes) DotStep(w, x, k, sum);
   if (k < n) {
-    V xk[kRows];
-    for (int r = 0; r < kRows; ++r) xk[r] = WidenPart(x[r] + k, n - k);
-    for (int o = 0; o < kOutputs; ++o) {
-      const V wk = WidenPart(w[o] + k, n - k);
-      for (int r = 0; r < kRows; ++r) sum[r][o] = hn::MulAdd(xk[r], wk, sum[r][o]);
-    }
+    OuterProduct<kRows, kOutputs>([&](int r) HWY_ATTR { return WidenPart(x[r] + k, n - k); },
+                                  [&](int o) HWY_ATTR { return WidenPart(w[o] + k, n - k); },
+                                  [&](int r, int o, V xk, V wk)
+                                      HWY_ATTR { sum[r][o] = hn::MulAdd(xk, wk, sum[r][o]); });
   }
 }
 
@@ -183,15 +189,9 @@ HWY_INLINE void IntegerDotTile(const int8_t* const (&w)[kOutputs], const int8_t*
     for (int o = 0; o < kOutputs; ++o) sum[r][o] = hn::Zero(I32());
   }
   const auto step = [&](int64_t k) HWY_ATTR {
-    VI16 xk[kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) xk[r] = LoadPair(x[r] + k);
-#pragma GCC unroll 8
-    for (int o = 0; o < kOutputs; ++o) {
-      const VI16 wk = WidenPair(w[o] + k);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) sum[r][o] = AddPairProducts(xk[r], wk, sum[r][o]);
-    }
+    OuterProduct<kRows, kOutputs>(
+        [&](int r) HWY_ATTR { return LoadPair(x[r] + k); }, [&](int o) HWY_ATTR { return WidenPair(w[o] + k); },
+        [&](int r, int o, VI16 xk, VI16 wk) HWY_ATTR { sum[r][o] = AddPairProducts(xk, wk, sum[r][o]); });
   };
   int64_t k = first;
   for (; k + kLineBytes <= end; k += kLineBytes) {
@@ -204,20 +204,25 @@ HWY_INLINE void IntegerDotTile(const int8_t* const (&w)[kOutputs], const int8_t*
   }
   for (; k + kPairLanes <= end; k += kPairLanes) step(k);
   if (k < end) {
-    for (int o = 0; o < kOutputs; ++o) {
-      const VI16 wk = WidenPairPart(w[o] + k, end - k);
-      for (int r = 0; r < kRows; ++r) sum[r][o] = AddPairProducts(LoadPair(x[r] + k), wk, sum[r][o]);
-    }
+    OuterProduct<kRows, kOutputs>([&](int r) HWY_ATTR { return LoadPair(x[r] + k); },
+                                  [&](int o) HWY_ATTR { return WidenPairPart(w[o] + k, end - k); },
+                                  [&](int r, int o, VI16 xk, VI16 wk)
+                                      HWY_ATTR { sum[r][o] = AddPairProducts(xk, wk, sum[r][o]); });
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o) y[r][o] = hn::GetLane(hn::SumOfLanes(I32(), sum[r][o]));
   }
 }
 
-// Calls function.template Tile<kRows>(first) for tiles of rows: as many of kTileRows as fit, then one of the rest.
-template <int kRows = kTileRows, typename Function>
+// Calls function.template Tile<n>(first) for tiles of n <= kRows rows: as many of kRows as fit, then one of the rest. A
+// single row does not remain, since that costs nearly as much as two.
+template <int kRows, typename Function>
 HWY_INLINE void ForRowTiles(int64_t rows, const Function& function, int64_t first = 0) {
-  for (; rows - first >= kRows; first += kRows) function.template Tile<kRows>(first);
+  for (; rows - first >= kRows && (kRows < 3 || rows - first != kRows + 1); first += kRows) {
+    function.template Tile<kRows>(first);
+  }
   if constexpr (kRows > 1) ForRowTiles<kRows - 1>(rows, function, first);
 }
 
