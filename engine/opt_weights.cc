@@ -33,30 +33,6 @@ bool AllFinite(const void* values, int64_t count, DType dtype) {
   return AllFinite(static_cast<const uint16_t*>(values), count, mask);
 }
 
-// target [cols, rows] = source [rows, cols], in square tiles. A tile reads its rows one after the other: their distance
-// is often a power of two, so that down a column every element would fall into the same set of the cache.
-template <typename T>
-void Transpose(const T* source, int64_t rows, int64_t cols, T* target) {
-  constexpr int64_t kTile = 32;
-  for (int64_t r0 = 0; r0 < rows; r0 += kTile) {
-    for (int64_t c0 = 0; c0 < cols; c0 += kTile) {
-      for (int64_t r = r0; r < std::min(r0 + kTile, rows); ++r) {
-        for (int64_t c = c0; c < std::min(c0 + kTile, cols); ++c) target[c * rows + r] = source[r * cols + c];
-      }
-    }
-  }
-}
-
-void Transpose(const void* source, DType dtype, int64_t rows, int64_t cols, void* target) {
-  const auto as = [&](auto element) {
-    using T = decltype(element);
-    Transpose(static_cast<const T*>(source), rows, cols, static_cast<T*>(target));
-  };
-  if (SizeOf(dtype) == 4) return as(uint32_t{});
-  if (SizeOf(dtype) == 2) return as(uint16_t{});
-  as(uint8_t{});
-}
-
 class Loader {
  public:
   Loader(const Checkpoint& checkpoint, const OptConfig& config, std::optional<DType> dtype)
@@ -281,7 +257,7 @@ absl::Status Loader::ReadMatrix(Backend& backend, const Placement& p, const Load
     }
     if (p.transposed) {
       transposed_.resize(std::max<size_t>(transposed_.size(), rows * cols * SizeOf(dtype)));
-      Transpose(values, dtype, rows, cols, transposed_.data());
+      TransposeValues(values, SizeOf(dtype), rows, cols, transposed_.data());
       backend.Upload(p.view->Cols(first, rows), transposed_.data());
     } else {
       backend.Upload(p.view->Rows(p.first_row + first, rows), values);
@@ -361,6 +337,44 @@ absl::StatusOr<std::string> WeightPrefix(const Checkpoint& checkpoint) {
       absl::StrCat("the checkpoint has ", checkpoint.tensors().size(),
                    " tensors, none of them model.decoder.embed_tokens.weight, decoder.embed_tokens.weight or "
                    "embed_tokens.weight: not an OPT model"));
+}
+
+absl::StatusOr<OptWeights> OptWeights::Allocate(const OptConfig& config, DType dtype, Backend& backend) {
+  CHECK(config.embed == config.hidden && config.final_norm && config.biases) << "not a plain OPT";
+  using Layout = LinearWeights::Layout;
+  OptWeights w;
+  DeviceLayout layout;
+  const auto vector = [&](Tensor* view, int64_t count) { layout.Reserve(view, DType::kFloat32, 1, count); };
+  const auto matrix = [&](Tensor* weight, Tensor* scale, int64_t rows, int64_t cols) {
+    layout.Reserve(weight, dtype, rows, cols);
+    if (dtype == DType::kInt8) vector(scale, rows);
+  };
+  const auto norm = [&](NormWeights* n) {
+    vector(&n->weight, config.hidden);
+    vector(&n->bias, config.hidden);
+  };
+  const auto linear = [&](LinearWeights* to, Layout in, int64_t rows, int64_t cols) {
+    to->layout = in;
+    matrix(&to->weight, &to->scale, rows, cols);
+    vector(&to->bias, to->outputs());
+  };
+  matrix(&w.token_embedding.weight, &w.token_embedding.scale, config.vocab, config.embed);
+  layout.Reserve(&w.position_embedding, dtype == DType::kInt8 ? DType::kBFloat16 : dtype,
+                 config.context + kPositionOffset, config.hidden);
+  w.layers.resize(config.layers);
+  for (LayerWeights& layer : w.layers) {
+    norm(&layer.attention_norm);
+    linear(&layer.qkv, Layout::kOutputRows, 3 * config.hidden, config.hidden);
+    linear(&layer.out, Layout::kInputRows, config.hidden, config.hidden);
+    norm(&layer.mlp_norm);
+    linear(&layer.mlp.up, Layout::kOutputRows, config.ffn, config.hidden);
+    linear(&layer.mlp.down, Layout::kInputRows, config.ffn, config.hidden);
+  }
+  norm(&w.final_norm);
+  ASSIGN_OR_RETURN(w.storage_, layout.Allocate(backend));
+  w.head.weight = w.token_embedding.weight;
+  w.head.scale = w.token_embedding.scale;
+  return w;
 }
 
 absl::StatusOr<OptWeights> OptWeights::Load(const Checkpoint& checkpoint, const OptConfig& config, Backend& backend,
