@@ -2,12 +2,21 @@
 #include <string>
 
 #include "CLI/CLI.hpp"
+#include "tests/bench/bandwidth.h"
 #include "tests/bench/decode.h"
 #include "tests/bench/serve.h"
 
 int main(int argc, char** argv) {
   CLI::App app("Measures dejavud on this machine. Figures are medians; compare ratios within one run.", "dejavu-bench");
   app.require_subcommand(1);
+
+  dejavu::BandwidthBenchOptions bandwidth;
+  CLI::App* bandwidth_command = app.add_subcommand("bandwidth", "How fast this machine reads memory now");
+  bandwidth_command->add_option("--threads", bandwidth.threads, "CPU threads; 0: all")->check(CLI::Range(0, 1024));
+  bandwidth_command->add_option("--repeats", bandwidth.repeats, "Measurements")->check(CLI::Range(1, 1000));
+  bandwidth_command->add_option("--buffer-mib", bandwidth.buffer_mib, "What is read over and over")
+      ->check(CLI::Range(4, 1 << 20));
+  bandwidth_command->add_option("--json", bandwidth.json, "Also write the figures to this file");
 
   dejavu::ServeBenchOptions serve;
   CLI::App* serve_command = app.add_subcommand(
@@ -43,5 +52,6 @@ int main(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : 2;
   }
+  if (bandwidth_command->parsed()) return dejavu::RunBandwidthBench(bandwidth);
   return decode_command->parsed() ? dejavu::RunDecodeBench(decode) : dejavu::RunServeBench(serve);
 }
