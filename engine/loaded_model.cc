@@ -2,8 +2,11 @@
 
 #include <unistd.h>
 
+#include <utility>
+
 #include "absl/strings/str_cat.h"
 #include "engine/checkpoint.h"
+#include "engine/synthetic.h"
 #include "kernels/base/status_macros.h"
 
 namespace dejavu {
@@ -15,6 +18,12 @@ std::string PredictorPath(const ModelOptions& options) {
   if (!options.predictor.empty()) return options.predictor;
   const std::string beside = absl::StrCat(options.model, "/predictor.safetensors");
   return access(beside.c_str(), F_OK) == 0 ? beside : "";
+}
+
+absl::StatusOr<LoadedModel> WithPredictor(LoadedModel model, const OptConfig& config) {
+  if (model.predictor_path.empty()) return model;
+  ASSIGN_OR_RETURN(model.predictor, ReadPredictor(model.predictor_path, config, model.weights_hash));
+  return model;
 }
 
 }  // namespace
@@ -29,20 +38,29 @@ absl::StatusOr<std::optional<DType>> ParseWeights(const std::string& name) {
       absl::StrCat("weights is '", name, "'; it must be stored, fp32, fp16, bf16 or int8"));
 }
 
-absl::StatusOr<OptConfig> LoadModelConfig(const std::string& model) { return OptConfig::Load(model); }
+absl::StatusOr<OptConfig> LoadModelConfig(const std::string& model) {
+  if (!IsSynthetic(model)) return OptConfig::Load(model);
+  ASSIGN_OR_RETURN(const SyntheticModel synthetic, ParseSynthetic(model));
+  return synthetic.config;
+}
 
 absl::StatusOr<LoadedModel> LoadModel(const ModelOptions& options, const OptConfig& config, Backend& backend,
                                       const LoadProgress& progress) {
   ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseWeights(options.weights));
   LoadedModel model;
+  if (IsSynthetic(options.model)) {
+    ASSIGN_OR_RETURN(const SyntheticModel synthetic, ParseSynthetic(options.model));
+    ASSIGN_OR_RETURN(model, GenerateModel(synthetic, dtype.value_or(DType::kBFloat16), backend, progress));
+    model.predictor_path = options.predictor.empty() ? "generated" : PredictorPath(options);
+    if (options.predictor.empty()) return model;
+    model.predictor.reset();
+    return WithPredictor(std::move(model), config);
+  }
   ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(options.model));
   ASSIGN_OR_RETURN(model.weights, OptWeights::Load(checkpoint, config, backend, progress, dtype));
   ASSIGN_OR_RETURN(model.weights_hash, WeightsHash(checkpoint, config));
   model.predictor_path = PredictorPath(options);
-  if (!model.predictor_path.empty()) {
-    ASSIGN_OR_RETURN(model.predictor, ReadPredictor(model.predictor_path, config, model.weights_hash));
-  }
-  return model;
+  return WithPredictor(std::move(model), config);
 }
 
 }  // namespace dejavu

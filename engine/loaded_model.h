@@ -14,17 +14,19 @@
 namespace dejavu {
 
 struct ModelOptions {
-  std::string model;               // directory in Hugging Face layout
-  std::string weights = "stored";  // type of the matrices in memory: stored, fp32, fp16, bf16 or int8
-  // File; empty: predictor.safetensors in the model's directory, if there; "none": none even then.
+  std::string model;  // directory in Hugging Face layout, or a name such as "synthetic:opt-6.7b" (engine/synthetic.h)
+  // Type of the matrices in memory: stored, fp32, fp16, bf16 or int8. A synthetic model is stored in bf16.
+  std::string weights = "stored";
+  // File; empty: predictor.safetensors in the model's directory, if there, or a synthetic model's own; "none": none.
   std::string predictor;
 };
 
 struct LoadedModel {
   OptWeights weights;
   std::optional<PredictorData> predictor;
-  std::string predictor_path;  // empty: none
+  std::string predictor_path;  // empty: none; "generated" for a synthetic model's own
   std::string weights_hash;    // of the weights as stored
+  std::string synthetic;       // empty for real weights, else how they were generated, on one line
 };
 
 // The model's shape, without loading it.

@@ -55,6 +55,8 @@ class ModelRunner {
   // What Options::predictor named, whatever SetPredictor has done since; nullptr: none.
   const PredictorData* predictor_data() const { return loaded_.predictor.has_value() ? &*loaded_.predictor : nullptr; }
   const std::string& predictor_path() const { return loaded_.predictor_path; }
+  // How the weights were generated, on one line; empty for real ones.
+  const std::string& synthetic() const { return loaded_.synthetic; }
   const OptConfig& config() const { return config_; }
   const OptWeights& weights() const { return loaded_.weights; }
   Backend& backend() { return *backend_; }

@@ -363,6 +363,44 @@ absl::StatusOr<std::string> WeightPrefix(const Checkpoint& checkpoint) {
                    "embed_tokens.weight: not an OPT model"));
 }
 
+absl::StatusOr<OptWeights> OptWeights::Allocate(const OptConfig& config, DType dtype, Backend& backend) {
+  CHECK(config.embed == config.hidden && config.final_norm && config.biases) << "not a plain OPT";
+  using Layout = LinearWeights::Layout;
+  OptWeights w;
+  DeviceLayout layout;
+  const auto vector = [&](Tensor* view, int64_t count) { layout.Reserve(view, DType::kFloat32, 1, count); };
+  const auto matrix = [&](Tensor* weight, Tensor* scale, int64_t rows, int64_t cols) {
+    layout.Reserve(weight, dtype, rows, cols);
+    if (dtype == DType::kInt8) vector(scale, rows);
+  };
+  const auto norm = [&](NormWeights* n) {
+    vector(&n->weight, config.hidden);
+    vector(&n->bias, config.hidden);
+  };
+  const auto linear = [&](LinearWeights* to, Layout in, int64_t rows, int64_t cols) {
+    to->layout = in;
+    matrix(&to->weight, &to->scale, rows, cols);
+    vector(&to->bias, to->outputs());
+  };
+  matrix(&w.token_embedding.weight, &w.token_embedding.scale, config.vocab, config.embed);
+  layout.Reserve(&w.position_embedding, dtype == DType::kInt8 ? DType::kBFloat16 : dtype,
+                 config.context + kPositionOffset, config.hidden);
+  w.layers.resize(config.layers);
+  for (LayerWeights& layer : w.layers) {
+    norm(&layer.attention_norm);
+    linear(&layer.qkv, Layout::kOutputRows, 3 * config.hidden, config.hidden);
+    linear(&layer.out, Layout::kInputRows, config.hidden, config.hidden);
+    norm(&layer.mlp_norm);
+    linear(&layer.mlp.up, Layout::kOutputRows, config.ffn, config.hidden);
+    linear(&layer.mlp.down, Layout::kInputRows, config.ffn, config.hidden);
+  }
+  norm(&w.final_norm);
+  ASSIGN_OR_RETURN(w.storage_, layout.Allocate(backend));
+  w.head.weight = w.token_embedding.weight;
+  w.head.scale = w.token_embedding.scale;
+  return w;
+}
+
 absl::StatusOr<OptWeights> OptWeights::Load(const Checkpoint& checkpoint, const OptConfig& config, Backend& backend,
                                             const LoadProgress& progress, std::optional<DType> dtype) {
   OptWeights weights;

@@ -40,6 +40,9 @@ class OptWeights {
   static absl::StatusOr<OptWeights> Load(const Checkpoint& checkpoint, const OptConfig& config, Backend& backend,
                                          const LoadProgress& progress, std::optional<DType> dtype = std::nullopt);
 
+  // The same tensors, all zero, for whoever fills them (engine/synthetic.h). Only for models without project_in.
+  static absl::StatusOr<OptWeights> Allocate(const OptConfig& config, DType dtype, Backend& backend);
+
   EmbeddingWeights token_embedding;  // [vocab, embed]
   Tensor position_embedding;         // [kPositionOffset + context, hidden]
   LinearWeights project_in;          // kOutputRows [hidden, embed]; empty where embed == hidden

@@ -1,0 +1,56 @@
+// Synthetic models: the shapes of OPT with generated weights, for measuring speed where no real weights are at hand. They
+// say nothing about text. What is modelled: how many neurons of each layer are active, how their union grows with the
+// batch, and a predictor that reaches a stated recall. Whoever shows a figure of one shows that it is synthetic. One
+// thread per call; generating uses threads of its own.
+#ifndef ENGINE_SYNTHETIC_H_
+#define ENGINE_SYNTHETIC_H_
+
+#include <cstdint>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/loaded_model.h"
+#include "engine/opt_config.h"
+#include "kernels/backend.h"
+
+namespace dejavu {
+
+// "synthetic:opt-6.7b?seed=1&recall=0.95&density=1"; everything from '?' on may be absent.
+struct SyntheticModel {
+  std::string name;  // "opt-6.7b"
+  OptConfig config;
+  int profile = 0;  // row of the table of densities
+  uint64_t seed = 1;
+  // Of the neurons that are not zero, the share that BALANCED selects; HIGH misses 0.4 times as many, FAST twice as many.
+  double recall = 0.95;
+  double density = 1.0;  // how many neurons are selected, in multiples of the published profile
+
+  // One line for people: shape, seed, profile, recall and precision.
+  std::string Description() const;
+  // Names the weights; in place of a hash.
+  std::string Fingerprint() const;
+};
+
+bool IsSynthetic(const std::string& model);
+
+// INVALID_ARGUMENT with what there is for unknown names, options and values.
+absl::StatusOr<SyntheticModel> ParseSynthetic(const std::string& model);
+
+// What the generator aims at in one layer. `batch` independent tokens; shares of the layer's neurons.
+struct SyntheticDensity {
+  double selected = 0.0;   // by BALANCED for some token
+  double active = 0.0;     // not zero for some token
+  double precision = 0.0;  // of what one token selects, the share that is active
+};
+SyntheticDensity ExpectedDensity(const SyntheticModel& model, int32_t layer, int32_t batch);
+
+// Weights straight into the backend's memory, matrices as `dtype`, and the predictor on the host. The same seed gives
+// the same weights in every type but for rounding, on any number of threads. RESOURCE_EXHAUSTED before anything is
+// generated where it does not fit.
+absl::StatusOr<LoadedModel> GenerateModel(const SyntheticModel& model, DType dtype, Backend& backend,
+                                          const LoadProgress& progress);
+
+}  // namespace dejavu
+
+#endif  // ENGINE_SYNTHETIC_H_
