@@ -15,8 +15,8 @@
 //
 // The rest. Projections into the residual stream are scaled so that attention adds kAttentionStep and the MLP kMlpStep
 // of its norm: consecutive layers stay alike, as in real models, and the predictor may read what attention reads. The
-// down-projection's bias takes out the mean of its output, which would make all tokens alike. The final norm changes the
-// sign of half of the features: without that the tied head would always predict the token that it was given.
+// down-projection's bias takes out the mean of its output, which would make all tokens alike. The final norm changes
+// the sign of half of the features: without that the tied head would always predict the token that it was given.
 //
 // Noise rows are runs of one pool of normal variates, from an offset that is another one for each row of a matrix: a
 // pool that has been scaled and rounded once is then copied at the speed of memory.
@@ -75,31 +75,26 @@ constexpr Profile kProfiles[] = {
      {{{0.0258, 0.4469, 24.7081}, {0.0162, 0.4147, 6.2108}, {0.0628, 0.6379, 5.6895}, {0.0987, 1.3971, 33.1695}}}},
     {"30b",
      {{{0.0171, 0.3270, 23.3767}, {0.0118, 0.3618, 6.2342}, {0.0438, 0.5028, 4.1784}, {0.0552, 0.7844, 6.6200}}}},
-    {"66b",
-     {{{0.0078, 0.1392, 5.5872}, {0.0070, 0.2569, 4.2942}, {0.0742, 0.6393, 8.7779}, {0.0853, 0.6930, 7.2403}}}},
+    {"66b", {{{0.0078, 0.1392, 5.5872}, {0.0070, 0.2569, 4.2942}, {0.0742, 0.6393, 8.7779}, {0.0853, 0.6930, 7.2403}}}},
 };
 
 // Zhang et al., "OPT" (arXiv 2205.01068), table 1. The small ones have no published profile and take 6.7b's, 175b
 // takes 66b's.
 constexpr Shape kShapes[] = {
-    {"opt-tiny", 256, 4, 4, 1024, 512, 512, 0},
-    {"opt-125m", 768, 12, 12, 3072, 50272, 2048, 0},
-    {"opt-1.3b", 2048, 24, 32, 8192, 50272, 2048, 0},
-    {"opt-2.7b", 2560, 32, 32, 10240, 50272, 2048, 0},
-    {"opt-6.7b", 4096, 32, 32, 16384, 50272, 2048, 0},
-    {"opt-13b", 5120, 40, 40, 20480, 50272, 2048, 1},
-    {"opt-30b", 7168, 48, 56, 28672, 50272, 2048, 2},
-    {"opt-66b", 9216, 64, 72, 36864, 50272, 2048, 3},
+    {"opt-tiny", 256, 4, 4, 1024, 512, 512, 0},         {"opt-125m", 768, 12, 12, 3072, 50272, 2048, 0},
+    {"opt-1.3b", 2048, 24, 32, 8192, 50272, 2048, 0},   {"opt-2.7b", 2560, 32, 32, 10240, 50272, 2048, 0},
+    {"opt-6.7b", 4096, 32, 32, 16384, 50272, 2048, 0},  {"opt-13b", 5120, 40, 40, 20480, 50272, 2048, 1},
+    {"opt-30b", 7168, 48, 56, 28672, 50272, 2048, 2},   {"opt-66b", 9216, 64, 72, 36864, 50272, 2048, 3},
     {"opt-175b", 12288, 96, 96, 49152, 50272, 2048, 3},
 };
 
 // ---- Which neurons
 
-constexpr double kHotShare = 0.9;           // how often a hot neuron is selected
-constexpr double kRarest = 3e-7;            // and the rarest
-constexpr double kFirstLayerFactor = 1.6;   // layer 0 is denser than its neighbours
-constexpr double kCorrelation = 0.95;       // of true and predicted pre-activations
-constexpr double kTapCosine = 0.998;        // of what the predictor and the MLP read, for contexts of a few tokens or more
+constexpr double kHotShare = 0.9;          // how often a hot neuron is selected
+constexpr double kRarest = 3e-7;           // and the rarest
+constexpr double kFirstLayerFactor = 1.6;  // layer 0 is denser than its neighbours
+constexpr double kCorrelation = 0.95;      // of true and predicted pre-activations
+constexpr double kTapCosine = 0.998;  // of what the predictor and the MLP read, for contexts of a few tokens or more
 constexpr double kWeightCorrelation = kCorrelation / kTapCosine;
 
 constexpr std::array<Tier, 3> kPredicted = {Tier::kHigh, Tier::kBalanced, Tier::kFast};
@@ -145,10 +140,10 @@ double TierRecall(Tier tier, double recall) {
 
 // Everything that follows from how often BALANCED selects a neuron. In units of its pre-activation's deviation.
 struct Neuron {
-  double z = 0.0;            // active above
-  double active = 0.0;       // how often that is
-  double mean = 0.0;         // of the activation
-  double mean_square = 0.0;  // of the activation
+  double z = 0.0;                                        // active above
+  double active = 0.0;                                   // how often that is
+  double mean = 0.0;                                     // of the activation
+  double mean_square = 0.0;                              // of the activation
   std::array<double, kPredicted.size()> threshold = {};  // of the prediction, by tier
   std::array<double, kPredicted.size()> missed = {};     // mean square of what is not selected
 };
@@ -188,7 +183,8 @@ class NeuronTable {
 
   static Neuron Make(double balanced_threshold, double recall) {
     Neuron n;
-    n.z = Root(-3.0, 9.0, [&](double z) { return JointTail(z, balanced_threshold, Unweighted) - recall * NormalTail(z); });
+    n.z = Root(-3.0, 9.0,
+               [&](double z) { return JointTail(z, balanced_threshold, Unweighted) - recall * NormalTail(z); });
     n.active = NormalTail(n.z);
     n.mean = NormalDensity(n.z) - n.z * n.active;
     n.mean_square = (1.0 + n.z * n.z) * n.active - n.z * NormalDensity(n.z);
@@ -205,8 +201,8 @@ class NeuronTable {
   std::vector<Neuron> neurons_;
 };
 
-// How often BALANCED selects each neuron of a layer, the most frequent first: the quantiles of the layer's distribution,
-// so that its density holds exactly.
+// How often BALANCED selects each neuron of a layer, the most frequent first: the quantiles of the layer's
+// distribution, so that its density holds exactly.
 std::vector<double> SelectionShares(const SyntheticModel& model, int32_t layer) {
   const int32_t layers = model.config.layers, quarter = layer * kQuarters / layers;
   const QuarterProfile& profile = kProfiles[model.profile].quarters[quarter];
@@ -348,7 +344,8 @@ class Generator {
   uint64_t KeyOf(Part part, int32_t layer = 0) const { return Key(model_.seed, part, layer); }
   absl::Status Rows(const Tensor& weight, const Tensor& scale, const MakeRow& make);
   absl::Status Noise(const Tensor& weight, const Tensor& scale, uint64_t key, double deviation);
-  absl::Status Up(int32_t l, const LinearWeights& up, const std::vector<Neuron>& neurons, LayerPredictorData* predictor);
+  absl::Status Up(int32_t l, const LinearWeights& up, const std::vector<Neuron>& neurons,
+                  LayerPredictorData* predictor);
   absl::Status Down(int32_t l, const LinearWeights& down, const std::vector<Neuron>& neurons,
                     LayerPredictorData* predictor);
   void Fill(const Tensor& vector, float value) {
@@ -418,8 +415,8 @@ absl::Status Generator::Layer(int32_t l, const LayerWeights& layer, LayerPredict
   FillNorm(layer.attention_norm);
   FillNorm(layer.mlp_norm);
   RETURN_IF_ERROR(Noise(layer.qkv.weight, layer.qkv.scale, KeyOf(Part::kQkv, l), row_deviation));
-  RETURN_IF_ERROR(Noise(layer.out.weight, layer.out.scale, KeyOf(Part::kOut, l),
-                        kAttentionStep * residual_ * row_deviation));
+  RETURN_IF_ERROR(
+      Noise(layer.out.weight, layer.out.scale, KeyOf(Part::kOut, l), kAttentionStep * residual_ * row_deviation));
   Fill(layer.qkv.bias, 0.0f);
   Fill(layer.out.bias, 0.0f);
 

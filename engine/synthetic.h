@@ -1,7 +1,7 @@
-// Synthetic models: the shapes of OPT with generated weights, for measuring speed where no real weights are at hand. They
-// say nothing about text. What is modelled: how many neurons of each layer are active, how their union grows with the
-// batch, and a predictor that reaches a stated recall. Whoever shows a figure of one shows that it is synthetic. One
-// thread per call; generating uses threads of its own.
+// Synthetic models: the shapes of OPT with generated weights, for measuring speed where no real weights are at hand.
+// They say nothing about text. What is modelled: how many neurons of each layer are active, how their union grows with
+// the batch, and a predictor that reaches a stated recall. Whoever shows a figure of one shows that it is synthetic.
+// One thread per call; generating uses threads of its own.
 #ifndef ENGINE_SYNTHETIC_H_
 #define ENGINE_SYNTHETIC_H_
 
@@ -22,7 +22,8 @@ struct SyntheticModel {
   OptConfig config;
   int profile = 0;  // row of the table of densities
   uint64_t seed = 1;
-  // Of the neurons that are not zero, the share that BALANCED selects; HIGH misses 0.4 times as many, FAST twice as many.
+  // Of the neurons that are not zero, the share that BALANCED selects; HIGH misses 0.4 times as many, FAST twice as
+  // many.
   double recall = 0.95;
   double density = 1.0;  // how many neurons are selected, in multiples of the published profile
 

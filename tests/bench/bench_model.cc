@@ -4,9 +4,9 @@
 #include <cstring>
 #include <random>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "engine/loaded_model.h"
+#include "engine/synthetic.h"
 #include "kernels/base/status_macros.h"
 #include "tests/bench/tool.h"
 
@@ -16,8 +16,6 @@ namespace {
 constexpr int kSlotsOfTheirOwn = 4;
 
 }  // namespace
-
-bool IsSynthetic(const std::string& model) { return absl::StartsWith(model, "synthetic:"); }
 
 const char* WeightsName(DType dtype) {
   switch (dtype) {

@@ -14,7 +14,6 @@
 
 namespace dejavu {
 
-bool IsSynthetic(const std::string& model);
 const char* WeightsName(DType dtype);  // as --dtype has it: "bf16"
 
 class BenchModel {

@@ -15,6 +15,7 @@
 #include "engine/eval/weight_bytes.h"
 #include "engine/loaded_model.h"
 #include "engine/sampler.h"
+#include "engine/synthetic.h"
 #include "kernels/base/status_macros.h"
 #include "nlohmann/json.hpp"
 #include "tests/bench/bench_model.h"
@@ -243,8 +244,8 @@ void Print(const nlohmann::json& row) {
 }
 
 void PrintBreakdowns(const nlohmann::json& rows) {
-  std::printf("\nWhere a step's time goes, in ms (barriers are within the other parts)\n%5s %7s %-9s", "batch", "context",
-              "tier");
+  std::printf("\nWhere a step's time goes, in ms (barriers are within the other parts)\n%5s %7s %-9s", "batch",
+              "context", "tier");
   for (const char* name : kStepPartNames) std::printf(" %11s", name);
   std::printf(" %9s %9s %9s\n", "sampling", "barriers", "number");
   for (const nlohmann::json& row : rows) {
@@ -261,8 +262,8 @@ void PrintBreakdowns(const nlohmann::json& rows) {
 absl::StatusOr<std::vector<Tier>> TiersOf(const DecodeBenchOptions& options, const PredictorData* predictor) {
   std::vector<Tier> tiers = {Tier::kDense};
   for (const Tier tier : kAllTiers) {
-    const bool served = !IsPredicted(tier) || (predictor != nullptr && std::count(predictor->tiers.begin(),
-                                                                                  predictor->tiers.end(), tier) > 0);
+    const bool served = !IsPredicted(tier) || (predictor != nullptr &&
+                                               std::count(predictor->tiers.begin(), predictor->tiers.end(), tier) > 0);
     const bool named = std::count(options.tiers.begin(), options.tiers.end(), std::string(Name(tier))) > 0;
     if (named && !served) {
       return absl::InvalidArgumentError(absl::StrCat(options.model, ": has no predictor for tier ", Name(tier)));
@@ -277,8 +278,8 @@ absl::StatusOr<int> WindowOf(const DecodeBenchOptions& options) {
   const int longest = *std::max_element(options.contexts.begin(), options.contexts.end());
   const int steps = std::max(1, options.steps);
   if (longest + steps > config.context) {
-    return absl::InvalidArgumentError(absl::StrCat("context ", longest, " and ", steps,
-                                                   " steps do not fit the model's context of ", config.context));
+    return absl::InvalidArgumentError(
+        absl::StrCat("context ", longest, " and ", steps, " steps do not fit the model's context of ", config.context));
   }
   return options.steps > 0 ? longest + steps : std::min(longest + kMostSteps, config.context);
 }
@@ -315,7 +316,7 @@ absl::Status Bench(const DecodeBenchOptions& options) {
   std::printf("%s, %s weights, %s, %d repeats, %s\n\n", options.model.c_str(), WeightsName(runner.weights().dtype()),
               runner.backend().Description().c_str(), options.repeats,
               options.text.empty() ? "random tokens" : options.text.c_str());
-  if (IsSynthetic(options.model)) std::printf("SYNTHETIC weights with a published density profile.\n\n");
+  if (!runner.synthetic().empty()) std::printf("SYNTHETIC: %s\n\n", runner.synthetic().c_str());
   PrintHeading();
   for (const nlohmann::json& row : rows) Print(row);
   PrintBreakdowns(rows);

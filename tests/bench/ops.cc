@@ -4,11 +4,11 @@
 #include "tests/bench/ops.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <functional>
-#include <limits>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -80,7 +80,6 @@ class OpsBench {
   OpsBench(const OpsBenchOptions& options, Backend& dev) : options_(options), dev_(dev) {}
 
   absl::Status Allocate();
-  // Weights are used by all cases that take them.
   std::vector<Case> Cases();
 
  private:
@@ -184,7 +183,8 @@ absl::Status OpsBench::Allocate() {
 void OpsBench::FillWeights() {
   const DType dtype = TypeOf(options_.weights);
   const std::vector<uint8_t> matrix = RandomMatrix(dtype, options_.ffn, options_.hidden, random_);
-  const std::vector<float> bias(options_.ffn, 1000.0f), none(options_.ffn, 0.0f), scale(options_.ffn, 1e-4f);
+  const int64_t widest = std::max(options_.hidden, options_.ffn);
+  const std::vector<float> bias(widest, 1000.0f), none(widest, 0.0f), scale(widest, 1e-4f);
   dev_.Upload(up_bias_, bias.data());
   dev_.Upload(down_bias_, none.data());
   dev_.Upload(scale_, scale.data());
@@ -296,13 +296,7 @@ Case OpsBench::GatheredCase(size_t density) {
   const int batch = options_.batch;
   const double share = static_cast<double>(lists_[density].cols) / options_.ffn;
   Case dense = MlpCase(batch);
-  return {"gathered mlp",
-          batch,
-          share,
-          0,
-          share * dense.bytes,
-          share * dense.operations,
-          [=, this](int64_t i) {
+  return {"gathered mlp", batch, share, 0, share * dense.bytes, share * dense.operations, [=, this](int64_t i) {
             const MlpWeights& layer = layers_[i / lists_[density].rows % layers_.size()];
             dev_.Mlp(y_.Rows(0, batch), x_.Rows(0, batch), layer, List(density, i), /*skip_zeros=*/true,
                      scratch_.Rows(0, batch), active_.Cols(0, batch + 1));
@@ -330,17 +324,17 @@ Case OpsBench::AttentionCase(int context) {
   Tensor table = block_table_.Rows(c, 1);
   table.rows = kv_.blocks / blocks;
   table.cols = table.stride = blocks;
-  return {"attention",
-          batch,
-          1.0,
-          context,
-          8.0 * batch * context * options_.hidden,
-          4.0 * batch * context * options_.hidden,
-          [=, this](int64_t i) {
-            const RowTable rows{positions_.Rows(c, 1).Cols(0, batch), sequences_.Cols(i % groups * batch, batch),
-                                table};
-            dev_.Attention(y_.Rows(0, batch), qkv_.Rows(0, batch), kv_, rows, 0.1f, {});
-          }};
+  return {
+      "attention",
+      batch,
+      1.0,
+      context,
+      8.0 * batch * context * options_.hidden,
+      4.0 * batch * context * options_.hidden,
+      [=, this](int64_t i) {
+        const RowTable rows{positions_.Rows(c, 1).Cols(0, batch), sequences_.Cols(i % groups * batch, batch), table};
+        dev_.Attention(y_.Rows(0, batch), qkv_.Rows(0, batch), kv_, rows, 0.1f, {});
+      }};
 }
 
 Case OpsBench::NormCase() {
@@ -383,7 +377,7 @@ double TimeOf(const Case& c, Backend& dev, int64_t* next) {
 double BarrierSeconds(int threads) {
   constexpr int kRuns = 2000;
   ThreadPool pool(threads, /*pin=*/true);
-  const auto nothing = [](int) {};
+  auto nothing = [](int) {};
   pool.Run(nothing);
   const Clock::time_point start = Clock::now();
   for (int i = 0; i < kRuns; ++i) pool.Run(nothing);

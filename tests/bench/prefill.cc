@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/loaded_model.h"
+#include "engine/synthetic.h"
 #include "kernels/base/status_macros.h"
 #include "nlohmann/json.hpp"
 #include "tests/bench/bench_model.h"
@@ -68,6 +69,8 @@ absl::Status Bench(const PrefillBenchOptions& options) {
                     {"peak_share", Median(shares)}});
   }
 
+  const std::string& synthetic = model->runner().synthetic();
+  if (!synthetic.empty()) std::printf("SYNTHETIC: %s\n", synthetic.c_str());
   std::printf("%s, %s weights, %s, %d repeats\n\n%7s %10s %10s %10s %10s %10s %8s\n", options.model.c_str(),
               WeightsName(model->runner().weights().dtype()), model->runner().backend().Description().c_str(),
               options.repeats, "tokens", "ms", "least", "most", "tokens/s", "GFLOP/s", "/ peak");

@@ -111,8 +111,8 @@ TEST(Synthetic, DensitiesAndTheirUnionsFollowThePublishedProfile) {
       EXPECT_NEAR(100 * expected.selected, kPublished[b][l], 2.0) << "batch " << batch << ", layer " << l;
       EXPECT_NEAR(selected[l].selected, expected.selected, 0.02) << "batch " << batch << ", layer " << l;
       EXPECT_NEAR(active[l].active, expected.active, 0.02) << "batch " << batch << ", layer " << l;
-      std::printf("batch %2d layer %d: published %4.1f, fitted %4.1f, selected %4.1f; active %4.1f of %4.1f\n", batch, l,
-                  kPublished[b][l], 100 * expected.selected, 100 * selected[l].selected, 100 * active[l].active,
+      std::printf("batch %2d layer %d: published %4.1f, fitted %4.1f, selected %4.1f; active %4.1f of %4.1f\n", batch,
+                  l, kPublished[b][l], 100 * expected.selected, 100 * selected[l].selected, 100 * active[l].active,
                   100 * expected.active);
     }
   }
@@ -129,8 +129,7 @@ TEST(Synthetic, PredictorsReachTheStatedRecallAndPrecision) {
       const double stated = 1.0 - (1.0 - recall) * (tier == Tier::kHigh ? 0.4 : tier == Tier::kFast ? 2.0 : 1.0);
       const auto counted = Count(decoder, runner->config(), tier, kLargestBatch, 40);
       for (int l = 0; l < 4; ++l) {
-        const OperatingPoint& point =
-            *runner->predictor_data()->layers[l].neurons.points[static_cast<size_t>(tier)];
+        const OperatingPoint& point = *runner->predictor_data()->layers[l].neurons.points[static_cast<size_t>(tier)];
         EXPECT_NEAR(counted[l].recall(), stated, 0.02) << Name(tier) << ", layer " << l;
         EXPECT_NEAR(counted[l].missed_mass / counted[l].mass, point.missed_mass, 0.02) << Name(tier) << ", layer " << l;
         if (tier != Tier::kBalanced) continue;
