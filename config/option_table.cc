@@ -71,7 +71,8 @@ std::vector<Option> OptionTable(Config* config) {
   constexpr double kGib = 1 << 30;
   const std::vector<std::string> tiers = TierNames();
   return {
-      {"model", "Model", "directory of the checkpoint, in Hugging Face layout", &e.model},
+      {"model", "Model", "directory of the checkpoint, in Hugging Face layout, or a name such as synthetic:opt-1.3b",
+       &e.model},
       {"weights",
        "Model",
        "type of the weights in memory; int8: a factor per row",
@@ -80,7 +81,8 @@ std::vector<Option> OptionTable(Config* config) {
        0,
        {"stored", "fp32", "fp16", "bf16", "int8"}},
       {"predictor", "Model",
-       "predictor of the sparse tiers; empty: predictor.safetensors in the model's directory, if there; none: never",
+       "predictor of the sparse tiers; empty: predictor.safetensors in the model's directory, if there, or a synthetic "
+       "model's own; none: never",
        &e.predictor},
       {"served_model_name", "Model", "name that requests may give; empty: last part of the directory",
        &s.served_model_name},

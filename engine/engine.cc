@@ -100,6 +100,7 @@ class StepEngine final : public Engine {
   int64_t weight_bytes() const override { return weights_.bytes(); }
   DType weight_dtype() const override { return weights_.dtype(); }
   const PredictorInfo& predictor() const override { return predictor_info_; }
+  const std::string& synthetic() const override { return synthetic_; }
   absl::Status CheckTier(Tier tier) const override;
   absl::StatusOr<uint64_t> Submit(Request request, std::shared_ptr<TokenSink> sink) override;
   void Cancel(uint64_t id) override;
@@ -134,6 +135,7 @@ class StepEngine final : public Engine {
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Communicator> communicator_ = SingleRank();
   OptWeights weights_;
+  std::string synthetic_;
   PredictorInfo predictor_info_;
   KvCache kv_;
   std::unique_ptr<Predictor> predictor_;
@@ -192,6 +194,7 @@ absl::Status StepEngine::Load(const LoadProgress& progress) {
   ASSIGN_OR_RETURN(LoadedModel loaded,
                    LoadModel({options_.model, options_.weights, options_.predictor}, config_, *backend_, progress));
   weights_ = std::move(loaded.weights);
+  synthetic_ = std::move(loaded.synthetic);
   ASSIGN_OR_RETURN(kv_, KvCache::Create(*backend_, config_, pool_.total(), options_.kv_block_tokens));
   RETURN_IF_ERROR(TakePredictor(loaded));
   ASSIGN_OR_RETURN(model_, OptModel::Create(config_, weights_, *backend_, *communicator_, *predictor_, batch_));

@@ -42,6 +42,8 @@ class Engine {
   virtual int64_t weight_bytes() const = 0;
   virtual DType weight_dtype() const = 0;
   virtual const PredictorInfo& predictor() const = 0;
+  // How the weights were generated, on one line; empty for real ones.
+  virtual const std::string& synthetic() const = 0;
 
   // OK for a tier that can be served here: DENSE and EXACT always, the others where the loaded predictor has an
   // operating point for them. Else FAILED_PRECONDITION with the reason, from Submit too.

@@ -33,30 +33,6 @@ bool AllFinite(const void* values, int64_t count, DType dtype) {
   return AllFinite(static_cast<const uint16_t*>(values), count, mask);
 }
 
-// target [cols, rows] = source [rows, cols], in square tiles. A tile reads its rows one after the other: their distance
-// is often a power of two, so that down a column every element would fall into the same set of the cache.
-template <typename T>
-void Transpose(const T* source, int64_t rows, int64_t cols, T* target) {
-  constexpr int64_t kTile = 32;
-  for (int64_t r0 = 0; r0 < rows; r0 += kTile) {
-    for (int64_t c0 = 0; c0 < cols; c0 += kTile) {
-      for (int64_t r = r0; r < std::min(r0 + kTile, rows); ++r) {
-        for (int64_t c = c0; c < std::min(c0 + kTile, cols); ++c) target[c * rows + r] = source[r * cols + c];
-      }
-    }
-  }
-}
-
-void Transpose(const void* source, DType dtype, int64_t rows, int64_t cols, void* target) {
-  const auto as = [&](auto element) {
-    using T = decltype(element);
-    Transpose(static_cast<const T*>(source), rows, cols, static_cast<T*>(target));
-  };
-  if (SizeOf(dtype) == 4) return as(uint32_t{});
-  if (SizeOf(dtype) == 2) return as(uint16_t{});
-  as(uint8_t{});
-}
-
 class Loader {
  public:
   Loader(const Checkpoint& checkpoint, const OptConfig& config, std::optional<DType> dtype)
@@ -281,7 +257,7 @@ absl::Status Loader::ReadMatrix(Backend& backend, const Placement& p, const Load
     }
     if (p.transposed) {
       transposed_.resize(std::max<size_t>(transposed_.size(), rows * cols * SizeOf(dtype)));
-      Transpose(values, dtype, rows, cols, transposed_.data());
+      TransposeValues(values, SizeOf(dtype), rows, cols, transposed_.data());
       backend.Upload(p.view->Cols(first, rows), transposed_.data());
     } else {
       backend.Upload(p.view->Rows(p.first_row + first, rows), values);

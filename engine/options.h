@@ -8,9 +8,10 @@
 namespace dejavu {
 
 struct EngineOptions {
-  std::string model;               // directory in Hugging Face layout
+  std::string model;               // as ModelOptions has it (engine/loaded_model.h)
   std::string weights = "stored";  // type of the matrices in memory: stored, fp32, fp16, bf16 or int8
-  // Predictor file; empty: predictor.safetensors in the model's directory, if there is one; "none": none even then.
+  // Predictor file; empty: predictor.safetensors in the model's directory, if there is one, or a synthetic model's own;
+  // "none": none even then.
   std::string predictor;
   bool shadow_fallback = true;   // a layer whose shadow checks fail runs EXACT until they pass again
   std::string backend = "auto";  // auto | cpu | cuda

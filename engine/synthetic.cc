@@ -16,7 +16,8 @@
 // The rest. Projections into the residual stream are scaled so that attention adds kAttentionStep and the MLP kMlpStep
 // of its norm: consecutive layers stay alike, as in real models, and the predictor may read what attention reads. The
 // down-projection's bias takes out the mean of its output, which would make all tokens alike. The final norm changes
-// the sign of half of the features: without that the tied head would always predict the token that it was given.
+// the sign of half of the features: without that the tied head would always predict the token that it was given. The
+// last MLP adds as much as there is: else x would predict y wherever y predicts x.
 //
 // Noise rows are runs of one pool of normal variates, from an offset that is another one for each row of a matrix: a
 // pool that has been scaled and rounded once is then copied at the speed of memory.
@@ -304,6 +305,7 @@ constexpr int64_t kStripeBytes = int64_t{4} << 20;
 constexpr double kPositionDeviation = 0.1;  // of the tokens' embeddings
 constexpr double kAttentionStep = 0.07;
 constexpr double kMlpStep = 0.17;
+constexpr double kLastMlpStep = 1.0;
 constexpr double kLogitDeviation = 2.5;
 constexpr int kDirectionsOfNeuron = 4;
 constexpr float kDirectionScale = 25.0f;  // int8 values of a normal variate; the pool's largest is below 127 / 25
@@ -365,22 +367,35 @@ class Generator {
   const NeuronTable table_;
   int64_t done_bytes_ = 0;
   double residual_ = 1.0;  // deviation of the residual stream, as it grows from layer to layer
-  std::vector<char> stripe_, packed_;
-  std::vector<float> scales_;
+  struct Stripe {
+    std::vector<char> values;   // [rows, cols] as stored
+    std::vector<float> scales;  // [rows], for int8
+  };
+  std::array<Stripe, 2> stripes_;
+  std::vector<char> packed_;  // the pool, scaled and rounded
 };
 
+// The next stripe is made while this one is uploaded: the first touch of new memory costs as much as making it.
 absl::Status Generator::Rows(const Tensor& weight, const Tensor& scale, const MakeRow& make) {
   const int64_t row_bytes = weight.cols * SizeOf(weight.dtype);
   const int64_t stripe_rows = std::clamp<int64_t>(kStripeBytes / row_bytes, 1, weight.rows);
-  stripe_.resize(std::max<size_t>(stripe_.size(), stripe_rows * row_bytes));
-  scales_.resize(std::max<size_t>(scales_.size(), stripe_rows));
-  for (int64_t r = 0; r < weight.rows; r += stripe_rows) {
-    const int64_t n = std::min(stripe_rows, weight.rows - r);
+  const auto make_stripe = [&](int64_t start, Stripe* stripe) {
+    const int64_t n = std::min(stripe_rows, weight.rows - start);
+    stripe->values.resize(std::max<size_t>(stripe->values.size(), n * row_bytes));
+    stripe->scales.resize(std::max<size_t>(stripe->scales.size(), n));
     InParallel(n, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) make(r + i, &stripe_[i * row_bytes], &scales_[i]);
+      for (int64_t i = first; i < last; ++i) make(start + i, &stripe->values[i * row_bytes], &stripe->scales[i]);
     });
-    backend_.Upload(weight.Rows(r, n), stripe_.data());
-    if (!scale.empty()) backend_.Upload(scale.Cols(r, n), scales_.data());
+  };
+  make_stripe(0, &stripes_[0]);
+  for (int64_t r = 0; r < weight.rows; r += stripe_rows) {
+    std::swap(stripes_[0], stripes_[1]);
+    std::thread next;
+    if (r + stripe_rows < weight.rows) next = std::thread([&, r] { make_stripe(r + stripe_rows, &stripes_[0]); });
+    const int64_t n = std::min(stripe_rows, weight.rows - r);
+    backend_.Upload(weight.Rows(r, n), stripes_[1].values.data());
+    if (!scale.empty()) backend_.Upload(scale.Cols(r, n), stripes_[1].scales.data());
+    if (next.joinable()) next.join();
     done_bytes_ += n * row_bytes;
     if (progress_ && !progress_(done_bytes_, total_bytes_)) return absl::CancelledError("loading was cancelled");
   }
@@ -527,14 +542,15 @@ absl::Status Generator::Down(int32_t l, const LinearWeights& down, const std::ve
   const int64_t hidden = config_.hidden, ffn = config_.ffn;
   double variance = 0.0;
   for (const Neuron& neuron : neurons) variance += neuron.mean_square - neuron.mean * neuron.mean;
-  const double deviation = kMlpStep * residual_ / std::sqrt(variance);
+  const double step = l == config_.layers - 1 ? kLastMlpStep : kMlpStep;
+  const double deviation = step * residual_ / std::sqrt(variance);
   const uint64_t key = KeyOf(Part::kDown, l);
   RETURN_IF_ERROR(Noise(down.weight, down.scale, key, deviation));
   predictor->worth.resize(ffn);
   for (int64_t j = 0; j < ffn; ++j) {
     predictor->worth[j] = static_cast<float>(deviation * deviation * pool_.SquareOfRow(key, j, hidden));
   }
-  // Minus the mean of the output. By columns, so that the order of the sum does not depend on the threads.
+  // Minus the mean of the output; by columns, so that the order of the sum does not depend on the threads.
   std::vector<float> bias(hidden, 0.0f);
   InParallel(hidden, [&](int64_t first, int64_t last) {
     for (int64_t j = 0; j < ffn; ++j) {

@@ -35,6 +35,20 @@ bool AnyInfinite(const uint16_t* values, int64_t count, uint16_t exponent_mask) 
   return any != 0;
 }
 
+// In square tiles. A tile reads its rows one after the other: their distance
+// is often a power of two, so that down a column every element would fall into the same set of the cache.
+template <typename T>
+void Transpose(const T* source, int64_t rows, int64_t cols, T* target) {
+  constexpr int64_t kTile = 32;
+  for (int64_t r0 = 0; r0 < rows; r0 += kTile) {
+    for (int64_t c0 = 0; c0 < cols; c0 += kTile) {
+      for (int64_t r = r0; r < std::min(r0 + kTile, rows); ++r) {
+        for (int64_t c = c0; c < std::min(c0 + kTile, cols); ++c) target[c * rows + r] = source[r * cols + c];
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void WidenValues(const void* source, DType dtype, int64_t count, float* target) {
@@ -78,6 +92,17 @@ void QuantiseRow(const float* source, int64_t count, float inverse, int8_t* targ
 
 void QuantiseColumns(const float* source, int64_t count, const float* inverses, int8_t* target) {
   for (int64_t i = 0; i < count; ++i) target[i] = RoundToInt8(source[i] * inverses[i]);
+}
+
+void TransposeValues(const void* source, int64_t element_bytes, int64_t rows, int64_t cols, void* target) {
+  const auto as = [&](auto element) {
+    using T = decltype(element);
+    Transpose(static_cast<const T*>(source), rows, cols, static_cast<T*>(target));
+  };
+  if (element_bytes == 4) return as(uint32_t{});
+  if (element_bytes == 2) return as(uint16_t{});
+  CHECK(element_bytes == 1) << element_bytes;
+  as(uint8_t{});
 }
 
 float LargestMagnitude(const float* values, int64_t count) {

@@ -24,6 +24,9 @@ void QuantiseRow(const float* source, int64_t count, float inverse, int8_t* targ
 // The same where each column has an inverse of its own, [count].
 void QuantiseColumns(const float* source, int64_t count, const float* inverses, int8_t* target);
 
+// target [cols, rows] = source [rows, cols].
+void TransposeValues(const void* source, int64_t element_bytes, int64_t rows, int64_t cols, void* target);
+
 float LargestMagnitude(const float* values, int64_t count);
 
 }  // namespace dejavu

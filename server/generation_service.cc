@@ -255,6 +255,7 @@ absl::Status GenerationService::GetServerInfo(v1::GetServerInfoResponse* respons
   FillInfo(options_, model == nullptr ? nullptr : model->engine, response->mutable_sparsity());
   if (model == nullptr) return absl::OkStatus();  // still loading: no backend and no load to speak of
   response->set_backend(model->engine->backend_description());
+  response->set_synthetic(model->engine->synthetic());
   const EngineStats stats = model->engine->stats();
   v1::Load* load = response->mutable_load();
   load->set_running_requests(static_cast<uint32_t>(stats.running));

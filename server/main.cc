@@ -158,6 +158,7 @@ std::optional<int> Daemon::Load(Server* server) {
     return kCannotStart;
   }
   model_ = *std::move(loaded);
+  if (!model_.engine->synthetic().empty()) spdlog::warn("SYNTHETIC model: {}", model_.engine->synthetic());
   server->SetReady(model_.engine.get(), model_.tokenizer.get());
   spdlog::info("serving \"{}\" on {} after {:.1f} s: {:.2f} GB of {} weights", server->model_name(),
                model_.engine->backend_description(),

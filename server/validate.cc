@@ -67,6 +67,10 @@ absl::StatusOr<std::vector<int32_t>> CheckTokenIds(absl::string_view field,
 
 absl::Status CheckTokenizer(absl::string_view what, const ServedModel& model) {
   if (model.tokenizer != nullptr) return absl::OkStatus();
+  if (model.engine != nullptr && !model.engine->synthetic().empty()) {
+    return MissingFeature("tokenizer", absl::StrCat(what, " needs a tokenizer; model ", Printable(model.name),
+                                                    " is synthetic and takes token ids only"));
+  }
   return MissingFeature("tokenizer", absl::StrCat(what, " needs a tokenizer, and the directory of model ",
                                                   Printable(model.name), " holds none: give token ids"));
 }

@@ -208,6 +208,7 @@ class InfoCommand : public Command {
             {"state", StateName(server.state())},
             {"model", server.model()},
             {"backend", server.backend()},
+            {"synthetic", server.synthetic()},
             {"uptime_seconds", server.uptime_seconds()},
             {"limits",
              {{"max_batch", limits.max_batch()},

@@ -219,6 +219,7 @@ nlohmann::json Describe(const DecodeBenchOptions& options, const ModelRunner& ru
           {"ms_per_step", Median(ms)},
           {"ms_least", Least(ms)},
           {"ms_most", Most(ms)},
+          {"samples_ms", ms},
           {"weight_bytes_per_step", std::llround(Median(m.All([](const Cost& c) { return c.weight_bytes; })))},
           {"gb_per_s", Median(m.All([](const Cost& c) { return c.weight_bytes / (c.ms * 1e6); }))},
           {"bandwidth_share", Median(m.All([](const Cost& c) { return c.bandwidth_share; }))},

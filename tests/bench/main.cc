@@ -4,6 +4,7 @@
 
 #include "CLI/CLI.hpp"
 #include "tests/bench/bandwidth.h"
+#include "tests/bench/checkpoint.h"
 #include "tests/bench/decode.h"
 #include "tests/bench/ops.h"
 #include "tests/bench/prefill.h"
@@ -95,6 +96,14 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(2, 100000))
       ->capture_default_str();
 
+  dejavu::CheckpointOptions checkpoint;
+  command = app.add_subcommand("checkpoint", "Writes a synthetic model to disk, in Hugging Face layout");
+  command->add_option("--model", checkpoint.model, "Such as synthetic:opt-1.3b")->required();
+  command->add_option("--dtype", checkpoint.weights, "Type of the matrices")
+      ->check(CLI::IsMember({"bf16", "fp16", "fp32", "stored"}))
+      ->capture_default_str();
+  command->add_option("--out", checkpoint.out, "Directory")->required();
+
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -104,5 +113,6 @@ int main(int argc, char** argv) {
   if (app.got_subcommand("ops")) return dejavu::RunOpsBench(ops);
   if (app.got_subcommand("prefill")) return dejavu::RunPrefillBench(prefill);
   if (app.got_subcommand("decode")) return dejavu::RunDecodeBench(decode);
-  return dejavu::RunServeBench(serve);
+  if (app.got_subcommand("serve")) return dejavu::RunServeBench(serve);
+  return dejavu::RunCheckpoint(checkpoint);
 }

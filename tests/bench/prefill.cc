@@ -64,6 +64,7 @@ absl::Status Bench(const PrefillBenchOptions& options) {
                     {"ms", Median(ms)},
                     {"ms_least", Least(ms)},
                     {"ms_most", Most(ms)},
+                    {"samples_ms", ms},
                     {"tokens_per_s", 1e3 * tokens / Median(ms)},
                     {"gflop_per_s", 1e3 * gflop / Median(ms)},
                     {"peak_share", Median(shares)}});

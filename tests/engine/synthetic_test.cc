@@ -5,11 +5,16 @@
 #include <cmath>
 #include <cstring>
 #include <random>
+#include <set>
 
+#include "engine/checkpoint_writer.h"
+#include "engine/eval/weight_bytes.h"
 #include "engine/model_runner.h"
 #include "engine/sparsity_control.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "tests/engine/golden.h"
+#include "tests/scratch_directory.h"
 
 namespace dejavu {
 namespace {
@@ -139,6 +144,202 @@ TEST(Synthetic, PredictorsReachTheStatedRecallAndPrecision) {
                     point.missed_mass);
       }
     }
+  }
+}
+
+// Logits of a prompt, every position.
+std::vector<float> Logits(ModelRunner& runner, const std::vector<int32_t>& prompt) {
+  Batch& batch = runner.StartBatch();
+  for (size_t p = 0; p < prompt.size(); ++p) {
+    batch.AddRow(0, static_cast<int32_t>(p), prompt[p], /*wants_logits=*/true);
+  }
+  const auto logits = runner.Run();
+  return {logits.begin(), logits.end()};
+}
+
+std::vector<int32_t> Greedy(ModelRunner& runner, const std::vector<int32_t>& prompt, Tier tier, int tokens) {
+  const auto best = [&](absl::Span<const float> logits) {
+    const auto row = logits.last(runner.config().vocab);
+    return static_cast<int32_t>(std::max_element(row.begin(), row.end()) - row.begin());
+  };
+  const std::vector<float> first = Logits(runner, prompt);
+  std::vector<int32_t> out = {best(first)};
+  SparsityParams sparsity;
+  sparsity.tier = tier;
+  while (static_cast<int>(out.size()) < tokens) {
+    const auto position = static_cast<int32_t>(prompt.size() + out.size() - 1);
+    runner.StartBatch().AddDecodeRow(0, position, out.back(), /*wants_logits=*/true, sparsity);
+    out.push_back(best(runner.Run()));
+  }
+  return out;
+}
+
+std::vector<int32_t> SomeTokens(int count, int32_t vocab) {
+  std::vector<int32_t> tokens;
+  for (int i = 0; i < count; ++i) tokens.push_back((i * 7919 + 13) % vocab);
+  return tokens;
+}
+
+double MeanKl(const std::vector<float>& p, const std::vector<float>& q, int32_t vocab) {
+  double sum = 0.0;
+  for (size_t at = 0; at < p.size(); at += vocab) sum += CompareLogits(&p[at], &q[at], vocab).kl_nats;
+  return sum * vocab / static_cast<double>(p.size());
+}
+
+TEST(Synthetic, ExactGivesTheTokensOfDenseAndTheyVary) {
+  const auto runner = MakeRunner("synthetic:opt-tiny");
+  ASSERT_NE(runner, nullptr);
+  const std::vector<int32_t> prompt = SomeTokens(8, runner->config().vocab);
+  const std::vector<int32_t> dense = Greedy(*runner, prompt, Tier::kDense, 60);
+  EXPECT_EQ(Greedy(*runner, prompt, Tier::kExact, 60), dense);
+  EXPECT_GT(std::set<int32_t>(dense.begin(), dense.end()).size(), 10u);
+  for (const float logit : Logits(*runner, prompt)) ASSERT_TRUE(std::isfinite(logit));
+}
+
+TEST(Synthetic, ASeedNamesTheWeights) {
+  const auto bytes = [](const std::string& model, const std::string& weights) {
+    const auto runner = MakeRunner(model, weights);
+    const OptWeights& w = runner->weights();
+    std::string all;
+    for (const Tensor& t :
+         {w.token_embedding.weight, w.position_embedding, w.layers[1].qkv.weight, w.layers[2].mlp.up.weight,
+          w.layers[2].mlp.up.bias, w.layers[3].mlp.down.weight, w.layers[3].mlp.down.bias, w.final_norm.weight}) {
+      all.append(static_cast<const char*>(t.data), t.bytes());
+    }
+    return all;
+  };
+  for (const char* weights : {"bf16", "int8"}) {
+    EXPECT_EQ(bytes("synthetic:opt-tiny?seed=3", weights), bytes("synthetic:opt-tiny?seed=3", weights));
+    EXPECT_NE(bytes("synthetic:opt-tiny?seed=3", weights), bytes("synthetic:opt-tiny?seed=4", weights));
+  }
+  EXPECT_EQ(bytes("synthetic:opt-tiny", "stored"), bytes("synthetic:opt-tiny?seed=1", "bf16"));
+}
+
+TEST(Synthetic, EveryTypeHoldsTheSameModel) {
+  const auto reference = MakeRunner("synthetic:opt-tiny", "fp32");
+  ASSERT_NE(reference, nullptr);
+  const int32_t vocab = reference->config().vocab;
+  const std::vector<int32_t> prompt = SomeTokens(32, vocab);
+  const std::vector<float> wanted = Logits(*reference, prompt);
+  const std::pair<const char*, double> limits[] = {{"fp16", 1e-5}, {"bf16", 1e-4}, {"int8", 2e-3}};
+  for (const auto& [weights, limit] : limits) {
+    const auto runner = MakeRunner("synthetic:opt-tiny", weights);
+    ASSERT_NE(runner, nullptr);
+    const double kl = MeanKl(wanted, Logits(*runner, prompt), vocab);
+    EXPECT_LT(kl, limit) << weights;
+    std::printf("%s: mean KL from fp32 %.2g nats\n", weights, kl);
+  }
+}
+
+TEST(Synthetic, TokensAreToldApart) {
+  const auto runner = MakeRunner("synthetic:opt-tiny", "fp32");
+  ASSERT_NE(runner, nullptr);
+  const Tensor& embedding = runner->weights().token_embedding.weight;
+  for (int64_t a = 0; a < embedding.rows; a += 5) {
+    for (int64_t b = 0; b < a; ++b) {
+      double dot = 0.0;
+      for (int64_t c = 0; c < embedding.cols; ++c) dot += embedding.row<float>(a)[c] * embedding.row<float>(b)[c];
+      ASSERT_LT(std::fabs(dot / static_cast<double>(embedding.cols)), 0.5) << a << ' ' << b;
+    }
+  }
+}
+
+TEST(Synthetic, RefusesUnknownNamesAndOptions) {
+  const auto message = [](const std::string& name) {
+    const auto model = ParseSynthetic(name);
+    EXPECT_EQ(model.status().code(), absl::StatusCode::kInvalidArgument) << name;
+    return std::string(model.status().message());
+  };
+  EXPECT_THAT(message("synthetic:opt-7b"),
+              AllOf(HasSubstr("'opt-7b'"), HasSubstr("synthetic:opt-6.7b"), HasSubstr("synthetic:opt-175b")));
+  for (const char* option : {"sed=1", "seed=x", "seed=-1", "recall=1", "recall=nan", "density=0", "seed"}) {
+    EXPECT_THAT(message(std::string("synthetic:opt-tiny?seed=2&") + option),
+                AllOf(HasSubstr(option), HasSubstr("seed=NUMBER"), HasSubstr("density=")));
+  }
+  EXPECT_EQ(ParseSynthetic("synthetic:opt-tiny?seed=12&density=0.5")->seed, 12u);
+  EXPECT_TRUE(LoadModelConfig("synthetic:opt-13b").ok());
+  ModelRunner::Options options;
+  options.model = "synthetic:opt-tiny";
+  options.weights = "int4";
+  EXPECT_EQ(ModelRunner::Create(options, nullptr).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST(Synthetic, RefusesWhatDoesNotFit) {
+  ModelRunner::Options options;
+  options.model = "synthetic:opt-175b";
+  options.weights = "fp32";
+  const absl::Status status = ModelRunner::Create(options, nullptr).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("bytes; this machine has"));
+}
+
+TEST(Synthetic, LoadingCanBeCancelled) {
+  ModelRunner::Options options;
+  options.model = "synthetic:opt-tiny";
+  int64_t last = 0;
+  const auto runner = ModelRunner::Create(options, [&](int64_t done, int64_t total) {
+    EXPECT_LE(done, total);
+    last = done;
+    return done < total / 2;
+  });
+  EXPECT_EQ(runner.status().code(), absl::StatusCode::kCancelled);
+  EXPECT_GT(last, 0);
+}
+
+TEST(Synthetic, FactorsOfInt8AreCounted) {
+  const auto runner = MakeRunner("synthetic:opt-tiny", "int8");
+  ASSERT_NE(runner, nullptr);
+  const OptConfig& config = runner->config();
+  const LayerBytes layer(runner->weights().layers[0], config);
+  EXPECT_EQ(layer.up_row, config.hidden + 2 * 4);  // values, factor, bias
+  EXPECT_EQ(layer.down_row, config.hidden + 4);
+  EXPECT_EQ(layer.head, config.head_dim * (2 * config.hidden + 3 * 4));
+  EXPECT_EQ(EmbeddingBytes(runner->weights()), config.hidden + 4 + 2 * config.hidden);
+}
+
+TEST(CheckpointWriter, WhatItWritesComputesTheSame) {
+  const ScratchDirectory directory;
+  for (const char* weights : {"bf16", "fp32"}) {
+    const std::string path = directory.Path(weights);
+    const absl::Status written = WriteCheckpoint("synthetic:opt-tiny?seed=5", weights, path, nullptr);
+    ASSERT_TRUE(written.ok()) << written;
+    const auto made = MakeRunner("synthetic:opt-tiny?seed=5", weights), read = MakeRunner(path);
+    ASSERT_TRUE(made != nullptr && read != nullptr);
+    EXPECT_EQ(read->weights().dtype(), made->weights().dtype());
+    EXPECT_EQ(read->synthetic(), "");
+    const std::vector<int32_t> prompt = SomeTokens(20, made->config().vocab);
+    EXPECT_EQ(Logits(*read, prompt), Logits(*made, prompt)) << weights;
+    EXPECT_EQ(Greedy(*read, prompt, Tier::kFast, 20), Greedy(*made, prompt, Tier::kFast, 20)) << weights;
+  }
+  EXPECT_EQ(WriteCheckpoint("synthetic:opt-tiny", "int8", directory.Path("x"), nullptr).code(),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(WriteCheckpoint(directory.path(), "bf16", directory.Path("x"), nullptr).code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+// Real checkpoints, all shapes of OPT.
+TEST(Int8, StaysCloseToTheStoredWeights) {
+  for (const std::string& name : GoldenCheckpoints()) {
+    ModelRunner::Options options;
+    options.model = CheckpointPath(name);
+    options.threads = 1;
+    options.window = 16;
+    options.weights = "fp32";
+    const auto stored = ModelRunner::Create(options, nullptr);
+    options.weights = "int8";
+    const auto int8 = ModelRunner::Create(options, nullptr);
+    ASSERT_TRUE(stored.ok() && int8.ok()) << name << ' ' << stored.status() << int8.status();
+    const int32_t vocab = (*stored)->config().vocab;
+    const std::vector<int32_t> prompt = SomeTokens(12, vocab);
+    const std::vector<float> wanted = Logits(**stored, prompt), got = Logits(**int8, prompt);
+    double square = 0.0, error = 0.0, mean = 0.0;
+    for (const float logit : wanted) mean += logit / static_cast<double>(wanted.size());
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      square += (wanted[i] - mean) * (wanted[i] - mean);
+      error += (got[i] - wanted[i]) * (got[i] - wanted[i]);
+    }
+    EXPECT_LT(std::sqrt(error / square), 0.05) << name;
+    std::printf("%s: error of the logits %.4f of their deviation\n", name.c_str(), std::sqrt(error / square));
   }
 }
 

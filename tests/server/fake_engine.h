@@ -23,6 +23,7 @@ class FakeEngine final : public Engine {
   // What it says; set by the test.
   OptConfig config;
   PredictorInfo predictor_info;
+  std::string synthetic_description;
   SparsityStats stats_of_sparsity;
   Finish finish;
   // What it heard.
@@ -33,6 +34,7 @@ class FakeEngine final : public Engine {
   int64_t weight_bytes() const override { return 0; }
   DType weight_dtype() const override { return DType::kFloat32; }
   const PredictorInfo& predictor() const override { return predictor_info; }
+  const std::string& synthetic() const override { return synthetic_description; }
   absl::Status CheckTier(Tier tier) const override {
     const auto& tiers = predictor_info.tiers;
     if (!IsPredicted(tier) || std::find(tiers.begin(), tiers.end(), tier) != tiers.end()) return absl::OkStatus();
