@@ -1,169 +1,339 @@
-// Repeats take the tiers in turn, so that a neighbour's load on the machine meets all of them; ratios are formed within
-// a repeat.
+// A repeat takes DENSE and then the tiers in turn, with a probe of the bandwidth before, between and after, so that a
+// neighbour's load on the machine meets all of them: shares of the bandwidth are formed from neighbouring pairs, ratios
+// of tiers within a repeat. The parts of a step are timed in steps of their own.
 #include "tests/bench/decode.h"
 
 #include <algorithm>
-#include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <memory>
-#include <optional>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "engine/eval/tool.h"
-#include "engine/model_runner.h"
+#include "absl/strings/str_join.h"
+#include "engine/eval/weight_bytes.h"
+#include "engine/loaded_model.h"
+#include "engine/sampler.h"
+#include "engine/synthetic.h"
 #include "kernels/base/status_macros.h"
 #include "nlohmann/json.hpp"
+#include "tests/bench/bench_model.h"
+#include "tests/bench/probe.h"
+#include "tests/bench/tool.h"
 
 namespace dejavu {
 namespace {
 
-using Clock = std::chrono::steady_clock;
+constexpr double kSecondsOfOneMeasurement = 0.5;
+constexpr int kMostSteps = 128;     // where the number of steps is ours to choose
+constexpr int kBreakdownSteps = 8;  // likewise
+constexpr int kPrefillRows = 256;
 
-double Median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
+struct Cost {
+  double ms = 0.0;             // per step
+  double weight_bytes = 0.0;   // likewise
+  double mlp_density = 0.0;    // rows read by a step, up and down together
+  double bandwidth_share = 0;  // of what the probes before and after it found
+};
+
+struct Breakdown {
+  std::vector<std::pair<std::string, double>> ms;  // parts of a step
+  double barriers = 0.0;                           // per step
+};
 
 struct Measured {
   Tier tier;
-  std::vector<double> ms;        // per step, by repeat
-  std::vector<double> to_dense;  // the same over DENSE's
-  double mlp_density = 0.0;      // rows read by a step, up and down together
+  std::vector<Cost> costs;  // by repeat
+  Breakdown breakdown;
+
+  template <typename Value>
+  std::vector<double> All(Value&& value) const {
+    std::vector<double> all;
+    for (const Cost& cost : costs) all.push_back(value(cost));
+    return all;
+  }
 };
 
 class DecodeBench {
  public:
-  DecodeBench(ModelRunner& runner, const DecodeBenchOptions& options, const std::vector<int32_t>& tokens)
-      : runner_(runner), options_(options), tokens_(tokens) {}
-
-  // Keys and values of everything before the first decoded position.
-  void Prefill(int batch) {
-    for (int slot = 0; slot < batch; ++slot) {
-      for (int position = 0; position < options_.context;) {
-        Batch& rows = runner_.StartBatch();
-        while (position < options_.context && rows.rows_left() > 0) {
-          rows.AddRow(slot, position, TokenAt(slot, position), /*wants_logits=*/false);
-          ++position;
-        }
-        runner_.Run();
-      }
-    }
+  DecodeBench(const DecodeBenchOptions& options, BenchModel& model, BandwidthProbe& probe, ProgressLine& progress)
+      : options_(options),
+        model_(model),
+        runner_(model.runner()),
+        probe_(probe),
+        progress_(progress),
+        sampler_(runner_.config().vocab, runner_.config().vocab),
+        token_counts_(runner_.config().vocab) {
+    for (const LayerWeights& layer : runner_.weights().layers) layer_bytes_.emplace_back(layer, runner_.config());
   }
 
-  // Milliseconds per step.
-  double Decode(Tier tier, int batch, double* mlp_density) {
-    SparsityParams sparsity;
-    sparsity.tier = tier;
-    double ms = 0.0;
-    int64_t rows_read = 0;
-    for (int step = 0; step < options_.steps; ++step) {
-      Batch& rows = runner_.StartBatch();
-      const int position = options_.context + step;
-      for (int slot = 0; slot < batch; ++slot) {
-        rows.AddDecodeRow(slot, position, TokenAt(slot, position), /*wants_logits=*/true, sparsity);
+  std::vector<Measured> Run(const std::vector<Tier>& tiers, int batch, int context) {
+    const std::string part = absl::StrCat("batch ", batch, ", context ", context);
+    std::vector<Measured> measured;
+    for (const Tier tier : tiers) measured.push_back({tier, {}, {}});
+    const int steps = Steps(batch, context);
+    for (int repeat = -1; repeat < options_.repeats && !Interrupted(); ++repeat) {  // one to warm up
+      double before = Probe(repeat);
+      for (Measured& m : measured) {
+        Cost cost = Decode(m.tier, batch, context, steps);
+        const double after = Probe(repeat);
+        cost.bandwidth_share = cost.weight_bytes / (cost.ms * 1e6) / (0.5 * (before + after));
+        before = after;
+        if (repeat >= 0) m.costs.push_back(cost);
       }
-      const Clock::time_point start = Clock::now();
-      runner_.Run();
-      ms += std::chrono::duration<double, std::milli>(Clock::now() - start).count();
-      const StepCounts& counts = runner_.counts();
-      for (int32_t l = 0; l < runner_.config().layers; ++l) {
-        rows_read += counts.union_selected[l] + counts.union_down_of(l);
-      }
+      progress_.Show(part, (repeat + 2.0) / (options_.repeats + 1));
     }
-    *mlp_density = static_cast<double>(rows_read) /
-                   (2.0 * options_.steps * runner_.config().layers * static_cast<double>(runner_.config().ffn));
-    return ms / options_.steps;
+    for (Measured& m : measured) m.breakdown = TakeApart(m.tier, batch, context, std::min(steps, kBreakdownSteps));
+    return measured;
   }
+
+  const std::vector<double>& bandwidth() const { return bandwidth_; }
 
  private:
-  int32_t TokenAt(int slot, int position) const {
-    const size_t window = tokens_.size() / static_cast<size_t>(runner_.options().slots);
-    return tokens_[slot * window + position];
+  int Steps(int batch, int context) {
+    if (options_.steps > 0) return options_.steps;
+    const int most = std::min<int>(kMostSteps, runner_.options().window - context);
+    Decode(Tier::kDense, batch, context, 1);
+    const double ms = Decode(Tier::kDense, batch, context, 1).ms;
+    return static_cast<int>(std::clamp(std::round(kSecondsOfOneMeasurement * 1e3 / ms), 1.0, double(most)));
   }
 
-  ModelRunner& runner_;
+  double Probe(int repeat) {
+    const double gb_per_s = probe_.Measure();
+    if (repeat >= 0) bandwidth_.push_back(gb_per_s);
+    return gb_per_s;
+  }
+
+  void FillBatch(Tier tier, int batch, int position) {
+    SparsityParams sparsity;
+    sparsity.tier = tier;
+    Batch& rows = runner_.StartBatch();
+    for (int slot = 0; slot < batch; ++slot) {
+      rows.AddDecodeRow(slot, position, model_.TokenAt(slot, position), /*wants_logits=*/true, sparsity);
+    }
+  }
+
+  Cost Decode(Tier tier, int batch, int context, int steps) {
+    Cost cost;
+    for (int step = 0; step < steps; ++step) {
+      FillBatch(tier, batch, context + step);
+      const Clock::time_point start = Clock::now();
+      runner_.Run();
+      cost.ms += 1e3 * SecondsSince(start) / steps;
+      cost.weight_bytes += WeightBytes(tier, batch) / steps;
+      cost.mlp_density += MlpDensity() / steps;
+    }
+    return cost;
+  }
+
+  // Of the last step: what was read, from the counts of what was selected. No keys and values.
+  double WeightBytes(Tier tier, int batch) const {
+    const StepCounts& counts = runner_.counts();
+    const PredictorData* const predictor = IsPredicted(tier) ? runner_.predictor_data() : nullptr;
+    int64_t bytes = BytesAfterLayers(runner_.weights()) + batch * EmbeddingBytes(runner_.weights());
+    for (int32_t l = 0; l < runner_.config().layers; ++l) {
+      const LayerBytes& layer = layer_bytes_[l];
+      bytes += layer.rest + counts.union_heads[l] * layer.head + layer.down_bias;
+      bytes += counts.union_selected[l] * layer.up_row + counts.union_down_of(l) * layer.down_row;
+      if (predictor == nullptr) continue;
+      bytes += NeuronPredictorBytes(predictor->layers[l].neurons, tier, runner_.config());
+      bytes += HeadPredictorBytes(predictor->layers[l].heads, tier, runner_.config());
+    }
+    return static_cast<double>(bytes);
+  }
+
+  double MlpDensity() const {
+    const StepCounts& counts = runner_.counts();
+    int64_t rows = 0;
+    for (int32_t l = 0; l < runner_.config().layers; ++l) rows += counts.union_selected[l] + counts.union_down_of(l);
+    return static_cast<double>(rows) / (2.0 * runner_.config().layers * runner_.config().ffn);
+  }
+
+  Breakdown TakeApart(Tier tier, int batch, int context, int steps) {
+    Breakdown breakdown;
+    TimedBackend& timed = model_.timed();
+    double sampling_s = 0.0;
+    SamplingParams greedy;
+    greedy.temperature = 0.0f;
+    const BackendStats before = timed.stats();
+    timed.Start();
+    for (int step = 0; step < steps; ++step) {
+      FillBatch(tier, batch, context + step);
+      const absl::Span<const float> logits = runner_.Run();
+      const Clock::time_point start = Clock::now();
+      for (int row = 0; row < batch; ++row) {
+        sampler_.Sample(logits.data() + static_cast<int64_t>(row) * runner_.config().vocab, greedy, token_counts_, {},
+                        step, /*with_logprob=*/false);
+      }
+      sampling_s += SecondsSince(start);
+    }
+    timed.Stop();
+    const BackendStats after = timed.stats();
+    const auto add = [&](const char* name, double seconds) { breakdown.ms.emplace_back(name, 1e3 * seconds / steps); };
+    for (size_t i = 0; i < kStepParts; ++i) add(kStepPartNames[i], timed.seconds(static_cast<StepPart>(i)));
+    add("sampling", sampling_s);
+    add("barriers", 1e-9 * static_cast<double>(after.barrier_ns - before.barrier_ns));  // within the other parts
+    breakdown.barriers = static_cast<double>(after.barriers - before.barriers) / steps;
+    return breakdown;
+  }
+
   const DecodeBenchOptions& options_;
-  const std::vector<int32_t>& tokens_;
+  BenchModel& model_;
+  ModelRunner& runner_;
+  BandwidthProbe& probe_;
+  ProgressLine& progress_;
+  Sampler sampler_;
+  TokenCounts token_counts_;
+  std::vector<LayerBytes> layer_bytes_;
+  std::vector<double> bandwidth_;
 };
 
-absl::Status Bench(const DecodeBenchOptions& options) {
-  const int largest = *std::max_element(options.batches.begin(), options.batches.end());
-  ModelRunner::Options run;
-  run.model = options.model;
-  run.predictor = options.predictor;
-  run.threads = options.threads;
-  run.slots = largest;
-  run.max_rows = std::max(64, largest);
-  run.window = options.context + options.steps;
-  ASSIGN_OR_RETURN(const auto runner, ModelRunner::Create(run, nullptr));
-  ASSIGN_OR_RETURN(const std::vector<int32_t> tokens, ReadTokens(options.model, options.text, 0));
-  if (tokens.size() < static_cast<size_t>(run.window) * largest) {
-    return absl::InvalidArgumentError(absl::StrCat(options.text, ": has ", tokens.size(), " tokens; ", largest,
-                                                   " sequences of ", run.window, " need more"));
+// (dense time / tier time) / (dense bytes / tier bytes), by repeat.
+std::vector<double> CeilingShares(const Measured& dense, const Measured& tier) {
+  std::vector<double> shares;
+  for (size_t i = 0; i < tier.costs.size(); ++i) {
+    const Cost &d = dense.costs[i], &t = tier.costs[i];
+    shares.push_back((d.ms / t.ms) / (d.weight_bytes / t.weight_bytes));
   }
-  const PredictorData* const predictor = runner->predictor_data();
+  return shares;
+}
+
+std::vector<double> ToDense(const Measured& dense, const Measured& tier) {
+  std::vector<double> ratios;
+  for (size_t i = 0; i < tier.costs.size(); ++i) ratios.push_back(tier.costs[i].ms / dense.costs[i].ms);
+  return ratios;
+}
+
+nlohmann::json Describe(const DecodeBenchOptions& options, const ModelRunner& runner, const Measured& dense,
+                        const Measured& m, int batch, int context) {
+  const std::vector<double> ms = m.All([](const Cost& c) { return c.ms; });
+  nlohmann::json breakdown;
+  for (const auto& [part, part_ms] : m.breakdown.ms) breakdown[part] = part_ms;
+  return {{"model", options.model},
+          {"synthetic", IsSynthetic(options.model)},
+          {"dtype", WeightsName(runner.weights().dtype())},
+          {"batch", batch},
+          {"context", context},
+          {"tier", std::string(Name(m.tier))},
+          {"ms_per_step", Median(ms)},
+          {"ms_least", Least(ms)},
+          {"ms_most", Most(ms)},
+          {"samples_ms", ms},
+          {"weight_bytes_per_step", std::llround(Median(m.All([](const Cost& c) { return c.weight_bytes; })))},
+          {"gb_per_s", Median(m.All([](const Cost& c) { return c.weight_bytes / (c.ms * 1e6); }))},
+          {"bandwidth_share", Median(m.All([](const Cost& c) { return c.bandwidth_share; }))},
+          {"ceiling_share", Median(CeilingShares(dense, m))},
+          {"to_dense", Median(ToDense(dense, m))},
+          {"mlp_density", Median(m.All([](const Cost& c) { return c.mlp_density; }))},
+          {"breakdown_ms", breakdown},
+          {"barriers_per_step", m.breakdown.barriers}};
+}
+
+void PrintHeading() {
+  std::printf("%5s %7s %-9s %9s %9s %9s %9s %7s %7s %7s %8s %7s\n", "batch", "context", "tier", "ms/step", "least",
+              "most", "MB/step", "GB/s", "/ bandw", "/ dense", "/ ceiling", "MLP");
+}
+
+void Print(const nlohmann::json& row) {
+  const auto number = [&](const char* key) { return row.at(key).get<double>(); };
+  std::printf("%5d %7d %-9s %9.3f %9.3f %9.3f %9.1f %7.1f %6.1f%% %7.3f %8.1f%% %6.1f%%\n", row.at("batch").get<int>(),
+              row.at("context").get<int>(), row.at("tier").get<std::string>().c_str(), number("ms_per_step"),
+              number("ms_least"), number("ms_most"), number("weight_bytes_per_step") * 1e-6, number("gb_per_s"),
+              100 * number("bandwidth_share"), number("to_dense"), 100 * number("ceiling_share"),
+              100 * number("mlp_density"));
+}
+
+void PrintBreakdowns(const nlohmann::json& rows) {
+  std::printf("\nWhere a step's time goes, in ms (barriers are within the other parts)\n%5s %7s %-9s", "batch",
+              "context", "tier");
+  for (const char* name : kStepPartNames) std::printf(" %11s", name);
+  std::printf(" %9s %9s %9s\n", "sampling", "barriers", "number");
+  for (const nlohmann::json& row : rows) {
+    std::printf("%5d %7d %-9s", row.at("batch").get<int>(), row.at("context").get<int>(),
+                row.at("tier").get<std::string>().c_str());
+    const nlohmann::json& ms = row.at("breakdown_ms");
+    for (const char* name : kStepPartNames) std::printf(" %11.3f", ms.at(name).get<double>());
+    std::printf(" %9.3f %9.3f %9.0f\n", ms.at("sampling").get<double>(), ms.at("barriers").get<double>(),
+                row.at("barriers_per_step").get<double>());
+  }
+}
+
+// DENSE first, then those that were asked for.
+absl::StatusOr<std::vector<Tier>> TiersOf(const DecodeBenchOptions& options, const PredictorData* predictor) {
   std::vector<Tier> tiers = {Tier::kDense};
   for (const Tier tier : kAllTiers) {
     const bool served = !IsPredicted(tier) || (predictor != nullptr &&
                                                std::count(predictor->tiers.begin(), predictor->tiers.end(), tier) > 0);
-    const bool wanted =
-        options.tiers.empty() || std::count(options.tiers.begin(), options.tiers.end(), std::string(Name(tier))) > 0;
-    if (wanted && !served) {
-      if (!options.tiers.empty())
-        return absl::FailedPreconditionError(absl::StrCat("no predictor for tier ", Name(tier)));
-      continue;
+    const bool named = std::count(options.tiers.begin(), options.tiers.end(), std::string(Name(tier))) > 0;
+    if (named && !served) {
+      return absl::InvalidArgumentError(absl::StrCat(options.model, ": has no predictor for tier ", Name(tier)));
     }
-    if (wanted && tier != Tier::kDense) tiers.push_back(tier);
+    if (tier != Tier::kDense && served && (named || options.tiers.empty())) tiers.push_back(tier);
+  }
+  return tiers;
+}
+
+absl::StatusOr<int> WindowOf(const DecodeBenchOptions& options) {
+  ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(options.model));
+  const int longest = *std::max_element(options.contexts.begin(), options.contexts.end());
+  const int steps = std::max(1, options.steps);
+  if (longest + steps > config.context) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("context ", longest, " and ", steps, " steps do not fit the model's context of ", config.context));
+  }
+  return options.steps > 0 ? longest + steps : std::min(longest + kMostSteps, config.context);
+}
+
+absl::Status Bench(const DecodeBenchOptions& options) {
+  StopOnInterrupt();
+  RETURN_IF_ERROR(CheckWritable(options.json));
+  ModelRunner::Options run;
+  run.model = options.model;
+  run.weights = options.weights;
+  run.predictor = options.predictor;
+  run.threads = options.threads;
+  run.pin = true;
+  run.slots = *std::max_element(options.batches.begin(), options.batches.end());
+  run.max_rows = std::max(kPrefillRows, run.slots);
+  ASSIGN_OR_RETURN(run.window, WindowOf(options));
+  ProgressLine progress("dejavu-bench");
+  ASSIGN_OR_RETURN(const auto model, BenchModel::Create(run, options.text, progress));
+  ModelRunner& runner = model->runner();
+  ASSIGN_OR_RETURN(const std::vector<Tier> tiers, TiersOf(options, runner.predictor_data()));
+  ASSIGN_OR_RETURN(const auto probe, BandwidthProbe::Create(options.threads));
+  DecodeBench bench(options, *model, *probe, progress);
+
+  nlohmann::json rows = nlohmann::json::array();
+  for (const int context : options.contexts) {
+    model->FillContext(context, progress);
+    for (const int batch : options.batches) {
+      const std::vector<Measured> measured = bench.Run(tiers, batch, context);
+      if (Interrupted()) return absl::CancelledError("interrupted");
+      for (const Measured& m : measured) rows.push_back(Describe(options, runner, measured[0], m, batch, context));
+    }
   }
 
-  std::printf("%s\n%s, %s, context %d, %d steps, %d repeats\n\n", options.model.c_str(),
-              runner->backend().Description().c_str(), Name(runner->weights().dtype()), options.context, options.steps,
-              options.repeats);
-  std::printf("%-6s %-10s %10s %10s %10s %10s %10s\n", "batch", "tier", "ms/step", "least", "most", "/ dense",
-              "MLP rows");
-  nlohmann::json rows = nlohmann::json::array();
-  DecodeBench bench(*runner, options, tokens);
-  for (const int batch : options.batches) {
-    bench.Prefill(batch);
-    std::vector<Measured> measured;
-    for (const Tier tier : tiers) measured.push_back({tier, {}, {}, 0.0});
-    for (int i = -1; i < options.repeats; ++i) {  // one repeat to warm up
-      double dense = 0.0;
-      for (Measured& m : measured) {
-        const double ms = bench.Decode(m.tier, batch, &m.mlp_density);
-        if (m.tier == Tier::kDense) dense = ms;
-        if (i < 0) continue;
-        m.ms.push_back(ms);
-        m.to_dense.push_back(ms / dense);
-      }
-    }
-    for (const Measured& m : measured) {
-      std::printf("%-6d %-10s %10.4f %10.4f %10.4f %10.3f %9.1f%%\n", batch, std::string(Name(m.tier)).c_str(),
-                  Median(m.ms), *std::min_element(m.ms.begin(), m.ms.end()),
-                  *std::max_element(m.ms.begin(), m.ms.end()), Median(m.to_dense), 100.0 * m.mlp_density);
-      rows.push_back({{"model", options.model},
-                      {"synthetic", false},
-                      {"dtype", Name(runner->weights().dtype())},
-                      {"batch", batch},
-                      {"context", options.context},
-                      {"tier", std::string(Name(m.tier))},
-                      {"ms_per_step", Median(m.ms)},
-                      {"to_dense", Median(m.to_dense)},
-                      {"mlp_density", m.mlp_density}});
-    }
-  }
+  std::printf("%s, %s weights, %s, %d repeats, %s\n\n", options.model.c_str(), WeightsName(runner.weights().dtype()),
+              runner.backend().Description().c_str(), options.repeats,
+              options.text.empty() ? "random tokens" : options.text.c_str());
+  if (!runner.synthetic().empty()) std::printf("SYNTHETIC: %s\n\n", runner.synthetic().c_str());
+  PrintHeading();
+  for (const nlohmann::json& row : rows) Print(row);
+  PrintBreakdowns(rows);
+  PrintBandwidth(bench.bandwidth());
   if (options.json.empty()) return absl::OkStatus();
-  return WriteText(options.json, nlohmann::json{{"rows", std::move(rows)}}.dump(1) + "\n");
+  const nlohmann::json json = {{"bandwidth_gb_per_s", Median(bench.bandwidth())},
+                               {"bandwidth_spread", Spread(bench.bandwidth())},
+                               {"noisy", Spread(bench.bandwidth()) > kNoisySpread},
+                               {"backend", runner.backend().Description()},
+                               {"repeats", options.repeats},
+                               {"rows", std::move(rows)}};
+  return WriteText(options.json, json.dump(1) + "\n");
 }
 
 }  // namespace
 
-int RunDecodeBench(const DecodeBenchOptions& options) {
-  const absl::Status status = Bench(options);
-  if (status.ok()) return 0;
-  std::fprintf(stderr, "dejavu-bench: %s\n", std::string(status.message()).c_str());
-  return 1;
-}
+int RunDecodeBench(const DecodeBenchOptions& options) { return ExitCode(Bench(options)); }
 
 }  // namespace dejavu

@@ -1,4 +1,4 @@
-// `dejavu-bench decode`: time of a decode step by tier and batch, without scheduler and server.
+// `dejavu-bench decode`: what a decode step costs by tier, batch and context, without scheduler and server.
 #ifndef TESTS_BENCH_DECODE_H_
 #define TESTS_BENCH_DECODE_H_
 
@@ -10,13 +10,14 @@ namespace dejavu {
 
 struct DecodeBenchOptions {
   std::string model;
-  std::string predictor;  // empty: predictor.safetensors in the model's directory, if there
-  std::string text;       // what is decoded, teacher-forced: sparsity depends on it
-  std::vector<int> batches = {1, 8};
-  std::vector<std::string> tiers;  // empty: all that can be served
-  int context = 64;
-  int steps = 100;
-  int repeats = 15;
+  std::string weights = "stored";  // as ModelOptions has it
+  std::string predictor;           // likewise
+  std::string text;                // what is decoded, teacher-forced: sparsity depends on it; empty: random tokens
+  std::vector<int> batches = {1, 4};
+  std::vector<int> contexts = {256};
+  std::vector<std::string> tiers;  // empty: all that can be served; DENSE is always measured
+  int steps = 0;                   // of one measurement; 0: as many as take half a second
+  int repeats = 7;
   int threads = 0;
   std::string json;
 };

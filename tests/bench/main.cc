@@ -1,47 +1,118 @@
 // dejavu-bench: what this machine reaches. One subcommand for each question.
 #include <string>
+#include <vector>
 
 #include "CLI/CLI.hpp"
+#include "tests/bench/bandwidth.h"
+#include "tests/bench/checkpoint.h"
 #include "tests/bench/decode.h"
+#include "tests/bench/ops.h"
+#include "tests/bench/prefill.h"
 #include "tests/bench/serve.h"
+
+namespace {
+
+const std::vector<std::string> kTypes = {"bf16", "fp16", "fp32", "int8"};
+
+// What all subcommands share.
+template <typename Options>
+CLI::App* Add(CLI::App& app, const char* name, const char* description, Options& options) {
+  CLI::App* const command = app.add_subcommand(name, description);
+  command->add_option("--threads", options.threads, "CPU threads; 0: all")->check(CLI::Range(0, 1024));
+  command->add_option("--repeats", options.repeats, "Measurements of everything; figures are their medians")
+      ->check(CLI::Range(1, 1000))
+      ->capture_default_str();
+  command->add_option("--json", options.json, "Also write the figures to this file");
+  return command;
+}
+
+template <typename Options>
+void AddModel(CLI::App* command, Options& options) {
+  std::vector<std::string> types = kTypes;
+  types.push_back("stored");
+  command->add_option("--model", options.model, "Model directory, or a synthetic model such as synthetic:opt-1.3b")
+      ->required();
+  command->add_option("--dtype", options.weights, "Type of the matrices in memory")
+      ->check(CLI::IsMember(types))
+      ->capture_default_str();
+}
+
+}  // namespace
 
 int main(int argc, char** argv) {
   CLI::App app("Measures dejavud on this machine. Figures are medians; compare ratios within one run.", "dejavu-bench");
   app.require_subcommand(1);
 
-  dejavu::ServeBenchOptions serve;
-  CLI::App* serve_command = app.add_subcommand(
-      "serve", "What the server adds to a token: GenerateStream over loopback against the bare engine");
-  serve_command->add_option("--model", serve.model, "Model directory")->required();
-  serve_command->add_option("--threads", serve.threads, "CPU threads of the engine; 0: all")
-      ->check(CLI::NonNegativeNumber);
-  serve_command->add_option("--tokens", serve.tokens, "Tokens of one measurement")->check(CLI::Range(2, 100000));
-  serve_command->add_option("--repeats", serve.repeats, "Pairs of measurements")->check(CLI::Range(1, 1000));
-  serve_command->add_option("--json", serve.json, "Also write the figures to this file");
+  dejavu::BandwidthBenchOptions bandwidth;
+  CLI::App* command = Add(app, "bandwidth", "How fast this machine reads memory now", bandwidth);
+  command->add_option("--buffer-mib", bandwidth.buffer_mib, "What is read over and over")
+      ->check(CLI::Range(4, 1 << 20))
+      ->capture_default_str();
+
+  dejavu::OpsBenchOptions ops;
+  command = Add(app, "ops", "Each op of the CPU backend against bandwidth and arithmetic peak", ops);
+  command->add_option("--hidden", ops.hidden, "Width of the layer")
+      ->check(CLI::Range(64, 1 << 16))
+      ->capture_default_str();
+  command->add_option("--ffn", ops.ffn, "Neurons of the layer")->check(CLI::Range(64, 1 << 18))->capture_default_str();
+  command->add_option("--dtype", ops.weights, "Type of the weights")
+      ->check(CLI::IsMember(kTypes))
+      ->capture_default_str();
+  command->add_option("--batch", ops.batch, "Rows")->check(CLI::Range(1, 256))->capture_default_str();
+  command->add_option("--working-set-mib", ops.working_set_mib, "Weights that an op goes through")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+
+  dejavu::PrefillBenchOptions prefill;
+  command = Add(app, "prefill", "How fast prompts go through a model", prefill);
+  AddModel(command, prefill);
+  command->add_option("--tokens", prefill.tokens, "Lengths of the prompts, such as 16,64,128,512")
+      ->delimiter(',')
+      ->check(CLI::Range(2, 1 << 20));
 
   dejavu::DecodeBenchOptions decode;
-  CLI::App* decode_command =
-      app.add_subcommand("decode", "Time of a decode step by tier and batch, and the share of the MLP that it reads");
-  decode_command->add_option("--model", decode.model, "Model directory")->required();
-  decode_command->add_option("--text", decode.text, "Text that is decoded: sparsity depends on it")->required();
-  decode_command->add_option("--predictor", decode.predictor, "Predictor file; default: the one in the directory");
-  decode_command->add_option("--batch", decode.batches, "Sequences side by side, such as 1,8")
+  command =
+      Add(app, "decode", "What a decode step costs by tier, batch and context, and the weights that it reads", decode);
+  AddModel(command, decode);
+  command->add_option("--text", decode.text, "Text that is decoded: sparsity depends on it; without: random tokens");
+  command->add_option("--predictor", decode.predictor, "Predictor file, or none; default: the model's own");
+  command->add_option("--batch", decode.batches, "Sequences side by side, such as 1,4")
       ->delimiter(',')
-      ->check(CLI::Range(1, 1024));
-  decode_command->add_option("--tier", decode.tiers, "Such as exact,balanced; DENSE always runs beside them")
+      ->check(CLI::Range(1, 256));
+  command->add_option("--context", decode.contexts, "Tokens before the first decoded one, such as 128,2048")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 1 << 20));
+  command->add_option("--tier", decode.tiers, "Such as exact,balanced; DENSE always runs beside them")
       ->delimiter(',')
       ->check(CLI::IsMember({"dense", "exact", "high", "balanced", "fast"}));
-  decode_command->add_option("--context", decode.context, "Tokens before the first decoded one")
-      ->check(CLI::Range(1, 1 << 20));
-  decode_command->add_option("--steps", decode.steps, "Decode steps of one measurement")->check(CLI::Range(1, 1 << 20));
-  decode_command->add_option("--repeats", decode.repeats, "Measurements of each tier")->check(CLI::Range(1, 1000));
-  decode_command->add_option("--threads", decode.threads, "CPU threads; 0: all")->check(CLI::NonNegativeNumber);
-  decode_command->add_option("--json", decode.json, "Also write the figures to this file");
+  command->add_option("--steps", decode.steps, "Decode steps of one measurement; 0: as many as take half a second")
+      ->check(CLI::Range(0, 1 << 20));
+
+  dejavu::ServeBenchOptions serve;
+  command =
+      Add(app, "serve", "What the server adds to a token: GenerateStream over loopback against the bare engine", serve);
+  AddModel(command, serve);
+  command->add_option("--tokens", serve.tokens, "Tokens of one measurement")
+      ->check(CLI::Range(2, 100000))
+      ->capture_default_str();
+
+  dejavu::CheckpointOptions checkpoint;
+  command = app.add_subcommand("checkpoint", "Writes a synthetic model to disk, in Hugging Face layout");
+  command->add_option("--model", checkpoint.model, "Such as synthetic:opt-1.3b")->required();
+  command->add_option("--dtype", checkpoint.weights, "Type of the matrices")
+      ->check(CLI::IsMember({"bf16", "fp16", "fp32", "stored"}))
+      ->capture_default_str();
+  command->add_option("--out", checkpoint.out, "Directory")->required();
 
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : 2;
   }
-  return decode_command->parsed() ? dejavu::RunDecodeBench(decode) : dejavu::RunServeBench(serve);
+  if (app.got_subcommand("bandwidth")) return dejavu::RunBandwidthBench(bandwidth);
+  if (app.got_subcommand("ops")) return dejavu::RunOpsBench(ops);
+  if (app.got_subcommand("prefill")) return dejavu::RunPrefillBench(prefill);
+  if (app.got_subcommand("decode")) return dejavu::RunDecodeBench(decode);
+  if (app.got_subcommand("serve")) return dejavu::RunServeBench(serve);
+  return dejavu::RunCheckpoint(checkpoint);
 }

@@ -2,25 +2,24 @@
 // process, as server and client would on one machine; the client is the generated synchronous one.
 #include "tests/bench/serve.h"
 
-#include <algorithm>
-#include <chrono>
 #include <cstdio>
-#include <fstream>
 #include <memory>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "dejavu/v1/generation.grpc.pb.h"
 #include "engine/engine.h"
+#include "engine/eval/tool.h"
+#include "engine/synthetic.h"
 #include "grpcpp/create_channel.h"
 #include "kernels/base/mutex.h"
+#include "kernels/base/status_macros.h"
 #include "nlohmann/json.hpp"
 #include "server/server.h"
+#include "tests/bench/tool.h"
 
 namespace dejavu {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 double Microseconds(Clock::duration d) { return std::chrono::duration<double, std::micro>(d).count(); }
 
@@ -96,24 +95,20 @@ absl::StatusOr<Run> RunServer(v1::GenerationService::Stub& stub, int tokens) {
   return Summarise(start, first, last, count);
 }
 
-double Median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
-
 struct Row {
   const char* name;
   double median, least, most;
 };
 
 Row Describe(const char* name, const std::vector<double>& values) {
-  return {name, Median(values), *std::min_element(values.begin(), values.end()),
-          *std::max_element(values.begin(), values.end())};
+  return {name, Median(values), Least(values), Most(values)};
 }
 
 absl::Status Bench(const ServeBenchOptions& options) {
+  RETURN_IF_ERROR(CheckWritable(options.json));
   EngineOptions engine_options;
   engine_options.model = options.model;
+  engine_options.weights = options.weights;
   engine_options.threads = options.threads;
   auto engine = Engine::Create(engine_options, 0, nullptr);
   if (!engine.ok()) return engine.status();
@@ -144,28 +139,26 @@ absl::Status Bench(const ServeBenchOptions& options) {
   std::printf("%s\n%s, batch 1, %d tokens, %d pairs of runs\n\n", options.model.c_str(),
               (*engine)->backend_description().c_str(), options.tokens, options.repeats);
   std::printf("%-34s %10s %10s %10s\n", "microseconds", "median", "least", "most");
-  nlohmann::json json = {
-      {"model", options.model}, {"backend", (*engine)->backend_description()}, {"tokens", options.tokens}};
+  nlohmann::json json = {{"model", options.model},
+                         {"synthetic", IsSynthetic(options.model)},
+                         {"backend", (*engine)->backend_description()},
+                         {"tokens", options.tokens}};
   for (const Row& row : {Describe("engine_us_per_token", engine_us), Describe("server_us_per_token", server_us),
                          Describe("added_us_per_token", added_us), Describe("engine_ttft_us", engine_ttft_us),
                          Describe("server_ttft_us", server_ttft_us)}) {
     std::printf("%-34s %10.1f %10.1f %10.1f\n", row.name, row.median, row.least, row.most);
     json[row.name] = row.median;
   }
-  std::printf("\nThe server adds %.1f %% to a token.\n", 100 * Median(added_us) / Median(engine_us));
+  std::vector<double> shares;  // of neighbouring runs
+  for (size_t i = 0; i < added_us.size(); ++i) shares.push_back(added_us[i] / engine_us[i]);
+  json["added_share"] = Median(shares);
+  std::printf("\nThe server adds %.1f us, %.2f %%, to a token.\n", Median(added_us), 100 * Median(shares));
   if (options.json.empty()) return absl::OkStatus();
-  std::ofstream out(options.json);
-  out << json.dump(1) << '\n';
-  return out.good() ? absl::OkStatus() : absl::UnavailableError(absl::StrCat(options.json, ": cannot be written"));
+  return WriteText(options.json, json.dump(1) + "\n");
 }
 
 }  // namespace
 
-int RunServeBench(const ServeBenchOptions& options) {
-  const absl::Status status = Bench(options);
-  if (status.ok()) return 0;
-  std::fprintf(stderr, "dejavu-bench: %s\n", std::string(status.message()).c_str());
-  return 1;
-}
+int RunServeBench(const ServeBenchOptions& options) { return ExitCode(Bench(options)); }
 
 }  // namespace dejavu

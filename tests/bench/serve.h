@@ -8,6 +8,7 @@ namespace dejavu {
 
 struct ServeBenchOptions {
   std::string model;
+  std::string weights = "stored";  // as ModelOptions has it
   int threads = 0;
   int tokens = 256;
   int repeats = 15;

@@ -1,0 +1,22 @@
+// `dejavu-bench bandwidth`: how fast this machine reads memory now.
+#ifndef TESTS_BENCH_BANDWIDTH_H_
+#define TESTS_BENCH_BANDWIDTH_H_
+
+#include <cstdint>
+#include <string>
+
+namespace dejavu {
+
+struct BandwidthBenchOptions {
+  int threads = 0;
+  int repeats = 15;
+  int64_t buffer_mib = 1024;
+  std::string json;
+};
+
+// Exit code.
+int RunBandwidthBench(const BandwidthBenchOptions& options);
+
+}  // namespace dejavu
+
+#endif  // TESTS_BENCH_BANDWIDTH_H_

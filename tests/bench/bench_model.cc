@@ -1,0 +1,103 @@
+#include "tests/bench/bench_model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <random>
+
+#include "absl/strings/str_cat.h"
+#include "engine/loaded_model.h"
+#include "engine/synthetic.h"
+#include "kernels/base/status_macros.h"
+#include "tests/bench/tool.h"
+
+namespace dejavu {
+namespace {
+
+constexpr int kSlotsOfTheirOwn = 4;
+
+}  // namespace
+
+const char* WeightsName(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return "fp32";
+    case DType::kFloat16:
+      return "fp16";
+    case DType::kBFloat16:
+      return "bf16";
+    default:
+      return "int8";
+  }
+}
+
+absl::StatusOr<std::unique_ptr<BenchModel>> BenchModel::Create(ModelRunner::Options options, const std::string& text,
+                                                               ProgressLine& progress) {
+  std::unique_ptr<BenchModel> model(new BenchModel);
+  model->synthetic_ = IsSynthetic(options.model);
+  model->window_ = options.window;
+  const size_t wanted = static_cast<size_t>(options.window) * options.slots;
+  if (text.empty()) {
+    ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(options.model));
+    std::mt19937 random(1);
+    std::uniform_int_distribution<int32_t> any(0, config.vocab - 1);
+    model->tokens_.resize(wanted);
+    for (int32_t& token : model->tokens_) token = any(random);
+  } else {
+    ASSIGN_OR_RETURN(model->tokens_, ReadTokens(options.model, text, 0));
+    if (model->tokens_.size() < wanted) {
+      return absl::InvalidArgumentError(absl::StrCat(text, ": has ", model->tokens_.size(), " tokens; ", options.slots,
+                                                     " sequences of ", options.window, " need more"));
+    }
+  }
+  options.wrap_backend = [&model](std::unique_ptr<Backend> backend) {
+    auto timed = std::make_unique<TimedBackend>(std::move(backend));
+    model->timed_ = timed.get();
+    return timed;
+  };
+  ASSIGN_OR_RETURN(model->runner_, ModelRunner::Create(options, [&](int64_t done_bytes, int64_t total_bytes) {
+                     progress.Show("loading", static_cast<double>(done_bytes) / static_cast<double>(total_bytes));
+                     return !Interrupted();
+                   }));
+  model->timed_->SetWeights(model->runner_->weights());
+  return model;
+}
+
+double BenchModel::Prefill(int slot, int first, int count) {
+  Batch& rows = runner_->StartBatch();
+  for (int i = first; i < first + count; ++i) rows.AddRow(slot, i, TokenAt(slot, i), i + 1 == first + count);
+  const Clock::time_point start = Clock::now();
+  runner_->Run();
+  return SecondsSince(start);
+}
+
+void BenchModel::FillContext(int context, ProgressLine& progress) {
+  const int slots = runner_->options().slots;
+  const int own = synthetic_ ? std::min(slots, kSlotsOfTheirOwn) : slots;
+  const int from = std::min(filled_, context), todo = (context - from) * own;
+  int done = 0;
+  for (int slot = 0; slot < own && !Interrupted(); ++slot) {
+    for (int first = from; first < context && !Interrupted();) {
+      const int count = std::min(context - first, runner_->options().max_rows);
+      Prefill(slot, first, count);
+      first += count;
+      done += count;
+      progress.Show(absl::StrCat("context ", context), static_cast<double>(done) / todo);
+    }
+  }
+  for (int slot = own; slot < slots; ++slot) CopySlot(slot, slot % own);
+  filled_ = context;
+}
+
+// A slot's blocks follow each other in the storage.
+void BenchModel::CopySlot(int target, int source) {
+  for (const KvLayer& kv : timed_->kv()) {
+    const int64_t slot_bytes = static_cast<int64_t>(kv.blocks / runner_->options().slots) * kv.heads * kv.block_tokens *
+                               kv.head_dim * static_cast<int64_t>(sizeof(float));
+    for (void* base : {kv.keys, kv.values}) {
+      char* const bytes = static_cast<char*>(base);
+      std::memcpy(bytes + target * slot_bytes, bytes + source * slot_bytes, slot_bytes);
+    }
+  }
+}
+
+}  // namespace dejavu

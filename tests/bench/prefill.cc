@@ -1,0 +1,97 @@
+// A prompt goes through in one step, with the logits of its last token. The arithmetic peak is probed beside every one.
+#include "tests/bench/prefill.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "absl/strings/str_cat.h"
+#include "engine/loaded_model.h"
+#include "engine/synthetic.h"
+#include "kernels/base/status_macros.h"
+#include "nlohmann/json.hpp"
+#include "tests/bench/bench_model.h"
+#include "tests/bench/probe.h"
+#include "tests/bench/tool.h"
+
+namespace dejavu {
+namespace {
+
+// A multiply-add counts as two. Attention: scores and values over the positions up to each token's own.
+double Operations(const OptConfig& config, double tokens) {
+  const double hidden = config.hidden, layer_weights = 4 * hidden * hidden + 2 * hidden * config.ffn;
+  const double attention = 2 * hidden * tokens * (tokens + 1);
+  return config.layers * (2 * layer_weights * tokens + attention) + 2.0 * config.vocab * config.embed;
+}
+
+absl::Status Bench(const PrefillBenchOptions& options) {
+  StopOnInterrupt();
+  RETURN_IF_ERROR(CheckWritable(options.json));
+  ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(options.model));
+  ModelRunner::Options run;
+  run.model = options.model;
+  run.weights = options.weights;
+  run.threads = options.threads;
+  run.pin = true;
+  run.window = run.max_rows = *std::max_element(options.tokens.begin(), options.tokens.end());
+  if (run.window > config.context) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--tokens ", run.window, " does not fit the model's context of ", config.context));
+  }
+  ProgressLine progress("dejavu-bench");
+  ASSIGN_OR_RETURN(const auto model, BenchModel::Create(run, "", progress));
+  ArithmeticProbe probe(options.threads);
+
+  nlohmann::json rows = nlohmann::json::array();
+  std::vector<double> peaks;
+  for (const int tokens : options.tokens) {
+    const double gflop = 1e-9 * Operations(config, tokens);
+    std::vector<double> ms, shares;
+    model->Prefill(0, 0, tokens);  // warms up
+    for (int repeat = 0; repeat < options.repeats; ++repeat) {
+      const double before = probe.Measure();
+      const double seconds = model->Prefill(0, 0, tokens);
+      const double peak = 0.5 * (before + probe.Measure());
+      peaks.push_back(peak);
+      ms.push_back(1e3 * seconds);
+      shares.push_back(gflop / seconds / peak);
+      progress.Show(absl::StrCat(tokens, " tokens"), (repeat + 1.0) / options.repeats);
+      if (Interrupted()) return absl::CancelledError("interrupted");
+    }
+    rows.push_back({{"model", options.model},
+                    {"synthetic", IsSynthetic(options.model)},
+                    {"dtype", WeightsName(model->runner().weights().dtype())},
+                    {"tokens", tokens},
+                    {"ms", Median(ms)},
+                    {"ms_least", Least(ms)},
+                    {"ms_most", Most(ms)},
+                    {"samples_ms", ms},
+                    {"tokens_per_s", 1e3 * tokens / Median(ms)},
+                    {"gflop_per_s", 1e3 * gflop / Median(ms)},
+                    {"peak_share", Median(shares)}});
+  }
+
+  const std::string& synthetic = model->runner().synthetic();
+  if (!synthetic.empty()) std::printf("SYNTHETIC: %s\n", synthetic.c_str());
+  std::printf("%s, %s weights, %s, %d repeats\n\n%7s %10s %10s %10s %10s %10s %8s\n", options.model.c_str(),
+              WeightsName(model->runner().weights().dtype()), model->runner().backend().Description().c_str(),
+              options.repeats, "tokens", "ms", "least", "most", "tokens/s", "GFLOP/s", "/ peak");
+  for (const nlohmann::json& row : rows) {
+    std::printf("%7d %10.2f %10.2f %10.2f %10.1f %10.1f %7.1f%%\n", row["tokens"].get<int>(), row["ms"].get<double>(),
+                row["ms_least"].get<double>(), row["ms_most"].get<double>(), row["tokens_per_s"].get<double>(),
+                row["gflop_per_s"].get<double>(), 100 * row["peak_share"].get<double>());
+  }
+  std::printf("\nPeak of float32 multiply-adds, probed in between: %.1f GFLOP/s (%.1f to %.1f)\n", Median(peaks),
+              Least(peaks), Most(peaks));
+  if (options.json.empty()) return absl::OkStatus();
+  const nlohmann::json json = {{"peak_gflop_per_s", Median(peaks)},
+                               {"peak_spread", Spread(peaks)},
+                               {"noisy", Spread(peaks) > kNoisySpread},
+                               {"rows", std::move(rows)}};
+  return WriteText(options.json, json.dump(1) + "\n");
+}
+
+}  // namespace
+
+int RunPrefillBench(const PrefillBenchOptions& options) { return ExitCode(Bench(options)); }
+
+}  // namespace dejavu

@@ -1,0 +1,94 @@
+#include "tests/bench/timed_backend.h"
+
+#include "tests/bench/tool.h"
+
+namespace dejavu {
+
+void TimedBackend::SetWeights(const OptWeights& weights) {
+  parts_.clear();
+  for (const LayerWeights& layer : weights.layers) {
+    const Tensor& qkv = layer.qkv.weight;
+    const int64_t hidden = qkv.rows / 3;
+    parts_[qkv.data] = StepPart::kProjections;
+    parts_[qkv.Rows(hidden, hidden).data] = StepPart::kProjections;  // K and V, where heads are chosen
+    parts_[layer.out.weight.data] = StepPart::kProjections;
+  }
+  for (const LinearWeights* w : {&weights.head, &weights.project_in, &weights.project_out}) {
+    if (!w->weight.empty()) parts_[w->weight.data] = StepPart::kHead;
+  }
+}
+
+void TimedBackend::Start() {
+  seconds_.fill(0.0);
+  on_ = true;
+}
+
+template <typename Op>
+void TimedBackend::Time(StepPart part, Op&& op) {
+  if (!on_) return op();
+  const Clock::time_point start = Clock::now();
+  op();
+  seconds_[static_cast<size_t>(part)] += SecondsSince(start);
+}
+
+void TimedBackend::Upload(Tensor target, const void* source) {
+  Time(StepPart::kRest, [&] { timed_->Upload(target, source); });
+}
+
+void TimedBackend::Download(void* target, Tensor source) {
+  Time(StepPart::kRest, [&] { timed_->Download(target, source); });
+}
+
+void TimedBackend::Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) {
+  Time(StepPart::kRest, [&] { timed_->Embed(y, ids, table, offset, accumulate); });
+}
+
+void TimedBackend::LayerNorm(Tensor y, Tensor x, const NormWeights& norm) {
+  Time(StepPart::kRest, [&] { timed_->LayerNorm(y, x, norm); });
+}
+
+void TimedBackend::Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& selected, int64_t group,
+                          const Ride& ride) {
+  const auto known = parts_.find(w.weight.data);
+  Time(known == parts_.end() ? StepPart::kPredictor : known->second,
+       [&] { timed_->Linear(y, x, w, selected, group, ride); });
+}
+
+void TimedBackend::WriteKv(const KvLayer& kv, Tensor qkv, const RowTable& rows) {
+  if (kv_.empty() || kv_.front().keys != kv.keys) {
+    bool known = false;
+    for (const KvLayer& layer : kv_) known = known || layer.keys == kv.keys;
+    if (!known) kv_.push_back(kv);
+  }
+  Time(StepPart::kAttention, [&] { timed_->WriteKv(kv, qkv, rows); });
+}
+
+void TimedBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const RowTable& rows, float scale,
+                             const Selection& heads) {
+  Time(StepPart::kAttention, [&] { timed_->Attention(context, qkv, kv, rows, scale, heads); });
+}
+
+void TimedBackend::Select(const Selection& selection, Tensor counts, Tensor a, const SelectorWeights& w,
+                          Tensor points) {
+  Time(StepPart::kSelection, [&] { timed_->Select(selection, counts, a, w, points); });
+}
+
+void TimedBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& neurons, bool skip_zeros,
+                       Tensor hidden, Tensor active) {
+  Time(StepPart::kMlp, [&] { timed_->Mlp(y, x, w, neurons, skip_zeros, hidden, active); });
+}
+
+void TimedBackend::Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
+                         Tensor hidden) {
+  Time(StepPart::kRest, [&] { timed_->Audit(result, x, up, worth, neurons, hidden); });
+}
+
+void TimedBackend::Add(Tensor x, Tensor y) {
+  Time(StepPart::kRest, [&] { timed_->Add(x, y); });
+}
+
+void TimedBackend::GatherRows(Tensor y, Tensor x, Tensor ids) {
+  Time(StepPart::kRest, [&] { timed_->GatherRows(y, x, ids); });
+}
+
+}  // namespace dejavu
