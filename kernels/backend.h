@@ -75,9 +75,10 @@ struct NormWeights {
   float epsilon = 1e-5f;
 };
 
-// One layer's paged keys and values: blocks of `block_tokens` positions, contiguous per head.
+// One layer's paged keys and values: blocks of `block_tokens` positions, contiguous per head. A block's keys lie
+// feature after feature, its values position after position.
 struct KvLayer {
-  void* keys = nullptr;    // float32 [blocks][heads][block_tokens][head_dim]
+  void* keys = nullptr;    // float32 [blocks][heads][head_dim][block_tokens]
   void* values = nullptr;  // float32 [blocks][heads][block_tokens][head_dim]
   int32_t blocks = 0;
   int32_t heads = 0;

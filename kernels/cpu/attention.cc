@@ -1,7 +1,7 @@
 // Attention with a running softmax (Milakov and Gimelshein 2018; FlashAttention): positions come in tiles of 64 counted
 // from the start of the sequence, whatever the blocks are; a tile that raises the maximum scales down what was summed
-// so far. K and V are read as listed rows of the matrix [blocks * heads * block_tokens, head_dim], so scores are dot
-// products and the context is a sum of rows. Rows of one sequence go through a tile together while it is in the cache.
+// so far. The keys of a block lie transposed, so that the scores of neighbouring positions are computed side by side.
+// Rows of one sequence go through a tile together while it is in the cache.
 #include <algorithm>
 #include <limits>
 
@@ -51,53 +51,151 @@ HWY_INLINE float Accumulate(float* scores, int64_t n, Softmax& softmax) {
   return scale;
 }
 
-template <int kOutputs>
-HWY_INLINE void Scores(const float* q, const float* keys, const int32_t* places, int64_t head_dim, float scale,
-                       float* scores) {
-  const float* k[kOutputs];
-  for (int i = 0; i < kOutputs; ++i) k[i] = keys + places[i] * head_dim;
-  const float* const x[1] = {q};
-  V sum[1][kOutputs];
-  for (int i = 0; i < kOutputs; ++i) sum[0][i] = hn::Zero(F32());
-  DotTile<float, 1, kOutputs>(k, nullptr, x, head_dim, sum);
-  for (int i = 0; i < kOutputs; ++i) scores[i] = hn::GetLane(hn::SumOfLanes(F32(), sum[0][i])) * scale;
+// Up to kTilePositions positions of one head of one sequence.
+struct KvTile {
+  const float*
+      keys[kTilePositions];         // by block: [head_dim][block_tokens], of the position that the tile has first in it
+  int32_t places[kTilePositions];   // by block: that position within the tile
+  int32_t offsets[kTilePositions];  // and within the block
+  int32_t blocks = 0;
+  const float* values[kTilePositions];  // by position: [head_dim]
+  int32_t positions = 0;
+};
+
+void FillTile(const AttentionJob& job, const int32_t* table, int64_t head, int32_t start, int32_t end, KvTile* tile) {
+  const KvLayer& kv = job.kv;
+  const int64_t block_floats = int64_t{kv.block_tokens} * kv.head_dim;
+  tile->blocks = tile->positions = 0;
+  while (start + tile->positions < end && tile->positions < kTilePositions) {
+    const int32_t position = start + tile->positions, offset = position % kv.block_tokens;
+    const int64_t at = (int64_t{table[position / kv.block_tokens]} * kv.heads + head) * block_floats;
+    tile->keys[tile->blocks] = static_cast<const float*>(kv.keys) + at;
+    tile->places[tile->blocks] = tile->positions;
+    tile->offsets[tile->blocks++] = offset;
+    const int32_t limit = std::min<int32_t>(end - start, kTilePositions);
+    for (int32_t o = offset; o < kv.block_tokens && tile->positions < limit; ++o) {
+      tile->values[tile->positions++] = static_cast<const float*>(kv.values) + at + int64_t{o} * kv.head_dim;
+    }
+  }
 }
 
-HWY_INLINE void AttendTile(const AttentionJob& job, const float* q, const int32_t* places, int64_t n, Softmax& softmax,
-                           float* context) {
+// scores[i] of `n` positions of a block, side by side: even and odd features apart, then together. `next` is fetched.
+template <int kVectors>
+HWY_INLINE void ScoreVectors(const float* q, int64_t head_dim, const float* keys, int64_t stride, int64_t n,
+                             const float* next, float scale, float* scores) {
+  V sum[2][kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) sum[0][v] = sum[1][v] = hn::Zero(F32());
+  const auto step = [&](int64_t d, V* to) HWY_ATTR {
+    const float* k = keys + d * stride;
+    if (next != nullptr) Prefetch(next + d * stride);
+    const V qd = hn::Set(F32(), q[d]);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const V kd = kVectors > 1 || n >= kLanes ? hn::LoadU(F32(), k + v * kLanes) : WidenPart(k, n);
+      to[v] = hn::MulAdd(qd, kd, to[v]);
+    }
+  };
+  int64_t d = 0;
+  for (; d + 2 <= head_dim; d += 2) {
+    step(d, sum[0]);
+    step(d + 1, sum[1]);
+  }
+  if (d < head_dim) step(d, sum[0]);
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    hn::StoreU(hn::Mul(hn::Add(sum[0][v], sum[1][v]), hn::Set(F32(), scale)), F32(), scores + v * kLanes);
+  }
+}
+
+// Of the first n positions of the tile; `scores` has room for a vector more.
+HWY_INLINE void Scores(const AttentionJob& job, const float* q, const KvTile& tile, int64_t n, const KvTile* next,
+                       float* scores) {
+  const int64_t stride = job.kv.block_tokens, head_dim = job.kv.head_dim;
+  for (int32_t b = 0; b < tile.blocks; ++b) {
+    const int64_t first = tile.places[b], offset = tile.offsets[b];
+    const int64_t end = std::min<int64_t>(n, b + 1 < tile.blocks ? tile.places[b + 1] : tile.positions);
+    const float* const ahead = next != nullptr && b < next->blocks ? next->keys[b] : nullptr;
+    int64_t i = first;
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      ScoreVectors<2>(q, head_dim, tile.keys[b] + offset + i - first, stride, 2 * kLanes,
+                      ahead != nullptr ? ahead + i - first : nullptr, job.scale, scores + i);
+    }
+    for (; i < end; i += kLanes) {
+      ScoreVectors<1>(q, head_dim, tile.keys[b] + offset + i - first, stride, end - i,
+                      ahead != nullptr ? ahead + i - first : nullptr, job.scale, scores + i);
+    }
+  }
+}
+
+// context += sum over n positions of weights[i] * values[i], kVectors vectors from `column` on.
+template <int kVectors>
+HWY_INLINE void AddValues(const float* weights, const KvTile& tile, int64_t n, const KvTile* next, int64_t column,
+                          float* context) {
+  V sum[kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) sum[v] = hn::LoadU(F32(), context + column + v * kLanes);
+  for (int64_t i = 0; i < n; ++i) {
+    if (next != nullptr && i < next->positions) {
+      for (int64_t c = 0; c < kVectors * kLanes; c += kLineBytes / 4) Prefetch(next->values[i] + column + c);
+    }
+    const V weight = hn::Set(F32(), weights[i]);
+    const float* from = tile.values[i] + column;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sum[v] = hn::MulAdd(weight, hn::LoadU(F32(), from + v * kLanes), sum[v]);
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) hn::StoreU(sum[v], F32(), context + column + v * kLanes);
+}
+
+// The last `columns` < kLanes.
+HWY_INLINE void AddLastValues(const float* weights, const KvTile& tile, int64_t n, int64_t column, int64_t columns,
+                              float* context) {
+  V sum = WidenPart(context + column, columns);
+  for (int64_t i = 0; i < n; ++i) {
+    sum = hn::MulAdd(hn::Set(F32(), weights[i]), WidenPart(tile.values[i] + column, columns), sum);
+  }
+  StorePart(sum, context + column, columns);
+}
+
+HWY_INLINE void AttendTile(const AttentionJob& job, const float* q, const KvTile& tile, int64_t n, const KvTile* next,
+                           Softmax& softmax, float* context) {
   const int64_t head_dim = job.kv.head_dim;
-  const float* keys = static_cast<const float*>(job.kv.keys);
-  alignas(64) float scores[kTilePositions];
-  int64_t i = 0;
-  for (; i + 4 <= n; i += 4) Scores<4>(q, keys, places + i, head_dim, job.scale, scores + i);
-  for (; i < n; ++i) Scores<1>(q, keys, places + i, head_dim, job.scale, scores + i);
+  alignas(64) float scores[kTilePositions + 2 * kLanes];
+  Scores(job, q, tile, n, next, scores);
   const float rescale = Accumulate(scores, n, softmax);
   for (int64_t d = 0; d < head_dim; ++d) context[d] *= rescale;
-  const float* values = static_cast<const float*>(job.kv.values);
-  AddColumns<float, 1>({scores, 0, nullptr, values, head_dim, places, n}, 0, head_dim, context, 0);
+  int64_t c = 0;
+  for (; c + 8 * kLanes <= head_dim; c += 8 * kLanes) AddValues<8>(scores, tile, n, next, c, context);
+  for (; c + 2 * kLanes <= head_dim; c += 2 * kLanes) AddValues<2>(scores, tile, n, next, c, context);
+  for (; c + kLanes <= head_dim; c += kLanes) AddValues<1>(scores, tile, n, next, c, context);
+  if (c < head_dim) AddLastValues(scores, tile, n, c, head_dim - c, context);
 }
 
-void Attend(const AttentionJob& job, int64_t first, int64_t last, int64_t head) {
+void Attend(const AttentionJob& job, int64_t first, int64_t last, int64_t head, int64_t next_head) {
   const KvLayer& kv = job.kv;
   const int32_t* positions = job.rows.positions.row<int32_t>(0);
-  const int32_t* blocks = job.rows.block_table.row<int32_t>(job.rows.sequences.row<int32_t>(0)[first]);
+  const int32_t* table = job.rows.block_table.row<int32_t>(job.rows.sequences.row<int32_t>(0)[first]);
   const int32_t end = *std::max_element(positions + first, positions + last) + 1;
   const int64_t column = head * kv.head_dim;
   Softmax softmax[kAttentionRows];
   for (int64_t r = first; r < last; ++r) std::fill_n(job.context.row<float>(r) + column, kv.head_dim, 0.0f);
 
+  // While a tile is computed, the one after it is fetched; after the last, the first of the head that comes next.
+  KvTile tiles[2];
+  FillTile(job, table, head, 0, end, &tiles[0]);
   for (int32_t start = 0; start < end; start += kTilePositions) {
-    const int32_t count = std::min<int32_t>(kTilePositions, end - start);
-    int32_t places[kTilePositions];
-    for (int32_t i = 0; i < count; ++i) {
-      const int32_t position = start + i;
-      places[i] = (blocks[position / kv.block_tokens] * kv.heads + head) * kv.block_tokens + position % kv.block_tokens;
-    }
+    const KvTile& tile = tiles[start / kTilePositions % 2];
+    KvTile& next = tiles[1 - start / kTilePositions % 2];
+    const bool more = start + kTilePositions < end, another = more || next_head >= 0;
+    if (another) FillTile(job, table, more ? head : next_head, more ? start + kTilePositions : 0, end, &next);
+    bool fetch = another;
     for (int64_t r = first; r < last; ++r) {
-      const int32_t n = std::min(count, positions[r] + 1 - start);
+      const int32_t n = std::min(tile.positions, positions[r] + 1 - start);
       if (n <= 0) continue;
-      AttendTile(job, job.qkv.row<float>(r) + column, places, n, softmax[r - first],
+      AttendTile(job, job.qkv.row<float>(r) + column, tile, n, fetch ? &next : nullptr, softmax[r - first],
                  job.context.row<float>(r) + column);
+      fetch = false;
     }
   }
   for (int64_t r = first; r < last; ++r) {
@@ -114,8 +212,8 @@ namespace dejavu::cpu {
 
 HWY_EXPORT(Attend);
 
-void Attend(const AttentionJob& job, int64_t first, int64_t last, int64_t head) {
-  HWY_DYNAMIC_DISPATCH(Attend)(job, first, last, head);
+void Attend(const AttentionJob& job, int64_t first, int64_t last, int64_t head, int64_t next_head) {
+  HWY_DYNAMIC_DISPATCH(Attend)(job, first, last, head, next_head);
 }
 
 }  // namespace dejavu::cpu

@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kSmallWork =
     16 << 10;  // multiply-adds or elements, a few microseconds: about what waking threads costs
-constexpr int64_t kChunksPerThread = 8;
+constexpr int64_t kChunksPerThread = 32;
 
 int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return DivideUp(a, b) * b; }
@@ -377,10 +377,12 @@ void CpuBackend::WriteKv(const KvLayer& kv, Tensor qkv, const RowTable& rows) {
       CHECK(block >= 0 && block < kv.blocks) << "block " << block << " of " << kv.blocks;
       const float* k = qkv.row<float>(r) + width;
       for (int64_t head = 0; head < kv.heads; ++head) {
-        const int64_t place = (block * int64_t{kv.heads} + head) * kv.block_tokens + position % kv.block_tokens;
-        const int64_t bytes = kv.head_dim * sizeof(float);
-        std::memcpy(static_cast<float*>(kv.keys) + place * kv.head_dim, k + head * kv.head_dim, bytes);
-        std::memcpy(static_cast<float*>(kv.values) + place * kv.head_dim, k + width + head * kv.head_dim, bytes);
+        const int64_t at = (block * int64_t{kv.heads} + head) * kv.block_tokens * kv.head_dim;
+        const int64_t place = position % kv.block_tokens;
+        float* keys = static_cast<float*>(kv.keys) + at + place;
+        for (int64_t d = 0; d < kv.head_dim; ++d) keys[d * kv.block_tokens] = k[head * kv.head_dim + d];
+        std::copy_n(k + width + head * kv.head_dim, kv.head_dim,
+                    static_cast<float*>(kv.values) + at + place * kv.head_dim);
       }
     }
   });
@@ -399,11 +401,12 @@ void CpuBackend::GroupRows(const RowTable& rows) {
 }
 
 // The context of rows that did not select the head is zero, because the out-projection reads it for the others.
-void AttendSelected(const cpu::AttentionJob& job, int64_t first, int64_t last, int64_t head, const Selection& heads) {
+void AttendSelected(const cpu::AttentionJob& job, int64_t first, int64_t last, int64_t head, int64_t next_head,
+                    const Selection& heads) {
   const auto takes_part = [&](int64_t r) { return !IsStrict(heads, r) || Selected(heads.masks, r, head); };
   bool any = heads.masks.empty();
   for (int64_t r = first; r < last && !any; ++r) any = takes_part(r);
-  if (any) cpu::Attend(job, first, last, head);
+  if (any) cpu::Attend(job, first, last, head, next_head);
   if (heads.masks.empty()) return;
   for (int64_t r = first; r < last; ++r) {
     if (!takes_part(r)) std::fill_n(job.context.row<float>(r) + head * job.kv.head_dim, job.kv.head_dim, 0.0f);
@@ -430,12 +433,14 @@ void CpuBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const 
     CHECK(position >= 0 && position / kv.block_tokens < rows.block_table.cols) << "position " << position;
     work += 2 * (position + 1) * head_count * kv.head_dim;
   }
+  const int64_t grain = std::max<int64_t>(1, items / (pool_.threads() * kChunksPerThread));
   // Later rows see more positions, so they go first.
-  pool_.ParallelFor(items, work < kSmallWork ? items : 1, [&](int64_t first, int64_t last, int) {
+  pool_.ParallelFor(items, work < kSmallWork ? items : grain, [&](int64_t first, int64_t last, int) {
     for (int64_t i = first; i < last; ++i) {
-      const int64_t group = groups - 1 - i / head_count;
-      const int64_t head = list != nullptr ? list[i % head_count] : i % head_count;
-      AttendSelected(job, row_groups_[group], row_groups_[group + 1], head, heads);
+      const int64_t group = groups - 1 - i / head_count, place = i % head_count;
+      const auto head = [&](int64_t at) { return list != nullptr ? list[at] : at; };
+      const bool same = i + 1 < last && place + 1 < head_count;
+      AttendSelected(job, row_groups_[group], row_groups_[group + 1], head(place), same ? head(place + 1) : -1, heads);
     }
   });
 }

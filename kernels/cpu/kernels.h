@@ -90,8 +90,8 @@ struct AttentionJob {
 };
 constexpr int kAttentionRows = 16;
 // One head of rows `first` ... `last`, at most kAttentionRows and all of one sequence, which share each visit to K and
-// V.
-void Attend(const AttentionJob& job, int64_t first, int64_t last, int64_t head);
+// V. Of `next_head`, the one that the same thread does next or -1, the beginning is fetched.
+void Attend(const AttentionJob& job, int64_t first, int64_t last, int64_t head, int64_t next_head);
 
 // Rows `first` ... `last` of the Backend op of the same name.
 void Embed(const Tensor& y, const Tensor& ids, const EmbeddingWeights& table, int64_t offset, bool accumulate,

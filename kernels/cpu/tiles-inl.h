@@ -20,7 +20,6 @@ namespace hn = hwy::HWY_NAMESPACE;
 using F32 = hn::ScalableTag<float>;
 using V = hn::Vec<F32>;
 constexpr int64_t kLanes = hn::MaxLanes(F32());
-constexpr int kTileVectors = 4;
 constexpr int64_t kStreamInputs = 8;  // rows that are read side by side, where each passes once
 constexpr int64_t kPrefetchBytes = 2048;
 constexpr int64_t kLineBytes = 64;
@@ -224,75 +223,6 @@ HWY_INLINE void ForRowTiles(int64_t rows, const Function& function, int64_t firs
     function.template Tile<kRows>(first);
   }
   if constexpr (kRows > 1) ForRowTiles<kRows - 1>(rows, function, first);
-}
-
-// The inputs of a sum of rows: input i of the list has its activation at x[r * x_stride + x_at(i)] and its weights in
-// row w_at(i). A list that is nullptr stands for 0, 1, 2, ...
-template <typename W>
-struct Inputs {
-  const float* x;
-  int64_t x_stride;
-  const int32_t* x_list;
-  const W* w;
-  int64_t w_stride;
-  const int32_t* w_list;
-  int64_t count;
-
-  int64_t x_at(int64_t i) const { return x_list != nullptr ? x_list[i] : i; }
-  const W* row(int64_t i) const { return w + (w_list != nullptr ? w_list[i] : i) * w_stride; }
-};
-
-// y[r][column ... + kVectors * kLanes] += sum over the inputs, for kRows rows.
-template <typename W, int kRows, int kVectors>
-HWY_INLINE void SumTile(const Inputs<W>& in, int64_t column, float* y, int64_t y_stride) {
-  V sum[kRows][kVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = hn::LoadU(F32(), y + r * y_stride + column + v * kLanes);
-  }
-  for (int64_t i = 0; i < in.count; ++i) {
-    const W* w = in.row(i) + column;
-    const float* x = in.x + in.x_at(i);
-    V xr[kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) xr[r] = hn::Set(F32(), x[r * in.x_stride]);
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const V wv = Widen(w + v * kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) sum[r][v] = hn::MulAdd(xr[r], wv, sum[r][v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) hn::StoreU(sum[r][v], F32(), y + r * y_stride + column + v * kLanes);
-  }
-}
-
-// The last `n` < kLanes columns, the same operations lane by lane.
-template <typename W, int kRows>
-HWY_INLINE void SumTail(const Inputs<W>& in, int64_t column, int64_t n, float* y, int64_t y_stride) {
-  V sum[kRows];
-  for (int r = 0; r < kRows; ++r) sum[r] = WidenPart(y + r * y_stride + column, n);
-  for (int64_t i = 0; i < in.count; ++i) {
-    const V w = WidenPart(in.row(i) + column, n);
-    const float* x = in.x + in.x_at(i);
-    for (int r = 0; r < kRows; ++r) sum[r] = hn::MulAdd(hn::Set(F32(), x[r * in.x_stride]), w, sum[r]);
-  }
-  for (int r = 0; r < kRows; ++r) StorePart(sum[r], y + r * y_stride + column, n);
-}
-
-// y[r][first ... last] += sum over the inputs, for kRows rows.
-template <typename W, int kRows>
-HWY_INLINE void AddColumns(const Inputs<W>& in, int64_t first, int64_t last, float* y, int64_t y_stride) {
-  int64_t column = first;
-  for (; column + kTileVectors * kLanes <= last; column += kTileVectors * kLanes) {
-    SumTile<W, kRows, kTileVectors>(in, column, y, y_stride);
-  }
-  for (; column + kLanes <= last; column += kLanes) SumTile<W, kRows, 1>(in, column, y, y_stride);
-  if (column < last) SumTail<W, kRows>(in, column, last - column, y, y_stride);
 }
 
 }  // namespace dejavu::cpu::HWY_NAMESPACE
