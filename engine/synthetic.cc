@@ -308,7 +308,7 @@ constexpr double kMlpStep = 0.17;
 constexpr double kLastMlpStep = 3.0;
 constexpr double kLogitDeviation = 2.5;
 constexpr int kDirectionsOfNeuron = 4;
-constexpr float kDirectionScale = 25.0f;  // int8 values of a normal variate; the pool's largest is below 127 / 25
+constexpr float kDirectionScale = 20.0f;  // int8 values of a normal variate; beyond 6.3 deviations they would not fit
 
 int32_t PredictorRank(int32_t hidden) { return hidden <= 4096 ? 128 : (hidden / 32 + 63) / 64 * 64; }
 
