@@ -23,6 +23,7 @@ constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kSmallWork =
     16 << 10;  // multiply-adds or elements, a few microseconds: about what waking threads costs
 constexpr int64_t kChunksPerThread = 32;
+constexpr int64_t kSelectColumns = 512;  // at least, or the rows are read in pieces too short
 
 int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return DivideUp(a, b) * b; }
@@ -208,6 +209,7 @@ class CpuBackend final : public Backend {
   template <typename Function>
   void Dots(const cpu::DotJob& job, int64_t count, int64_t grain, const Function& function);
   void SumRows(Tensor y, Tensor x, const LinearWeights& w, const int32_t* list, int64_t count);
+  void SelectRows(Tensor masks, Tensor a, const SelectorWeights& w, const int32_t* points, int64_t most_rank);
   void GroupRows(const RowTable& rows);
 
   ThreadPool pool_;
@@ -218,6 +220,7 @@ class CpuBackend final : public Backend {
   std::vector<float> quantized_scale_;
   std::vector<int64_t> bounds_;       // where each segment of a sum begins
   std::vector<float> sums_;           // and the segments' sums
+  std::vector<float> select_sums_;    // [rows, outputs] of a selector
   std::vector<int32_t> members_;      // weight rows of the selected groups
   std::vector<int32_t> neurons_;      // neurons with an activation other than zero
   std::vector<int64_t> chunk_count_;  // how many of them each chunk of neurons found
@@ -445,6 +448,43 @@ void CpuBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const 
   });
 }
 
+// The masks of a few rows. The second stage is a sum of rows: a coordinate is an input, an output a column.
+void CpuBackend::SelectRows(Tensor masks, Tensor a, const SelectorWeights& w, const int32_t* points,
+                            int64_t most_rank) {
+  const int64_t rows = a.rows, padded = w.b.cols,
+                stride = RoundUp(most_rank, cpu::kQuantizedPadding) + cpu::kQuantizedPadding;
+  quantized_.resize(std::max<size_t>(quantized_.size(), rows * stride));
+  quantized_scale_.resize(std::max<size_t>(quantized_scale_.size(), rows));
+  for (int64_t r = 0; r < rows; ++r) {
+    // Beyond the rank of its operating point a row has zeros.
+    const int64_t rank = points[r] == kSelectEverything ? 0 : w.ranks.row<int32_t>(0)[points[r]];
+    std::fill_n(&quantized_[r * stride], stride, int16_t{0});
+    cpu::Quantize(a.row<float>(r), nullptr, nullptr, rank, &quantized_[r * stride], &quantized_scale_[r]);
+  }
+  const int64_t segments = std::max<int64_t>(1, DivideUp(most_rank, cpu::kQuantizedBlock));
+  bounds_.resize(std::max<size_t>(bounds_.size(), segments + 1));
+  for (int64_t s = 0; s <= segments; ++s) bounds_[s] = std::min(s * cpu::kQuantizedBlock, most_rank);
+  const int64_t sums_stride = padded + 16;
+  sums_.resize(std::max<size_t>(sums_.size(), segments * rows * sums_stride));
+  select_sums_.resize(std::max<size_t>(select_sums_.size(), rows * padded));
+
+  LinearWeights stage;
+  stage.layout = LinearWeights::Layout::kInputRows;
+  stage.weight = w.b;
+  const Tensor y = {select_sums_.data(), DType::kFloat32, rows, padded, padded};
+  const cpu::SumJob sums = {
+      y,        a.Cols(0, most_rank), &stage,       nullptr,     most_rank,
+      segments, bounds_.data(),       sums_.data(), sums_stride, {quantized_.data(), stride, quantized_scale_.data()}};
+  const cpu::SelectJob job = {sums, w, points, masks};
+  const bool small = rows * most_rank * padded < kSmallWork;
+  const int64_t grain =
+      small ? padded
+            : std::max<int64_t>(kSelectColumns, RoundUp(DivideUp(padded, 4 * pool_.threads()), kSelectorPadding));
+  pool_.ParallelFor(padded, grain, [&](int64_t first, int64_t last, int thread) {
+    cpu::SelectColumns(job, first, last, Scratch(thread));
+  });
+}
+
 void CpuBackend::Select(const Selection& selection, Tensor counts, Tensor a, const SelectorWeights& w, Tensor points) {
   const int64_t rows = a.rows, padded = w.b.cols, words = padded / 32;
   CHECK(padded % kSelectorPadding == 0 && w.outputs <= padded && w.outputs > padded - kSelectorPadding)
@@ -455,19 +495,19 @@ void CpuBackend::Select(const Selection& selection, Tensor counts, Tensor a, con
   CheckShape("points of Select", points, DType::kInt32, 1, rows);
   CheckShape("counts of Select", counts, DType::kInt32, 1, rows);
   CHECK(selection.masks.rows >= rows && selection.masks.cols == words && selection.indices.cols >= w.outputs);
-  int64_t work = 0;
+  int64_t most_rank = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const int32_t point = points.row<int32_t>(0)[r];
     CHECK(point >= kSelectEverything && point < w.ranks.cols) << "operating point " << point << " of " << w.ranks.cols;
     if (point == kSelectEverything) continue;
     const int64_t rank = w.ranks.row<int32_t>(0)[point];
     CHECK(rank >= 0 && rank <= a.cols) << "rank " << rank << ", coordinates " << a.cols;
-    work += rank * padded;
+    most_rank = std::max(most_rank, rank);
   }
-  const cpu::SelectJob job = {a, w, points.row<int32_t>(0), selection.masks};
-  const int64_t blocks = padded / kSelectorPadding;
-  pool_.ParallelFor(blocks, work < kSmallWork ? blocks : DivideUp(blocks, pool_.threads()),
-                    [&](int64_t first, int64_t last, int) { cpu::SelectBlocks(job, first, last); });
+  for (int64_t r = 0; r < rows; r += cpu::kSegmentRows) {
+    SelectRows(selection.masks.Rows(r, std::min(cpu::kSegmentRows, rows - r)),
+               a.Rows(r, std::min(cpu::kSegmentRows, rows - r)), w, points.row<int32_t>(0) + r, most_rank);
+  }
 
   std::fill_n(counts.row<int32_t>(0), rows, 0);
   int32_t* list = selection.indices.row<int32_t>(0);

@@ -120,20 +120,25 @@ void Quantize(const float* x, const float* factor, const int32_t* list, int64_t 
   float largest;
   std::memcpy(&largest, &most, sizeof largest);
   std::fill_n(q + count, kQuantizedPadding, int16_t{0});
-  // The smallest floats would have an infinite inverse: they count as zero.
-  const float inverse = static_cast<float>(kQuantizedMost) / largest;
-  if (most >= kInfinity || std::isinf(inverse)) {
+  if (most >= kInfinity || largest < 0x1p-100f) {
     *scale = most >= kInfinity ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
     std::fill_n(q, count, int16_t{0});
     return;
   }
-  *scale = largest / static_cast<float>(kQuantizedMost);
+  int exponent;
+  std::frexp(largest, &exponent);
+  *scale = std::ldexp(1.0f, exponent - kQuantizedBits);
+  const float inverse = 1.0f / *scale;
   const hn::Rebind<int16_t, F32> di16;
   for (int64_t i = 0; i < whole; i += kLanes) {
     const V scaled = hn::Mul(hn::LoadU(F32(), x + i), hn::Set(F32(), inverse));
-    hn::StoreU(hn::DemoteTo(di16, hn::NearestInt(scaled)), di16, q + i);
+    const hn::RebindToSigned<F32> di32;
+    const auto integers = hn::Min(hn::NearestInt(scaled), hn::Set(di32, kQuantizedMost));
+    hn::StoreU(hn::DemoteTo(di16, hn::Max(integers, hn::Set(di32, -kQuantizedMost))), di16, q + i);
   }
-  for (int64_t i = whole; i < count; ++i) q[i] = static_cast<int16_t>(std::lrintf(at(i) * inverse));
+  for (int64_t i = whole; i < count; ++i) {
+    q[i] = static_cast<int16_t>(std::clamp<long>(std::lrintf(at(i) * inverse), -kQuantizedMost, kQuantizedMost));
+  }
 }
 
 void Add(const Tensor& x, const Tensor& y, int64_t first, int64_t last) {

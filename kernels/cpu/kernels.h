@@ -22,9 +22,11 @@ const char* TargetName();
 // A thread's own memory for a call, 64-byte aligned.
 constexpr int64_t kScratchBytes = 320 << 10;
 
-// Activations for int8 weights: x[r][i] = scale[r] * q[r][i], rounded, |q| <= kQuantizedMost. So kQuantizedBlock
-// products with int8 weights add up in int32. Rows are padded with kQuantizedPadding zeros.
-constexpr int32_t kQuantizedMost = 16383;
+// Activations for int8 weights: x[r][i] = scale[r] * q[r][i], rounded, |q| <= kQuantizedMost, scale a power of two. So
+// kQuantizedBlock products with int8 weights add up in int32. Rows are padded with kQuantizedPadding zeros. What is
+// below 2^-100 counts as zero.
+constexpr int kQuantizedBits = 14;
+constexpr int32_t kQuantizedMost = (1 << kQuantizedBits) - 1;
 constexpr int64_t kQuantizedBlock = 1024;
 constexpr int64_t kQuantizedPadding = 64;
 struct Quantized {
@@ -70,16 +72,15 @@ void SumSegment(const SumJob& job, int64_t segment, int64_t first, int64_t last,
 void JoinSegments(const SumJob& job, int64_t first, int64_t last, float* scratch);
 void SumColumns(const SumJob& job, int64_t first, int64_t last, float* scratch);
 
-// Which outputs each row selects; see SelectorWeights. A word holds 32 outputs.
+// Which outputs each row selects; see SelectorWeights. The sums are those of a SumJob with the stage as its weights.
 struct SelectJob {
-  Tensor a;  // [rows, coordinates]
-  SelectorWeights w;
+  const SumJob& sums;
+  const SelectorWeights& w;
   const int32_t* points;  // [rows]
-  Tensor masks;           // int32 [rows, words]
+  Tensor masks;           // int32 [rows, words] of 32 outputs
 };
-constexpr int64_t kBlockWords = kSelectorPadding / 32;
-// The blocks of kBlockWords words from `first` to `last`, for every row.
-void SelectBlocks(const SelectJob& job, int64_t first, int64_t last);
+// The columns `first` ... `last`, multiples of kSelectorPadding, of every row.
+void SelectColumns(const SelectJob& job, int64_t first, int64_t last, float* scratch);
 
 struct AttentionJob {
   Tensor context;  // [rows, heads * head_dim]

@@ -1,6 +1,7 @@
-// Which outputs a row selects: sums over a few coordinates for a block of outputs in registers, one comparison with the
-// thresholds, one bit each. The rows of b are read once per block for all rows of the step. Every output has one
-// accumulator that goes through the coordinates in order, so a row's bits do not depend on the other rows.
+// Which outputs a row selects: one comparison of a sum with its threshold, one bit each. The sums are integers, exact,
+// so a row's bits depend neither on the other rows nor on the target.
+#include <algorithm>
+
 #include "kernels/cpu/kernels.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -13,57 +14,23 @@
 HWY_BEFORE_NAMESPACE();
 namespace dejavu::cpu::HWY_NAMESPACE {
 
-// Outputs that accumulate side by side: a register each, or as many as a block has.
-constexpr int64_t kGroupVectors = kSelectorPadding / kLanes < 8 ? kSelectorPadding / kLanes : 8;
-constexpr int64_t kGroup = kGroupVectors * kLanes;
-static_assert(kSelectorPadding % kGroup == 0);
-
-// One bit per lane where sum > threshold, at bit `column` % 32 of its word; words start out as zero.
-HWY_INLINE void SetBits(V sum, V threshold, int64_t column, uint32_t* words) {
-  alignas(8) uint8_t bytes[8] = {};
-  hn::StoreMaskBits(F32(), hn::Gt(sum, threshold), bytes);
-  uint32_t bits;
-  std::memcpy(&bits, bytes, sizeof bits);
-  words[column / 32] |= bits << (column % 32);
-}
-
-void SelectGroup(const SelectJob& job, int64_t r, int32_t point, int64_t column) {
-  const int64_t rank = job.w.ranks.row<int32_t>(0)[point];
-  const float* a = job.a.row<float>(r);
-  V sum[kGroupVectors];
-#pragma GCC unroll 8
-  for (int v = 0; v < kGroupVectors; ++v) sum[v] = hn::Zero(F32());
-  for (int64_t k = 0; k < rank; ++k) {
-    const int8_t* b = job.w.b.row<int8_t>(k) + column;
-    const V ak = hn::Set(F32(), a[k]);
-#pragma GCC unroll 8
-    for (int v = 0; v < kGroupVectors; ++v) sum[v] = hn::MulAdd(ak, Widen(b + v * kLanes), sum[v]);
+// Bit i: sums[i] > thresholds[i], of 32.
+uint32_t WordOf(const float* sums, const hwy::float16_t* thresholds) {
+  uint32_t word = 0;
+  for (int64_t i = 0; i < 32; i += kLanes) {
+    alignas(8) uint8_t bytes[8] = {};
+    hn::StoreMaskBits(F32(), hn::Gt(hn::LoadU(F32(), sums + i), Widen(thresholds + i)), bytes);
+    uint32_t bits;
+    std::memcpy(&bits, bytes, sizeof bits);
+    word |= bits << i;
   }
-  const hwy::float16_t* threshold = job.w.thresholds.row<hwy::float16_t>(point) + column;
-  auto* words = reinterpret_cast<uint32_t*>(job.masks.row<int32_t>(r));
-  for (int v = 0; v < kGroupVectors; ++v) {
-    SetBits(sum[v], Widen(threshold + v * kLanes), column + v * kLanes, words);
-  }
+  return word;
 }
 
-// The outputs of word `word` that are not padding.
-uint32_t FullWord(int64_t outputs, int64_t word) {
-  const int64_t left = outputs - word * 32;
-  return left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
-}
-
-void SelectBlocks(const SelectJob& job, int64_t first, int64_t last) {
-  for (int64_t block = first; block < last; ++block) {
-    for (int64_t r = 0; r < job.a.rows; ++r) {
-      for (int64_t w = block * kBlockWords; w < (block + 1) * kBlockWords; ++w) {
-        const uint32_t word = job.points[r] == kSelectEverything ? FullWord(job.w.outputs, w) : 0;
-        job.masks.row<int32_t>(r)[w] = static_cast<int32_t>(word);
-      }
-      if (job.points[r] == kSelectEverything) continue;
-      for (int64_t c = block * kSelectorPadding; c < (block + 1) * kSelectorPadding; c += kGroup) {
-        SelectGroup(job, r, job.points[r], c);
-      }
-    }
+void Compare(const SelectJob& job, int64_t r, const float* sums, int64_t first, int64_t last) {
+  const hwy::float16_t* thresholds = job.w.thresholds.row<hwy::float16_t>(job.points[r]);
+  for (int64_t c = first; c < last; c += 32) {
+    job.masks.row<int32_t>(r)[c / 32] = static_cast<int32_t>(WordOf(sums + c - first, thresholds + c));
   }
 }
 
@@ -73,10 +40,22 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace dejavu::cpu {
 
-HWY_EXPORT(SelectBlocks);
+HWY_EXPORT(Compare);
 
-void SelectBlocks(const SelectJob& job, int64_t first, int64_t last) {
-  HWY_DYNAMIC_DISPATCH(SelectBlocks)(job, first, last);
+void SelectColumns(const SelectJob& job, int64_t first, int64_t last, float* scratch) {
+  const auto compare = HWY_DYNAMIC_DISPATCH(Compare);
+  for (int64_t s = 0; s < job.sums.segments; ++s) SumSegment(job.sums, s, first, last, scratch);
+  JoinSegments(job.sums, first, last, scratch);
+  for (int64_t r = 0; r < job.sums.x.rows; ++r) {
+    if (job.points[r] == kSelectEverything) {
+      for (int64_t c = first; c < last; c += 32) {
+        const int64_t left = job.w.outputs - c;
+        job.masks.row<uint32_t>(r)[c / 32] = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
+      }
+    } else {
+      compare(job, r, job.sums.y.row<float>(r) + first, first, last);
+    }
+  }
 }
 
 }  // namespace dejavu::cpu
