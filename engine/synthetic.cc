@@ -17,7 +17,7 @@
 // of its norm: consecutive layers stay alike, as in real models, and the predictor may read what attention reads. The
 // down-projection's bias takes out the mean of its output, which would make all tokens alike. The final norm changes
 // the sign of half of the features: without that the tied head would always predict the token that it was given. The
-// last MLP adds as much as there is: else x would predict y wherever y predicts x.
+// last MLP is louder than all before it: else x would predict y wherever y predicts x, the head being tied.
 //
 // Noise rows are runs of one pool of normal variates, from an offset that is another one for each row of a matrix: a
 // pool that has been scaled and rounded once is then copied at the speed of memory.
@@ -302,13 +302,13 @@ float SumOfSquares(const float* values, int64_t count) {
 // ---- Generating
 
 constexpr int64_t kStripeBytes = int64_t{4} << 20;
-constexpr double kPositionDeviation = 0.1;  // of the tokens' embeddings
+constexpr double kPositionDeviation = 0.15;  // of the tokens' embeddings
 constexpr double kAttentionStep = 0.07;
 constexpr double kMlpStep = 0.17;
-constexpr double kLastMlpStep = 1.0;
+constexpr double kLastMlpStep = 3.0;
 constexpr double kLogitDeviation = 2.5;
 constexpr int kDirectionsOfNeuron = 4;
-constexpr float kDirectionScale = 25.0f;  // int8 values of a normal variate; the pool's largest is below 127 / 25
+constexpr float kDirectionScale = 20.0f;  // int8 values of a normal variate; beyond 6.3 deviations they would not fit
 
 int32_t PredictorRank(int32_t hidden) { return hidden <= 4096 ? 128 : (hidden / 32 + 63) / 64 * 64; }
 

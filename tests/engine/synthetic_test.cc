@@ -192,7 +192,7 @@ TEST(Synthetic, ExactGivesTheTokensOfDenseAndTheyVary) {
   const std::vector<int32_t> prompt = SomeTokens(8, runner->config().vocab);
   const std::vector<int32_t> dense = Greedy(*runner, prompt, Tier::kDense, 60);
   EXPECT_EQ(Greedy(*runner, prompt, Tier::kExact, 60), dense);
-  EXPECT_GT(std::set<int32_t>(dense.begin(), dense.end()).size(), 10u);
+  EXPECT_GT(std::set<int32_t>(dense.begin(), dense.end()).size(), 30u);
   for (const float logit : Logits(*runner, prompt)) ASSERT_TRUE(std::isfinite(logit));
 }
 
@@ -221,7 +221,7 @@ TEST(Synthetic, EveryTypeHoldsTheSameModel) {
   const int32_t vocab = reference->config().vocab;
   const std::vector<int32_t> prompt = SomeTokens(32, vocab);
   const std::vector<float> wanted = Logits(*reference, prompt);
-  const std::pair<const char*, double> limits[] = {{"fp16", 1e-5}, {"bf16", 1e-4}, {"int8", 2e-3}};
+  const std::pair<const char*, double> limits[] = {{"fp16", 1e-5}, {"bf16", 1e-4}, {"int8", 5e-3}};
   for (const auto& [weights, limit] : limits) {
     const auto runner = MakeRunner("synthetic:opt-tiny", weights);
     ASSERT_NE(runner, nullptr);
