@@ -123,6 +123,12 @@ def test_a_checkpoint_is_the_synthetic_model(tmp_path):
         assert a["weight_bytes_per_step"] == b["weight_bytes_per_step"]
 
 
+def test_serve(tmp_path):
+    result, text = measure(tmp_path, "serve", "--model", SYNTHETIC, "--dtype", "int8", "--tokens", 4, "--repeats", 2)
+    assert result["synthetic"] and result["engine_us_per_token"] > 0 and result["server_us_per_token"] > 0
+    assert {"added_us_per_token", "added_share"} <= set(result) and "adds" in text
+
+
 @pytest.mark.parametrize("arguments, reason", [
     ([], "subcommand"),
     (["decode"], "--model"),
