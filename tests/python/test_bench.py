@@ -125,7 +125,8 @@ def test_a_checkpoint_is_the_synthetic_model(tmp_path):
 
 def test_serve(tmp_path):
     result, text = measure(tmp_path, "serve", "--model", SYNTHETIC, "--dtype", "int8", "--tokens", 4, "--repeats", 2)
-    assert result["synthetic"] and result["engine_us_per_token"] > 0 and result["server_us_per_token"] > 0
+    assert result["synthetic"] and result["engine_us_per_token"] > 0
+    assert result["server_us_per_token"] >= 0  # so few tokens may all come in one message
     assert {"added_us_per_token", "added_share"} <= set(result) and "adds" in text
 
 
