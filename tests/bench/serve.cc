@@ -59,7 +59,7 @@ class TimingSink final : public TokenSink {
   bool finished_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
-const std::vector<int32_t> kPrompt = {2, 100, 200, 300, 400, 500, 600, 700};
+const std::vector<int32_t> kPrompt = {2, 10, 20, 30, 40, 50, 60, 70};
 
 absl::StatusOr<Run> RunEngine(Engine& engine, int tokens) {
   Request request;

@@ -17,7 +17,12 @@ double Median(std::vector<double> values) {
 
 double Least(const std::vector<double>& values) { return *std::min_element(values.begin(), values.end()); }
 double Most(const std::vector<double>& values) { return *std::max_element(values.begin(), values.end()); }
-double Spread(const std::vector<double>& values) { return (Most(values) - Least(values)) / Median(values); }
+
+double Spread(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  const size_t tenth = values.size() / 10;
+  return (values[values.size() - 1 - tenth] - values[tenth]) / Median(values);
+}
 
 int ExitCode(const absl::Status& status) {
   if (status.ok()) return kExitDone;

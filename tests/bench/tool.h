@@ -17,7 +17,8 @@ double SecondsSince(Clock::time_point start);
 double Median(std::vector<double> values);
 double Least(const std::vector<double>& values);
 double Most(const std::vector<double>& values);
-double Spread(const std::vector<double>& values);  // (most - least) / median
+// What the middle four fifths of the values span, over the median: one value that went astray spoils nothing.
+double Spread(std::vector<double> values);
 
 // Says on stderr what went wrong. INVALID_ARGUMENT and NOT_FOUND: 2, other failures: 1.
 int ExitCode(const absl::Status& status);

@@ -79,16 +79,17 @@ class Comparison:
     def prepare(self, peers, checkpoint, work, table):
         """Those of the peers that can run here."""
         work.mkdir(parents=True, exist_ok=True)
+        versions = (ROOT / "tests/compare/requirements.txt").read_text()
         able = []
         for system, dtype in peers:
             stamp = work / f"{system}-{dtype}.ready"
-            if not stamp.exists():
+            if not stamp.exists() or stamp.read_text() != versions:
                 say(f"preparing {NAMES[system]} {dtype}")
                 _, error = self.peer("prepare", system, dtype, checkpoint, work)
                 if error is not None:
                     table.note(f"{NAMES[system]} {dtype}: left out: {error}")
                     continue
-                stamp.touch()
+                stamp.write_text(versions)
             able.append((system, dtype))
         return able
 

@@ -1,0 +1,161 @@
+"""dejavu-bench as scripts use it: what it writes, and its exit codes. Nothing is asserted about how long anything takes."""
+import json
+import subprocess
+
+import pytest
+
+from conftest import BIN, MODEL, PATIENCE_S
+
+SYNTHETIC = "synthetic:opt-tiny"
+ROW_KEYS = {"model", "synthetic", "dtype", "batch", "context", "tier", "ms_per_step", "weight_bytes_per_step", "gb_per_s",
+            "bandwidth_share", "ceiling_share", "mlp_density"}
+SIZE = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+
+
+def run(*arguments):
+    return subprocess.run([BIN / "dejavu-bench", *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE_S)
+
+
+def measure(tmp_path, *arguments):
+    report = tmp_path / "report.json"
+    done = run(*arguments, "--json", report)
+    assert done.returncode == 0, done.stderr
+    return json.loads(report.read_text()), done.stdout
+
+
+def dense_bytes(config, dtype, batch, position_size):
+    """What a dense step reads, from the shape alone: matrices, a factor for each of their rows in int8, float32 vectors."""
+    h, f, size = config["hidden_size"], config["ffn_dim"], SIZE[dtype]
+    matrix = lambda rows, cols: rows * cols * size + (4 * rows if dtype == "int8" else 0)
+    attention = matrix(3 * h, h) + matrix(h, h) + 4 * 4 * h
+    mlp = matrix(f, h) + matrix(f, h) + 4 * (f + h)
+    norms = 2 * 2 * 4 * h
+    embedded = batch * (matrix(1, h) + h * position_size)
+    return config["num_hidden_layers"] * (attention + mlp + norms) + 2 * 4 * h + matrix(config["vocab_size"], h) + embedded
+
+
+def test_bandwidth(tmp_path):
+    result, text = measure(tmp_path, "bandwidth", "--threads", 1, "--repeats", 2, "--buffer-mib", 64)
+    assert result["threads"] == 1
+    assert 0 < result["read_gb_per_s"] <= result["best_read_gb_per_s"]
+    assert "1 threads" in text and "checksum right" in text
+
+
+def test_ops(tmp_path):
+    result, text = measure(tmp_path, "ops", "--hidden", 128, "--ffn", 512, "--working-set-mib", 4, "--repeats", 1)
+    rows = result["rows"]
+    assert result["peak_gflop_per_s"] > 0 and result["bandwidth_gb_per_s"] > 0 and result["barrier_us"] > 0
+    gathered = [r for r in rows if r["op"] == "gathered mlp"]
+    assert [round(r["density"], 2) for r in gathered] == [0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0]
+    dense, = [r for r in rows if r["op"] == "mlp" and r["batch"] == 1]
+    assert dense["bytes"] == gathered[-1]["bytes"] == 2 * 128 * 512 * 2
+    assert all("cost_over_proportional" in r for r in gathered)
+    assert [r["context"] for r in rows if r["op"] == "attention"] == [128, 256, 512, 1024, 2048]
+    for op in ("linear output rows", "linear input rows", "mlp"):
+        assert [r["batch"] for r in rows if r["op"] == op] == [1, 16]
+    for row in rows:
+        assert row["us"] > 0 and row["op"] in text
+        if "bytes" in row:
+            assert row["gb_per_s"] > 0 and row["bandwidth_share"] > 0 and row["peak_share"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_ops_of_other_types(tmp_path, dtype):
+    result, _ = measure(tmp_path, "ops", "--hidden", 64, "--ffn", 128, "--working-set-mib", 1, "--repeats", 1, "--dtype", dtype)
+    dense, = [r for r in result["rows"] if r["op"] == "mlp" and r["batch"] == 1]
+    assert dense["bytes"] == 2 * 64 * 128 * SIZE[dtype]
+
+
+def test_prefill(tmp_path):
+    result, _ = measure(tmp_path, "prefill", "--model", MODEL, "--tokens", "4,16", "--repeats", 1)
+    assert [r["tokens"] for r in result["rows"]] == [4, 16]
+    for row in result["rows"]:
+        assert row["tokens_per_s"] == pytest.approx(1000 * row["tokens"] / row["ms"])
+        assert row["gflop_per_s"] > 0 and row["peak_share"] > 0 and not row["synthetic"]
+
+
+def check_rows(result, model, synthetic, dtype):
+    assert result["bandwidth_gb_per_s"] > 0 and isinstance(result["noisy"], bool)
+    for row in result["rows"]:
+        assert ROW_KEYS <= set(row)
+        assert (row["model"], row["synthetic"], row["dtype"]) == (str(model), synthetic, dtype)
+        assert row["ms_per_step"] > 0 and row["bandwidth_share"] > 0 and row["ceiling_share"] > 0
+        assert row["ms_least"] <= row["ms_per_step"] <= row["ms_most"]
+        assert {"predictor", "selection", "attention", "mlp", "head", "sampling", "barriers"} <= set(row["breakdown_ms"])
+        if row["tier"] == "dense":
+            assert row["ceiling_share"] == 1 and row["mlp_density"] == 1
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "int8"])
+def test_decode_counts_the_bytes_of_every_type(tmp_path, dtype):
+    result, text = measure(tmp_path, "decode", "--model", MODEL, "--dtype", dtype, "--batch", "1,3", "--context", 8,
+                           "--tier", "exact", "--steps", 2, "--repeats", 1)
+    check_rows(result, MODEL, False, dtype)
+    config = json.loads((MODEL / "config.json").read_text())
+    assert [(r["batch"], r["tier"]) for r in result["rows"]] == [(1, "dense"), (1, "exact"), (3, "dense"), (3, "exact")]
+    for dense, exact in (result["rows"][:2], result["rows"][2:]):
+        # Positions keep two or four bytes, whatever the matrices have.
+        assert dense["weight_bytes_per_step"] in [dense_bytes(config, dtype, dense["batch"], size) for size in (2, 4)]
+        assert exact["weight_bytes_per_step"] < dense["weight_bytes_per_step"]
+        assert 0.5 < exact["mlp_density"] < 1
+    assert "SYNTHETIC" not in text
+
+
+def test_synthetic_models_are_labelled(tmp_path):
+    result, text = measure(tmp_path, "decode", "--model", SYNTHETIC, "--batch", 2, "--context", "16,4", "--steps", 2,
+                           "--tier", "dense,exact,balanced", "--repeats", 1)
+    check_rows(result, SYNTHETIC, True, "bf16")
+    assert [(r["context"], r["tier"]) for r in result["rows"]] == [
+        (context, tier) for context in (16, 4) for tier in ("dense", "exact", "balanced")]
+    dense, exact, balanced = result["rows"][:3]
+    assert balanced["weight_bytes_per_step"] < exact["weight_bytes_per_step"] < dense["weight_bytes_per_step"]
+    assert balanced["mlp_density"] < exact["mlp_density"]
+    assert "SYNTHETIC" in text
+
+
+def test_a_checkpoint_is_the_synthetic_model(tmp_path):
+    done = run("checkpoint", "--model", SYNTHETIC, "--dtype", "bf16", "--out", tmp_path / "opt")
+    assert done.returncode == 0, done.stderr
+    flags = ["--batch", 1, "--context", 4, "--steps", 2, "--repeats", 1, "--tier", "balanced"]
+    on_disk, _ = measure(tmp_path, "decode", "--model", tmp_path / "opt", *flags)
+    in_memory, _ = measure(tmp_path, "decode", "--model", SYNTHETIC, *flags)
+    for a, b in zip(on_disk["rows"], in_memory["rows"], strict=True):
+        assert a["weight_bytes_per_step"] == b["weight_bytes_per_step"]
+
+
+def test_serve(tmp_path):
+    result, text = measure(tmp_path, "serve", "--model", SYNTHETIC, "--dtype", "int8", "--tokens", 4, "--repeats", 2)
+    assert result["synthetic"] and result["engine_us_per_token"] > 0
+    assert result["server_us_per_token"] >= 0  # so few tokens may all come in one message
+    assert {"added_us_per_token", "added_share"} <= set(result) and "adds" in text
+
+
+@pytest.mark.parametrize("arguments, reason", [
+    ([], "subcommand"),
+    (["decode"], "--model"),
+    (["decode", "--model", SYNTHETIC, "--dtype", "fp8"], "fp8"),
+    (["decode", "--model", SYNTHETIC, "--batch", "0"], "--batch"),
+    (["decode", "--model", SYNTHETIC, "--tier", "best"], "best"),
+    (["decode", "--model", SYNTHETIC, "--context", "99999"], "99999"),
+    (["decode", "--model", "synthetic:opt-7b"], "opt-7b"),
+    (["decode", "--model", "/nowhere"], "/nowhere"),
+    (["prefill", "--model", SYNTHETIC, "--tokens", "9999"], "9999"),
+    (["ops", "--hidden", "100"], "100"),
+    (["bandwidth", "--threads", "-1"], "--threads"),
+    (["checkpoint", "--model", "/nowhere", "--out", "/tmp/x"], "/nowhere"),
+    (["serve", "--model", SYNTHETIC, "--tokens", "1"], "--tokens"),
+])
+def test_nonsense_is_refused(arguments, reason):
+    done = run(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert reason in done.stderr and done.stdout == ""
+
+
+def test_a_report_that_cannot_be_written_costs_no_measurement():
+    done = run("decode", "--model", SYNTHETIC, "--json", "/nowhere/report.json")
+    assert done.returncode == 1 and "/nowhere/report.json" in done.stderr and done.stdout == ""
+
+
+def test_a_tier_without_a_predictor_is_refused():
+    done = run("decode", "--model", MODEL, "--predictor", "none", "--tier", "balanced", "--context", 4)
+    assert done.returncode == 2 and "balanced" in done.stderr
