@@ -104,6 +104,7 @@ std::vector<Option> OptionTable(Config* config) {
        &e.max_waiting_requests, 1, 1000000},
 
       {"kv.block_tokens", "Keys and values", "positions in one block of memory", &e.kv_block_tokens, 1, 1024},
+      {"kv.dtype", "Keys and values", "type of keys and values in memory", &e.kv_dtype, 0, 0, {"fp16", "fp32"}},
       {"kv.memory_mib", "Keys and values",
        "memory in MiB; 0: full context for scheduler.max_batch sequences, at most a quarter of RAM", &e.kv_mib, 0,
        1 << 24},

@@ -60,7 +60,8 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(const EngineOptions& opti
 }
 
 absl::StatusOr<int32_t> KvBlocks(const EngineOptions& options, const OptConfig& config) {
-  const int64_t block_bytes = KvCache::BlockBytes(config, options.kv_block_tokens);
+  ASSIGN_OR_RETURN(const DType dtype, ParseKvType(options.kv_dtype));
+  const int64_t block_bytes = KvCache::BlockBytes(config, options.kv_block_tokens, dtype);
   const int64_t per_sequence = (config.context + options.kv_block_tokens - 1) / options.kv_block_tokens;
   const int64_t ram_bytes = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
   const int64_t wanted = options.kv_mib > 0 ? (options.kv_mib << 20) / block_bytes
@@ -195,7 +196,8 @@ absl::Status StepEngine::Load(const LoadProgress& progress) {
                    LoadModel({options_.model, options_.weights, options_.predictor}, config_, *backend_, progress));
   weights_ = std::move(loaded.weights);
   synthetic_ = std::move(loaded.synthetic);
-  ASSIGN_OR_RETURN(kv_, KvCache::Create(*backend_, config_, pool_.total(), options_.kv_block_tokens));
+  ASSIGN_OR_RETURN(const DType kv_dtype, ParseKvType(options_.kv_dtype));
+  ASSIGN_OR_RETURN(kv_, KvCache::Create(*backend_, config_, pool_.total(), options_.kv_block_tokens, kv_dtype));
   RETURN_IF_ERROR(TakePredictor(loaded));
   ASSIGN_OR_RETURN(model_, OptModel::Create(config_, weights_, *backend_, *communicator_, *predictor_, batch_));
   step_counts_ = model_->MakeCounts(batch_);

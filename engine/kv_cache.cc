@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
 
 namespace dejavu {
@@ -26,18 +27,24 @@ void KvPool::Give(absl::Span<const int32_t> blocks) {
   free_.insert(free_.end(), blocks.rbegin(), blocks.rend());
 }
 
-int64_t KvCache::BlockBytes(const OptConfig& config, int32_t block_tokens) {
-  return int64_t{2} * config.layers * config.hidden * block_tokens * SizeOf(DType::kFloat32);
+absl::StatusOr<DType> ParseKvType(absl::string_view name) {
+  if (name == "fp16") return DType::kFloat16;
+  if (name == "fp32") return DType::kFloat32;
+  return absl::InvalidArgumentError(absl::StrCat("kv dtype is '", name, "'; it must be fp16 or fp32"));
 }
 
-absl::StatusOr<KvCache> KvCache::Create(Backend& backend, const OptConfig& config, int32_t blocks,
-                                        int32_t block_tokens) {
+int64_t KvCache::BlockBytes(const OptConfig& config, int32_t block_tokens, DType dtype) {
+  return int64_t{2} * config.layers * config.hidden * block_tokens * SizeOf(dtype);
+}
+
+absl::StatusOr<KvCache> KvCache::Create(Backend& backend, const OptConfig& config, int32_t blocks, int32_t block_tokens,
+                                        DType dtype) {
   KvCache cache;
-  ASSIGN_OR_RETURN(cache.storage_, backend.Allocate(blocks * BlockBytes(config, block_tokens)));
-  const int64_t part_bytes = int64_t{blocks} * config.hidden * block_tokens * SizeOf(DType::kFloat32);
+  ASSIGN_OR_RETURN(cache.storage_, backend.Allocate(blocks * BlockBytes(config, block_tokens, dtype)));
+  const int64_t part_bytes = int64_t{blocks} * config.hidden * block_tokens * SizeOf(dtype);
   char* next = static_cast<char*>(cache.storage_.data());
   for (int32_t l = 0; l < config.layers; ++l) {
-    cache.layers_.push_back({next, next + part_bytes, blocks, config.heads, block_tokens, config.head_dim});
+    cache.layers_.push_back({next, next + part_bytes, blocks, config.heads, block_tokens, config.head_dim, dtype});
     next += 2 * part_bytes;
   }
   return cache;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "engine/opt_config.h"
 #include "kernels/backend.h"
@@ -33,13 +34,16 @@ class KvPool {
   std::vector<int32_t> free_;  // a stack: what was used last is warm
 };
 
+// The type of keys and values by its name in options: "fp16" or "fp32".
+absl::StatusOr<DType> ParseKvType(absl::string_view name);
+
 class KvCache {
  public:
   // Bytes of one block over all layers, keys and values.
-  static int64_t BlockBytes(const OptConfig& config, int32_t block_tokens);
+  static int64_t BlockBytes(const OptConfig& config, int32_t block_tokens, DType dtype);
 
-  static absl::StatusOr<KvCache> Create(Backend& backend, const OptConfig& config, int32_t blocks,
-                                        int32_t block_tokens);
+  static absl::StatusOr<KvCache> Create(Backend& backend, const OptConfig& config, int32_t blocks, int32_t block_tokens,
+                                        DType dtype);
 
   const KvLayer& layer(int32_t l) const { return layers_[l]; }
 

@@ -25,7 +25,9 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> ModelRunner::Create(const Options& 
   ASSIGN_OR_RETURN(runner->loaded_,
                    LoadModel({options.model, options.weights, options.predictor}, config, *runner->backend_, progress));
   const int32_t blocks = (options.window + kBlockTokens - 1) / kBlockTokens;
-  ASSIGN_OR_RETURN(runner->kv_, KvCache::Create(*runner->backend_, config, blocks * options.slots, kBlockTokens));
+  ASSIGN_OR_RETURN(const DType kv_dtype, ParseKvType(options.kv_dtype));
+  ASSIGN_OR_RETURN(runner->kv_,
+                   KvCache::Create(*runner->backend_, config, blocks * options.slots, kBlockTokens, kv_dtype));
   runner->batch_ = std::make_unique<Batch>(options.max_rows, options.max_rows, options.slots, blocks);
   std::iota(runner->batch_->block_table.begin(), runner->batch_->block_table.end(), 0);
   runner->logits_.resize(static_cast<size_t>(options.max_rows) * config.vocab);

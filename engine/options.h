@@ -23,8 +23,9 @@ struct EngineOptions {
   int prefill_chunk_tokens = 64;   // the most prompt tokens of one sequence in a step
   int max_waiting_requests = 256;  // queue; a request beyond it is refused
 
-  int kv_block_tokens = 16;  // positions per KV block
-  int64_t kv_mib = 0;        // memory for keys and values; 0: max_batch sequences of full context, at most 1/4 of RAM
+  int kv_block_tokens = 16;       // positions per KV block
+  std::string kv_dtype = "fp16";  // of keys and values: fp16 or fp32
+  int64_t kv_mib = 0;  // memory for keys and values; 0: max_batch sequences of full context, at most 1/4 of RAM
 };
 
 }  // namespace dejavu

@@ -78,12 +78,13 @@ struct NormWeights {
 // One layer's paged keys and values: blocks of `block_tokens` positions, contiguous per head. A block's keys lie
 // feature after feature, its values position after position.
 struct KvLayer {
-  void* keys = nullptr;    // float32 [blocks][heads][head_dim][block_tokens]
-  void* values = nullptr;  // float32 [blocks][heads][block_tokens][head_dim]
+  void* keys = nullptr;    // [blocks][heads][head_dim][block_tokens]
+  void* values = nullptr;  // [blocks][heads][block_tokens][head_dim]
   int32_t blocks = 0;
   int32_t heads = 0;
   int32_t block_tokens = 0;
   int32_t head_dim = 0;
+  DType dtype = DType::kFloat32;  // or float16: what is beyond its range becomes its largest number
 };
 
 // Where the rows of a step stand, as flat arrays on the device. A row's sequence names a line of the block table;

@@ -36,7 +36,7 @@ constexpr char kFooter[] =
     "  dejavu-eval --model deploy/models/opt-8m-books --text book.txt --tiers balanced --batch 8 --union";
 
 struct Arguments {
-  std::string model, weights = "stored", predictor, text, json;
+  std::string model, weights = "stored", kv_dtype = "fp16", predictor, text, json;
   std::vector<std::string> tier_names;
   int64_t max_tokens = 0;
   int32_t batch = 1, window = 0, threads = 0;
@@ -78,6 +78,7 @@ absl::Status Run(const Arguments& arguments) {
   ModelRunner::Options options;
   options.model = arguments.model;
   options.weights = arguments.weights;
+  options.kv_dtype = arguments.kv_dtype;
   options.predictor = arguments.predictor;
   options.threads = arguments.threads;
   options.slots = arguments.batch;
@@ -113,6 +114,9 @@ void AddOptions(CLI::App* program, Arguments* arguments) {
   program
       ->add_option("--weights", arguments->weights, "Type of the matrices in memory: stored, fp32, fp16, bf16 or int8")
       ->check(CLI::IsMember({"stored", "fp32", "fp16", "bf16", "int8"}))
+      ->capture_default_str();
+  program->add_option("--kv-dtype", arguments->kv_dtype, "Type of keys and values in memory: fp16 or fp32")
+      ->check(CLI::IsMember({"fp16", "fp32"}))
       ->capture_default_str();
   program->add_option("--predictor", arguments->predictor,
                       "Predictor file, or none; default: predictor.safetensors in the model directory, if there");

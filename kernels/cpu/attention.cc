@@ -52,47 +52,49 @@ HWY_INLINE float Accumulate(float* scores, int64_t n, Softmax& softmax) {
 }
 
 // Up to kTilePositions positions of one head of one sequence.
+template <typename T>
 struct KvTile {
-  const float*
-      keys[kTilePositions];         // by block: [head_dim][block_tokens], of the position that the tile has first in it
-  int32_t places[kTilePositions];   // by block: that position within the tile
-  int32_t offsets[kTilePositions];  // and within the block
+  const T* keys[kTilePositions];    // by block: [head_dim][block_tokens], the whole of it
+  int32_t places[kTilePositions];   // by block: within the tile, the first position in it
+  int32_t offsets[kTilePositions];  // and within the block, the same
   int32_t blocks = 0;
-  const float* values[kTilePositions];  // by position: [head_dim]
+  const T* values[kTilePositions];  // by position: [head_dim]
   int32_t positions = 0;
 };
 
-void FillTile(const AttentionJob& job, const int32_t* table, int64_t head, int32_t start, int32_t end, KvTile* tile) {
+template <typename T>
+void FillTile(const AttentionJob& job, const int32_t* table, int64_t head, int32_t start, int32_t end,
+              KvTile<T>* tile) {
   const KvLayer& kv = job.kv;
-  const int64_t block_floats = int64_t{kv.block_tokens} * kv.head_dim;
+  const int64_t block_elements = int64_t{kv.block_tokens} * kv.head_dim;
   tile->blocks = tile->positions = 0;
   while (start + tile->positions < end && tile->positions < kTilePositions) {
     const int32_t position = start + tile->positions, offset = position % kv.block_tokens;
-    const int64_t at = (int64_t{table[position / kv.block_tokens]} * kv.heads + head) * block_floats;
-    tile->keys[tile->blocks] = static_cast<const float*>(kv.keys) + at;
+    const int64_t at = (int64_t{table[position / kv.block_tokens]} * kv.heads + head) * block_elements;
+    tile->keys[tile->blocks] = static_cast<const T*>(kv.keys) + at;
     tile->places[tile->blocks] = tile->positions;
     tile->offsets[tile->blocks++] = offset;
     const int32_t limit = std::min<int32_t>(end - start, kTilePositions);
     for (int32_t o = offset; o < kv.block_tokens && tile->positions < limit; ++o) {
-      tile->values[tile->positions++] = static_cast<const float*>(kv.values) + at + int64_t{o} * kv.head_dim;
+      tile->values[tile->positions++] = static_cast<const T*>(kv.values) + at + int64_t{o} * kv.head_dim;
     }
   }
 }
 
 // scores[i] of `n` positions of a block, side by side: even and odd features apart, then together. `next` is fetched.
-template <int kVectors>
-HWY_INLINE void ScoreVectors(const float* q, int64_t head_dim, const float* keys, int64_t stride, int64_t n,
-                             const float* next, float scale, float* scores) {
+template <int kVectors, typename T>
+HWY_INLINE void ScoreVectors(const float* q, int64_t head_dim, const T* keys, int64_t stride, int64_t n, const T* next,
+                             float scale, float* scores) {
   V sum[2][kVectors];
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) sum[0][v] = sum[1][v] = hn::Zero(F32());
   const auto step = [&](int64_t d, V* to) HWY_ATTR {
-    const float* k = keys + d * stride;
+    const T* k = keys + d * stride;
     if (next != nullptr) Prefetch(next + d * stride);
     const V qd = hn::Set(F32(), q[d]);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const V kd = kVectors > 1 || n >= kLanes ? hn::LoadU(F32(), k + v * kLanes) : WidenPart(k, n);
+      const V kd = kVectors > 1 || n >= kLanes ? Widen(k + v * kLanes) : WidenPart(k, n);
       to[v] = hn::MulAdd(qd, kd, to[v]);
     }
   };
@@ -109,13 +111,14 @@ HWY_INLINE void ScoreVectors(const float* q, int64_t head_dim, const float* keys
 }
 
 // Of the first n positions of the tile; `scores` has room for a vector more.
-HWY_INLINE void Scores(const AttentionJob& job, const float* q, const KvTile& tile, int64_t n, const KvTile* next,
+template <typename T>
+HWY_INLINE void Scores(const AttentionJob& job, const float* q, const KvTile<T>& tile, int64_t n, const KvTile<T>* next,
                        float* scores) {
   const int64_t stride = job.kv.block_tokens, head_dim = job.kv.head_dim;
   for (int32_t b = 0; b < tile.blocks; ++b) {
     const int64_t first = tile.places[b], offset = tile.offsets[b];
     const int64_t end = std::min<int64_t>(n, b + 1 < tile.blocks ? tile.places[b + 1] : tile.positions);
-    const float* const ahead = next != nullptr && b < next->blocks ? next->keys[b] : nullptr;
+    const T* const ahead = next != nullptr && b < next->blocks ? next->keys[b] : nullptr;
     int64_t i = first;
     for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
       ScoreVectors<2>(q, head_dim, tile.keys[b] + offset + i - first, stride, 2 * kLanes,
@@ -129,27 +132,29 @@ HWY_INLINE void Scores(const AttentionJob& job, const float* q, const KvTile& ti
 }
 
 // context += sum over n positions of weights[i] * values[i], kVectors vectors from `column` on.
-template <int kVectors>
-HWY_INLINE void AddValues(const float* weights, const KvTile& tile, int64_t n, const KvTile* next, int64_t column,
+template <int kVectors, typename T>
+HWY_INLINE void AddValues(const float* weights, const KvTile<T>& tile, int64_t n, const KvTile<T>* next, int64_t column,
                           float* context) {
+  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
   V sum[kVectors];
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) sum[v] = hn::LoadU(F32(), context + column + v * kLanes);
   for (int64_t i = 0; i < n; ++i) {
     if (next != nullptr && i < next->positions) {
-      for (int64_t c = 0; c < kVectors * kLanes; c += kLineBytes / 4) Prefetch(next->values[i] + column + c);
+      for (int64_t c = 0; c < kVectors * kLanes; c += kLine) Prefetch(next->values[i] + column + c);
     }
     const V weight = hn::Set(F32(), weights[i]);
-    const float* from = tile.values[i] + column;
+    const T* from = tile.values[i] + column;
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[v] = hn::MulAdd(weight, hn::LoadU(F32(), from + v * kLanes), sum[v]);
+    for (int v = 0; v < kVectors; ++v) sum[v] = hn::MulAdd(weight, Widen(from + v * kLanes), sum[v]);
   }
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) hn::StoreU(sum[v], F32(), context + column + v * kLanes);
 }
 
 // The last `columns` < kLanes.
-HWY_INLINE void AddLastValues(const float* weights, const KvTile& tile, int64_t n, int64_t column, int64_t columns,
+template <typename T>
+HWY_INLINE void AddLastValues(const float* weights, const KvTile<T>& tile, int64_t n, int64_t column, int64_t columns,
                               float* context) {
   V sum = WidenPart(context + column, columns);
   for (int64_t i = 0; i < n; ++i) {
@@ -158,8 +163,9 @@ HWY_INLINE void AddLastValues(const float* weights, const KvTile& tile, int64_t 
   StorePart(sum, context + column, columns);
 }
 
-HWY_INLINE void AttendTile(const AttentionJob& job, const float* q, const KvTile& tile, int64_t n, const KvTile* next,
-                           Softmax& softmax, float* context) {
+template <typename T>
+HWY_INLINE void AttendTile(const AttentionJob& job, const float* q, const KvTile<T>& tile, int64_t n,
+                           const KvTile<T>* next, Softmax& softmax, float* context) {
   const int64_t head_dim = job.kv.head_dim;
   alignas(64) float scores[kTilePositions + 2 * kLanes];
   Scores(job, q, tile, n, next, scores);
@@ -172,7 +178,8 @@ HWY_INLINE void AttendTile(const AttentionJob& job, const float* q, const KvTile
   if (c < head_dim) AddLastValues(scores, tile, n, c, head_dim - c, context);
 }
 
-void Attend(const AttentionJob& job, int64_t first, int64_t last, int64_t head, int64_t next_head) {
+template <typename T>
+void AttendOf(const AttentionJob& job, int64_t first, int64_t last, int64_t head, int64_t next_head) {
   const KvLayer& kv = job.kv;
   const int32_t* positions = job.rows.positions.row<int32_t>(0);
   const int32_t* table = job.rows.block_table.row<int32_t>(job.rows.sequences.row<int32_t>(0)[first]);
@@ -182,11 +189,11 @@ void Attend(const AttentionJob& job, int64_t first, int64_t last, int64_t head, 
   for (int64_t r = first; r < last; ++r) std::fill_n(job.context.row<float>(r) + column, kv.head_dim, 0.0f);
 
   // While a tile is computed, the one after it is fetched; after the last, the first of the head that comes next.
-  KvTile tiles[2];
+  KvTile<T> tiles[2];
   FillTile(job, table, head, 0, end, &tiles[0]);
   for (int32_t start = 0; start < end; start += kTilePositions) {
-    const KvTile& tile = tiles[start / kTilePositions % 2];
-    KvTile& next = tiles[1 - start / kTilePositions % 2];
+    const KvTile<T>& tile = tiles[start / kTilePositions % 2];
+    KvTile<T>& next = tiles[1 - start / kTilePositions % 2];
     const bool more = start + kTilePositions < end, another = more || next_head >= 0;
     if (another) FillTile(job, table, more ? head : next_head, more ? start + kTilePositions : 0, end, &next);
     bool fetch = another;
@@ -204,6 +211,46 @@ void Attend(const AttentionJob& job, int64_t first, int64_t last, int64_t head, 
   }
 }
 
+void Attend(const AttentionJob& job, int64_t first, int64_t last, int64_t head, int64_t next_head) {
+  if (job.kv.dtype == DType::kFloat16) return AttendOf<hwy::float16_t>(job, first, last, head, next_head);
+  AttendOf<float>(job, first, last, head, next_head);
+}
+
+void Narrow(const float* from, int64_t n, float* to) { std::copy_n(from, n, to); }
+
+void Narrow(const float* from, int64_t n, hwy::float16_t* to) {
+  constexpr float kMost = 65504.0f;
+  const hn::Rebind<hwy::float16_t, F32> df16;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const V v = n - i < kLanes ? WidenPart(from + i, n - i) : hn::LoadU(F32(), from + i);
+    const V clamped = hn::Max(hn::Min(v, hn::Set(F32(), kMost)), hn::Set(F32(), -kMost));
+    alignas(64) hwy::float16_t part[kLanes];
+    hn::Store(hn::DemoteTo(df16, hn::IfThenElse(hn::IsNaN(v), v, clamped)), df16, part);
+    std::memcpy(to + i, part, std::min(n - i, kLanes) * sizeof(hwy::float16_t));
+  }
+}
+
+template <typename T>
+void StoreKvOf(const KvLayer& kv, int64_t block, int64_t place, const float* keys, const float* values) {
+  constexpr int64_t kFeatures = 64;
+  for (int64_t head = 0; head < kv.heads; ++head) {
+    const int64_t at = (block * kv.heads + head) * kv.block_tokens * kv.head_dim;
+    T* to = static_cast<T*>(kv.keys) + at + place;
+    for (int64_t first = 0; first < kv.head_dim; first += kFeatures) {
+      const int64_t n = std::min(kFeatures, kv.head_dim - first);
+      T narrow[kFeatures];
+      Narrow(keys + head * kv.head_dim + first, n, narrow);
+      for (int64_t d = 0; d < n; ++d) to[(first + d) * kv.block_tokens] = narrow[d];
+    }
+    Narrow(values + head * kv.head_dim, kv.head_dim, static_cast<T*>(kv.values) + at + place * kv.head_dim);
+  }
+}
+
+void StoreKv(const KvLayer& kv, int64_t block, int64_t place, const float* keys, const float* values) {
+  if (kv.dtype == DType::kFloat16) return StoreKvOf<hwy::float16_t>(kv, block, place, keys, values);
+  StoreKvOf<float>(kv, block, place, keys, values);
+}
+
 }  // namespace dejavu::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
@@ -211,6 +258,11 @@ HWY_AFTER_NAMESPACE();
 namespace dejavu::cpu {
 
 HWY_EXPORT(Attend);
+HWY_EXPORT(StoreKv);
+
+void StoreKv(const KvLayer& kv, int64_t block, int64_t place, const float* keys, const float* values) {
+  HWY_DYNAMIC_DISPATCH(StoreKv)(kv, block, place, keys, values);
+}
 
 void Attend(const AttentionJob& job, int64_t first, int64_t last, int64_t head, int64_t next_head) {
   HWY_DYNAMIC_DISPATCH(Attend)(job, first, last, head, next_head);

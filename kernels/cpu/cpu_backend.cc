@@ -371,6 +371,7 @@ void CpuBackend::WriteKv(const KvLayer& kv, Tensor qkv, const RowTable& rows) {
   CheckRows(rows);
   const int64_t width = int64_t{kv.heads} * kv.head_dim;
   CheckShape("qkv", qkv, DType::kFloat32, rows.rows(), 3 * width);
+  CHECK(kv.dtype == DType::kFloat32 || kv.dtype == DType::kFloat16) << "keys and values of type " << Name(kv.dtype);
   ForRows(qkv.rows, 2 * width, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
       const int32_t position = rows.positions.row<int32_t>(0)[r];
@@ -379,14 +380,7 @@ void CpuBackend::WriteKv(const KvLayer& kv, Tensor qkv, const RowTable& rows) {
       const int32_t block = rows.block_table.row<int32_t>(sequence)[position / kv.block_tokens];
       CHECK(block >= 0 && block < kv.blocks) << "block " << block << " of " << kv.blocks;
       const float* k = qkv.row<float>(r) + width;
-      for (int64_t head = 0; head < kv.heads; ++head) {
-        const int64_t at = (block * int64_t{kv.heads} + head) * kv.block_tokens * kv.head_dim;
-        const int64_t place = position % kv.block_tokens;
-        float* keys = static_cast<float*>(kv.keys) + at + place;
-        for (int64_t d = 0; d < kv.head_dim; ++d) keys[d * kv.block_tokens] = k[head * kv.head_dim + d];
-        std::copy_n(k + width + head * kv.head_dim, kv.head_dim,
-                    static_cast<float*>(kv.values) + at + place * kv.head_dim);
-      }
+      cpu::StoreKv(kv, block, position % kv.block_tokens, k, k + width);
     }
   });
 }
@@ -436,7 +430,7 @@ void CpuBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const 
     CHECK(position >= 0 && position / kv.block_tokens < rows.block_table.cols) << "position " << position;
     work += 2 * (position + 1) * head_count * kv.head_dim;
   }
-  const int64_t grain = std::max<int64_t>(1, items / (pool_.threads() * kChunksPerThread));
+  const int64_t grain = std::max<int64_t>(1, items / (pool_.threads() * 8));
   // Later rows see more positions, so they go first.
   pool_.ParallelFor(items, work < kSmallWork ? items : grain, [&](int64_t first, int64_t last, int) {
     for (int64_t i = first; i < last; ++i) {

@@ -26,7 +26,10 @@ static_assert(kGroupOutputs * kBlockRows * kLanes * int64_t{sizeof(float)} <= kS
 // with its rows of x and one vector of weights: 32 with AVX-512, else 16.
 constexpr int kTileRows = HWY_TARGET <= HWY_AVX3 ? 4 : 3;
 template <int kRows>
-constexpr int kOutputsOf = HWY_TARGET <= HWY_AVX3 ? (kRows == 4 ? 6 : 8) : (kRows == 1 ? 8 : 4);
+constexpr int kOutputsOf = HWY_TARGET <= HWY_AVX3 ? (kRows == 4 ? 6 : 8)
+                                                  : (kRows == 1   ? 8
+                                                     : kRows == 4 ? 2
+                                                                  : 4);
 
 // One block of inputs of one group of outputs.
 template <typename W>
@@ -108,7 +111,7 @@ class DotRun {
   // A single row of x passes whole rows of weights; a few rows what of them fits L1.
   static int64_t BlockInputs(int64_t rows, int64_t inputs) {
     if (rows == 1) return inputs;
-    if (rows > kTileRows) return kBlockInputs;
+    if (rows > 4) return kBlockInputs;
     return kL1Bytes / static_cast<int64_t>(sizeof(float)) / rows / kLineBytes * kLineBytes;
   }
 
@@ -124,7 +127,12 @@ class DotRun {
         for (int64_t i = 0; i < kGroupOutputs; ++i) {
           w[count + i] = last ? Weights(std::min(first + count + i, last_ - 1)) : w[std::min(i, count - 1)] + n;
         }
-        ForRowTiles<kTileRows>(rows, DotBlock<W>{job_, first, count, input, n, last, row, rows, w, sums_});
+        const DotBlock<W> group{job_, first, count, input, n, last, row, rows, w, sums_};
+        if (rows == 4) {
+          group.template Tile<4>(0);
+        } else {
+          ForRowTiles<kTileRows>(rows, group);
+        }
       }
     }
   }

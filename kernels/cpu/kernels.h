@@ -82,6 +82,9 @@ struct SelectJob {
 // The columns `first` ... `last`, multiples of kSelectorPadding, of every row.
 void SelectColumns(const SelectJob& job, int64_t first, int64_t last, float* scratch);
 
+// Puts the keys and values of one position, [heads * head_dim] each, into place `place` of a block.
+void StoreKv(const KvLayer& kv, int64_t block, int64_t place, const float* keys, const float* values);
+
 struct AttentionJob {
   Tensor context;  // [rows, heads * head_dim]
   Tensor qkv;      // [rows, 3 * heads * head_dim]

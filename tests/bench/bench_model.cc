@@ -92,7 +92,7 @@ void BenchModel::FillContext(int context, ProgressLine& progress) {
 void BenchModel::CopySlot(int target, int source) {
   for (const KvLayer& kv : timed_->kv()) {
     const int64_t slot_bytes = static_cast<int64_t>(kv.blocks / runner_->options().slots) * kv.heads * kv.block_tokens *
-                               kv.head_dim * static_cast<int64_t>(sizeof(float));
+                               kv.head_dim * SizeOf(kv.dtype);
     for (void* base : {kv.keys, kv.values}) {
       char* const bytes = static_cast<char*>(base);
       std::memcpy(bytes + target * slot_bytes, bytes + source * slot_bytes, slot_bytes);

@@ -165,9 +165,10 @@ absl::Status OpsBench::Allocate() {
   kv_.heads = static_cast<int32_t>(hidden / head_dim);
   kv_.head_dim = static_cast<int32_t>(head_dim);
   kv_.block_tokens = kBlockTokens;
+  kv_.dtype = DType::kFloat16;
   kv_.blocks = static_cast<int32_t>(sequences * longest / kBlockTokens);
-  layout.Reserve(&keys_, DType::kFloat32, int64_t{kv_.blocks} * kv_.heads * kBlockTokens, head_dim);
-  layout.Reserve(&values_, DType::kFloat32, int64_t{kv_.blocks} * kv_.heads * kBlockTokens, head_dim);
+  layout.Reserve(&keys_, DType::kFloat16, int64_t{kv_.blocks} * kv_.heads * kBlockTokens, head_dim);
+  layout.Reserve(&values_, DType::kFloat16, int64_t{kv_.blocks} * kv_.heads * kBlockTokens, head_dim);
   layout.Reserve(&qkv_, DType::kFloat32, rows, 3 * hidden);
   layout.Reserve(&positions_, DType::kInt32, std::size(kContexts), rows);
   layout.Reserve(&sequences_, DType::kInt32, 1, kv_.blocks / (kContexts[0] / kBlockTokens));

@@ -23,7 +23,7 @@ namespace {
 // One model on one backend with one sequence, driven chunk by chunk.
 class ModelUnderTest {
  public:
-  ModelUnderTest(const std::string& name, int threads, int block_tokens)
+  ModelUnderTest(const std::string& name, int threads, int block_tokens, DType kv_dtype = DType::kFloat16)
       : config_(*OptConfig::Load(CheckpointPath(name))) {
     backend_ = *CreateCpuBackend({threads, /*pin=*/false});
     weights_ = *OptWeights::Load(*Checkpoint::Open(CheckpointPath(name)), config_, *backend_, nullptr);
@@ -31,7 +31,7 @@ class ModelUnderTest {
     batch_ = std::make_unique<Batch>(config_.context, config_.context, 1, blocks);
     // Blocks in reverse order: nothing may depend on their lying side by side.
     for (int i = 0; i < blocks; ++i) batch_->block_table[i] = blocks - 1 - i;
-    kv_ = *KvCache::Create(*backend_, config_, blocks, block_tokens);
+    kv_ = *KvCache::Create(*backend_, config_, blocks, block_tokens, kv_dtype);
     predictor_ = *Predictor::Create(nullptr, config_, *backend_, batch_->max_rows, 0);
     model_ = *OptModel::Create(config_, weights_, *backend_, *communicator_, *predictor_, *batch_);
   }

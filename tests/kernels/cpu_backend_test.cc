@@ -203,6 +203,26 @@ TEST_P(CpuAttentionTest, IsRightForEveryHeadSizeAndDoesNotDependOnTheBlockSize) 
   }
 }
 
+TEST_P(CpuAttentionTest, KeysAndValuesInHalfPrecision) {
+  kv_dtype_ = DType::kFloat16;
+  for (const int32_t block_tokens : {16, 5}) {
+    for (const int32_t head_dim : {64, 20}) {
+      Fill({140, 9}, 3, head_dim, block_tokens);
+      ExpectClose(Whole(0), Reference(0), 1e-5f);
+      ExpectClose(Whole(1), Reference(1), 1e-5f);
+    }
+  }
+  // Beyond its range a value becomes its largest number; what is no number stays none.
+  Fill({1}, 1, 4, 16);
+  for (const auto& [value, want] : {std::pair{1e6f, 65504.0f}, {-1e6f, -65504.0f}, {kInfinity, 65504.0f}}) {
+    backend_->WriteKv(kv_, arena_.Put(Matrix(1, 12, value)), Rows({0}, {0}));
+    qkv_[0] = Matrix(1, 12, 0.0f);
+    EXPECT_EQ(Whole(0).at(0, 0), want);
+  }
+  backend_->WriteKv(kv_, arena_.Put(Matrix(1, 12, kNaN)), Rows({0}, {0}));
+  EXPECT_TRUE(std::isnan(Whole(0).at(0, 0)));
+}
+
 TEST_P(CpuAttentionTest, ARowDependsOnItsSequenceAloneHoweverThePromptIsCut) {
   Fill({140, 90}, 3, 20, 16);
   const Matrix whole = Whole(0);
@@ -250,7 +270,7 @@ TEST_P(CpuAttentionTest, SurvivesScoresFarApart) {
 
 TEST_P(CpuAttentionTest, NotANumberInAKeyReachesTheRowsThatSeeIt) {
   Fill({100}, 1, 8, 16);
-  static_cast<float*>(kv_.keys)[(table_.row<int32_t>(0)[80 / 16] * 16 + 80 % 16) * 8] = kNaN;
+  static_cast<float*>(kv_.keys)[table_.row<int32_t>(0)[80 / 16] * 8 * 16 + 80 % 16] = kNaN;
   const Matrix context = Whole(0);
   EXPECT_FALSE(std::isnan(context.at(79, 0)));
   EXPECT_TRUE(std::isnan(context.at(80, 0)));

@@ -145,13 +145,14 @@ void CpuAttentionFixture::Fill(const std::vector<int32_t>& lengths, int32_t head
   const int32_t blocks = per_sequence * static_cast<int32_t>(lengths.size());
   table_ = arena_.Make(DType::kInt32, static_cast<int64_t>(lengths.size()), per_sequence);
   for (int32_t i = 0; i < blocks; ++i) table_.row<int32_t>(0)[i] = blocks - 1 - i;
-  kv_ = {nullptr, nullptr, blocks, heads, block_tokens, head_dim};
+  kv_ = {nullptr, nullptr, blocks, heads, block_tokens, head_dim, kv_dtype_};
   // What was never written must never be read.
-  kv_.keys = arena_.Put(Matrix(blocks * heads, block_tokens * head_dim, kNaN)).data;
-  kv_.values = arena_.Put(Matrix(blocks * heads, block_tokens * head_dim, kNaN)).data;
+  kv_.keys = arena_.Put(Matrix(blocks * heads, block_tokens * head_dim, kNaN), kv_dtype_).data;
+  kv_.values = arena_.Put(Matrix(blocks * heads, block_tokens * head_dim, kNaN), kv_dtype_).data;
   qkv_.clear();
   for (size_t s = 0; s < lengths.size(); ++s) {
     qkv_.push_back(Random(lengths[s], 3 * heads * head_dim, 20 + static_cast<uint32_t>(s)));
+    if (kv_dtype_ == DType::kFloat16) qkv_[s] = Get(arena_.Put(qkv_[s], kv_dtype_));  // what is exact there
     std::vector<int32_t> positions(lengths[s]);
     std::iota(positions.begin(), positions.end(), 0);
     backend_->WriteKv(kv_, arena_.Put(qkv_[s]),

@@ -81,6 +81,7 @@ class CpuAttentionFixture : public CpuFixture {
   std::vector<int32_t> lengths_;
   std::vector<Matrix> qkv_;  // of every position of every sequence
   Tensor table_;
+  DType kv_dtype_ = DType::kFloat32;
   KvLayer kv_;
 };
 
