@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "kernels/base/float16.h"
 #include "kernels/cpu/kernels.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -220,14 +221,16 @@ void Narrow(const float* from, int64_t n, float* to) { std::copy_n(from, n, to);
 
 void Narrow(const float* from, int64_t n, hwy::float16_t* to) {
   constexpr float kMost = 65504.0f;
+  int64_t i = 0;
+#if HWY_TARGET <= HWY_AVX2  // Highway's own emulation does not know NaN
   const hn::Rebind<hwy::float16_t, F32> df16;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const V v = n - i < kLanes ? WidenPart(from + i, n - i) : hn::LoadU(F32(), from + i);
+  for (; i + kLanes <= n; i += kLanes) {
+    const V v = hn::LoadU(F32(), from + i);
     const V clamped = hn::Max(hn::Min(v, hn::Set(F32(), kMost)), hn::Set(F32(), -kMost));
-    alignas(64) hwy::float16_t part[kLanes];
-    hn::Store(hn::DemoteTo(df16, hn::IfThenElse(hn::IsNaN(v), v, clamped)), df16, part);
-    std::memcpy(to + i, part, std::min(n - i, kLanes) * sizeof(hwy::float16_t));
+    hn::StoreU(hn::DemoteTo(df16, hn::IfThenElse(hn::IsNaN(v), v, clamped)), df16, to + i);
   }
+#endif
+  for (; i < n; ++i) to[i].bits = Float16FromFloat(std::clamp(from[i], -kMost, kMost));
 }
 
 template <typename T>
