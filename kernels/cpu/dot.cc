@@ -31,6 +31,10 @@ constexpr int kOutputsOf = HWY_TARGET <= HWY_AVX3 ? (kRows == 4 ? 6 : 8)
                                                      : kRows == 4 ? 2
                                                                   : 4);
 
+// A single row of x, long: it comes from memory, which gives fewer streams more.
+constexpr int64_t kLongInputs = 1024;
+constexpr int kLongOutputs = 4;
+
 // One block of inputs of one group of outputs.
 template <typename W>
 struct DotBlock {
@@ -49,8 +53,11 @@ struct DotBlock {
 
   template <int kRows>
   void Tile(int64_t r) const {
-    constexpr int kOutputs = kOutputsOf<kRows>;
     int64_t i = 0;
+    if (kRows == 1 && job.x.cols >= kLongInputs) {
+      for (; i + kLongOutputs <= count; i += kLongOutputs) Outputs<kRows, kLongOutputs>(r, i);
+    }
+    constexpr int kOutputs = kOutputsOf<kRows>;
     for (; i + kOutputs <= count; i += kOutputs) Outputs<kRows, kOutputs>(r, i);
     for (; i < count; ++i) Outputs<kRows, 1>(r, i);
   }
@@ -154,8 +161,11 @@ struct IntegerDot {
 
   template <int kRows>
   void Tile(int64_t r) const {
-    constexpr int kOutputs = kOutputsOf<kRows>;
     int64_t i = 0;
+    if (kRows == 1 && job.x.cols >= kLongInputs) {
+      for (; i + kLongOutputs <= count; i += kLongOutputs) Outputs<kRows, kLongOutputs>(r, i);
+    }
+    constexpr int kOutputs = kOutputsOf<kRows>;
     for (; i + kOutputs <= count; i += kOutputs) Outputs<kRows, kOutputs>(r, i);
     for (; i < count; ++i) Outputs<kRows, 1>(r, i);
   }
