@@ -1,6 +1,7 @@
 // Backend: one device, its memory and its in-order queue. The model is written once over these ops; a backend fuses and
 // parallelises inside an op. Activations and residuals are float32 [rows, features]; weights keep their stored type and
-// are widened as they are read; sums are float32.
+// are widened as they are read; sums are float32. With int8 weights the activations are rounded to 14 bits and a sign,
+// by row, and products are added as integers.
 //
 // Determinism: the value computed for a row depends on that row alone. Neither the other rows of the step, nor how a
 // prompt was cut into chunks, nor the number of threads changes one bit of it: every sum has a fixed order.

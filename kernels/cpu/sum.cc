@@ -16,6 +16,7 @@
 HWY_BEFORE_NAMESPACE();
 namespace dejavu::cpu::HWY_NAMESPACE {
 
+constexpr int64_t kStreamInputs = 8;    // rows of weights that are read side by side, where each passes once
 constexpr int64_t kChunkInputs = 32;    // read side by side at most: even
 constexpr int64_t kBlockColumns = 256;  // of a block where the rows are several tiles
 constexpr int64_t kBlockRows = 64;      // rows of x whose accumulators for a block fit L2
@@ -66,11 +67,12 @@ struct FloatTerms {
   static void Store(const V* total, float* y, int64_t n) { StoreFirst(*total, y, n); }
 };
 
-// int8 weights of two inputs, interleaved, by pairs of int16 activations. In the accumulators the columns of a unit lie
-// as the interleaving leaves them; Store puts them in order.
 struct PairOfPairs {
   VI16 low, high;
 };
+
+// int8 weights of two inputs, interleaved, by pairs of int16 activations. In the accumulators the columns of a unit lie
+// as the interleaving leaves them; Store puts them in order.
 struct IntegerTerms {
   using Weight = int8_t;
   static constexpr int64_t kUnit = kPairLanes;

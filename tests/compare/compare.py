@@ -47,7 +47,7 @@ class Table:
 class Comparison:
     def __init__(self, arguments):
         self.bench, self.threads, self.work = arguments.bin / "dejavu-bench", arguments.threads, arguments.work
-        self.rounds, self.repeats, self.tokens = (1, 2, 16) if arguments.quick else (3, 2, 64)
+        self.rounds, self.repeats, self.tokens = (1, 2, 16) if arguments.quick else (arguments.rounds, 2, 64)
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads),
                             "OMP_PROC_BIND": "true", "OMP_PLACES": "cores", "HF_HUB_OFFLINE": "1",
                             "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
@@ -184,6 +184,7 @@ def main():
     parser = argparse.ArgumentParser(prog="./run compare", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
     parser.add_argument("--quick", action="store_true", help="one round of 16 tokens: whether it works, not how fast")
+    parser.add_argument("--rounds", type=int, default=3, help="of two measurements each (default: 3)")
     parser.add_argument("--threads", type=int, default=2, help="of everybody (default: 2)")
     parser.add_argument("--model", default="synthetic:opt-1.3b", help="whose shape the checkpoint has (default: %(default)s)")
     parser.add_argument("--bin", type=pathlib.Path, default=ROOT / "build/release/bin", help=argparse.SUPPRESS)
@@ -193,6 +194,8 @@ def main():
         parser.error(f"--model {arguments.model}: a synthetic model is wanted, such as synthetic:opt-1.3b")
     if arguments.threads < 1:
         parser.error(f"--threads {arguments.threads}: at least 1")
+    if arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds}: at least 1")
     if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
         parser.error(f"--json {arguments.json}: no such directory")
     arguments.work.mkdir(parents=True, exist_ok=True)
