@@ -47,7 +47,7 @@ class Table:
 class Comparison:
     def __init__(self, arguments):
         self.bench, self.threads, self.work = arguments.bin / "dejavu-bench", arguments.threads, arguments.work
-        self.rounds, self.repeats, self.tokens = (1, 2, 16) if arguments.quick else (arguments.rounds, 2, 64)
+        self.rounds, self.repeats, self.tokens = (1, 2, 16) if arguments.quick else (arguments.rounds, 2, arguments.tokens)
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads),
                             "OMP_PROC_BIND": "true", "OMP_PLACES": "cores", "HF_HUB_OFFLINE": "1",
                             "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
@@ -116,9 +116,11 @@ class Comparison:
         return json.loads(report.read_text())["rows"]
 
     def measure_ours(self, model, dtype, tiers, batches, prefill, table):
-        """Sampling counts: the peers' figures hold it too."""
+        """Some steps around the middle of the peers' tokens; sampling counts, since their figures hold it too."""
+        steps = min(self.tokens - 1, 16)
         for row in self.bench_rows("decode", "--model", model, "--dtype", dtype, "--tier", ",".join(tiers), "--batch",
-                                   ",".join(map(str, batches)), "--context", 64, "--steps", self.tokens - 1):
+                                   ",".join(map(str, batches)), "--context", 64 + (self.tokens - steps) // 2,
+                                   "--steps", steps):
             if row["tier"] in tiers:
                 samples = [ms + row["breakdown_ms"]["sampling"] for ms in row["samples_ms"]]
                 table.add((OURS, self.version, row["dtype"], row["tier"], row["synthetic"], "decode", row["batch"]), samples)
@@ -185,6 +187,7 @@ def main():
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
     parser.add_argument("--quick", action="store_true", help="one round of 16 tokens: whether it works, not how fast")
     parser.add_argument("--rounds", type=int, default=3, help="of two measurements each (default: 3)")
+    parser.add_argument("--tokens", type=int, default=64, help="that each request generates (default: 64)")
     parser.add_argument("--threads", type=int, default=2, help="of everybody (default: 2)")
     parser.add_argument("--model", default="synthetic:opt-1.3b", help="whose shape the checkpoint has (default: %(default)s)")
     parser.add_argument("--bin", type=pathlib.Path, default=ROOT / "build/release/bin", help=argparse.SUPPRESS)
@@ -196,6 +199,8 @@ def main():
         parser.error(f"--threads {arguments.threads}: at least 1")
     if arguments.rounds < 1:
         parser.error(f"--rounds {arguments.rounds}: at least 1")
+    if arguments.tokens < 2:
+        parser.error(f"--tokens {arguments.tokens}: at least 2")
     if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
         parser.error(f"--json {arguments.json}: no such directory")
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -205,7 +210,7 @@ def main():
 
     rows, small = table.rows(), embedded.rows()
     date = datetime.date.today().isoformat()
-    print(f"{processor()}, {arguments.threads} threads, {date}. ms per decode step after a prompt of 64 tokens, greedy; ms of a prefill."
+    print(f"{processor()}, {arguments.threads} threads, {date}. ms per decode step after a prompt of 64 tokens, {comparison.tokens} greedy tokens; ms of a prefill."
           f" Medians of {comparison.rounds * comparison.repeats}.")
     show(rows, f"Random weights in the shape of {arguments.model.split(':')[1]}: dense work is compared. Tiers marked synthetic"
                " read what the generated density profile activates.")

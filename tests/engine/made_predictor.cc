@@ -94,22 +94,30 @@ void Spoil(int32_t layer, PredictorData* data) {
 
 PlainSelection SelectPlainly(const SelectorData& selector, const OperatingPoint& point, const float* x,
                              int32_t hidden) {
+  // Both stages round what they multiply with int8 to integers; the largest becomes 8192 at least.
+  constexpr double kStep = 1.0 / 8192;
   const size_t outputs = point.thresholds.size();
-  std::vector<double> a(point.rank, 0.0);
+  double largest_x = 0.0, largest_a = 0.0;
+  for (int32_t i = 0; i < hidden; ++i) largest_x = std::max(largest_x, std::abs(double{x[i]}));
+  std::vector<double> a(point.rank, 0.0), rounding(point.rank, 0.0);
   for (int32_t k = 0; k < point.rank; ++k) {
-    for (int32_t i = 0; i < hidden; ++i) a[k] += double{x[i]} * selector.a[static_cast<size_t>(k) * hidden + i];
-    a[k] *= selector.a_scale[k];
+    for (int32_t i = 0; i < hidden; ++i) {
+      const double weight = double{selector.a_scale[k]} * selector.a[static_cast<size_t>(k) * hidden + i];
+      a[k] += x[i] * weight;
+      rounding[k] += 0.51 * kStep * largest_x * std::abs(weight);
+    }
+    largest_a = std::max(largest_a, std::abs(a[k]) + rounding[k]);
   }
   PlainSelection result;
   for (size_t j = 0; j < outputs; ++j) {
-    double sum = 0.0, size = 0.0;
+    double sum = 0.0, error = 0.0;
     for (int32_t k = 0; k < point.rank; ++k) {
-      const double term = a[k] * selector.b[k * outputs + j];
+      const double b = selector.b[k * outputs + j], term = a[k] * b;
       sum += term;
-      size += std::abs(term);
+      error += 3e-5 * std::abs(term) + (rounding[k] + 0.51 * kStep * largest_a) * std::abs(b);
     }
     result.selected.push_back(sum > point.thresholds[j]);
-    result.close.push_back(std::abs(sum - point.thresholds[j]) < 3e-5 * size);
+    result.close.push_back(std::abs(sum - point.thresholds[j]) < error);
     result.count += result.selected.back();
     result.close_count += result.close.back();
   }
