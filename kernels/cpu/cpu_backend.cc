@@ -25,6 +25,7 @@ constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kSmallWork =
     16 << 10;  // multiply-adds or elements, a few microseconds: about what waking threads costs
 constexpr int64_t kChunksPerThread = 32;
+constexpr int64_t kLeastOutputs = 16;    // of a part, or there is too little in it to fetch ahead
 constexpr int64_t kSelectColumns = 512;  // at least, or the rows are read in pieces too short
 
 int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -203,7 +204,7 @@ class CpuBackend final : public Backend {
   // Outputs to a chunk: several chunks for each thread, but none so small that handing it out costs more than it.
   int64_t OutputGrain(int64_t outputs, int64_t work_per_output) const {
     const int64_t worth_it = DivideUp(kSmallWork, std::max<int64_t>(1, work_per_output));
-    return RoundUp(std::max(worth_it, outputs / (pool_.threads() * kChunksPerThread)), 4);
+    return RoundUp(std::max(worth_it, outputs / (pool_.threads() * kChunksPerThread)), kLeastOutputs);
   }
 
   // function(first, last) over ranges of rows of `cols` elements.
