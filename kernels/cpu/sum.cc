@@ -321,48 +321,20 @@ void WithTerms(const SumJob& job, const Function& function) {
   }
 }
 
-struct SegmentCall {
-  const SumJob& job;
-  int64_t segment, first, last;
-  float* scratch;
-  template <typename Terms>
-  void operator()() const {
+void SumSegment(const SumJob& job, int64_t segment, int64_t first, int64_t last, float* scratch) {
+  WithTerms(job, [&]<typename Terms>() HWY_ATTR {
     SumRun<Terms>(job, scratch)
         .Segment(job.bounds[segment], job.bounds[segment + 1], first, last, 0, job.x.rows,
                  job.sums + segment * job.x.rows * job.sums_stride + first, job.sums_stride);
-  }
-};
-
-struct JoinCall {
-  const SumJob& job;
-  int64_t first, last;
-  float* scratch;
-  template <typename Terms>
-  void operator()() const {
-    SumRun<Terms>(job, scratch).Join(first, last);
-  }
-};
-
-struct ColumnsCall {
-  const SumJob& job;
-  int64_t first, last;
-  float* scratch;
-  template <typename Terms>
-  void operator()() const {
-    SumRun<Terms>(job, scratch).Columns(first, last);
-  }
-};
-
-void SumSegment(const SumJob& job, int64_t segment, int64_t first, int64_t last, float* scratch) {
-  WithTerms(job, SegmentCall{job, segment, first, last, scratch});
+  });
 }
 
 void JoinSegments(const SumJob& job, int64_t first, int64_t last, float* scratch) {
-  WithTerms(job, JoinCall{job, first, last, scratch});
+  WithTerms(job, [&]<typename Terms>() HWY_ATTR { SumRun<Terms>(job, scratch).Join(first, last); });
 }
 
 void SumColumns(const SumJob& job, int64_t first, int64_t last, float* scratch) {
-  WithTerms(job, ColumnsCall{job, first, last, scratch});
+  WithTerms(job, [&]<typename Terms>() HWY_ATTR { SumRun<Terms>(job, scratch).Columns(first, last); });
 }
 
 }  // namespace dejavu::cpu::HWY_NAMESPACE
