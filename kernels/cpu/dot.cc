@@ -35,6 +35,18 @@ constexpr int kOutputsOf = HWY_TARGET <= HWY_AVX3 ? (kRows == 4 ? 6 : 8)
 constexpr int64_t kLongInputs = 1024;
 constexpr int kLongOutputs = 4;
 
+// Calls group.Outputs<kRows, n>(r, i) for tiles of n of the group's outputs.
+template <int kRows, typename Group>
+HWY_INLINE void ForOutputTiles(const Group& group, int64_t r) {
+  int64_t i = 0;
+  if (kRows == 1 && group.job.x.cols >= kLongInputs) {
+    for (; i + kLongOutputs <= group.count; i += kLongOutputs) group.template Outputs<kRows, kLongOutputs>(r, i);
+  }
+  constexpr int kOutputs = kOutputsOf<kRows>;
+  for (; i + kOutputs <= group.count; i += kOutputs) group.template Outputs<kRows, kOutputs>(r, i);
+  for (; i < group.count; ++i) group.template Outputs<kRows, 1>(r, i);
+}
+
 // One block of inputs of one group of outputs.
 template <typename W>
 struct DotBlock {
@@ -53,13 +65,7 @@ struct DotBlock {
 
   template <int kRows>
   void Tile(int64_t r) const {
-    int64_t i = 0;
-    if (kRows == 1 && job.x.cols >= kLongInputs) {
-      for (; i + kLongOutputs <= count; i += kLongOutputs) Outputs<kRows, kLongOutputs>(r, i);
-    }
-    constexpr int kOutputs = kOutputsOf<kRows>;
-    for (; i + kOutputs <= count; i += kOutputs) Outputs<kRows, kOutputs>(r, i);
-    for (; i < count; ++i) Outputs<kRows, 1>(r, i);
+    ForOutputTiles<kRows>(*this, r);
   }
 
   template <int kRows, int kOutputs>
@@ -161,13 +167,7 @@ struct IntegerDot {
 
   template <int kRows>
   void Tile(int64_t r) const {
-    int64_t i = 0;
-    if (kRows == 1 && job.x.cols >= kLongInputs) {
-      for (; i + kLongOutputs <= count; i += kLongOutputs) Outputs<kRows, kLongOutputs>(r, i);
-    }
-    constexpr int kOutputs = kOutputsOf<kRows>;
-    for (; i + kOutputs <= count; i += kOutputs) Outputs<kRows, kOutputs>(r, i);
-    for (; i < count; ++i) Outputs<kRows, 1>(r, i);
+    ForOutputTiles<kRows>(*this, r);
   }
 
   template <int kRows, int kOutputs>
