@@ -25,7 +25,7 @@ constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kSmallWork =
     16 << 10;  // multiply-adds or elements, a few microseconds: about what waking threads costs
 constexpr int64_t kChunksPerThread = 32;
-constexpr int64_t kLeastOutputs = 16;    // of a part, or there is too little in it to fetch ahead
+constexpr int64_t kLeastOutputs = 24;    // of a part, or there is too little in it to fetch ahead
 constexpr int64_t kSelectColumns = 512;  // at least, or the rows are read in pieces too short
 
 int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -217,9 +217,7 @@ class CpuBackend final : public Backend {
   const int32_t* Members(const Selection& selected, int64_t rows, int64_t group, int64_t* count);
   float* Scratch(int thread) const { return scratch_.get() + thread * (cpu::kScratchBytes / sizeof(float)); }
   cpu::Quantized Quantize(Tensor x, const float* factor, const int32_t* list, int64_t count);
-  cpu::Quantized QuantizeFor(const LinearWeights& w, Tensor x) {
-    return w.weight.dtype == DType::kInt8 ? Quantize(x, nullptr, nullptr, x.cols) : cpu::Quantized{};
-  }
+  cpu::DotJob Prepare(Tensor y, Tensor x, const LinearWeights& w, const int32_t* outputs, bool relu);
   template <typename Function>
   void Dots(const cpu::DotJob& job, int64_t count, int64_t grain, const Function& function);
   void SumRows(Tensor y, Tensor x, const LinearWeights& w, const int32_t* list, int64_t count);
@@ -232,6 +230,7 @@ class CpuBackend final : public Backend {
   // Scratch that grows to the largest size seen and then stays.
   std::vector<int16_t> quantized_;  // activations for int8 weights, and their factors
   std::vector<float> quantized_scale_;
+  std::vector<float> side_;           // activations side by side
   std::vector<int64_t> bounds_;       // where each segment of a sum begins
   std::vector<float> sums_;           // and the segments' sums
   std::vector<float> select_sums_;    // [rows, outputs] of a selector
@@ -305,19 +304,41 @@ void CpuBackend::Linear(Tensor y, Tensor x, const LinearWeights& w, const Select
     SumRows(y, x, w, list, count);
     return;
   }
-  cpu::DotJob job = {y, x, &w, list, false, QuantizeFor(w, x)};
+  const cpu::DotJob job = Prepare(y, x, w, list, false);
   cpu::DotJob riding = {};
   int64_t total = count;
   if (ride.w != nullptr) {
     CHECK(ride.w->layout == LinearWeights::Layout::kOutputRows);
     CheckLinear(ride.y, x, *ride.w);
-    riding = {ride.y, x, ride.w, nullptr, false, job.quantized.q != nullptr ? job.quantized : QuantizeFor(*ride.w, x)};
+    riding = (ride.w->weight.dtype == DType::kInt8) == (w.weight.dtype == DType::kInt8)
+                 ? cpu::DotJob{ride.y, x, ride.w, nullptr, false, job.quantized, job.side}
+                 : Prepare(ride.y, x, *ride.w, nullptr, false);
     total += ride.w->outputs();
   }
   pool_.ParallelFor(total, OutputGrain(total, w.inputs() * x.rows), [&](int64_t first, int64_t last, int thread) {
     if (first < count) cpu::DotProducts(job, first, std::min(last, count), Scratch(thread));
     if (last > count) cpu::DotProducts(riding, std::max(first, count) - count, last - count, Scratch(thread));
   });
+}
+
+// The job, with x as its kernel wants it.
+cpu::DotJob CpuBackend::Prepare(Tensor y, Tensor x, const LinearWeights& w, const int32_t* outputs, bool relu) {
+  cpu::DotJob job = {y, x, &w, outputs, relu, {}, nullptr};
+  if (w.weight.dtype == DType::kInt8) {
+    job.quantized = Quantize(x, nullptr, nullptr, x.cols);
+    return job;
+  }
+  const int64_t floats = cpu::SideBySideFloats(x.rows, x.cols);
+  if (floats == 0) return job;
+  constexpr size_t kLine = 64;
+  side_.resize(std::max<size_t>(side_.size(), floats + kLine / sizeof(float)));
+  void* start = side_.data();
+  size_t space = side_.size() * sizeof(float);
+  auto* const side = static_cast<float*>(std::align(kLine, floats * sizeof(float), start, space));
+  pool_.ParallelFor(DivideUp(x.cols, cpu::kSideInputs), DivideUp(kSmallWork, x.rows * cpu::kSideInputs),
+                    [&](int64_t first, int64_t last, int) { cpu::SideBySide(x, first, last, side); });
+  job.side = side;
+  return job;
 }
 
 // x as int8 weights want it.
@@ -550,7 +571,7 @@ void CpuBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& n
   chunk_count_.assign(chunks, 0);
   chunk_rows_.assign(chunks * counted, 0);
 
-  const cpu::DotJob up = {hidden, x, &w.up, list, true, QuantizeFor(w.up, x)};
+  const cpu::DotJob up = Prepare(hidden, x, w.up, list, true);
   Dots(up, count, grain, [&](int64_t first, int64_t last) {
     if (!neurons.masks.empty()) ApplyMasks(hidden, neurons, first, last);
     for (int64_t r = 0; r < counted; ++r) {
@@ -585,7 +606,7 @@ void CpuBackend::Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor 
   CheckShape("worth of Audit", worth, DType::kFloat32, 1, up.outputs());
   CheckMasks(neurons, x.rows, up.outputs());
   CHECK(neurons.all() || !neurons.masks.empty()) << "an audit wants to know what each row selected";
-  const cpu::DotJob job = {hidden, x, &up, nullptr, true, QuantizeFor(up, x)};
+  const cpu::DotJob job = Prepare(hidden, x, up, nullptr, true);
   Dots(job, up.outputs(), OutputGrain(up.outputs(), up.inputs() * x.rows), [](int64_t, int64_t) {});
   for (int64_t i = 0; i < x.rows; ++i) {
     const float* h = hidden.row<float>(i);

@@ -1,7 +1,7 @@
 // Products where an output is a row of the weight. A group of outputs passes a block of inputs at a time: the block of
 // x stays in L1 while all rows of weights of the group meet it, so memory is read once however many rows x has. Between
-// blocks the accumulators of a group wait in the thread's scratch. Widening the weights once for many rows of x, into
-// the cache, was slower than doing it again for each tile.
+// blocks the accumulators of a group wait in the thread's scratch. Where rows are many, side.cc does the same with rows
+// side by side.
 #include <algorithm>
 
 #include "kernels/cpu/kernels.h"
@@ -16,7 +16,7 @@
 HWY_BEFORE_NAMESPACE();
 namespace dejavu::cpu::HWY_NAMESPACE {
 
-constexpr int64_t kGroupOutputs = 32;
+constexpr int64_t kGroupOutputs = 48;
 constexpr int64_t kBlockRows = 96;      // rows of x whose accumulators, for a group, fit L2
 constexpr int64_t kBlockInputs = 256;   // inputs of a block where the rows are several tiles
 constexpr int64_t kL1Bytes = 16 << 10;  // what a block of x may take of L1
@@ -61,8 +61,6 @@ struct DotBlock {
   const W* const* w;  // [2 * kGroupOutputs] the outputs' weights at `input`; then what will be read after them
   float* sums;        // [kGroupOutputs][kBlockRows][kLanes]
 
-  int64_t Output(int64_t i) const { return job.outputs != nullptr ? job.outputs[first + i] : first + i; }
-
   template <int kRows>
   void Tile(int64_t r) const {
     ForOutputTiles<kRows>(*this, r);
@@ -92,16 +90,11 @@ struct DotBlock {
 
   template <int kRows, int kOutputs>
   HWY_INLINE void Finish(const V (&sum)[kRows][kOutputs], int64_t r, int64_t i) const {
-    const float* bias = job.w->bias.empty() ? nullptr : job.w->bias.row<float>(0);
 #pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o) {
-      const int64_t output = Output(i + o);
-      const float b = bias != nullptr ? bias[output] : 0.0f;
+      const int64_t output = Output(job, first + i + o);
 #pragma GCC unroll 8
-      for (int a = 0; a < kRows; ++a) {
-        const float y = hn::GetLane(hn::SumOfLanes(F32(), sum[a][o])) + b;
-        job.y.row<float>(r + a)[output] = job.relu && y < 0.0f ? 0.0f : y;
-      }
+      for (int a = 0; a < kRows; ++a) Write(job, r + a, output, SumLanes(F32(), sum[a][o]));
     }
   }
 };
@@ -117,9 +110,7 @@ class DotRun {
   }
 
  private:
-  const W* Weights(int64_t i) const {
-    return job_.w->weight.template row<W>(job_.outputs != nullptr ? job_.outputs[i] : i);
-  }
+  const W* Weights(int64_t i) const { return job_.w->weight.template row<W>(Output(job_, i)); }
 
   // A single row of x passes whole rows of weights; a few rows what of them fits L1.
   static int64_t BlockInputs(int64_t rows, int64_t inputs) {
@@ -162,8 +153,9 @@ struct IntegerDot {
   int64_t first;  // the group's outputs in the list
   int64_t count;
 
-  int64_t Output(int64_t i) const { return job.outputs != nullptr ? job.outputs[first + i] : first + i; }
-  const int8_t* Weights(int64_t i) const { return job.w->weight.row<int8_t>(Output(std::min(i, count - 1))); }
+  const int8_t* Weights(int64_t i) const {
+    return job.w->weight.row<int8_t>(Output(job, first + std::min(i, count - 1)));
+  }
 
   template <int kRows>
   void Tile(int64_t r) const {
@@ -189,15 +181,9 @@ struct IntegerDot {
         for (int o = 0; o < kOutputs; ++o) sum[a][o] += part[a][o];
       }
     }
-    const float* bias = job.w->bias.empty() ? nullptr : job.w->bias.row<float>(0);
-    const float* scale = job.w->scale.row<float>(0);
     for (int o = 0; o < kOutputs; ++o) {
-      const int64_t output = Output(i + o);
-      for (int a = 0; a < kRows; ++a) {
-        const float product = static_cast<float>(sum[a][o]) * (job.quantized.scale[r + a] * scale[output]);
-        const float y = product + (bias != nullptr ? bias[output] : 0.0f);
-        job.y.row<float>(r + a)[output] = job.relu && y < 0.0f ? 0.0f : y;
-      }
+      const int64_t output = Output(job, first + i + o);
+      for (int a = 0; a < kRows; ++a) Write(job, r + a, output, Product(job, r + a, output, sum[a][o]));
     }
   }
 };
@@ -232,6 +218,7 @@ namespace dejavu::cpu {
 HWY_EXPORT(DotProducts);
 
 void DotProducts(const DotJob& job, int64_t first, int64_t last, float* scratch) {
+  if (job.side != nullptr) return SideProducts(job, first, last, scratch);
   HWY_DYNAMIC_DISPATCH(DotProducts)(job, first, last, scratch);
 }
 

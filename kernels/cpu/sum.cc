@@ -16,12 +16,14 @@
 HWY_BEFORE_NAMESPACE();
 namespace dejavu::cpu::HWY_NAMESPACE {
 
-constexpr int64_t kStreamInputs = 8;    // rows of weights that are read side by side, where each passes once
+constexpr int64_t kStreamInputs = 8;    // rows of weights that are read side by side, for few rows of x
+constexpr int64_t kStreamRows = 2;      // so few that memory binds; more spare visits to their accumulators
 constexpr int64_t kChunkInputs = 32;    // read side by side at most: even
 constexpr int64_t kBlockColumns = 256;  // of a block where the rows are several tiles
 constexpr int64_t kBlockRows = 64;      // rows of x whose accumulators for a block fit L2
 constexpr int64_t kBlockFloats = kBlockRows * kBlockColumns;
-static_assert((2 * kBlockFloats + kChunkInputs * (kBlockColumns + kBlockRows)) * int64_t{sizeof(float)} <=
+constexpr int64_t kPanelStride = kBlockColumns + 16;  // rows of a panel would otherwise share the sets of L1
+static_assert((2 * kBlockFloats + kChunkInputs * (kPanelStride + kBlockRows)) * int64_t{sizeof(float)} <=
               kScratchBytes);
 
 constexpr int64_t kPackRows = 12;  // from more rows of x on, weights are widened once for all of them
@@ -66,6 +68,8 @@ struct FloatTerms {
   static V Total(const float* sums) { return hn::LoadU(F32(), sums); }
   static void Store(const V* total, float* y, int64_t n) { StoreFirst(*total, y, n); }
 };
+
+constexpr int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 struct PairOfPairs {
   VI16 low, high;
@@ -137,7 +141,8 @@ struct SumBlock {
   int64_t last;
   float* sums;  // [rows][stride], of column `first`
   int64_t stride;
-  bool fetch;
+  const char* const* next = nullptr;  // packed weights: where, of each input, `next_bytes` are read after these
+  int64_t next_bytes = 0;
 
   template <int kRows>
   void Tile(int64_t r) const {
@@ -145,7 +150,7 @@ struct SumBlock {
     constexpr int kUnits = std::max<int>(1, kVectorsOf<kRows> * kLanes / kUnit);
     int64_t c = first;
     for (; c + kUnits * kUnit <= last; c += kUnits * kUnit) {
-      if (fetch && r == 0) Fetch(c, kUnits * kUnit);
+      if (r == 0) Fetch(c, kUnits * kUnit);
       Terms::template Tile<kRows, kUnits>(w, c, kUnit, x + r * kChunkInputs, inputs, sums + r * stride + c - first,
                                           stride);
     }
@@ -157,6 +162,13 @@ struct SumBlock {
 
   // What will be read when `n` columns from `c` on have been.
   HWY_INLINE void Fetch(int64_t c, int64_t n) const {
+    if (next != nullptr) {
+      const auto place = [&](int64_t column) { return (column - first) * next_bytes / (last - first); };
+      for (int64_t at = RoundUp(place(c), kLineBytes); at < place(c + n); at += kLineBytes) {
+        for (int64_t i = 0; i < inputs; ++i) Prefetch(next[i] + at);
+      }
+      return;
+    }
     using W = typename Terms::Weight;
     constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(W));
     const int64_t ahead = std::min<int64_t>(kPrefetchBytes / sizeof(W), last - first);
@@ -180,14 +192,14 @@ class SumRun {
       : job_(job),
         x_(scratch),
         panel_(x_ + kChunkInputs * kBlockRows),
-        sums_(panel_ + kChunkInputs * kBlockColumns),
+        sums_(panel_ + kChunkInputs * kPanelStride),
         totals_(sums_ + kBlockFloats) {}
 
   // sums = the terms of the inputs first ... last of the list, columns c0 ... c1 of rows r0 ... r0 + rows.
   void Segment(int64_t first, int64_t last, int64_t c0, int64_t c1, int64_t r0, int64_t rows, float* sums,
                int64_t stride) {
-    for (int64_t r = 0; r < rows; ++r) std::fill_n(sums + r * stride, RoundUp(c1 - c0), 0.0f);
-    const int64_t chunk = rows <= kTileRows ? kStreamInputs : kChunkInputs;
+    for (int64_t r = 0; r < rows; ++r) std::fill_n(sums + r * stride, Padded(c1 - c0), 0.0f);
+    const int64_t chunk = rows <= kStreamRows ? kStreamInputs : kChunkInputs;
     const int64_t block = rows <= kTileRows ? c1 - c0 : kBlockColumns;
     for (int64_t i = first; i < last; i += chunk) {
       const int64_t n = std::min(chunk, last - i), even = n + n % 2;
@@ -201,14 +213,17 @@ class SumRun {
         const int64_t end = std::min(c + block, c1);
         float* const to = sums + c - c0;
         if (!kFloats || rows <= kPackRows || std::is_same_v<W, float>) {
-          ForRowTiles<kTileRows>(rows, SumBlock<Terms>{w, x_, inputs, c, end, to, stride, true});
+          ForRowTiles<kTileRows>(rows, SumBlock<Terms>{w, x_, inputs, c, end, to, stride});
         } else {
-          const float* packed[2 * kChunkInputs];
+          const float* packed[kChunkInputs];
+          const char* next[kChunkInputs];
           for (int64_t k = 0; k < n; ++k) {
-            Pack(w[k] + c, end - c, panel_ + k * kBlockColumns);
-            packed[k] = panel_ + k * kBlockColumns - c;
+            Pack(w[k] + c, end - c, panel_ + k * kPanelStride);
+            next[k] = reinterpret_cast<const char*>(w[inputs + k] + c);
+            packed[k] = panel_ + k * kPanelStride - c;
           }
-          ForRowTiles<kTileRows>(rows, SumBlock<FloatTerms<float>>{packed, x_, n, c, end, to, stride, false});
+          const int64_t bytes = (end - c) * static_cast<int64_t>(sizeof(W));
+          ForRowTiles<kTileRows>(rows, SumBlock<FloatTerms<float>>{packed, x_, n, c, end, to, stride, next, bytes});
         }
       }
     }
@@ -219,7 +234,7 @@ class SumRun {
     for (int64_t r = 0; r < job_.x.rows; r += kBlockRows) {
       const int64_t rows = std::min(kBlockRows, job_.x.rows - r);
       for (int64_t c = c0; c < c1; c += kBlockColumns) {
-        const int64_t end = std::min(c + kBlockColumns, c1), padded = RoundUp(end - c);
+        const int64_t end = std::min(c + kBlockColumns, c1), padded = Padded(end - c);
         std::fill_n(totals_, kBlockFloats, 0.0f);
         for (int64_t s = 0; s < job_.segments; ++s) {
           if (job_.bounds[s] == job_.bounds[s + 1]) continue;
@@ -235,7 +250,7 @@ class SumRun {
   void Join(int64_t c0, int64_t c1) {
     for (int64_t r = 0; r < job_.x.rows; ++r) {
       for (int64_t c = c0; c < c1; c += kBlockColumns) {
-        const int64_t end = std::min(c + kBlockColumns, c1), padded = RoundUp(end - c);
+        const int64_t end = std::min(c + kBlockColumns, c1), padded = Padded(end - c);
         std::fill_n(totals_, padded, 0.0f);
         for (int64_t s = 0; s < job_.segments; ++s) {
           if (job_.bounds[s] == job_.bounds[s + 1]) continue;
@@ -247,7 +262,7 @@ class SumRun {
   }
 
  private:
-  static int64_t RoundUp(int64_t columns) { return (columns + Terms::kUnit - 1) / Terms::kUnit * Terms::kUnit; }
+  static int64_t Padded(int64_t columns) { return RoundUp(columns, Terms::kUnit); }
   const W* Row(int64_t i) const { return job_.w->weight.template row<W>(job_.inputs != nullptr ? job_.inputs[i] : i); }
 
   // The chunk's activations side by side; integers as pairs.
@@ -268,10 +283,8 @@ class SumRun {
 
   static void Pack(const W* from, int64_t n, float* to) {
     int64_t k = 0;
-    for (; k + kLanes <= n; k += kLanes) {
-      Prefetch(from + k + kBlockColumns);
-      hn::Store(Widen(from + k), F32(), to + k);
-    }
+#pragma GCC unroll 4
+    for (; k + kLanes <= n; k += kLanes) hn::Store(Widen(from + k), F32(), to + k);
     if (k < n) StorePart(WidenPart(from + k, n - k), to + k, n - k);
   }
 
@@ -299,7 +312,7 @@ class SumRun {
 
   const SumJob& job_;
   float* const x_;       // [kBlockRows][kChunkInputs]
-  float* const panel_;   // [kChunkInputs][kBlockColumns]
+  float* const panel_;   // [kChunkInputs][kPanelStride]
   float* const sums_;    // [kBlockRows][kBlockColumns]
   float* const totals_;  // [kBlockRows][kBlockColumns]
 };

@@ -23,6 +23,32 @@ constexpr int64_t kLanes = hn::MaxLanes(F32());
 constexpr int64_t kPrefetchBytes = 2048;
 constexpr int64_t kLineBytes = 64;
 
+// Ties an accumulator to its register at this point: where a tile takes nearly all of them, g++ 12 moves instructions
+// so far apart that it spills.
+template <typename Vector>
+HWY_INLINE void Pin(Vector& v) {
+#if HWY_ARCH_X86 && HWY_TARGET != HWY_SCALAR
+  asm("" : "+v"(v.raw));
+#else
+  (void)v;
+#endif
+}
+
+// The sum of the lanes: the upper half is added to the lower until one is left.
+#if HWY_TARGET == HWY_SCALAR
+HWY_INLINE float SumLanes(F32 /*d*/, V v) { return hn::GetLane(v); }
+#else
+template <typename D>
+HWY_INLINE float SumLanes(D /*d*/, hn::Vec<D> v) {
+  if constexpr (hn::MaxLanes(D()) == 1) {
+    return hn::GetLane(v);
+  } else {
+    const hn::Half<D> half;
+    return SumLanes(half, hn::Add(hn::LowerHalf(half, v), hn::UpperHalf(half, v)));
+  }
+}
+#endif
+
 // Into L2 only: rows lie a power of two apart and share the sets of L1, where what is fetched early would be lost
 // again.
 HWY_INLINE void Prefetch(const void* p) { __builtin_prefetch(p, /*write=*/0, /*locality=*/2); }
@@ -131,6 +157,19 @@ HWY_INLINE void DotTile(const W* const* w_list, const W* const* next, const floa
   }
 }
 
+// The products of a DotJob.
+HWY_INLINE int64_t Output(const DotJob& job, int64_t i) { return job.outputs != nullptr ? job.outputs[i] : i; }
+
+HWY_INLINE void Write(const DotJob& job, int64_t row, int64_t output, float product) {
+  const float y = product + (job.w->bias.empty() ? 0.0f : job.w->bias.row<float>(0)[output]);
+  job.y.row<float>(row)[output] = job.relu && y < 0.0f ? 0.0f : y;
+}
+
+// What the sum of integers stands for.
+HWY_INLINE float Product(const DotJob& job, int64_t row, int64_t output, int64_t sum) {
+  return static_cast<float>(sum) * (job.quantized.scale[row] * job.w->scale.row<float>(0)[output]);
+}
+
 // Integers. A vector of int16 holds kPairLanes of them; products of neighbours are added in pairs to int32. The scalar
 // target keeps one product a lane.
 using I32 = hn::ScalableTag<int32_t>;
@@ -167,7 +206,9 @@ HWY_INLINE VI16 InterleavePairLower(VI16 a, VI16 b) { return hn::InterleaveLower
 HWY_INLINE VI16 InterleavePairUpper(VI16 a, VI16 b) { return hn::InterleaveUpper(I16(), a, b); }
 HWY_INLINE VI32 AddPairProducts(VI16 a, VI16 b, VI32 sum) {
   VI32 unused = hn::Zero(I32());
-  return hn::ReorderWidenMulAccumulate(I32(), a, b, sum, unused);
+  VI32 total = hn::ReorderWidenMulAccumulate(I32(), a, b, sum, unused);
+  Pin(total);
+  return total;
 }
 // Where a column of a unit lies after the interleaving, which works within 128 bits: 4 columns of each 8 in the lower
 // vector, 4 in the upper.

@@ -18,6 +18,7 @@ PEERS = [("transformers", "bf16"), ("transformers", "fp32"), ("openvino", "bf16"
          ("ctranslate2", "bf16"), ("ctranslate2", "int8"), ("ctranslate2", "fp32")]
 NAMES = {"transformers": "Transformers", "openvino": "OpenVINO", "ctranslate2": "CTranslate2"}
 OURS = "dejavud"
+SAMPLE_S = 20  # what takes a peer longer is measured less often
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
 
@@ -96,14 +97,14 @@ class Comparison:
     def measure_peer(self, system, dtype, checkpoint, work, batches, prefill, table):
         vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
         settings = {"threads": self.threads, "batches": batches, "prompt": 64, "tokens": self.tokens, "prefill": prefill,
-                    "repeats": self.repeats, "vocabulary": vocabulary}
+                    "repeats": self.repeats, "vocabulary": vocabulary, "sample_s": SAMPLE_S}
         out, error = self.peer("measure", system, dtype, checkpoint, work, json.dumps(settings))
         if error is not None:
             table.note(f"{NAMES[system]} {dtype}: left out: {error}")
             return
         result = json.loads(out.splitlines()[-1])
         for note in result["notes"]:
-            table.note(note)
+            table.note(f"{NAMES[system]} {dtype}: {note}")
         for batch, samples in result["decode"].items():
             table.add((NAMES[system], result["version"], dtype, "dense", False, "decode", int(batch)), samples)
         if prefill:

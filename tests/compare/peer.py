@@ -25,7 +25,7 @@ class Transformers:
         types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=types[dtype], attn_implementation="sdpa").eval()
-        self.notes = [f"Transformers: instruction set {torch.backends.cpu.get_cpu_capability()}"]
+        self.notes = [f"instruction set {torch.backends.cpu.get_cpu_capability()}"]
 
     @staticmethod
     def prepare(dtype, checkpoint, work):
@@ -55,7 +55,7 @@ class OpenVino(Transformers):
         self.model = OVModelForCausalLM.from_pretrained(work / f"openvino-{dtype}", ov_config=config)
         compiled = self.model.request.get_compiled_model()
         precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-        self.notes = [f"OpenVINO {dtype}: computes in {precision}; the processor offers {', '.join(able)}"]
+        self.notes = [f"computes in {precision}; the processor offers {', '.join(able)}"]
 
     @staticmethod
     def prepare(dtype, checkpoint, work):
@@ -116,23 +116,34 @@ def timed(call):
 
 
 def measure(peer, settings):
-    """Milliseconds per decode step by batch, less the prefill of the same prompt; milliseconds of a long prefill."""
+    """Milliseconds per decode step by batch, less the prefill of the same prompt; milliseconds of a long prefill.
+
+    What would take longer than `sample_s` is measured over fewer tokens, or once, and a note says so.
+    """
+    limit_ms, notes = 1000 * settings["sample_s"], list(peer.notes)
     random.seed(1)
     ids = [random.randrange(4, settings["vocabulary"]) for _ in range(max(settings["prompt"], settings["prefill"]))]
     prompt, tokens = ids[:settings["prompt"]], settings["tokens"]
-    decode = {batch: [] for batch in settings["batches"]}
-    prefill = []
+    decode, prefill = {}, []
     peer.generate(prompt, 1, 4)
     for batch in settings["batches"]:
-        peer.generate(prompt, batch, 2)
-        for _ in range(settings["repeats"]):
+        def step_ms(tokens):
             first = timed(lambda: peer.generate(prompt, batch, 1))
-            decode[batch].append((timed(lambda: peer.generate(prompt, batch, tokens)) - first) / (tokens - 1))
+            return (timed(lambda: peer.generate(prompt, batch, tokens)) - first) / (tokens - 1), first
+
+        warm_up, first = step_ms(2)
+        count = min(tokens, max(2, round((limit_ms - first) / max(warm_up, 1e-3))))
+        repeats = settings["repeats"] if first < limit_ms else 1
+        if count < tokens or repeats < settings["repeats"]:
+            notes.append(f"batch {batch}: a step takes about {warm_up / 1000:.1f} s, so {repeats} x {count} tokens")
+        decode[batch] = [step_ms(count)[0] for _ in range(repeats)]
     if settings["prefill"]:
-        peer.generate(ids[:settings["prefill"]], 1, 1)
-        for _ in range(settings["repeats"]):
-            prefill.append(timed(lambda: peer.generate(ids[:settings["prefill"]], 1, 1)))
-    return {"version": peer.version, "notes": peer.notes, "decode": decode, "prefill": prefill}
+        prefill.append(timed(lambda: peer.generate(ids[:settings["prefill"]], 1, 1)))
+        if prefill[0] < limit_ms:
+            prefill = [timed(lambda: peer.generate(ids[:settings["prefill"]], 1, 1)) for _ in range(settings["repeats"])]
+        else:
+            notes.append(f"prefill: {prefill[0] / 1000:.0f} s without a warm-up, once")
+    return {"version": peer.version, "notes": notes, "decode": decode, "prefill": prefill}
 
 
 def main():

@@ -42,7 +42,7 @@ TEST_P(CpuBackendTest, LinearIsRightAndARowDependsOnItselfAlone) {
       for (const Shape shape : kShapes) {
         SCOPED_TRACE(testing::Message() << Name(dtype) << (layout == Layout::kOutputRows ? " output" : " input")
                                         << " rows, " << shape.inputs << " -> " << shape.outputs);
-        const Matrix x = Random(64, shape.inputs, 1);
+        const Matrix x = Random(104, shape.inputs, 1);
         const Matrix bias = shape.inputs == 64 ? Matrix() : Random(1, shape.outputs, 3);
         const LinearWeights w = Weights(Random(shape.outputs, shape.inputs, 2), layout, dtype, bias);
         Matrix magnitude;
@@ -50,8 +50,8 @@ TEST_P(CpuBackendTest, LinearIsRightAndARowDependsOnItselfAlone) {
         const Matrix all = Linear(x, w);
         ExpectClose(all, want, magnitude);
         EXPECT_TRUE(SameBits(all, LinearOn(*one_thread, x, w))) << "threads change the result";
-        for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16, 17}) {
-          const int64_t first = 64 - rows - rows % 3;
+        for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 15, 16, 17, 31, 100}) {
+          const int64_t first = 104 - rows - rows % 3;
           EXPECT_TRUE(SameBits(RowsOf(all, first, rows), Linear(RowsOf(x, first, rows), w))) << rows << " rows";
         }
       }
