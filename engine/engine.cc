@@ -10,12 +10,17 @@
 #include <future>
 #include <numeric>
 #include <optional>
+#include <stdexcept>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "engine/batch.h"
+#include "engine/block_pool.h"
+#include "engine/door.h"
 #include "engine/kv_cache.h"
 #include "engine/loaded_model.h"
 #include "engine/opt_model.h"
@@ -35,6 +40,20 @@ namespace {
 // Prompt positions that one step may score: each costs a row of logits, [vocab] floats.
 constexpr int32_t kScoreRows = 64;
 
+absl::StatusOr<std::vector<std::pair<std::string, double>>> ParseTenantWeights(const std::string& text) {
+  std::vector<std::pair<std::string, double>> weights;
+  for (absl::string_view entry : absl::StrSplit(text, ',', absl::SkipEmpty())) {
+    const std::pair<std::string, std::string> parts = absl::StrSplit(entry, absl::MaxSplits('=', 1));
+    double weight = 0.0;
+    if (parts.first.empty() || !absl::SimpleAtod(parts.second, &weight) || !(weight > 0.0 && weight <= 1e6)) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "tenant_weights has '", entry, "'; an entry is tenant=weight with a weight above 0 and at most 1000000"));
+    }
+    weights.emplace_back(parts.first, weight);
+  }
+  return weights;
+}
+
 absl::Status CheckOptions(const EngineOptions& o) {
   const auto check = [](const char* name, int64_t value, int64_t least, int64_t most) {
     if (least <= value && value <= most) return absl::OkStatus();
@@ -43,9 +62,71 @@ absl::Status CheckOptions(const EngineOptions& o) {
   RETURN_IF_ERROR(check("max_batch", o.max_batch, 1, 1024));
   RETURN_IF_ERROR(check("max_step_tokens", o.max_step_tokens, o.max_batch, 1 << 16));
   RETURN_IF_ERROR(check("prefill_chunk_tokens", o.prefill_chunk_tokens, 1, 1 << 16));
-  RETURN_IF_ERROR(check("max_waiting_requests", o.max_waiting_requests, 1, 1 << 20));
+  RETURN_IF_ERROR(check("max_waiting_requests", o.max_waiting_requests, 1, 1 << 16));
+  RETURN_IF_ERROR(check("max_waiting_tokens", o.max_waiting_tokens, 0, int64_t{1} << 40));
+  RETURN_IF_ERROR(check("tenant_max_waiting_requests", o.tenant_max_waiting_requests, 0, 1 << 16));
+  RETURN_IF_ERROR(check("tenant_max_waiting_tokens", o.tenant_max_waiting_tokens, 0, int64_t{1} << 40));
+  const auto check_time = [](const char* name, double value) {
+    if (0.0 <= value && value <= 1e6) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat(name, " is ", value, "; it must be in 0 ... 1000000"));
+  };
+  RETURN_IF_ERROR(check_time("inter_token_target_ms", o.inter_token_target_ms));
+  RETURN_IF_ERROR(check_time("prefill_share", o.prefill_share));
+  RETURN_IF_ERROR(check_time("ageing_s", o.ageing_s));
+  RETURN_IF_ERROR(check_time("deadline_slack", o.deadline_slack));
+  RETURN_IF_ERROR(check_time("watchdog_s", o.watchdog_s));
+  RETURN_IF_ERROR(ParseTenantWeights(o.tenant_weights).status());
   RETURN_IF_ERROR(check("kv block_tokens", o.kv_block_tokens, 1, 4096));
   return check("kv memory_mib", o.kv_mib, 0, int64_t{1} << 24);
+}
+
+SchedulerOptions ForScheduler(const EngineOptions& o) {
+  SchedulerOptions options;
+  options.slots = o.max_batch;
+  options.prefill_chunk_tokens = o.prefill_chunk_tokens;
+  options.score_rows = kScoreRows;
+  options.inter_token_target_ms = o.inter_token_target_ms;
+  options.prefill_share = o.prefill_share;
+  options.ageing_s = o.ageing_s;
+  options.overcommit = o.kv_overcommit;
+  const auto weights = ParseTenantWeights(o.tenant_weights);
+  CHECK(weights.ok()) << weights.status();
+  options.tenant_weights = *weights;
+  return options;
+}
+
+DoorOptions ForDoor(const EngineOptions& o) {
+  DoorOptions options;
+  options.slots = o.max_batch;
+  options.prefill_chunk_tokens = o.prefill_chunk_tokens;
+  options.max_waiting_requests = o.max_waiting_requests;
+  options.max_waiting_tokens = o.max_waiting_tokens;
+  options.tenant_max_waiting_requests = o.tenant_max_waiting_requests;
+  options.tenant_max_waiting_tokens = o.tenant_max_waiting_tokens;
+  options.deadline_slack = o.deadline_slack;
+  return options;
+}
+
+// "throw@N" and "hang@N": what the engine thread does instead of its step N. For tests.
+struct Fault {
+  bool hang = false;
+  int64_t step = 0;  // 0: none
+};
+
+absl::StatusOr<Fault> ParseFault(const std::string& text) {
+  Fault fault;
+  if (text.empty()) return fault;
+  const std::pair<std::string, std::string> parts = absl::StrSplit(text, absl::MaxSplits('@', 1));
+  fault.hang = parts.first == "hang";
+  if ((parts.first != "throw" && parts.first != "hang") || !absl::SimpleAtoi(parts.second, &fault.step) ||
+      fault.step < 1) {
+    return absl::InvalidArgumentError(absl::StrCat("fault is '", text, "'; it must be throw@STEP or hang@STEP"));
+  }
+  return fault;
+}
+
+double MsSince(SteadyTime start) {
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
 }
 
 absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(const EngineOptions& options) {
@@ -80,13 +161,14 @@ class StepEngine final : public Engine {
       : options_(options),
         config_(config),
         pool_(kv_blocks, options.kv_block_tokens),
-        scheduler_(pool_, options.max_batch, options.prefill_chunk_tokens, kScoreRows),
+        scheduler_(pool_, ForScheduler(options)),
         batch_(options.max_step_tokens, options.max_batch + kScoreRows, options.max_batch,
                pool_.BlocksFor(config.context)),
         sampler_(config.vocab, sampled_vocab > 0 ? std::min(sampled_vocab, config.vocab) : config.vocab),
         counts_(options.max_batch, TokenCounts(config.vocab)),
         logits_(static_cast<size_t>(batch_.max_logit_rows) * config.vocab),
-        shadow_batch_(options.max_batch, options.max_batch, options.max_batch, batch_.blocks_per_slot) {
+        shadow_batch_(options.max_batch, options.max_batch, options.max_batch, batch_.blocks_per_slot),
+        door_(ForDoor(options)) {
     banned_.reserve(64);
     finished_.reserve(options.max_batch);
   }
@@ -105,7 +187,7 @@ class StepEngine final : public Engine {
   absl::Status CheckTier(Tier tier) const override;
   absl::StatusOr<uint64_t> Submit(Request request, std::shared_ptr<TokenSink> sink) override;
   void Cancel(uint64_t id) override;
-  void Drain() override;
+  void Drain(bool refuse_waiting) override;
   bool WaitIdle(SteadyTime deadline) override;
   EngineStats stats() const override;
   SparsityStats sparsity_stats() const override { return sparsity_->stats(); }
@@ -117,11 +199,16 @@ class StepEngine final : public Engine {
 
   // Engine thread.
   void WarmUp();
+  void WarmUpStep(int32_t decode_rows, int32_t prefill_rows, bool learn);
   void Run();
   bool TakeInbox();
   void EndOverdue();
+  void EndWaiting(const absl::Status& status);
+  void Break();
   void Step();
   void NoteAdmissions();
+  void TellTheDoor() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Watch();
   void HandOut(Sequence& s);
   void HandOutScores(Sequence& s);
   void HandOutToken(Sequence& s, const float* logits);
@@ -138,12 +225,13 @@ class StepEngine final : public Engine {
   OptWeights weights_;
   std::string synthetic_;
   PredictorInfo predictor_info_;
+  Fault fault_;
   KvCache kv_;
   std::unique_ptr<Predictor> predictor_;
   std::unique_ptr<OptModel> model_;
 
   // Engine thread only.
-  KvPool pool_;
+  BlockPool pool_;
   Scheduler scheduler_;
   Batch batch_;
   Sampler sampler_;
@@ -153,7 +241,9 @@ class StepEngine final : public Engine {
   std::vector<float> shadow_logits_;  // [max batch, vocab], where there is a predictor
   StepCounts step_counts_;
   std::unique_ptr<SparsityControl> sparsity_;
-  std::vector<int32_t> banned_;  // scratch
+  std::vector<int32_t> banned_;                     // scratch
+  std::vector<std::unique_ptr<Sequence>> arrived_;  // taken out of the inbox
+  std::vector<uint64_t> dismissed_;
   struct Ending {
     const Sequence* sequence;
     FinishReason reason;
@@ -167,15 +257,24 @@ class StepEngine final : public Engine {
   CondVar idle_;  // unfinished_ became 0
   std::vector<std::unique_ptr<Sequence>> submitted_ ABSL_GUARDED_BY(mutex_);
   std::vector<uint64_t> cancelled_ ABSL_GUARDED_BY(mutex_);
+  Door door_ ABSL_GUARDED_BY(mutex_);
   uint64_t next_id_ ABSL_GUARDED_BY(mutex_) = 1;
-  int32_t unfinished_ ABSL_GUARDED_BY(mutex_) = 0;  // accepted, OnFinish not called yet
-  int32_t waiting_ ABSL_GUARDED_BY(mutex_) = 0;     // accepted, not admitted yet
+  int32_t unheard_ ABSL_GUARDED_BY(mutex_) = 0;  // accepted, OnFinish not called yet
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
+  bool refuse_waiting_ ABSL_GUARDED_BY(mutex_) = false;
+  CostParameters costs_ ABSL_GUARDED_BY(mutex_);
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   std::atomic<bool> failed_ = false;
+  std::atomic<bool> has_mail_ = false;  // the inbox has changed since the engine thread looked
+
+  // The watchdog: how many steps have begun and ended, and since when the last one runs.
+  std::atomic<int64_t> steps_begun_ = 0, steps_ended_ = 0;
+  std::thread watchdog_;
+  CondVar watch_;  // stopping_ became true
 
   // Written by the engine thread.
-  std::atomic<int32_t> stat_running_ = 0, stat_free_blocks_ = 0;
+  std::atomic<int32_t> stat_running_ = 0, stat_free_blocks_ = 0, stat_cached_blocks_ = 0;
+  std::atomic<int64_t> stat_cost_steps_ = 0, stat_cached_prompt_tokens_ = 0, stat_preemptions_ = 0;
   std::atomic<int64_t> stat_steps_ = 0, stat_prompt_tokens_ = 0, stat_generated_tokens_ = 0;
 
   std::thread thread_;
@@ -185,12 +284,16 @@ StepEngine::~StepEngine() {
   {
     MutexLock lock(mutex_);
     stopping_ = true;
-    work_.NotifyOne();
+    has_mail_ = true;
+    work_.NotifyAll();
+    watch_.NotifyAll();
   }
+  if (watchdog_.joinable()) watchdog_.join();
   if (thread_.joinable()) thread_.join();
 }
 
 absl::Status StepEngine::Load(const LoadProgress& progress) {
+  ASSIGN_OR_RETURN(fault_, ParseFault(options_.fault));
   ASSIGN_OR_RETURN(backend_, CreateBackend(options_));
   ASSIGN_OR_RETURN(LoadedModel loaded,
                    LoadModel({options_.model, options_.weights, options_.predictor}, config_, *backend_, progress));
@@ -226,18 +329,40 @@ void StepEngine::Start() {
     Run();
   });
   is_warm.wait();
+  if (options_.watchdog_s > 0.0) watchdog_ = std::thread([this] { Watch(); });
 }
 
-// A step of as many rows as a full batch decodes, so that scratch has grown, weights and threads have been touched
-// before the first request. Whoever takes these blocks later overwrites them.
+// Steps of the kinds that will come, so that scratch has grown, weights and threads have been touched, and their times
+// are known, before the first request. Whoever takes these blocks later overwrites them.
 void StepEngine::WarmUp() {
   std::iota(batch_.block_table.begin(), batch_.block_table.begin() + batch_.blocks_per_slot, 0);
-  for (int32_t i = 0; i < std::min(options_.max_batch, config_.context); ++i) {
-    batch_.AddRow(0, i, config_.bos_token, /*wants_logits=*/true);
+  const int32_t batch = std::min(options_.max_batch, config_.context);
+  const int32_t chunk = std::min({options_.prefill_chunk_tokens, config_.context - 1, batch_.max_rows - 1});
+  WarmUpStep(0, std::max(batch, chunk), /*learn=*/false);
+  for (int i = 0; i < 3; ++i) {
+    WarmUpStep(1, 0, /*learn=*/true);
+    WarmUpStep(batch, 0, /*learn=*/true);
+    if (chunk > 0) WarmUpStep(1, chunk, /*learn=*/true);
   }
-  model_->Forward(batch_, kv_, logits_.data());
-  batch_.Clear();
+  MutexLock lock(mutex_);
+  TellTheDoor();
   PublishStats();
+}
+
+void StepEngine::WarmUpStep(int32_t decode_rows, int32_t prefill_rows, bool learn) {
+  batch_.Clear();
+  SparsityParams exact;
+  exact.tier = Tier::kExact;
+  for (int32_t i = 0; i < decode_rows; ++i) batch_.AddDecodeRow(0, i, config_.bos_token, /*wants_logits=*/true, exact);
+  for (int32_t i = 0; i < prefill_rows; ++i) {
+    const bool last = i + 1 == prefill_rows;
+    batch_.AddRow(0, decode_rows == 0 ? i : i + 1, config_.bos_token, last);
+  }
+  const SteadyTime start = std::chrono::steady_clock::now();
+  model_->Forward(batch_, kv_, logits_.data());
+  const int64_t context = int64_t{decode_rows} * (decode_rows - 1) / 2;
+  if (learn) scheduler_.Learn({Tier::kExact, decode_rows, prefill_rows, context}, MsSince(start));
+  batch_.Clear();
 }
 
 absl::Status StepEngine::CheckRequest(const Request& r) const {
@@ -280,21 +405,36 @@ absl::Status StepEngine::CheckTier(Tier tier) const {
 }
 
 absl::StatusOr<uint64_t> StepEngine::Submit(Request request, std::shared_ptr<TokenSink> sink) {
-  RETURN_IF_ERROR(CheckRequest(request));
-  RETURN_IF_ERROR(CheckTier(request.sparsity.tier));
-  MutexLock lock(mutex_);
-  if (failed_) return absl::UnavailableError("the engine has failed; the server must be restarted");
-  if (draining_ || stopping_) return absl::UnavailableError("the engine is draining; it takes no new requests");
-  if (waiting_ >= options_.max_waiting_requests) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("the queue is full: ", waiting_, " requests wait; the limit is ", options_.max_waiting_requests));
+  absl::Status valid = CheckRequest(request);
+  valid.Update(CheckTier(request.sparsity.tier));
+  if (!valid.ok()) {
+    MutexLock lock(mutex_);
+    return door_.Refuse(Refusal::kInvalid, std::move(valid), std::chrono::milliseconds(0));
   }
-  const uint64_t id = next_id_++;
-  auto sequence = std::make_unique<Sequence>(id, std::move(request), std::move(sink));
-  sequence->finish.queued = std::chrono::steady_clock::now();
+  // All that needs no lock.
+  const SteadyTime now = std::chrono::steady_clock::now();
+  auto sequence = std::make_unique<Sequence>(std::move(request), std::move(sink));
+  const Request& r = sequence->request;
+  if (options_.prefix_cache && r.prefix_cache && !r.score) {
+    sequence->keys = BlockKeys(r.tenant, r.cache_salt, r.prompt, options_.kv_block_tokens);
+  }
+  sequence->arrival = sequence->finish.queued = now;
+
+  constexpr std::chrono::milliseconds kElsewhere(1000);  // another server, or this one after its restart
+  MutexLock lock(mutex_);
+  if (failed_) {
+    return door_.Refuse(Refusal::kFailed, absl::UnavailableError("the engine has failed; the server must be restarted"),
+                        kElsewhere);
+  }
+  if (draining_ || stopping_) {
+    return door_.Refuse(Refusal::kDraining, absl::UnavailableError("the engine is draining; it takes no new requests"),
+                        kElsewhere);
+  }
+  RETURN_IF_ERROR(door_.Admit(r, now, &sequence->expected));
+  const uint64_t id = sequence->id = next_id_++;
   submitted_.push_back(std::move(sequence));
-  ++waiting_;
-  ++unfinished_;
+  ++unheard_;
+  has_mail_ = true;
   work_.NotifyOne();
   return id;
 }
@@ -302,18 +442,22 @@ absl::StatusOr<uint64_t> StepEngine::Submit(Request request, std::shared_ptr<Tok
 void StepEngine::Cancel(uint64_t id) {
   MutexLock lock(mutex_);
   cancelled_.push_back(id);
+  has_mail_ = true;
   work_.NotifyOne();
 }
 
-void StepEngine::Drain() {
+void StepEngine::Drain(bool refuse_waiting) {
   MutexLock lock(mutex_);
   draining_ = true;
+  refuse_waiting_ = refuse_waiting;
+  has_mail_ = true;
+  work_.NotifyOne();
 }
 
 bool StepEngine::WaitIdle(SteadyTime deadline) {
   MutexLock lock(mutex_);
-  while (unfinished_ > 0) {
-    if (!idle_.WaitUntil(mutex_, deadline)) return unfinished_ == 0;
+  while (unheard_ > 0) {
+    if (!idle_.WaitUntil(mutex_, deadline)) return unheard_ == 0;
   }
   return true;
 }
@@ -322,8 +466,14 @@ EngineStats StepEngine::stats() const {
   EngineStats stats;
   {
     MutexLock lock(mutex_);
-    stats.waiting = waiting_;
+    stats.waiting = static_cast<int32_t>(door_.waiting());
+    stats.account = door_.account();
+    stats.costs = costs_;
   }
+  stats.cost_steps = stat_cost_steps_;
+  stats.kv_blocks_cached = stat_cached_blocks_;
+  stats.cached_prompt_tokens = stat_cached_prompt_tokens_;
+  stats.preemptions = stat_preemptions_;
   stats.running = stat_running_;
   stats.kv_blocks_total = pool_.total();
   stats.kv_blocks_free = stat_free_blocks_;
@@ -336,6 +486,7 @@ EngineStats StepEngine::stats() const {
 void StepEngine::Run() {
   try {
     while (TakeInbox()) {
+      if (failed_) throw std::runtime_error("a step took longer than the watchdog allows");
       EndOverdue();
       if (!scheduler_.running().empty() || !scheduler_.waiting().empty()) Step();
     }
@@ -343,27 +494,54 @@ void StepEngine::Run() {
   } catch (const std::exception& error) {
     spdlog::critical("the engine thread failed: {}", error.what());
     failed_ = true;
+    steps_ended_.store(steps_begun_);
     finished_.clear();
     TakeInbox();
+    EndWaiting(absl::UnavailableError("the engine failed before the request ran; the server must be restarted"));
     EndAll(FinishReason::kError, absl::InternalError("the engine failed; the server must be restarted"));
+  }
+}
+
+// A step that takes longer than any step should will not come back: whoever asks learns that the engine has failed.
+void StepEngine::Watch() {
+  const auto limit =
+      std::chrono::duration_cast<SteadyTime::duration>(std::chrono::duration<double>(options_.watchdog_s));
+  SteadyTime since = std::chrono::steady_clock::now();
+  int64_t seen = -1;
+  MutexLock lock(mutex_);
+  while (!stopping_) {
+    const SteadyTime now = std::chrono::steady_clock::now();
+    const int64_t begun = steps_begun_;
+    if (begun != seen || steps_ended_ == begun) {
+      seen = begun;
+      since = now;
+    }
+    if (now - since >= limit) {
+      spdlog::critical("step {} has not ended within {} s; the engine is given up", begun, options_.watchdog_s);
+      failed_ = true;
+      return;
+    }
+    watch_.WaitUntil(mutex_, now + limit / 8);
   }
 }
 
 // Waits while there is nothing to do. False: stop.
 bool StepEngine::TakeInbox() {
-  std::vector<std::unique_ptr<Sequence>> submitted;
-  std::vector<uint64_t> cancelled;
-  bool stopping;
+  const bool busy = !scheduler_.running().empty() || !scheduler_.waiting().empty();
+  if (busy && !has_mail_.load(std::memory_order_acquire)) return true;
+  bool stopping, refuse_waiting;
   {
     MutexLock lock(mutex_);
-    const bool busy = !scheduler_.running().empty() || !scheduler_.waiting().empty();
     while (!busy && !stopping_ && !failed_ && submitted_.empty() && cancelled_.empty()) work_.Wait(mutex_);
-    submitted.swap(submitted_);
-    cancelled.swap(cancelled_);
+    has_mail_.store(false, std::memory_order_release);
+    arrived_.swap(submitted_);
+    dismissed_.swap(cancelled_);
     stopping = stopping_;
+    refuse_waiting = refuse_waiting_;
   }
-  for (auto& sequence : submitted) scheduler_.Enqueue(std::move(sequence));
-  for (uint64_t id : cancelled) {
+  for (auto& sequence : arrived_) scheduler_.Enqueue(std::move(sequence));
+  arrived_.clear();
+  for (uint64_t id : dismissed_) {
     const auto cancel_in = [&](const auto& sequences) {
       for (const auto& s : sequences) {
         if (s->id != id) continue;
@@ -374,14 +552,29 @@ bool StepEngine::TakeInbox() {
     cancel_in(scheduler_.running());
     cancel_in(scheduler_.waiting());
   }
+  dismissed_.clear();
+  if (refuse_waiting) EndWaiting(absl::UnavailableError("the server is draining and the request had not run yet"));
   return !stopping;
+}
+
+// What has not run yet; who was sent back to the queue has.
+void StepEngine::EndWaiting(const absl::Status& status) {
+  for (const auto& s : scheduler_.waiting()) {
+    if (s->preemptions == 0) finished_.push_back({s.get(), FinishReason::kError, status});
+  }
+  for (const Ending& ending : finished_) End(*ending.sequence, ending.reason, ending.status);
+  finished_.clear();
 }
 
 void StepEngine::EndOverdue() {
   const SteadyTime now = std::chrono::steady_clock::now();
   const auto note = [&](const auto& sequences) {
     for (const auto& s : sequences) {
-      if (s->request.deadline <= now) finished_.push_back({s.get(), FinishReason::kDeadline, absl::OkStatus()});
+      if (s->request.deadline <= now) {
+        finished_.push_back({s.get(), FinishReason::kDeadline, absl::OkStatus()});
+      } else if (s->request.stop_at <= now) {
+        finished_.push_back({s.get(), FinishReason::kTime, absl::OkStatus()});
+      }
     }
   };
   note(scheduler_.running());
@@ -391,34 +584,60 @@ void StepEngine::EndOverdue() {
 }
 
 void StepEngine::Step() {
-  scheduler_.Plan(batch_);
+  const SteadyTime start = std::chrono::steady_clock::now();
+  scheduler_.Plan(start, batch_);
   NoteAdmissions();
   if (batch_.rows() == 0) return;
+  if (steps_begun_.fetch_add(1) + 1 == fault_.step) Break();
   sparsity_->PlanShadow(scheduler_.running(), batch_, shadow_batch_);
   if (shadow_batch_.rows() > 0) model_->Forward(shadow_batch_, kv_, shadow_logits_.data());
+  const SteadyTime forward = std::chrono::steady_clock::now();
   model_->Forward(batch_, kv_, logits_.data(), &step_counts_);
   sparsity_->NoteStep(scheduler_.running(), batch_, step_counts_, logits_.data(), shadow_logits_.data());
   stat_steps_.fetch_add(1, std::memory_order_relaxed);
   for (const auto& s : scheduler_.running()) {
     if (s->step_rows > 0) HandOut(*s);
   }
+  scheduler_.NoteStep(MsSince(forward));
+  steps_ended_.fetch_add(1);
+  stat_cost_steps_.store(scheduler_.costs().steps(), std::memory_order_relaxed);
   for (Ending& ending : finished_) End(*ending.sequence, ending.reason, std::move(ending.status));
   finished_.clear();
 }
 
+void StepEngine::Break() {
+  spdlog::warn("fault {} is injected", options_.fault);
+  MutexLock lock(mutex_);
+  while (fault_.hang && !stopping_) work_.Wait(mutex_);
+  throw std::runtime_error("injected fault");
+}
+
 void StepEngine::NoteAdmissions() {
-  int32_t admitted = 0;
-  for (const auto& s : scheduler_.running()) {
-    if (s->finish.scheduled != SteadyTime()) continue;
-    s->finish.scheduled = std::chrono::steady_clock::now();
-    counts_[s->slot].Clear();
-    for (int32_t id : s->request.prompt) counts_[s->slot].AddPrompt(id);
-    ++admitted;
+  if (scheduler_.admitted().empty() && scheduler_.preempted().empty()) return;
+  const SteadyTime now = std::chrono::steady_clock::now();
+  for (Sequence* s : scheduler_.admitted()) {
+    if (s->slot < 0) continue;  // sent back within the same plan
+    if (s->finish.scheduled == SteadyTime()) {
+      s->finish.scheduled = now;
+      stat_cached_prompt_tokens_.fetch_add(s->computed, std::memory_order_relaxed);
+    }
+    TokenCounts& counts = counts_[s->slot];
+    counts.Clear();
+    for (int32_t i = 0; i < s->prefill_tokens; ++i) {
+      i < s->prompt_tokens() ? counts.AddPrompt(s->tokens[i]) : counts.AddOutput(s->tokens[i]);
+    }
   }
-  if (admitted == 0) return;
+  stat_preemptions_.fetch_add(static_cast<int64_t>(scheduler_.preempted().size()), std::memory_order_relaxed);
   PublishStats();
   MutexLock lock(mutex_);
-  waiting_ -= admitted;
+  for (const Sequence* s : scheduler_.admitted()) door_.Scheduled(s->request);
+  for (const Sequence* s : scheduler_.preempted()) door_.Requeued(s->request);
+  TellTheDoor();
+}
+
+void StepEngine::TellTheDoor() {
+  scheduler_.TellDoor(door_);
+  costs_ = scheduler_.costs().parameters();
 }
 
 void StepEngine::HandOut(Sequence& s) {
@@ -429,7 +648,6 @@ void StepEngine::HandOut(Sequence& s) {
   } else if (s.step_logits > 0) {
     HandOutToken(s, &logits_[static_cast<size_t>(s.first_logit) * config_.vocab]);
   }
-  s.computed += s.step_rows;
 }
 
 void StepEngine::HandOutScores(Sequence& s) {
@@ -511,6 +729,7 @@ bool StepEngine::IsStop(const Sequence& s, int32_t id) const {
 
 // Frees everything first, so that whoever hears of the end finds the memory free.
 void StepEngine::End(const Sequence& sequence, FinishReason reason, absl::Status status) {
+  const bool waiting = sequence.slot < 0;
   const std::unique_ptr<Sequence> s = scheduler_.Remove(sequence);
   PublishStats();
   Finish& finish = s->finish;
@@ -521,15 +740,20 @@ void StepEngine::End(const Sequence& sequence, FinishReason reason, absl::Status
   finish.sparsity = sparsity_->Report(*s);
   finish.finished = std::chrono::steady_clock::now();
   if (finish.first_token == SteadyTime()) finish.first_token = finish.finished;
-  const bool admitted = finish.scheduled != SteadyTime();
-  if (!admitted) finish.scheduled = finish.finished;
-  if (!admitted) {
+  if (finish.scheduled == SteadyTime()) finish.scheduled = finish.finished;
+  {
     MutexLock lock(mutex_);
-    --waiting_;
+    door_.Ended(s->request, reason, waiting);
+    // Who left by itself says nothing about how long it would have taken; a deadline says that it took too long.
+    if (reason != FinishReason::kCancelled && reason != FinishReason::kError && reason != FinishReason::kShutdown) {
+      const double ms = std::chrono::duration<double, std::milli>(finish.finished - s->arrival).count();
+      door_.NoteOutcome(s->expected, ms, finish.generated_tokens);
+    }
+    TellTheDoor();
   }
   s->sink->OnFinish(finish);
   MutexLock lock(mutex_);
-  if (--unfinished_ == 0) idle_.NotifyAll();
+  if (--unheard_ == 0) idle_.NotifyAll();
 }
 
 void StepEngine::EndAll(FinishReason reason, const absl::Status& status) {
@@ -540,6 +764,7 @@ void StepEngine::EndAll(FinishReason reason, const absl::Status& status) {
 void StepEngine::PublishStats() {
   stat_running_.store(static_cast<int32_t>(scheduler_.running().size()), std::memory_order_relaxed);
   stat_free_blocks_.store(pool_.free(), std::memory_order_relaxed);
+  stat_cached_blocks_.store(pool_.cached(), std::memory_order_relaxed);
 }
 
 }  // namespace

@@ -9,6 +9,8 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "engine/cost_model.h"
+#include "engine/door.h"
 #include "engine/opt_config.h"
 #include "engine/opt_weights.h"
 #include "engine/options.h"
@@ -22,10 +24,16 @@ struct EngineStats {
   int32_t running = 0;
   int32_t waiting = 0;
   int32_t kv_blocks_total = 0;
-  int32_t kv_blocks_free = 0;
+  int32_t kv_blocks_free = 0;    // without a user
+  int32_t kv_blocks_cached = 0;  // of those, holding a prompt's prefix that may be wanted again
   int64_t steps = 0;
   int64_t prompt_tokens = 0;
   int64_t generated_tokens = 0;
+  int64_t cached_prompt_tokens = 0;  // not computed: their blocks were there
+  int64_t preemptions = 0;
+  Account account;
+  CostParameters costs;
+  int64_t cost_steps = 0;  // that the costs were learned from
 };
 
 class Engine {
@@ -49,23 +57,25 @@ class Engine {
   // operating point for them. Else FAILED_PRECONDITION with the reason, from Submit too.
   virtual absl::Status CheckTier(Tier tier) const = 0;
 
-  // INVALID_ARGUMENT for a request that can never run, RESOURCE_EXHAUSTED when the queue is full or the KV pool is too
-  // small for it, UNAVAILABLE after Drain. On success the sink will hear OnFinish. Returns the engine's id.
+  // On success the sink will hear OnFinish; returns the engine's id. Refusals are those of engine/door.h:
+  // INVALID_ARGUMENT for a request that can never run, RESOURCE_EXHAUSTED when a queue is full, DEADLINE_EXCEEDED when
+  // the deadline cannot be met, UNAVAILABLE after Drain.
   virtual absl::StatusOr<uint64_t> Submit(Request request, std::shared_ptr<TokenSink> sink) = 0;
 
   // Ends a request at the next step, wherever it is; unknown and finished ids are ignored.
   virtual void Cancel(uint64_t id) = 0;
 
-  // Refuses new requests from now on; running and waiting ones go on. WaitIdle returns true once there are none, false
-  // when `deadline` passed first.
-  virtual void Drain() = 0;
+  // Refuses new requests from now on; what runs goes on. What waits goes on too, or ends with UNAVAILABLE. WaitIdle
+  // returns true once nothing is left, false when `deadline` passed first.
+  virtual void Drain(bool refuse_waiting) = 0;
   virtual bool WaitIdle(SteadyTime deadline) = 0;
 
   virtual EngineStats stats() const = 0;
   virtual SparsityStats sparsity_stats() const = 0;
 
-  // True once the engine thread has died of an error of its own. Every request has then finished with kError and new
-  // ones are refused with UNAVAILABLE; only a restart helps.
+  // True once the engine thread has died of an error of its own, or hangs in a step. New requests are refused with
+  // UNAVAILABLE; only a restart helps. After an error every request has finished with kError; one that hangs tells
+  // nobody anything, and the object cannot be destroyed.
   virtual bool failed() const = 0;
 };
 

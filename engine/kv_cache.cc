@@ -7,26 +7,6 @@
 
 namespace dejavu {
 
-KvPool::KvPool(int32_t blocks, int32_t block_tokens) : total_(blocks), block_tokens_(block_tokens) {
-  CHECK(blocks > 0 && block_tokens > 0) << blocks << " blocks of " << block_tokens;
-  free_.resize(blocks);
-  for (int32_t i = 0; i < blocks; ++i) free_[i] = blocks - 1 - i;
-}
-
-bool KvPool::Take(absl::Span<int32_t> blocks) {
-  if (blocks.size() > free_.size()) return false;
-  for (int32_t& block : blocks) {
-    block = free_.back();
-    free_.pop_back();
-  }
-  return true;
-}
-
-void KvPool::Give(absl::Span<const int32_t> blocks) {
-  CHECK(free_.size() + blocks.size() <= static_cast<size_t>(total_)) << "blocks given back twice";
-  free_.insert(free_.end(), blocks.rbegin(), blocks.rend());
-}
-
 absl::StatusOr<DType> ParseKvType(absl::string_view name) {
   if (name == "fp16") return DType::kFloat16;
   if (name == "fp32") return DType::kFloat32;

@@ -1,5 +1,4 @@
-// KvPool: which KV blocks are free, on the host. KvCache: the storage of all blocks of all layers, on the device, taken
-// once. Engine thread only.
+// KvCache: the storage of the KV blocks of all layers, on the device, taken once. Engine thread only.
 #ifndef ENGINE_KV_CACHE_H_
 #define ENGINE_KV_CACHE_H_
 
@@ -14,25 +13,6 @@
 #include "kernels/backend.h"
 
 namespace dejavu {
-
-class KvPool {
- public:
-  KvPool(int32_t blocks, int32_t block_tokens);
-
-  int32_t total() const { return total_; }
-  int32_t free() const { return static_cast<int32_t>(free_.size()); }
-  int32_t block_tokens() const { return block_tokens_; }
-  int32_t BlocksFor(int64_t tokens) const { return static_cast<int32_t>((tokens + block_tokens_ - 1) / block_tokens_); }
-
-  // Fills `blocks` or, when fewer are free, takes none and returns false.
-  bool Take(absl::Span<int32_t> blocks);
-  void Give(absl::Span<const int32_t> blocks);
-
- private:
-  const int32_t total_;
-  const int32_t block_tokens_;
-  std::vector<int32_t> free_;  // a stack: what was used last is warm
-};
 
 // The type of keys and values by its name in options: "fp16" or "fp32".
 absl::StatusOr<DType> ParseKvType(absl::string_view name);

@@ -18,13 +18,30 @@ struct EngineOptions {
   int threads = 0;               // CPU threads of the step; 0: one per CPU that this process may use
   bool pin_threads = true;       // one CPU per thread
 
-  int max_batch = 16;              // sequences that run at once
-  int max_step_tokens = 256;       // rows of one step: decode rows and prefill chunks together
-  int prefill_chunk_tokens = 64;   // the most prompt tokens of one sequence in a step
+  int max_batch = 16;             // sequences that run at once
+  int max_step_tokens = 256;      // rows of one step: decode rows and prefill chunks together
+  int prefill_chunk_tokens = 64;  // the most prompt tokens of one sequence in a step
+
+  // The door; 0: no limit.
   int max_waiting_requests = 256;  // queue; a request beyond it is refused
+  int64_t max_waiting_tokens = 0;  // of the prompts in the queue
+  int tenant_max_waiting_requests = 0;
+  int64_t tenant_max_waiting_tokens = 0;
+  double deadline_slack = 1.0;  // refused: what is predicted to take longer than so many times what its deadline leaves
+
+  // Scheduling; see engine/scheduler.h.
+  double inter_token_target_ms = 0.0;
+  double prefill_share = 0.75;
+  double ageing_s = 10.0;
+  std::string tenant_weights;  // such as "free=1,paying=3": shares of what tenants are served; 1 for others
+  bool prefix_cache = true;
+
+  double watchdog_s = 60.0;  // a step that takes longer means that the engine has failed; 0: never
+  std::string fault;         // for tests: throw@STEP or hang@STEP
 
   int kv_block_tokens = 16;       // positions per KV block
   std::string kv_dtype = "fp16";  // of keys and values: fp16 or fp32
+  bool kv_overcommit = false;     // take blocks as sequences grow, and compute the youngest again where none is left
   int64_t kv_mib = 0;  // memory for keys and values; 0: max_batch sequences of full context, at most 1/4 of RAM
 };
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -32,6 +33,10 @@ struct SamplingParams {
   std::vector<int32_t> allowed_token_ids;  // empty: all
 };
 
+// Whom to serve first: a class goes before the ones below it, whatever the tenant.
+enum class Urgency : uint8_t { kInteractive, kNormal, kBatch };
+inline constexpr int kUrgencies = 3;
+
 struct Request {
   std::vector<int32_t> prompt;  // 1 ... context ids, each below the vocabulary; taken as they are
   SamplingParams sampling;
@@ -44,6 +49,14 @@ struct Request {
   int32_t top_logprobs = 0;  // and this many alternatives
   bool score = false;        // report the log-probabilities of the prompt instead of generating
   SteadyTime deadline = SteadyTime::max();
+  SteadyTime stop_at = SteadyTime::max();  // then it ends regularly, with what it has
+
+  std::string tenant;  // who shares with whom: the server, fairly, and prefixes
+  Urgency urgency = Urgency::kNormal;
+  int32_t priority = 0;                // higher first, within tenant and urgency
+  double inter_token_target_ms = 0.0;  // wanted between two tokens; 0: the scheduler's own
+  bool prefix_cache = true;            // may use and leave blocks of its prompt
+  std::string cache_salt;              // requests of different salts share no blocks
 };
 
 struct TokenLogprob {
@@ -62,6 +75,7 @@ struct Token {
 
 enum class FinishReason {
   kLength,     // max_new_tokens
+  kTime,       // Request::stop_at passed
   kEos,        // the model's end token
   kStopToken,  // one of stop_token_ids
   kSink,       // the sink returned false
@@ -76,7 +90,8 @@ struct Finish {
   absl::Status status;  // for kError: DATA_LOSS when the row's logits were not finite
   int32_t prompt_tokens = 0;
   int32_t generated_tokens = 0;
-  int32_t stop_token_id = -1;  // for kEos and kStopToken
+  int32_t stop_token_id = -1;        // for kEos and kStopToken
+  int32_t cached_prompt_tokens = 0;  // whose keys and values were there already
   SparsityReport sparsity;
   SteadyTime queued, scheduled, first_token, finished;  // first_token is `finished` when there was none
 };

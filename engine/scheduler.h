@@ -1,48 +1,131 @@
-// Scheduler: which sequences run and what each contributes to the next step. First come, first served; a sequence is
-// admitted when a slot and all the KV blocks that it can ever need are free, so nothing that runs is ever evicted. Pure
-// bookkeeping: no threads, no device, no clock. Engine thread only.
+// Scheduler: which sequences run and what each contributes to the next step. A state machine: events go in with the
+// time at which they happen, a batch comes out. No threads, no device, no clock of its own. Engine thread only.
+//
+// Who comes next, when a slot and the KV blocks are free:
+//   1. the urgency: INTERACTIVE before NORMAL before BATCH;
+//   2. the tenant that has been served least for its weight (virtual token counters: Sheng et al., Fairness in Serving
+//      Large Language Models, OSDI 2024), each urgency by itself;
+//   3. within a tenant the priority, then the earliest deadline, then the order of arrival.
+// Nothing starves: who has waited longer than `ageing_s` is old, and one admission in kAgedTurn goes to the oldest of
+// those. BATCH leaves slots for as many others as there were at once lately. A sequence whose prefix another one is
+// computing waits for it, and shares it.
+//
+// By default a sequence is admitted when all the blocks that it can ever need are free, so nothing that runs is ever
+// evicted. With `overcommit` it takes blocks as it grows, and where none is left the youngest of the least urgent goes
+// back to the queue and is computed again.
 #ifndef ENGINE_SCHEDULER_H_
 #define ENGINE_SCHEDULER_H_
 
+#include <array>
 #include <cstdint>
-#include <deque>
 #include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
+#include "absl/container/flat_hash_map.h"
 #include "engine/batch.h"
-#include "engine/kv_cache.h"
+#include "engine/block_pool.h"
+#include "engine/cost_model.h"
+#include "engine/door.h"
 #include "engine/sequence.h"
 
 namespace dejavu {
 
+struct SchedulerOptions {
+  int32_t slots = 16;
+  int32_t prefill_chunk_tokens = 64;  // prompt tokens of one sequence in a step, at most
+  int32_t least_prefill_tokens = 8;   // of all sequences in a step, at least, whatever the target says
+  int32_t score_rows = 64;            // prompt positions that may ask for logits in one step, all sequences together
+  // What prompts may add to a step while others decode: up to the tightest target between two tokens. Where neither
+  // requests nor this option name one (0), that share of the step without prompts.
+  double inter_token_target_ms = 0.0;
+  double prefill_share = 0.75;
+  double ageing_s = 10.0;
+  bool overcommit = false;
+  std::vector<std::pair<std::string, double>> tenant_weights;  // 1 for those that it does not name
+};
+
 class Scheduler {
  public:
-  // `score_rows`: how many prompt positions may ask for logits in one step, all scored sequences together.
-  Scheduler(KvPool& pool, int32_t slots, int32_t prefill_chunk_tokens, int32_t score_rows);
+  static constexpr int kAgedTurn = 8;
 
+  Scheduler(BlockPool& pool, const SchedulerOptions& options, CostModel costs = CostModel());
+
+  // `arrival` and `keys` are set; the sequence fits the pool.
   void Enqueue(std::unique_ptr<Sequence> sequence);
 
   // Admits what fits and fills `batch` and each running sequence's step_* fields: one row for everything that decodes,
-  // then prompts in chunks, in order of arrival, until the batch is full.
-  void Plan(Batch& batch);
+  // then prompts in chunks, the most urgent first, as far as the target allows.
+  void Plan(SteadyTime now, Batch& batch);
+  // Since when Plan has last begun; valid until something is removed.
+  const std::vector<Sequence*>& admitted() const { return admitted_; }
+  const std::vector<Sequence*>& preempted() const { return preempted_; }
+
+  // The planned step has been computed; sequences have their next tokens.
+  void NoteStep(double ms);
 
   // Takes a sequence out, wherever it is, and frees its slot and blocks.
   std::unique_ptr<Sequence> Remove(const Sequence& sequence);
 
-  // In order of arrival. Remove and Plan change them.
+  // In order of admission, and of arrival. Remove and Plan change them.
   const std::vector<std::unique_ptr<Sequence>>& running() const { return running_; }
-  const std::deque<std::unique_ptr<Sequence>>& waiting() const { return waiting_; }
+  const std::vector<std::unique_ptr<Sequence>>& waiting() const { return waiting_; }
+
+  // What predictions at the door are made of.
+  void TellDoor(Door& door) const;
+
+  // A step that was not planned here, such as one to warm up.
+  void Learn(const StepShape& shape, double ms) { costs_.Observe(shape, ms); }
+  const CostModel& costs() const { return costs_; }
+  const StepShape& shape() const { return shape_; }  // of the last Plan
+  // What the last Plan is predicted to take; 0: no rows.
+  double planned_ms() const { return planned_ms_; }
+  // Tokens served, weighted as fairness counts them, to a tenant that is known; for tests and reports.
+  double served(const std::string& tenant, Urgency urgency) const;
 
  private:
-  void Admit(Batch& batch);
-  void AddRows(Sequence& sequence, int32_t rows, Batch& batch);
+  struct Tenant {
+    std::string name;
+    double weight = 1.0;
+    int32_t live = 0;
+    std::array<double, kUrgencies> served = {};  // tokens / weight
+    std::array<int32_t, kUrgencies> active = {};
+  };
 
-  KvPool& pool_;
-  const int32_t prefill_chunk_tokens_;
-  const int32_t score_rows_;
+  int32_t TenantOf(const Sequence& s);
+  void Charge(const Sequence& s, double tokens);
+  void Admit(SteadyTime now, Batch& batch);
+  size_t Next(SteadyTime now, bool* aged) const;
+  bool Before(const Sequence& a, const Sequence& b) const;
+  bool MayRun(const Sequence& s) const;
+  bool TakeBlocks(Sequence& s);
+  size_t Sharable(const Sequence& s) const;
+  void GrowAll(Batch& batch);
+  void Preempt(Sequence& s);
+  int32_t PrefillBudget(const StepShape& decoding, Urgency urgency, int32_t all) const;
+  void NoteOthers(SteadyTime now);
+  void AddRows(Sequence& s, int32_t rows, Batch& batch);
+  void SetBlocks(const Sequence& s, Batch& batch) const;
+  void Release(Sequence& s);
+
+  BlockPool& pool_;
+  const SchedulerOptions options_;
+  CostModel costs_;
   std::vector<int32_t> free_slots_;  // a stack
   std::vector<std::unique_ptr<Sequence>> running_;
-  std::deque<std::unique_ptr<Sequence>> waiting_;
+  std::vector<std::unique_ptr<Sequence>> waiting_;
+  std::vector<Sequence*> admitted_, preempted_;
+  std::vector<Tenant> tenants_;
+  absl::flat_hash_map<std::string, int32_t> tenant_ids_;
+  std::array<int32_t, kUrgencies> running_of_ = {};
+  double others_ = 0.0;  // the most that were not BATCH at once, fading
+  SteadyTime noted_;
+  int since_aged_ = 0;  // admissions that went before an old one
+  uint64_t turns_ = 0, admissions_ = 0;
+  bool nothing_fits_ = false;  // nor will it until something arrives or leaves
+  StepShape shape_;
+  double planned_ms_ = 0.0;
 };
 
 }  // namespace dejavu

@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "engine/block_pool.h"
+#include "engine/door.h"
 #include "engine/request.h"
 
 namespace dejavu {
@@ -22,21 +24,31 @@ struct SparsitySums {
 };
 
 struct Sequence {
-  Sequence(uint64_t id, Request request, std::shared_ptr<TokenSink> sink)
-      : id(id), request(std::move(request)), sink(std::move(sink)), tokens(this->request.prompt) {
+  Sequence(Request request, std::shared_ptr<TokenSink> sink)
+      : request(std::move(request)), sink(std::move(sink)), tokens(this->request.prompt) {
     tokens.reserve(static_cast<size_t>(max_tokens()));
+    prefill_tokens = prompt_tokens();
   }
 
   // Constant after construction.
-  const uint64_t id;
   const Request request;
   const std::shared_ptr<TokenSink> sink;
 
+  uint64_t id = 0;              // set once, before anybody else knows the sequence
   std::vector<int32_t> tokens;  // prompt, then output
   int32_t computed = 0;         // tokens whose keys and values are in the cache
+  int32_t prefill_tokens = 0;   // tokens that it had when it was admitted: computed in chunks, as a prompt is
 
+  // The scheduler's.
+  SteadyTime arrival;
+  uint64_t turn = 0;  // order of arrival
+  int32_t tenant = -1;
   int32_t slot = -1;            // line of the block table; -1 while waiting
-  std::vector<int32_t> blocks;  // for max_tokens() positions, all of them taken at admission
+  std::vector<int32_t> blocks;  // of its tokens so far, or of max_tokens()
+  std::vector<BlockKey> keys;   // of the full blocks of the prompt; empty: they are not shared
+  int32_t kept_blocks = 0;      // blocks that others may find by their key
+  uint64_t admission = 0;       // order of admission
+  int32_t preemptions = 0;
 
   // This step.
   int32_t step_rows = 0;  // rows that the batch holds for it, from first_row on
@@ -48,12 +60,13 @@ struct Sequence {
   float next_logprob = 0.0f;
   int32_t next_rank = 0;
 
+  Expectation expected;  // the door's
   SparsitySums sparsity;
   Finish finish;
 
   int32_t prompt_tokens() const { return static_cast<int32_t>(request.prompt.size()); }
   int32_t generated_tokens() const { return static_cast<int32_t>(tokens.size()) - prompt_tokens(); }
-  bool decodes() const { return computed >= prompt_tokens(); }
+  bool decodes() const { return computed >= prefill_tokens; }
   int32_t uncomputed() const { return static_cast<int32_t>(tokens.size()) - computed; }
   int64_t max_tokens() const { return int64_t{prompt_tokens()} + request.max_new_tokens; }
 };

@@ -74,6 +74,14 @@ absl::Status QuotaExceeded(absl::string_view subject, absl::string_view message,
   return status;
 }
 
+absl::Status RefusedWithRetry(absl::StatusCode code, absl::string_view message, absl::string_view reason,
+                              std::chrono::milliseconds delay) {
+  absl::Status status = code == absl::StatusCode::kResourceExhausted ? QuotaExceeded("engine", message, delay)
+                                                                     : absl::Status(code, message);
+  AttachRetry(delay, &status);
+  return WithErrorInfo(std::move(status), reason);
+}
+
 absl::Status MissingFeature(absl::string_view subject, absl::string_view message) {
   absl::Status status = absl::FailedPreconditionError(message);
   rpc::PreconditionFailure failure;

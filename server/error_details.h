@@ -30,6 +30,10 @@ absl::Status UnavailableRetry(absl::string_view message, std::chrono::millisecon
 // RESOURCE_EXHAUSTED with QuotaFailure and RetryInfo.
 absl::Status QuotaExceeded(absl::string_view subject, absl::string_view message, std::chrono::milliseconds delay);
 
+// `code` with ErrorInfo, RetryInfo and, for RESOURCE_EXHAUSTED, QuotaFailure.
+absl::Status RefusedWithRetry(absl::StatusCode code, absl::string_view message, absl::string_view reason,
+                              std::chrono::milliseconds delay);
+
 // FAILED_PRECONDITION with PreconditionFailure: the server as it was started cannot do that.
 absl::Status MissingFeature(absl::string_view subject, absl::string_view message);
 

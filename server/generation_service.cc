@@ -18,9 +18,9 @@ namespace {
 
 // What the engine refuses, with the details that a client needs to decide about trying again.
 absl::Status RefusedByEngine(const absl::Status& status) {
-  if (absl::IsResourceExhausted(status)) return QuotaExceeded("engine", status.message(), std::chrono::seconds(1));
-  if (absl::IsUnavailable(status)) return UnavailableRetry(status.message(), std::chrono::seconds(1));
-  return status;
+  const std::optional<RefusalInfo> refusal = RefusalOf(status);
+  if (!refusal.has_value() || refusal->retry_after.count() == 0) return absl::Status(status.code(), status.message());
+  return RefusedWithRetry(status.code(), status.message(), refusal->reason, refusal->retry_after);
 }
 
 // A call that the engine works on: Generate, GenerateStream and Score.
@@ -55,6 +55,7 @@ class EngineCall : public RpcHandler, public LiveRequest {
   // The sink's first reply may be pulled as soon as this has returned OK.
   absl::Status Submit(const std::string& request_id, Request request, std::shared_ptr<ReplySink> sink, const Rpc& rpc) {
     request.deadline = rpc.deadline();
+    ASSIGN_OR_RETURN(request.tenant, CheckTenant(rpc.tenant()));
     sink_ = sink;  // before Stop can be called
     RETURN_IF_ERROR(service_->live_requests().Add(request_id, this));
     live_id_ = request_id;
@@ -265,6 +266,26 @@ absl::Status GenerationService::GetServerInfo(v1::GetServerInfoResponse* respons
   load->set_steps(static_cast<uint64_t>(stats.steps));
   load->set_prompt_tokens(static_cast<uint64_t>(stats.prompt_tokens));
   load->set_generated_tokens(static_cast<uint64_t>(stats.generated_tokens));
+  load->set_kv_blocks_cached(static_cast<uint32_t>(stats.kv_blocks_cached));
+  load->set_cached_prompt_tokens(static_cast<uint64_t>(stats.cached_prompt_tokens));
+  load->set_preemptions(static_cast<uint64_t>(stats.preemptions));
+  v1::Admission* admission = response->mutable_admission();
+  admission->set_received(static_cast<uint64_t>(stats.account.received));
+  admission->set_finished(static_cast<uint64_t>(stats.account.finished));
+  admission->set_cancelled(static_cast<uint64_t>(stats.account.cancelled));
+  admission->set_failed(static_cast<uint64_t>(stats.account.failed));
+  admission->set_live(static_cast<uint64_t>(stats.account.live));
+  for (int i = 0; i < kRefusals; ++i) {
+    (*admission->mutable_refused())[Name(static_cast<Refusal>(i))] = static_cast<uint64_t>(stats.account.refused[i]);
+  }
+  v1::CostModel* costs = response->mutable_cost_model();
+  costs->set_steps(static_cast<uint64_t>(stats.cost_steps));
+  costs->set_dense_ms(stats.costs.dense_ms);
+  costs->set_exact_ms(stats.costs.exact_ms);
+  costs->set_predicted_ms(stats.costs.predicted_ms);
+  costs->set_row_ms(stats.costs.row_ms);
+  costs->set_prefill_token_ms(stats.costs.prefill_token_ms);
+  costs->set_context_token_ms(stats.costs.context_token_ms);
   return absl::OkStatus();
 }
 

@@ -175,7 +175,8 @@ int Daemon::Serve(Server* server) {
     spdlog::critical("the engine has failed; exiting");
     server->SetFailed();
     server->Stop();
-    return kEngineFailed;
+    spdlog::shutdown();
+    _exit(kEngineFailed);  // the engine thread may hang in a step: nothing of it can be joined
   }
   return Drain(server);
 }

@@ -43,6 +43,7 @@ struct ServerOptions {
   // `drain_timeout_s` have passed since the signal.
   double drain_timeout_s = 30;
   int drain_linger_ms = 0;
+  bool drain_queue = true;  // what waits then still runs; else it ends with UNAVAILABLE and retry advice
 
   std::string log_level = "info";  // trace, debug, info, warn, error
 };

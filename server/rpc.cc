@@ -35,7 +35,11 @@ grpc::ServerGenericBidiReactor* Rpc::Refuse(const absl::Status& status) { return
 
 grpc::ServerGenericBidiReactor* Rpc::Start(grpc::CallbackServerContext* context, Writer* writer,
                                            std::unique_ptr<RpcHandler> handler) {
-  const std::shared_ptr<Rpc> rpc(new Rpc(writer, SteadyDeadline(*context), std::move(handler)));
+  const auto tenant = context->client_metadata().find("x-tenant");
+  const std::shared_ptr<Rpc> rpc(new Rpc(
+      writer, SteadyDeadline(*context),
+      tenant == context->client_metadata().end() ? "" : std::string(tenant->second.data(), tenant->second.size()),
+      std::move(handler)));
   // gRPC runs a handler even when the deadline has passed before it started.
   if (rpc->deadline_ <= rpc->arrival_) {
     return Refuse(absl::DeadlineExceededError("the deadline passed before the request arrived"));
@@ -45,8 +49,12 @@ grpc::ServerGenericBidiReactor* Rpc::Start(grpc::CallbackServerContext* context,
   return rpc.get();
 }
 
-Rpc::Rpc(Writer* writer, SteadyTime deadline, std::unique_ptr<RpcHandler> handler)
-    : writer_(writer), arrival_(std::chrono::steady_clock::now()), deadline_(deadline), handler_(std::move(handler)) {}
+Rpc::Rpc(Writer* writer, SteadyTime deadline, std::string tenant, std::unique_ptr<RpcHandler> handler)
+    : writer_(writer),
+      arrival_(std::chrono::steady_clock::now()),
+      deadline_(deadline),
+      tenant_(std::move(tenant)),
+      handler_(std::move(handler)) {}
 
 void Rpc::Wake() {
   MutexLock lock(mutex_);

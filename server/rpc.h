@@ -52,10 +52,11 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   void Wake();
 
   SteadyTime arrival() const { return arrival_; }
-  SteadyTime deadline() const { return deadline_; }  // SteadyTime::max(): none
+  SteadyTime deadline() const { return deadline_; }      // SteadyTime::max(): none
+  const std::string& tenant() const { return tenant_; }  // metadata x-tenant, as the client sent it
 
  private:
-  Rpc(Writer* writer, SteadyTime deadline, std::unique_ptr<RpcHandler> handler);
+  Rpc(Writer* writer, SteadyTime deadline, std::string tenant, std::unique_ptr<RpcHandler> handler);
 
   void OnReadDone(bool ok) override;
   void OnWriteDone(bool ok) override;
@@ -71,6 +72,7 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   Writer* const writer_;
   const SteadyTime arrival_;
   const SteadyTime deadline_;
+  const std::string tenant_;
   std::unique_ptr<RpcHandler> handler_;
   std::shared_ptr<Rpc> self_;  // until OnDone
   grpc::ByteBuffer request_;   // of the read that is outstanding

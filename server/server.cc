@@ -146,6 +146,7 @@ bool Server::Drain() {
   // A pause that is part of the protocol: load balancers need time to see that we are not ready.
   std::this_thread::sleep_until(std::min(deadline, start + std::chrono::milliseconds(options_.drain_linger_ms)));
   lifecycle_.Advance(Phase::kDraining);
+  if (engine_ != nullptr && !options_.drain_queue) engine_->Drain(/*refuse_waiting=*/true);
   const bool complete = generation_.live_requests().WaitIdle(deadline);
   Stop();
   return complete;

@@ -47,6 +47,7 @@ void ReplySink::SetCancelReason(absl::Status reason) {
 absl::Status ReplySink::EndStatus(const Finish& finish) {
   switch (finish.reason) {
     case FinishReason::kLength:
+    case FinishReason::kTime:
     case FinishReason::kEos:
     case FinishReason::kStopToken:
     case FinishReason::kSink:
@@ -59,7 +60,9 @@ absl::Status ReplySink::EndStatus(const Finish& finish) {
     case FinishReason::kShutdown:
       return UnavailableRetry("the server stopped before the request was done", std::chrono::seconds(1));
     case FinishReason::kError:
-      return finish.status.ok() ? absl::InternalError("the engine ended the request without a reason") : finish.status;
+      if (finish.status.ok()) return absl::InternalError("the engine ended the request without a reason");
+      if (absl::IsUnavailable(finish.status)) return UnavailableRetry(finish.status.message(), std::chrono::seconds(1));
+      return finish.status;
   }
   return absl::InternalError("unknown finish reason");
 }
@@ -141,6 +144,7 @@ void TokenStream::FillFinish(const dejavu::Finish& finish) {
   message->set_generated_tokens(static_cast<uint32_t>(finish.generated_tokens));
   FillTimings(finish, options_.arrival, message->mutable_timings());
   FillReport(finish.sparsity, message->mutable_sparsity());
+  message->set_cached_prompt_tokens(static_cast<uint32_t>(finish.cached_prompt_tokens));
   if (matched_stop_ >= 0) {
     message->set_reason(v1::FINISH_REASON_STOP_STRING);
     message->set_stop_string(options_.stop_strings[matched_stop_]);
@@ -148,6 +152,10 @@ void TokenStream::FillFinish(const dejavu::Finish& finish) {
   }
   if (finish.reason == FinishReason::kLength) {
     message->set_reason(v1::FINISH_REASON_LENGTH);
+    return;
+  }
+  if (finish.reason == FinishReason::kTime) {
+    message->set_reason(v1::FINISH_REASON_MAX_TIME);
     return;
   }
   CHECK(finish.reason == FinishReason::kEos || finish.reason == FinishReason::kStopToken)

@@ -1,6 +1,7 @@
 #include "server/validate.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -18,6 +19,8 @@ namespace {
 
 constexpr size_t kMaxRequestIdBytes = 128;
 constexpr int64_t kLogprobEntryBytes = 12;  // one TokenLogprob or the fixed part of a token on the wire, rounded up
+
+constexpr float kMostTime = 1e6f;  // seconds or milliseconds
 
 struct Range {
   float low;
@@ -205,9 +208,52 @@ absl::Status CheckStopStrings(const v1::Stopping& stopping, const ServerOptions&
 }
 
 // Needs request->prompt.
+absl::Status CheckScheduling(const v1::Scheduling& scheduling, Request* request) {
+  constexpr int32_t kMostPriority = 100;
+  constexpr size_t kMostSaltBytes = 128;
+  switch (scheduling.urgency()) {
+    case v1::URGENCY_UNSPECIFIED:
+    case v1::URGENCY_NORMAL:
+      request->urgency = Urgency::kNormal;
+      break;
+    case v1::URGENCY_INTERACTIVE:
+      request->urgency = Urgency::kInteractive;
+      break;
+    case v1::URGENCY_BATCH:
+      request->urgency = Urgency::kBatch;
+      break;
+    default:
+      return InvalidField("scheduling.urgency", absl::StrCat("is ", static_cast<int>(scheduling.urgency()),
+                                                             "; it must be INTERACTIVE (1), NORMAL (2) or BATCH (3)"));
+  }
+  if (scheduling.priority() < -kMostPriority || scheduling.priority() > kMostPriority) {
+    return InvalidField("scheduling.priority", absl::StrCat("is ", scheduling.priority(), "; it must be in -",
+                                                            kMostPriority, " ... ", kMostPriority));
+  }
+  request->priority = scheduling.priority();
+  if (scheduling.has_inter_token_target_ms()) {
+    ASSIGN_OR_RETURN(request->inter_token_target_ms,
+                     CheckFloat("scheduling.inter_token_target_ms", scheduling.inter_token_target_ms(),
+                                {0, kMostTime, /*open_low=*/true}));
+  }
+  if (scheduling.has_prefix_cache()) request->prefix_cache = scheduling.prefix_cache();
+  if (scheduling.cache_salt().size() > kMostSaltBytes) {
+    return InvalidField("scheduling.cache_salt",
+                        absl::StrCat("has ", scheduling.cache_salt().size(), " bytes; the limit is ", kMostSaltBytes));
+  }
+  request->cache_salt = scheduling.cache_salt();
+  return absl::OkStatus();
+}
+
 absl::Status CheckStopping(const v1::Stopping& stopping, const ServerOptions& options, const ServedModel& model,
                            CheckedGenerate* checked) {
   Request& request = checked->request;
+  if (stopping.has_max_time_s()) {
+    ASSIGN_OR_RETURN(const float seconds,
+                     CheckFloat("stopping.max_time_s", stopping.max_time_s(), {0, kMostTime, /*open_low=*/true}));
+    request.stop_at = std::chrono::steady_clock::now() +
+                      std::chrono::duration_cast<SteadyTime::duration>(std::chrono::duration<double>(seconds));
+  }
   const int64_t prompt_tokens = static_cast<int64_t>(request.prompt.size());
   const int64_t room = model.context - prompt_tokens;
   if (room == 0) {
@@ -265,6 +311,16 @@ absl::Status CheckRequestId(const std::string& request_id) {
   return absl::OkStatus();
 }
 
+absl::StatusOr<std::string> CheckTenant(const std::string& tenant) {
+  constexpr size_t kMost = 64;
+  const auto fits = [](char c) {
+    return absl::ascii_isalnum(static_cast<unsigned char>(c)) || c == '.' || c == '_' || c == '-';
+  };
+  if (tenant.size() <= kMost && std::all_of(tenant.begin(), tenant.end(), fits)) return tenant;
+  return InvalidField("x-tenant", absl::StrCat("is ", Printable(tenant), "; it must be at most ", kMost,
+                                               " of A-Z, a-z, 0-9, '.', '_' and '-'"));
+}
+
 absl::StatusOr<CheckedGenerate> CheckGenerate(const v1::GenerateRequest& request, const ServerOptions& options,
                                               const ServedModel& model, uint64_t drawn_seed, bool streaming) {
   CheckedGenerate checked;
@@ -276,6 +332,7 @@ absl::StatusOr<CheckedGenerate> CheckGenerate(const v1::GenerateRequest& request
   checked.request.top_logprobs = static_cast<int32_t>(request.output().top_logprobs());
   checked.request.logprobs = request.output().logprobs() || checked.request.top_logprobs > 0;
   RETURN_IF_ERROR(CheckSparsity(request.sparsity(), options, model, &checked.request.sparsity));
+  RETURN_IF_ERROR(CheckScheduling(request.scheduling(), &checked.request));
   // Last, as tokenising costs most.
   ASSIGN_OR_RETURN(checked.request.prompt, CheckPrompt(request, model));
   RETURN_IF_ERROR(CheckStopping(request.stopping(), options, model, &checked));
@@ -293,6 +350,7 @@ absl::StatusOr<Request> CheckScore(const v1::ScoreRequest& request, const Server
   RETURN_IF_ERROR(CheckModelName(request.model(), model));
   RETURN_IF_ERROR(CheckAtMost("top_logprobs", request.top_logprobs(), options.max_top_logprobs));
   ASSIGN_OR_RETURN(checked.prompt, CheckPrompt(request, model));
+  RETURN_IF_ERROR(CheckScheduling(request.scheduling(), &checked));
   checked.score = true;
   checked.logprobs = true;
   checked.top_logprobs = static_cast<int32_t>(request.top_logprobs());

@@ -36,6 +36,9 @@ absl::StatusOr<Request> CheckScore(const v1::ScoreRequest& request, const Server
 absl::StatusOr<std::vector<int32_t>> CheckTokenize(const v1::TokenizeRequest& request, const ServedModel& model);
 absl::StatusOr<std::string> CheckDetokenize(const v1::DetokenizeRequest& request, const ServedModel& model);
 
+// What the metadata `x-tenant` says, nothing if empty: at most 64 of [A-Za-z0-9._-].
+absl::StatusOr<std::string> CheckTenant(const std::string& tenant);
+
 absl::Status CheckModelName(const std::string& name, const ServedModel& model);
 // At most 128 of [A-Za-z0-9._:-]; empty is fine.
 absl::Status CheckRequestId(const std::string& request_id);

@@ -39,7 +39,7 @@ HWY_INLINE void ForSideTiles(int64_t rows, const Function& function) {
 
 // Two bfloat16 are widened without a shuffle where the even ones of a step may come before the odd ones.
 template <typename W>
-constexpr bool kEvenOdd = std::is_same_v<W, hwy::bfloat16_t> && kLanes > 1;
+constexpr bool kEvenOdd = std::is_same_v<W, hwy::bfloat16_t>&& kLanes > 1;
 
 template <typename W>
 HWY_INLINE void WidenStep(const W* from, float* to) {

@@ -129,8 +129,9 @@ class Comparison:
             for row in self.bench_rows("prefill", "--model", model, "--dtype", dtype, "--tokens", prefill):
                 table.add((OURS, self.version, row["dtype"], "dense", False, "prefill", 1), row["samples_ms"])
 
-    def compare(self, model):
-        table, batches, checkpoint = Table(), [1, 4, 16], self.write_checkpoint(model)
+    def compare(self, model, table, save):
+        """`save` is called after each measurement: what was measured survives an interruption."""
+        batches, checkpoint = [1, 4, 16], self.write_checkpoint(model)
         work = self.work / "peers"
         able = self.prepare(PEERS, checkpoint, work, table)
         for turn in range(self.rounds):
@@ -138,20 +139,21 @@ class Comparison:
                 say(f"round {turn + 1} of {self.rounds}: {OURS} {dtype}")
                 self.measure_ours(checkpoint, dtype, ["dense"], batches, 512, table)
                 self.measure_ours(model, dtype, ["exact", "balanced"], batches, 0, table)
+                save()
             for system, dtype in able:
                 say(f"round {turn + 1} of {self.rounds}: {NAMES[system]} {dtype}")
                 self.measure_peer(system, dtype, checkpoint, work, batches, 512, table)
-        return table
+                save()
 
-    def compare_embedded(self, model):
-        table, peers = Table(), [("transformers", "fp32"), ("transformers", "bf16")]
+    def compare_embedded(self, model, table, save):
+        peers = [("transformers", "fp32"), ("transformers", "bf16")]
         able = self.prepare(peers, model, self.work / "embedded", table)
         for turn in range(self.rounds):
             say(f"round {turn + 1} of {self.rounds}: embedded model")
             self.measure_ours(model, "stored", ["dense"], [1], 0, table)
             for system, dtype in able:
                 self.measure_peer(system, dtype, model, self.work / "embedded", [1], 0, table)
-        return table
+            save()
 
 
 def show(rows, title):
@@ -205,23 +207,26 @@ def main():
     if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
         parser.error(f"--json {arguments.json}: no such directory")
     arguments.work.mkdir(parents=True, exist_ok=True)
-    comparison = Comparison(arguments)
-    table = comparison.compare(arguments.model)
-    embedded = comparison.compare_embedded(ROOT / "deploy/models/opt-8m-books")
-
-    rows, small = table.rows(), embedded.rows()
+    comparison, table, embedded = Comparison(arguments), Table(), Table()
     date = datetime.date.today().isoformat()
+
+    def save():
+        if arguments.json is not None:
+            document = {"processor": processor(), "threads": arguments.threads, "date": date, "model": arguments.model,
+                        "quick": arguments.quick, "notes": table.notes + embedded.notes, "rows": table.rows(),
+                        "embedded": embedded.rows()}
+            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+
+    comparison.compare_embedded(ROOT / "deploy/models/opt-8m-books", embedded, save)
+    comparison.compare(arguments.model, table, save)
+
     print(f"{processor()}, {arguments.threads} threads, {date}. ms per decode step after a prompt of 64 tokens, {comparison.tokens} greedy tokens; ms of a prefill."
           f" Medians of {comparison.rounds * comparison.repeats}.")
-    show(rows, f"Random weights in the shape of {arguments.model.split(':')[1]}: dense work is compared. Tiers marked synthetic"
+    show(table.rows(), f"Random weights in the shape of {arguments.model.split(':')[1]}: dense work is compared. Tiers marked synthetic"
                " read what the generated density profile activates.")
-    show(small, "The embedded model, opt-8m-books")
+    show(embedded.rows(), "The embedded model, opt-8m-books")
     for note in table.notes + embedded.notes:
         print(f"- {note}")
-    if arguments.json is not None:
-        document = {"processor": processor(), "threads": arguments.threads, "date": date, "model": arguments.model,
-                    "quick": arguments.quick, "notes": table.notes + embedded.notes, "rows": rows, "embedded": small}
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

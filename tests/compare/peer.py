@@ -132,7 +132,7 @@ def measure(peer, settings):
             return (timed(lambda: peer.generate(prompt, batch, tokens)) - first) / (tokens - 1), first
 
         warm_up, first = step_ms(2)
-        count = min(tokens, max(2, round((limit_ms - first) / max(warm_up, 1e-3))))
+        count = min(tokens, max(6, round((limit_ms - first) / max(warm_up, 1e-3))))
         repeats = settings["repeats"] if first < limit_ms else 1
         if count < tokens or repeats < settings["repeats"]:
             notes.append(f"batch {batch}: a step takes about {warm_up / 1000:.1f} s, so {repeats} x {count} tokens")

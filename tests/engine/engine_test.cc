@@ -168,7 +168,9 @@ TEST(Engine, TwoHundredCancellationsAtRandomMomentsLeaveNothingBehind) {
 }
 
 TEST(Engine, ADeadlineEndsARequestInMidStream) {
-  const auto engine = MakeEngine(EMBEDDED_MODEL);
+  EngineOptions options;
+  options.deadline_slack = 0.0;  // or it would not be let in
+  const auto engine = MakeEngine(EMBEDDED_MODEL, options);
   auto sink = std::make_shared<CollectingSink>();
   Request request = Prompt({2, 100}, 500);
   request.deadline = steady_clock::now() + std::chrono::milliseconds(5);
@@ -269,7 +271,7 @@ TEST(Engine, RefusesBeyondItsQueueAndWhileDraining) {
   ASSERT_TRUE(engine->Submit(Prompt({2}, 1), waiting).ok());
   const auto refused = engine->Submit(Prompt({2}, 1), std::make_shared<CollectingSink>());
   EXPECT_EQ(refused.status().code(), absl::StatusCode::kResourceExhausted);
-  engine->Drain();
+  engine->Drain(/*refuse_waiting=*/false);
   EXPECT_EQ(engine->Submit(Prompt({2}, 1), waiting).status().code(), absl::StatusCode::kUnavailable);
   EXPECT_EQ(running->WaitForFinish().reason, FinishReason::kLength);
   ExpectIdle(*engine);

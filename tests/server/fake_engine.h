@@ -46,7 +46,7 @@ class FakeEngine final : public Engine {
     return 1;
   }
   void Cancel(uint64_t /*id*/) override {}
-  void Drain() override {}
+  void Drain(bool /*refuse_waiting*/) override {}
   bool WaitIdle(SteadyTime /*deadline*/) override { return true; }
   EngineStats stats() const override { return {}; }
   SparsityStats sparsity_stats() const override { return stats_of_sparsity; }

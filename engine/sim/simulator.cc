@@ -1,0 +1,216 @@
+#include "engine/sim/simulator.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "absl/container/flat_hash_map.h"
+#include "engine/batch.h"
+#include "engine/block_pool.h"
+
+namespace dejavu {
+namespace {
+
+constexpr double kLeastValue = 1e-6, kGrowth = 1.02;
+
+SteadyTime At(double seconds) {
+  return SteadyTime() + std::chrono::duration_cast<SteadyTime::duration>(std::chrono::duration<double>(seconds));
+}
+
+class Simulation {
+ public:
+  explicit Simulation(const SimOptions& options)
+      : options_(options),
+        truth_(options.costs),
+        pool_(options.kv_blocks, options.block_tokens),
+        scheduler_(pool_, options.scheduler),
+        door_(options.door),
+        batch_(options.max_step_tokens, options.scheduler.slots + options.scheduler.score_rows,
+               options.scheduler.slots, pool_.BlocksFor(options.context)) {}
+
+  SimResult Run(const std::function<std::optional<SimRequest>()>& next, const std::function<void(double)>& progress);
+
+ private:
+  struct Live {
+    SimRequest request;
+    double last_token_s = -1.0;
+    double first_token_s = -1.0;
+  };
+
+  void Arrive(const SimRequest& request);
+  void Step(bool arriving);
+  void Token(Sequence& s, bool arriving);
+  void End(const Sequence& sequence, FinishReason reason);
+  void EndOverdue();
+
+  const SimOptions options_;
+  const CostModel truth_;
+  BlockPool pool_;
+  Scheduler scheduler_;
+  Door door_;
+  Batch batch_;
+  double now_s_ = 0.0;
+  uint64_t next_id_ = 1;
+  absl::flat_hash_map<uint64_t, Live> live_;
+  std::vector<std::pair<const Sequence*, FinishReason>> ending_;
+  SimResult result_;
+};
+
+void Simulation::Arrive(const SimRequest& r) {
+  Request request;
+  request.prompt.resize(std::max(1, r.prompt_tokens));
+  // Prompts of one prefix id begin alike; no two go on alike.
+  const auto unique = static_cast<int32_t>(next_id_ % (1u << 30));
+  for (int32_t i = 0; i < static_cast<int32_t>(request.prompt.size()); ++i) {
+    request.prompt[i] = i < r.shared_prefix_tokens ? -1 - r.prefix_id : unique;
+  }
+  request.max_new_tokens = std::max({1, r.max_new_tokens, r.output_tokens});
+  request.urgency = r.urgency;
+  request.tenant = r.tenant;
+  request.sparsity.tier = r.tier;
+  if (r.deadline_s > 0.0) request.deadline = At(r.arrival_s + r.deadline_s);
+  Expectation expected;
+  if (!door_.Admit(request, At(r.arrival_s), &expected).ok()) return;
+  auto sequence = std::make_unique<Sequence>(std::move(request), nullptr);
+  sequence->expected = expected;
+  sequence->id = next_id_++;
+  sequence->arrival = At(r.arrival_s);
+  if (options_.prefix_cache && r.shared_prefix_tokens > 0) {
+    sequence->keys = BlockKeys(r.tenant, "", sequence->request.prompt, options_.block_tokens);
+  }
+  live_[sequence->id].request = r;
+  scheduler_.Enqueue(std::move(sequence));
+  result_.most_waiting = std::max(result_.most_waiting, static_cast<int32_t>(scheduler_.waiting().size()));
+}
+
+void Simulation::EndOverdue() {
+  const SteadyTime now = At(now_s_);
+  const auto note = [&](const auto& sequences) {
+    for (const auto& s : sequences) {
+      if (s->request.deadline <= now) ending_.emplace_back(s.get(), FinishReason::kDeadline);
+    }
+  };
+  note(scheduler_.running());
+  note(scheduler_.waiting());
+  for (const auto& [s, reason] : ending_) End(*s, reason);
+  ending_.clear();
+}
+
+void Simulation::Step(bool arriving) {
+  EndOverdue();
+  scheduler_.Plan(At(now_s_), batch_);
+  for (Sequence* s : scheduler_.admitted()) {
+    door_.Scheduled(s->request);
+    if (s->preemptions > 0) continue;
+    const double waited_s = now_s_ - live_[s->id].request.arrival_s;
+    result_.longest_queue_age_s = std::max(result_.longest_queue_age_s, waited_s);
+    for (SimClass* of : {&result_.all, &result_.of_urgency[static_cast<int>(s->request.urgency)]}) {
+      of->queue_ms.Add(1000.0 * waited_s);
+    }
+    result_.cached_prompt_tokens += s->computed;
+  }
+  for (Sequence* s : scheduler_.preempted()) door_.Requeued(s->request);
+  result_.preemptions += static_cast<int64_t>(scheduler_.preempted().size());
+  result_.most_kv_blocks = std::max(result_.most_kv_blocks, pool_.total() - pool_.free());
+  if (batch_.rows() == 0) return;
+  const double ms = std::max(1e-3, truth_.Predict(scheduler_.shape()));
+  now_s_ += ms / 1000.0;
+  ++result_.steps;
+  for (const auto& s : scheduler_.running()) {
+    if (s->step_rows == 0) continue;
+    const int32_t prompt_rows = std::min(s->step_rows, std::max(0, s->prompt_tokens() - s->computed));
+    if (arriving) result_.tenants[s->request.tenant].prompt_tokens += prompt_rows;
+    if (s->step_logits > 0) Token(*s, arriving);
+  }
+  scheduler_.NoteStep(ms);
+  for (const auto& [s, reason] : ending_) End(*s, reason);
+  ending_.clear();
+  scheduler_.TellDoor(door_);
+}
+
+void Simulation::Token(Sequence& s, bool arriving) {
+  Live& live = live_[s.id];
+  s.tokens.push_back(0);
+  if (arriving) ++result_.tenants[s.request.tenant].output_tokens;
+  SimClass* const classes[] = {&result_.all, &result_.of_urgency[static_cast<int>(s.request.urgency)]};
+  for (SimClass* of : classes) {
+    if (live.last_token_s < 0.0) {
+      of->ttft_ms.Add(1000.0 * (now_s_ - live.request.arrival_s));
+    } else {
+      of->inter_token_ms.Add(1000.0 * (now_s_ - live.last_token_s));
+    }
+  }
+  if (live.first_token_s < 0.0) live.first_token_s = now_s_;
+  live.last_token_s = now_s_;
+  if (s.generated_tokens() >= live.request.output_tokens) ending_.emplace_back(&s, FinishReason::kLength);
+}
+
+void Simulation::End(const Sequence& sequence, FinishReason reason) {
+  const bool waiting = sequence.slot < 0;
+  const std::unique_ptr<Sequence> s = scheduler_.Remove(sequence);
+  door_.Ended(s->request, reason, waiting);
+  const Live& live = live_[s->id];
+  door_.NoteOutcome(s->expected, 1000.0 * (now_s_ - live.request.arrival_s), s->generated_tokens());
+  if (reason == FinishReason::kLength) {
+    const double ttft_ms = 1000.0 * (live.first_token_s - live.request.arrival_s);
+    const int32_t gaps = s->generated_tokens() - 1;
+    const double between_ms = gaps > 0 ? 1000.0 * (live.last_token_s - live.first_token_s) / gaps : 0.0;
+    const bool good = (options_.ttft_target_ms <= 0.0 || ttft_ms <= options_.ttft_target_ms) &&
+                      (options_.inter_token_target_ms <= 0.0 || between_ms <= options_.inter_token_target_ms);
+    for (SimClass* of : {&result_.all, &result_.of_urgency[static_cast<int>(s->request.urgency)]}) {
+      ++of->finished;
+      of->good += good;
+    }
+  }
+  live_.erase(s->id);
+}
+
+SimResult Simulation::Run(const std::function<std::optional<SimRequest>()>& next,
+                          const std::function<void(double)>& progress) {
+  std::optional<SimRequest> coming = next();
+  double told_s = 0.0;
+  while (true) {
+    while (coming.has_value() && coming->arrival_s <= now_s_) {
+      Arrive(*coming);
+      coming = next();
+    }
+    if (scheduler_.running().empty() && scheduler_.waiting().empty()) {
+      if (!coming.has_value()) break;
+      now_s_ = std::max(now_s_, coming->arrival_s);
+      continue;
+    }
+    Step(coming.has_value());
+    if (progress != nullptr && now_s_ - told_s > 60.0) progress(told_s = now_s_);
+  }
+  result_.seconds = now_s_;
+  result_.account = door_.account();
+  return std::move(result_);
+}
+
+}  // namespace
+
+void Histogram::Add(double value) {
+  const double place = value <= kLeastValue ? 0.0 : std::log(value / kLeastValue) / std::log(kGrowth);
+  ++buckets_[static_cast<size_t>(std::clamp(place, 0.0, static_cast<double>(buckets_.size() - 1)))];
+  ++count_;
+  sum_ += value;
+  most_ = std::max(most_, value);
+}
+
+double Histogram::Quantile(double q) const {
+  if (count_ == 0) return 0.0;
+  const auto rank = static_cast<int64_t>(std::ceil(q * static_cast<double>(count_)));
+  int64_t seen = 0;
+  for (size_t i = 0; i < buckets_.size(); ++i) {
+    seen += buckets_[i];
+    if (seen >= std::max<int64_t>(1, rank)) return std::min(most_, kLeastValue * std::pow(kGrowth, static_cast<double>(i + 1)));
+  }
+  return most_;
+}
+
+SimResult Simulate(const SimOptions& options, const std::function<std::optional<SimRequest>()>& next,
+                   const std::function<void(double)>& progress) {
+  return Simulation(options).Run(next, progress);
+}
+
+}  // namespace dejavu

@@ -1,0 +1,276 @@
+"""Scheduling as clients see it: who is refused and why, how requests end in every state, and what they share."""
+import threading
+import time
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+
+from conftest import PATIENCE_S
+from test_client import details, expect_error
+
+MAX_TIME, LENGTH = 5, 1
+# Steps of some milliseconds: long enough to meet a request in any state.
+SLOW_MODEL = "synthetic:opt-125m"
+
+
+def wait_for(daemon, condition):
+    """Until the server's load says so: bounded, and without a guess about how long things take."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition(load := daemon.load()):
+        assert time.monotonic() < deadline, load
+        time.sleep(0.002)
+
+
+def info(daemon, api):
+    return daemon.stub.GetServerInfo(api.pb.GetServerInfoRequest(), timeout=PATIENCE_S)
+
+
+def expect_books_balanced(daemon, api):
+    a = info(daemon, api).admission
+    assert a.received == a.finished + a.cancelled + a.failed + a.live + sum(a.refused.values()), a
+    return a
+
+
+def read(stream, chunks):
+    try:
+        for chunk in stream:
+            chunks.append(chunk)
+    except grpc.RpcError as error:
+        return error
+    return None
+
+
+def prompt(length, start=10):
+    return [2] + [start + i % 500 for i in range(length - 1)]
+
+
+# Queued, in prefill (a step takes one token of a prompt), between tokens, during the last token.
+STATES = ("queued", "prefill", "decode", "last")
+
+
+@pytest.fixture(scope="module")
+def slow(api, tmp_path_factory):
+    from conftest import Daemon
+    daemon = Daemon(api, tmp_path_factory.mktemp("slow"), "--scheduler-max-batch", "2", "--scheduler-prefill-chunk-tokens", "1",
+                    "--scheduler-deadline-slack", "0", "--transport-max-outbox-bytes", "1024", "--weights", "int8",
+                    "--kv-prefix-cache", "false", model=SLOW_MODEL)
+    yield daemon
+    daemon.stop()
+    assert daemon.process.returncode == 0, daemon.log()
+
+
+@pytest.mark.parametrize("way", ("cancel", "deadline", "abort", "slow reader"))
+@pytest.mark.parametrize("state", STATES)
+def test_a_request_ends_in_every_state_and_hurts_nobody(slow, api, state, way):
+    neighbour = slow.request(prompt(4), 60)
+    alone = list(slow.stub.Generate(neighbour, timeout=PATIENCE_S).token_ids)
+    blockers = []
+    if state == "queued":
+        blockers = [slow.stub.GenerateStream(slow.request(prompt(3, 600 + i), 1500), timeout=PATIENCE_S) for i in range(2)]
+        wait_for(slow, lambda load: load.running_requests == 2)
+    else:
+        beside = slow.stub.Generate.future(neighbour, timeout=PATIENCE_S)
+
+    length = 1800 if state == "prefill" else 4
+    tokens = {"queued": 200, "prefill": 200, "decode": 2000, "last": 8}[state]
+    victim = slow.request(prompt(length, 900), tokens, request_id="victim")
+    # A deadline meets it in its state because the state lasts longer; the last token may win the race.
+    timeout = {"queued": 0.2, "prefill": 0.3, "decode": 0.5, "last": 0.05}[state] if way == "deadline" else PATIENCE_S
+    if way == "slow reader":
+        victim.output.top_logprobs = 20  # output enough to fill its outbox
+        if state == "last":
+            victim.stopping.max_new_tokens = 400
+    stream = slow.stub.GenerateStream(victim, timeout=timeout)
+    chunks = []
+    if way in ("cancel", "abort"):
+        if state == "queued":
+            wait_for(slow, lambda load: load.waiting_requests == 1)
+        elif state == "prefill":
+            before = slow.load().prompt_tokens
+            wait_for(slow, lambda load: load.prompt_tokens > before + 10)
+        else:
+            wanted = 1 if state == "decode" else tokens - 1
+            while sum(len(c.token_ids) for c in chunks) < wanted:
+                chunks.append(next(stream))
+        if way == "cancel":
+            stream.cancel()
+        else:
+            found = slow.stub.Abort(api.pb.AbortRequest(request_id="victim"), timeout=PATIENCE_S).found
+            assert found or state == "last"
+    if way == "slow reader":
+        # Nobody reads. In the queue that is nothing yet: the others have to go first.
+        for blocker in blockers:
+            blocker.cancel()
+        if state != "queued":
+            assert list(beside.result(timeout=PATIENCE_S).token_ids) == alone
+        wait_for(slow, lambda load: load.running_requests == 0 and load.waiting_requests == 0)
+
+    error = read(stream, chunks)
+    code = {"cancel": grpc.StatusCode.CANCELLED, "abort": grpc.StatusCode.CANCELLED,
+            "deadline": grpc.StatusCode.DEADLINE_EXCEEDED, "slow reader": grpc.StatusCode.RESOURCE_EXHAUSTED}[way]
+    if error is None:
+        assert state == "last" and chunks[-1].finish.generated_tokens == tokens
+    else:
+        assert error.code() == code, error
+    for blocker in blockers:
+        blocker.cancel()
+    if state != "queued" and way != "slow reader":
+        assert list(beside.result(timeout=PATIENCE_S).token_ids) == alone
+    slow.expect_idle()
+    expect_books_balanced(slow, api)
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once_with_the_time_it_would_take(start, api):
+    daemon = start("--weights", "int8", model=SLOW_MODEL)
+    steps = daemon.load().steps
+    error = expect_error(lambda: daemon.stub.Generate(daemon.request(prompt(100), 1800), timeout=2),
+                         grpc.StatusCode.DEADLINE_EXCEEDED)
+    assert details(error, error_details_pb2.ErrorInfo).reason == "DEADLINE_INFEASIBLE"
+    assert details(error, error_details_pb2.RetryInfo).retry_delay.ToNanoseconds() > 0
+    assert "would take about" in error.details()
+    assert daemon.load().steps == steps, "it never ran"
+    assert expect_books_balanced(daemon, api).refused["DEADLINE_INFEASIBLE"] == 1
+    costs = info(daemon, api).cost_model
+    assert costs.steps > 0 and costs.exact_ms > 0 and costs.prefill_token_ms > 0
+
+
+def test_a_tenants_queue_is_bounded_by_itself(start, api):
+    daemon = start("--scheduler-max-batch", "1", "--scheduler-tenant-max-waiting-requests", "1", "--weights", "int8",
+                   model=SLOW_MODEL)
+    as_tenant = lambda name: {"metadata": (("x-tenant", name),), "timeout": PATIENCE_S}
+    running = daemon.stub.GenerateStream(daemon.request(prompt(4), 1500), **as_tenant("a"))
+    wait_for(daemon, lambda load: load.running_requests == 1)
+    waiting = daemon.stub.GenerateStream(daemon.request(prompt(4), 2), **as_tenant("a"))
+    wait_for(daemon, lambda load: load.waiting_requests == 1)
+    error = expect_error(lambda: daemon.stub.Generate(daemon.request(prompt(4), 2), **as_tenant("a")),
+                         grpc.StatusCode.RESOURCE_EXHAUSTED)
+    assert details(error, error_details_pb2.ErrorInfo).reason == "TENANT_REQUESTS"
+    other = daemon.stub.GenerateStream(daemon.request(prompt(4), 2), **as_tenant("b"))
+    running.cancel()
+    assert len(list(waiting)) > 0 and len(list(other)) > 0
+    error = expect_error(lambda: daemon.stub.Generate(daemon.request(prompt(4), 2), **as_tenant("a b")),
+                         grpc.StatusCode.INVALID_ARGUMENT)
+    assert "x-tenant" in error.details()
+    daemon.expect_idle()
+
+
+def test_an_interactive_request_passes_those_that_wait(start, api):
+    daemon = start("--scheduler-max-batch", "1", "--weights", "int8", model=SLOW_MODEL)
+    running = daemon.stub.GenerateStream(daemon.request(prompt(4), 1500), timeout=PATIENCE_S)
+    wait_for(daemon, lambda load: load.running_requests == 1)
+    finished, lock, threads = [], threading.Lock(), []
+
+    def run(name, urgency):
+        request = daemon.request(prompt(4), 3)
+        request.scheduling.urgency = urgency
+        daemon.stub.Generate(request, timeout=PATIENCE_S)
+        with lock:
+            finished.append(name)
+
+    for i, (name, urgency) in enumerate((("batch", api.pb.URGENCY_BATCH), ("normal", api.pb.URGENCY_NORMAL),
+                                         ("interactive", api.pb.URGENCY_INTERACTIVE))):
+        threads.append(threading.Thread(target=run, args=(name, urgency)))
+        threads[-1].start()
+        wait_for(daemon, lambda load: load.waiting_requests == i + 1)
+    running.cancel()
+    for thread in threads:
+        thread.join()
+    assert finished == ["interactive", "normal", "batch"]
+
+
+def test_a_prefix_is_found_again_by_its_tenant_and_salt_alone(daemon, api):
+    request = daemon.request(prompt(400, 20), 8)
+    request.scheduling.cache_salt = "this test"
+    call = lambda **keys: daemon.stub.Generate(request, timeout=PATIENCE_S, **keys)
+    first, again = call(), call()
+    assert first.finish.cached_prompt_tokens == 0
+    assert again.finish.cached_prompt_tokens == 384  # whole blocks of 16; the last token is always computed
+    assert list(again.token_ids) == list(first.token_ids)
+    assert call(metadata=(("x-tenant", "other"),)).finish.cached_prompt_tokens == 0
+    request.scheduling.prefix_cache = False
+    without = call()
+    assert without.finish.cached_prompt_tokens == 0 and list(without.token_ids) == list(first.token_ids)
+    request.scheduling.ClearField("prefix_cache")
+    request.scheduling.cache_salt = "another"
+    assert call().finish.cached_prompt_tokens == 0
+    load = daemon.load()
+    assert load.kv_blocks_cached > 0 and load.kv_blocks_free == load.kv_blocks_total
+
+
+def test_samples_of_one_prompt_compute_it_once(daemon, api):
+    request = daemon.request(prompt(300, 40), 12)
+    request.scheduling.cache_salt = "samples"
+    request.sampling.temperature = 1.0
+    before = daemon.load()
+    calls = []
+    for seed in range(4):
+        request.sampling.seed = seed
+        calls.append(daemon.stub.Generate.future(request, timeout=PATIENCE_S))
+    replies = [call.result() for call in calls]
+    assert sorted(r.finish.cached_prompt_tokens for r in replies) == [0, 288, 288, 288]
+    assert len({tuple(r.token_ids) for r in replies}) > 1
+    after = daemon.load()
+    assert after.prompt_tokens - before.prompt_tokens == 300 + 3 * 12
+    assert after.cached_prompt_tokens - before.cached_prompt_tokens == 3 * 288
+    daemon.expect_idle()
+
+
+def test_overcommitted_memory_computes_again_and_changes_no_token(start, api):
+    daemon = start("--kv-overcommit", "true", "--kv-memory-mib", "5", "--kv-prefix-cache", "false")
+    requests = [daemon.request(prompt(20, 30 + 7 * i), 300) for i in range(6)]
+    alone = [list(daemon.stub.Generate(r, timeout=PATIENCE_S).token_ids) for r in requests]
+    calls = [daemon.stub.Generate.future(r, timeout=PATIENCE_S) for r in requests]
+    assert [list(c.result().token_ids) for c in calls] == alone
+    assert daemon.load().preemptions > 0, "there was memory for all of them"
+    daemon.expect_idle()
+
+
+def test_max_time_ends_with_what_there_is(slow, api):
+    request = slow.request(prompt(4), 2000)
+    request.stopping.max_time_s = 0.5
+    reply = slow.stub.Generate(request, timeout=PATIENCE_S)
+    assert reply.finish.reason == MAX_TIME
+    assert 0 < len(reply.token_ids) < 2000
+    request.stopping.max_time_s = float("nan")
+    assert "max_time_s" in expect_error(lambda: slow.stub.Generate(request, timeout=PATIENCE_S),
+                                        grpc.StatusCode.INVALID_ARGUMENT).details()
+
+
+@pytest.mark.parametrize("queue", ("true", "false"))
+def test_sigterm_under_load_loses_nothing(start, queue):
+    daemon = start("--scheduler-max-batch", "16", "--scheduler-max-waiting-requests", "16", "--drain-queue", queue,
+                   "--drain-timeout-s", "100")
+    streams = [daemon.stub.GenerateStream(daemon.request(prompt(5, 10 * i + 5), 450), timeout=PATIENCE_S) for i in range(32)]
+    wait_for(daemon, lambda load: load.running_requests == 16 and load.waiting_requests == 16)
+    daemon.terminate()
+    complete, refused = 0, 0
+    for stream in streams:
+        chunks = []
+        error = read(stream, chunks)
+        if error is None:
+            complete += 1
+            assert sum(len(c.token_ids) for c in chunks) == 450
+        else:
+            refused += 1
+            assert error.code() == grpc.StatusCode.UNAVAILABLE, error
+            assert details(error, error_details_pb2.RetryInfo).retry_delay.ToNanoseconds() > 0
+    assert daemon.wait() == 0, daemon.log()
+    assert (complete, refused) == ((32, 0) if queue == "true" else (16, 16))
+
+
+def test_a_fault_in_a_step_fails_its_requests_and_ends_the_daemon(start, api):
+    daemon = start("--scheduler-fault", "throw@50", "--scheduler-max-batch", "2")
+    streams = [daemon.stub.GenerateStream(daemon.request(prompt(4), 450), timeout=PATIENCE_S) for _ in range(4)]
+    codes = [read(stream, []).code() for stream in streams]
+    assert sorted(code.name for code in codes) == ["INTERNAL", "INTERNAL", "UNAVAILABLE", "UNAVAILABLE"]
+    assert daemon.wait() == 3, daemon.log()
+    assert "injected fault" in daemon.log()
+
+
+def test_a_step_that_hangs_is_given_up(start):
+    daemon = start("--scheduler-fault", "hang@50", "--scheduler-watchdog-s", "1")
+    stream = daemon.stub.GenerateStream(daemon.request(prompt(4), 450), timeout=PATIENCE_S)
+    assert read(stream, []) is not None
+    assert daemon.wait() == 3, daemon.log()
+    assert "has not ended" in daemon.log()
