@@ -16,8 +16,8 @@
 
 namespace dejavu {
 
-// Names the contents of a block: a chained SHA-256, cut to 128 bits, of everything from the first token to its last one,
-// and of whom they belong to.
+// Names the contents of a block: a chained SHA-256, cut to 128 bits, of everything from the first token to its last
+// one, and of whom they belong to.
 struct BlockKey {
   std::array<uint64_t, 2> bits = {};
   friend bool operator==(const BlockKey& a, const BlockKey& b) { return a.bits == b.bits; }

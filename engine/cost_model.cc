@@ -21,19 +21,20 @@ CostModel::CostModel() {
 }
 
 CostModel::CostModel(const CostParameters& known) : CostModel() {
-  weights_ = {known.dense_ms, known.exact_ms,         known.predicted_ms, known.row_ms, known.prefill_token_ms * kPrefillUnit,
+  weights_ = {known.dense_ms,
+              known.exact_ms,
+              known.predicted_ms,
+              known.row_ms,
+              known.prefill_token_ms * kPrefillUnit,
               known.context_token_ms * kContextUnit};
   steps_ = kLearned;
   seen_ = {1, 1, 1};
 }
 
 CostModel::Vector CostModel::Features(const StepShape& s) {
-  return {s.tier == Tier::kDense ? 1.0 : 0.0,
-          s.tier == Tier::kExact ? 1.0 : 0.0,
-          IsPredicted(s.tier) ? 1.0 : 0.0,
-          static_cast<double>(s.decode_rows),
-          s.prefill_rows / kPrefillUnit,
-          static_cast<double>(s.context_tokens) / kContextUnit};
+  return {s.tier == Tier::kDense ? 1.0 : 0.0, s.tier == Tier::kExact ? 1.0 : 0.0,
+          IsPredicted(s.tier) ? 1.0 : 0.0,    static_cast<double>(s.decode_rows),
+          s.prefill_rows / kPrefillUnit,      static_cast<double>(s.context_tokens) / kContextUnit};
 }
 
 void CostModel::Observe(const StepShape& shape, double ms) {

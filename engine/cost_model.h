@@ -1,6 +1,7 @@
 // CostModel: how long a step takes, learned from the steps just run.
 //
-//   ms = base of the dearest tier in the step + row * decode rows + prefill_token * prompt rows + context_token * context
+//   ms = base of the dearest tier in the step + row * decode rows + prefill_token * prompt rows + context_token *
+//   context
 //
 // fitted by recursive least squares with forgetting (Haykin, Adaptive Filter Theory, 4th ed., 9.3), with coefficients
 // that count as zero where they are negative. Pure arithmetic, nothing allocates. Engine thread only.
@@ -15,7 +16,7 @@
 namespace dejavu {
 
 struct StepShape {
-  Tier tier = Tier::kDense;    // of the row that reads most; kExact where a prompt is computed
+  Tier tier = Tier::kDense;  // of the row that reads most; kExact where a prompt is computed
   int32_t decode_rows = 0;
   int32_t prefill_rows = 0;
   int64_t context_tokens = 0;  // positions that the decode rows look back at, all together
@@ -48,7 +49,7 @@ class CostModel {
   Vector weights_ = {};
   std::array<Vector, kFeatures> covariance_ = {};
   std::array<int64_t, 3> seen_ = {};  // steps of each base
-  double error_ms_ = 0.0;  // mean absolute error, recent
+  double error_ms_ = 0.0;             // mean absolute error, recent
   int64_t steps_ = 0;
 };
 

@@ -68,8 +68,8 @@ absl::Status Door::Admit(const Request& request, SteadyTime now, Expectation* ex
   const DoorOptions& o = options_;
   const auto prompt = static_cast<int64_t>(request.prompt.size());
   // The last quarter of the queue is not for those who can wait.
-  const int64_t places = request.urgency == Urgency::kBatch ? o.max_waiting_requests - o.max_waiting_requests / 4
-                                                            : o.max_waiting_requests;
+  const int64_t places =
+      request.urgency == Urgency::kBatch ? o.max_waiting_requests - o.max_waiting_requests / 4 : o.max_waiting_requests;
   if (waiting_ >= places) {
     return full(Refusal::kQueueFull, absl::StrCat("the queue is full: ", waiting_, " requests wait"), places);
   }
@@ -80,7 +80,8 @@ absl::Status Door::Admit(const Request& request, SteadyTime now, Expectation* ex
                 o.max_waiting_tokens);
   }
   if (const auto mine = tenants_.find(request.tenant); mine != tenants_.end()) {
-    const std::string who = request.tenant.empty() ? "requests without a tenant" : absl::StrCat("tenant ", request.tenant);
+    const std::string who =
+        request.tenant.empty() ? "requests without a tenant" : absl::StrCat("tenant ", request.tenant);
     if (o.tenant_max_waiting_requests > 0 && mine->second.requests >= o.tenant_max_waiting_requests) {
       return full(Refusal::kTenantRequests, absl::StrCat(who, ": ", mine->second.requests, " wait"),
                   o.tenant_max_waiting_requests);
@@ -96,10 +97,10 @@ absl::Status Door::Admit(const Request& request, SteadyTime now, Expectation* ex
     const double needed_ms = PredictMs(request);
     if (needed_ms > left_ms * o.deadline_slack) {
       return Refuse(Refusal::kDeadlineInfeasible,
-                    absl::DeadlineExceededError(absl::StrCat(
-                        "the request would take about ", std::ceil(needed_ms), " ms and its deadline leaves ",
-                        std::max(0.0, std::floor(left_ms)), " ms; ask for fewer than ", request.max_new_tokens,
-                        " tokens or more time")),
+                    absl::DeadlineExceededError(
+                        absl::StrCat("the request would take about ", std::ceil(needed_ms),
+                                     " ms and its deadline leaves ", std::max(0.0, std::floor(left_ms)),
+                                     " ms; ask for fewer than ", request.max_new_tokens, " tokens or more time")),
                     RetryAfter());
     }
   }
@@ -150,8 +151,7 @@ void Door::Move(const Request& request, int sign) {
   if (mine.requests == 0) tenants_.erase(request.tenant);
 }
 
-void Door::SetLoad(const CostParameters& costs, bool learned, Tier dearest, int32_t running,
-                   int64_t first_free_steps) {
+void Door::SetLoad(const CostParameters& costs, bool learned, Tier dearest, int32_t running, int64_t first_free_steps) {
   costs_ = costs;
   learned_ = learned;
   dearest_ = dearest;
@@ -160,14 +160,17 @@ void Door::SetLoad(const CostParameters& costs, bool learned, Tier dearest, int3
 }
 
 double Door::StepMs(int32_t rows, Tier tier) const {
-  const double base = tier == Tier::kDense ? costs_.dense_ms : tier == Tier::kExact ? costs_.exact_ms : costs_.predicted_ms;
+  const double base = tier == Tier::kDense   ? costs_.dense_ms
+                      : tier == Tier::kExact ? costs_.exact_ms
+                                             : costs_.predicted_ms;
   return base + costs_.row_ms * rows;
 }
 
 // The queue ahead shares the slots; then the prompt, in steps of its own; then a step for each token.
 Expectation Door::Predict(const Request& request) const {
   const int32_t slots = options_.slots;
-  const int32_t rows = std::min<int32_t>(slots, running_ + static_cast<int32_t>(std::min<int64_t>(waiting_, slots)) + 1);
+  const int32_t rows =
+      std::min<int32_t>(slots, running_ + static_cast<int32_t>(std::min<int64_t>(waiting_, slots)) + 1);
   const double step_ms = StepMs(rows, std::min(request.sparsity.tier, running_ > 0 ? dearest_ : Tier::kFast));
   double prompts = 0.0, outputs = 0.0, requests = 0.0;
   for (int u = 0; u <= static_cast<int>(request.urgency); ++u) {

@@ -1,5 +1,5 @@
-// Door: who may come in. Bounded queues, for everybody and for each tenant, and deadlines that can be met; and the books
-// of what became of every request. A state machine without a clock: the caller keeps it under a lock.
+// Door: who may come in. Bounded queues, for everybody and for each tenant, and deadlines that can be met; and the
+// books of what became of every request. A state machine without a clock: the caller keeps it under a lock.
 #ifndef ENGINE_DOOR_H_
 #define ENGINE_DOOR_H_
 
@@ -17,8 +17,8 @@
 namespace dejavu {
 
 enum class Refusal {
-  kInvalid,             // INVALID_ARGUMENT, FAILED_PRECONDITION: it can never run here
-  kQueueFull,           // RESOURCE_EXHAUSTED, as the next three
+  kInvalid,    // INVALID_ARGUMENT, FAILED_PRECONDITION: it can never run here
+  kQueueFull,  // RESOURCE_EXHAUSTED, as the next three
   kQueueTokens,
   kTenantRequests,
   kTenantTokens,
@@ -40,7 +40,7 @@ struct DoorOptions {
   int32_t slots = 16;
   int32_t prefill_chunk_tokens = 64;
   int64_t max_waiting_requests = 256;  // of these three quarters for BATCH
-  int64_t max_waiting_tokens = 0;          // of prompts; 0: no limit, as in the next two
+  int64_t max_waiting_tokens = 0;      // of prompts; 0: no limit, as in the next two
   int64_t tenant_max_waiting_requests = 0;
   int64_t tenant_max_waiting_tokens = 0;
   // A request is refused when the predicted time is more than so many times what its deadline leaves. 0: never.

@@ -344,9 +344,10 @@ void StepEngine::WarmUp() {
     WarmUpStep(batch, 0, /*learn=*/true);
     if (chunk > 0) WarmUpStep(1, chunk, /*learn=*/true);
   }
+  stat_cost_steps_ = scheduler_.costs().steps();
+  PublishStats();
   MutexLock lock(mutex_);
   TellTheDoor();
-  PublishStats();
 }
 
 void StepEngine::WarmUpStep(int32_t decode_rows, int32_t prefill_rows, bool learn) {

@@ -63,7 +63,8 @@ Tier TierOf(const std::string& name) {
 // Gamma gaps (burstiness 1: Poisson) and log-normal lengths.
 class Arrivals {
  public:
-  explicit Arrivals(const Arguments& arguments) : a_(arguments), random_(arguments.seed), tier_(TierOf(arguments.tier)) {
+  explicit Arrivals(const Arguments& arguments)
+      : a_(arguments), random_(arguments.seed), tier_(TierOf(arguments.tier)) {
     for (const auto& [name, share] : Parse("--mix", a_.mix)) mix_.emplace_back(ParseUrgency(name), share);
     if (mix_.empty()) mix_.emplace_back(Urgency::kNormal, 1.0);
     tenants_ = Parse("--tenant", a_.tenants);
@@ -131,8 +132,8 @@ class Trace {
         !absl::SimpleAtoi(cells[1], &r.prompt_tokens) || !absl::SimpleAtoi(cells[2], &r.output_tokens) ||
         (!cells[6].empty() && !absl::SimpleAtod(cells[6], &r.deadline_s)) || r.prompt_tokens < 1 ||
         r.output_tokens < 1 || !(r.arrival_s >= last_s_)) {
-      throw CLI::FileError(absl::StrCat(path_, ":", line_, ": '", line, "' is not a row of ", kTraceHeader,
-                                        " in order of arrival"));
+      throw CLI::FileError(
+          absl::StrCat(path_, ":", line_, ": '", line, "' is not a row of ", kTraceHeader, " in order of arrival"));
     }
     last_s_ = r.arrival_s;
     r.max_new_tokens = r.output_tokens;
@@ -159,7 +160,8 @@ void Print(const SimResult& r, const SimOptions& options) {
   absl::PrintF("received %d = finished %d + refused %d + cancelled %d + failed %d + live %d\n", r.account.received,
                r.account.finished, r.account.refused_total(), r.account.cancelled, r.account.failed, r.account.live);
   for (int i = 0; i < kRefusals; ++i) {
-    if (r.account.refused[i] > 0) absl::PrintF("  refused, %s: %d\n", Name(static_cast<Refusal>(i)), r.account.refused[i]);
+    if (r.account.refused[i] > 0)
+      absl::PrintF("  refused, %s: %d\n", Name(static_cast<Refusal>(i)), r.account.refused[i]);
   }
   absl::PrintF("goodput %.3f requests/s\n\n  %-22s %10s %10s %10s %10s %10s\n", r.goodput_per_s(), "ms", "mean", "p50",
                "p90", "p99", "most");
@@ -171,30 +173,38 @@ void Print(const SimResult& r, const SimOptions& options) {
     PrintHistogram("time to first token", of.ttft_ms);
     PrintHistogram("between tokens", of.inter_token_ms);
   }
-  absl::PrintF("\nlongest wait %.2f s, at most %d waiting; at most %d of %d KV blocks; %d prompt tokens from the prefix "
-               "cache, %d preemptions\n",
-               r.longest_queue_age_s, r.most_waiting, r.most_kv_blocks, options.kv_blocks, r.cached_prompt_tokens,
-               r.preemptions);
+  absl::PrintF(
+      "\nlongest wait %.2f s, at most %d waiting; at most %d of %d KV blocks; %d prompt tokens from the prefix "
+      "cache, %d preemptions\n",
+      r.longest_queue_age_s, r.most_waiting, r.most_kv_blocks, options.kv_blocks, r.cached_prompt_tokens,
+      r.preemptions);
   if (r.tenants.size() < 2) return;
   int64_t total = 0;
   for (const auto& [name, served] : r.tenants) total += served.prompt_tokens + served.output_tokens;
   for (const auto& [name, served] : r.tenants) {
     const int64_t tokens = served.prompt_tokens + served.output_tokens;
-    absl::PrintF("tenant %s: %d tokens, %.1f %%\n", name, tokens, 100.0 * static_cast<double>(tokens) / std::max<double>(1.0, static_cast<double>(total)));
+    absl::PrintF("tenant %s: %d tokens, %.1f %%\n", name, tokens,
+                 100.0 * static_cast<double>(tokens) / std::max<double>(1.0, static_cast<double>(total)));
   }
 }
 
 int Run(int argc, char** argv) {
   Arguments a;
-  CLI::App app{"What a dejavud server with given step costs does with given arrivals, on a virtual clock.", "dejavu-sim"};
+  CLI::App app{"What a dejavud server with given step costs does with given arrivals, on a virtual clock.",
+               "dejavu-sim"};
   app.add_option("--trace", a.trace, absl::StrCat("CSV of arrivals: ", kTraceHeader));
-  app.add_option("--rate", a.rate, "requests per second to generate, where there is no trace")->check(CLI::Range(1e-6, 1e6));
+  app.add_option("--rate", a.rate, "requests per second to generate, where there is no trace")
+      ->check(CLI::Range(1e-6, 1e6));
   app.add_option("--seconds", a.seconds, "of arrivals")->capture_default_str();
   app.add_option("--requests", a.requests, "this many instead");
-  app.add_option("--burstiness", a.burstiness, "coefficient of variation of the gaps; 1: Poisson")->capture_default_str()->check(CLI::Range(0.01, 100.0));
+  app.add_option("--burstiness", a.burstiness, "coefficient of variation of the gaps; 1: Poisson")
+      ->capture_default_str()
+      ->check(CLI::Range(0.01, 100.0));
   app.add_option("--prompt-tokens", a.prompt_tokens, "mean")->capture_default_str()->check(CLI::Range(1.0, 1e6));
   app.add_option("--output-tokens", a.output_tokens, "mean")->capture_default_str()->check(CLI::Range(1.0, 1e6));
-  app.add_option("--spread", a.spread, "sigma of the log-normal lengths")->capture_default_str()->check(CLI::Range(0.0, 3.0));
+  app.add_option("--spread", a.spread, "sigma of the log-normal lengths")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 3.0));
   app.add_option("--deadline-s", a.deadline_s, "of each request; 0: none")->capture_default_str();
   app.add_option("--tier", a.tier, "of each request")->capture_default_str();
   app.add_option("--mix", a.mix, "shares of urgencies, such as interactive=1 batch=3");
@@ -208,17 +218,23 @@ int Run(int argc, char** argv) {
   app.add_option("--predicted-ms", s.costs.predicted_ms, "a step of a predicted tier")->default_val("5");
   app.add_option("--row-ms", s.costs.row_ms, "more for each row that decodes")->default_val("0.1");
   app.add_option("--prefill-token-ms", s.costs.prefill_token_ms, "more for each prompt token")->default_val("0.2");
-  app.add_option("--context-token-ms", s.costs.context_token_ms, "more for each token of context")->default_val("0.0001");
-  app.add_option("--max-batch", s.scheduler.slots, "sequences at once")->capture_default_str()->check(CLI::Range(1, 1024));
+  app.add_option("--context-token-ms", s.costs.context_token_ms, "more for each token of context")
+      ->default_val("0.0001");
+  app.add_option("--max-batch", s.scheduler.slots, "sequences at once")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1024));
   app.add_option("--max-step-tokens", s.max_step_tokens, "of one step")->capture_default_str();
-  app.add_option("--prefill-chunk-tokens", s.scheduler.prefill_chunk_tokens, "of one sequence in a step")->capture_default_str();
+  app.add_option("--prefill-chunk-tokens", s.scheduler.prefill_chunk_tokens, "of one sequence in a step")
+      ->capture_default_str();
   app.add_option("--max-waiting-requests", s.door.max_waiting_requests, "in the queue")->capture_default_str();
-  app.add_option("--max-waiting-tokens", s.door.max_waiting_tokens, "of their prompts; 0: no limit")->capture_default_str();
+  app.add_option("--max-waiting-tokens", s.door.max_waiting_tokens, "of their prompts; 0: no limit")
+      ->capture_default_str();
   app.add_option("--deadline-slack", s.door.deadline_slack, "see dejavud --help")->capture_default_str();
   app.add_option("--tenant-weight", weights, "such as a=1 b=3");
   app.add_option("--ageing-s", s.scheduler.ageing_s, "see dejavud --help")->capture_default_str();
   app.add_option("--prefill-share", s.scheduler.prefill_share, "see dejavud --help")->capture_default_str();
-  app.add_option("--step-target-ms", s.scheduler.inter_token_target_ms, "between two tokens; 0: by --prefill-share")->capture_default_str();
+  app.add_option("--step-target-ms", s.scheduler.inter_token_target_ms, "between two tokens; 0: by --prefill-share")
+      ->capture_default_str();
   app.add_flag("--overcommit", s.scheduler.overcommit, "of KV blocks");
   app.add_flag("--no-prefix-cache", a.no_prefix_cache, "share no prefixes");
   app.add_option("--kv-blocks", s.kv_blocks, "in all")->capture_default_str()->check(CLI::Range(1, 1 << 24));
@@ -230,8 +246,9 @@ int Run(int argc, char** argv) {
     app.parse(argc, argv);
     if (a.trace.empty() == (a.rate <= 0.0)) throw CLI::ValidationError("--rate", "give either --rate or --trace");
     if (s.kv_blocks * s.block_tokens < s.context) {
-      throw CLI::ValidationError("--kv-blocks", absl::StrCat("is ", s.kv_blocks, "; one sequence of ", s.context,
-                                                             " tokens needs ", (s.context + s.block_tokens - 1) / s.block_tokens));
+      throw CLI::ValidationError("--kv-blocks",
+                                 absl::StrCat("is ", s.kv_blocks, "; one sequence of ", s.context, " tokens needs ",
+                                              (s.context + s.block_tokens - 1) / s.block_tokens));
     }
     s.max_step_tokens = std::max(s.max_step_tokens, s.scheduler.slots);
     s.scheduler.tenant_weights = Parse("--tenant-weight", weights);
@@ -242,10 +259,12 @@ int Run(int argc, char** argv) {
     SimResult result;
     if (a.trace.empty()) {
       Arrivals arrivals(a);
-      result = Simulate(s, [&] { return arrivals.Next(); }, progress);
+      result = Simulate(
+          s, [&] { return arrivals.Next(); }, progress);
     } else {
       Trace trace(a.trace);
-      result = Simulate(s, [&] { return trace.Next(); }, progress);
+      result = Simulate(
+          s, [&] { return trace.Next(); }, progress);
     }
     std::fprintf(stderr, "\n");
     Print(result, s);

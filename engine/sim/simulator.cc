@@ -25,8 +25,8 @@ class Simulation {
         pool_(options.kv_blocks, options.block_tokens),
         scheduler_(pool_, options.scheduler),
         door_(options.door),
-        batch_(options.max_step_tokens, options.scheduler.slots + options.scheduler.score_rows,
-               options.scheduler.slots, pool_.BlocksFor(options.context)) {}
+        batch_(options.max_step_tokens, options.scheduler.slots + options.scheduler.score_rows, options.scheduler.slots,
+               pool_.BlocksFor(options.context)) {}
 
   SimResult Run(const std::function<std::optional<SimRequest>()>& next, const std::function<void(double)>& progress);
 
@@ -203,7 +203,8 @@ double Histogram::Quantile(double q) const {
   int64_t seen = 0;
   for (size_t i = 0; i < buckets_.size(); ++i) {
     seen += buckets_[i];
-    if (seen >= std::max<int64_t>(1, rank)) return std::min(most_, kLeastValue * std::pow(kGrowth, static_cast<double>(i + 1)));
+    if (seen >= std::max<int64_t>(1, rank))
+      return std::min(most_, kLeastValue * std::pow(kGrowth, static_cast<double>(i + 1)));
   }
   return most_;
 }

@@ -26,7 +26,7 @@ struct SimRequest {
   Urgency urgency = Urgency::kNormal;
   std::string tenant;
   Tier tier = Tier::kDense;
-  double deadline_s = 0.0;  // after its arrival; 0: none
+  double deadline_s = 0.0;           // after its arrival; 0: none
   int32_t shared_prefix_tokens = 0;  // that all requests of one prefix id begin with
   int32_t prefix_id = 0;
 };

@@ -84,7 +84,7 @@ TEST_F(BlockPoolTest, GivesIdleBlocksAwayLeastRecentlyUsedFirstAndPrefixesFromTh
   Cache(a);
   Cache(b);
   EXPECT_EQ(pool_.cached(), 5);
-  pool_.Give(Share(a));  // used last
+  pool_.Give(Share(a));        // used last
   const auto taken = Take(4);  // 3 were empty: one is evicted
   EXPECT_THAT(Share(b), testing::SizeIs(1)) << "the end of the one used longest ago went first";
   EXPECT_THAT(Share(a), testing::SizeIs(3));

@@ -108,8 +108,8 @@ TEST(Door, LearnsHowMuchLongerThingsTakeThanPredicted) {
 
 TEST(Door, KeepsTheBooks) {
   Door door(DoorOptions{});
-  for (FinishReason reason : {FinishReason::kEos, FinishReason::kTime, FinishReason::kCancelled, FinishReason::kDeadline,
-                              FinishReason::kError}) {
+  for (FinishReason reason : {FinishReason::kEos, FinishReason::kTime, FinishReason::kCancelled,
+                              FinishReason::kDeadline, FinishReason::kError}) {
     ASSERT_TRUE(door.Admit(Asking(1, 1, "t"), SteadyTime()).ok());
     ExpectBalanced(door.account());
     door.Ended(Asking(1, 1, "t"), reason, /*waiting=*/true);

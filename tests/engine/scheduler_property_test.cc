@@ -19,7 +19,10 @@ constexpr int kBlocks = 24, kBlockTokens = 4, kContext = 64;
 class World {
  public:
   World(uint64_t seed, bool overcommit)
-      : random_(seed), pool_(kBlocks, kBlockTokens), scheduler_(pool_, Options(overcommit)), door_(DoorOf()),
+      : random_(seed),
+        pool_(kBlocks, kBlockTokens),
+        scheduler_(pool_, Options(overcommit)),
+        door_(DoorOf()),
         batch_(16, 4 + 2, 4, kContext / kBlockTokens) {}
 
   static SchedulerOptions Options(bool overcommit) {
@@ -108,7 +111,8 @@ class World {
       const bool whole = s->computed + s->step_rows == s->prompt_tokens();
       if (s->request.score ? (whole && s->step_rows > 0) : s->step_logits > 0) {
         if (!s->request.score) s->tokens.push_back(Draw(3));
-        if (s->request.score || s->generated_tokens() == s->request.max_new_tokens || Draw(15) == 0) done.push_back(s.get());
+        if (s->request.score || s->generated_tokens() == s->request.max_new_tokens || Draw(15) == 0)
+          done.push_back(s.get());
       }
     }
     const double ms = 1.0 + 0.1 * batch_.rows();

@@ -18,8 +18,8 @@ SimOptions Options() {
 }
 
 // Poisson arrivals of prompts of 128 tokens and outputs of 64.
-std::function<std::optional<SimRequest>()> Poisson(double rate, double seconds, uint64_t seed,
-                                                   std::function<void(SimRequest*, std::mt19937_64&)> change = nullptr) {
+std::function<std::optional<SimRequest>()> Poisson(
+    double rate, double seconds, uint64_t seed, std::function<void(SimRequest*, std::mt19937_64&)> change = nullptr) {
   return [=, random = std::mt19937_64(seed), now_s = 0.0]() mutable -> std::optional<SimRequest> {
     now_s += std::exponential_distribution<double>(rate)(random);
     if (now_s > seconds) return std::nullopt;
@@ -62,9 +62,8 @@ TEST(Simulator, GoodputDoesNotCollapseUnderThreeTimesTheCapacity) {
   options.ttft_target_ms = 0.0;
   double peak = 0.0, overloaded = 0.0;
   for (double rate : {6.0, 8.0, 10.0, 12.0, 14.0, 36.0}) {
-    const SimResult r = Simulate(options, Poisson(rate, rate > 30.0 ? 3600.0 : 600.0, 1, [](SimRequest* request, auto&) {
-      request->deadline_s = 5.0;
-    }));
+    const SimResult r = Simulate(options, Poisson(rate, rate > 30.0 ? 3600.0 : 600.0, 1,
+                                                  [](SimRequest* request, auto&) { request->deadline_s = 5.0; }));
     ExpectBooksBalanced(r);
     (rate < 30.0 ? peak : overloaded) = rate < 30.0 ? std::max(peak, r.goodput_per_s()) : r.goodput_per_s();
     EXPECT_LE(r.most_waiting, options.door.max_waiting_requests);
@@ -79,8 +78,8 @@ TEST(Simulator, TenantsShareByWeightWhereBothSaturate) {
   options.scheduler.tenant_weights = {{"paying", 3.0}};
   options.door.tenant_max_waiting_requests = 40;
   const SimResult r = Simulate(options, Poisson(60.0, 300.0, 2, [](SimRequest* request, std::mt19937_64& random) {
-    request->tenant = random() % 2 == 0 ? "free" : "paying";
-  }));
+                                 request->tenant = random() % 2 == 0 ? "free" : "paying";
+                               }));
   const auto tokens = [&](const char* who) {
     const SimResult::Served& served = r.tenants.at(who);
     return static_cast<double>(served.prompt_tokens + served.output_tokens);
@@ -95,9 +94,9 @@ TEST(Simulator, AFloodOfBatchHardlyMovesTheInteractive) {
   const auto interactive = [](SimRequest* request, std::mt19937_64&) { request->urgency = Urgency::kInteractive; };
   const SimResult calm = Simulate(options, Poisson(3.0, 600.0, 3, interactive));
   // The same, and ten times as many of the least urgent: more than there is room for.
-  auto first = Poisson(3.0, 600.0, 3, interactive), second = Poisson(30.0, 600.0, 4, [](SimRequest* request, std::mt19937_64&) {
-    request->urgency = Urgency::kBatch;
-  });
+  auto first = Poisson(3.0, 600.0, 3, interactive),
+       second =
+           Poisson(30.0, 600.0, 4, [](SimRequest*request, std::mt19937_64&) { request->urgency = Urgency::kBatch; });
   std::optional<SimRequest> a = first(), b = second();
   const SimResult flooded = Simulate(options, [&] {
     std::optional<SimRequest>& earlier = !b.has_value() || (a.has_value() && a->arrival_s <= b->arrival_s) ? a : b;
@@ -116,8 +115,8 @@ TEST(Simulator, AFloodOfBatchHardlyMovesTheInteractive) {
 TEST(Simulator, SharesPrefixes) {
   SimOptions options = Options();
   const SimResult r = Simulate(options, Poisson(2.0, 100.0, 5, [](SimRequest* request, std::mt19937_64&) {
-    request->shared_prefix_tokens = 96;
-  }));
+                                 request->shared_prefix_tokens = 96;
+                               }));
   EXPECT_GT(r.cached_prompt_tokens, (r.account.finished - 2) * 96);
   EXPECT_LE(r.cached_prompt_tokens, r.account.finished * 96);
 }

@@ -54,7 +54,7 @@ def slow(api, tmp_path_factory):
     from conftest import Daemon
     daemon = Daemon(api, tmp_path_factory.mktemp("slow"), "--scheduler-max-batch", "2", "--scheduler-prefill-chunk-tokens", "1",
                     "--scheduler-deadline-slack", "0", "--transport-max-outbox-bytes", "1024", "--weights", "int8",
-                    "--kv-prefix-cache", "false", model=SLOW_MODEL)
+                    "--kv-prefix-cache=false", model=SLOW_MODEL)
     yield daemon
     daemon.stop()
     assert daemon.process.returncode == 0, daemon.log()
@@ -72,16 +72,22 @@ def test_a_request_ends_in_every_state_and_hurts_nobody(slow, api, state, way):
     else:
         beside = slow.stub.Generate.future(neighbour, timeout=PATIENCE_S)
 
-    length = 1800 if state == "prefill" else 4
+    length = 1000 if state == "prefill" else 4
     tokens = {"queued": 200, "prefill": 200, "decode": 2000, "last": 8}[state]
     victim = slow.request(prompt(length, 900), tokens, request_id="victim")
     # A deadline meets it in its state because the state lasts longer; the last token may win the race.
     timeout = {"queued": 0.2, "prefill": 0.3, "decode": 0.5, "last": 0.05}[state] if way == "deadline" else PATIENCE_S
+    stub = slow.stub
     if way == "slow reader":
-        victim.output.top_logprobs = 20  # output enough to fill its outbox
-        if state == "last":
+        # A connection of its own, whose window stays small; and output enough to fill window and outbox, but at the end.
+        channel = grpc.insecure_channel(slow.address, options=[("grpc.http2.bdp_probe", 0),
+                                                               ("grpc.use_local_subchannel_pool", 1)])
+        stub = api.rpc.GenerationServiceStub(channel)
+        if state != "last":
+            victim.output.top_logprobs = 100
             victim.stopping.max_new_tokens = 400
-    stream = slow.stub.GenerateStream(victim, timeout=timeout)
+            victim.stopping.min_new_tokens = 400
+    stream = stub.GenerateStream(victim, timeout=timeout)
     chunks = []
     if way in ("cancel", "abort"):
         if state == "queued":
@@ -99,7 +105,7 @@ def test_a_request_ends_in_every_state_and_hurts_nobody(slow, api, state, way):
             found = slow.stub.Abort(api.pb.AbortRequest(request_id="victim"), timeout=PATIENCE_S).found
             assert found or state == "last"
     if way == "slow reader":
-        # Nobody reads. In the queue that is nothing yet: the others have to go first.
+        # Nobody reads, and yet its memory is given back. In the queue that is nothing yet: the others have to go first.
         for blocker in blockers:
             blocker.cancel()
         if state != "queued":
@@ -217,7 +223,7 @@ def test_samples_of_one_prompt_compute_it_once(daemon, api):
 
 
 def test_overcommitted_memory_computes_again_and_changes_no_token(start, api):
-    daemon = start("--kv-overcommit", "true", "--kv-memory-mib", "5", "--kv-prefix-cache", "false")
+    daemon = start("--kv-overcommit=true", "--kv-memory-mib", "5", "--kv-prefix-cache=false")
     requests = [daemon.request(prompt(20, 30 + 7 * i), 300) for i in range(6)]
     alone = [list(daemon.stub.Generate(r, timeout=PATIENCE_S).token_ids) for r in requests]
     calls = [daemon.stub.Generate.future(r, timeout=PATIENCE_S) for r in requests]
@@ -239,7 +245,7 @@ def test_max_time_ends_with_what_there_is(slow, api):
 
 @pytest.mark.parametrize("queue", ("true", "false"))
 def test_sigterm_under_load_loses_nothing(start, queue):
-    daemon = start("--scheduler-max-batch", "16", "--scheduler-max-waiting-requests", "16", "--drain-queue", queue,
+    daemon = start("--scheduler-max-batch", "16", "--scheduler-max-waiting-requests", "32", f"--drain-queue={queue}",
                    "--drain-timeout-s", "100")
     streams = [daemon.stub.GenerateStream(daemon.request(prompt(5, 10 * i + 5), 450), timeout=PATIENCE_S) for i in range(32)]
     wait_for(daemon, lambda load: load.running_requests == 16 and load.waiting_requests == 16)
