@@ -165,10 +165,12 @@ class StepEngine final : public Engine {
         batch_(options.max_step_tokens, options.max_batch + kScoreRows, options.max_batch,
                pool_.BlocksFor(config.context)),
         sampler_(config.vocab, sampled_vocab > 0 ? std::min(sampled_vocab, config.vocab) : config.vocab),
-        counts_(options.max_batch, TokenCounts(config.vocab)),
         logits_(static_cast<size_t>(batch_.max_logit_rows) * config.vocab),
         shadow_batch_(options.max_batch, options.max_batch, options.max_batch, batch_.blocks_per_slot),
         door_(ForDoor(options)) {
+    counts_.reserve(options.max_batch);
+    for (int i = 0; i < options.max_batch; ++i)
+      counts_.emplace_back(config.vocab);  // copies would lose what is reserved
     banned_.reserve(64);
     finished_.reserve(options.max_batch);
   }

@@ -174,7 +174,10 @@ void Scheduler::Admit(SteadyTime now, Batch& batch) {
 }
 
 // The place in waiting_ of who is admitted next.
-size_t Scheduler::Next(SteadyTime now, bool* aged) const {
+size_t Scheduler::Next(SteadyTime now, bool* aged) {
+  dearest_ = Tier::kFast;
+  for (const auto& s : running_) dearest_ = std::min(dearest_, s->request.sparsity.tier);
+  if (running_.empty()) dearest_ = Tier::kDense;
   const auto old =
       now - std::chrono::duration_cast<SteadyTime::duration>(std::chrono::duration<double>(options_.ageing_s));
   size_t best = kNobody, oldest = kNobody;
@@ -196,8 +199,10 @@ bool Scheduler::Before(const Sequence& a, const Sequence& b) const {
     if (of_a != of_b) return of_a < of_b;
     return a.turn < b.turn;
   }
-  return std::make_tuple(-int64_t{a.request.priority}, a.request.deadline, a.turn) <
-         std::make_tuple(-int64_t{b.request.priority}, b.request.deadline, b.turn);
+  // Who reads no more than the others read already costs them nothing.
+  const auto costs_others = [&](const Sequence& s) { return s.request.sparsity.tier < dearest_; };
+  return std::make_tuple(-int64_t{a.request.priority}, a.request.deadline, costs_others(a), a.turn) <
+         std::make_tuple(-int64_t{b.request.priority}, b.request.deadline, costs_others(b), b.turn);
 }
 
 bool Scheduler::MayRun(const Sequence& s) const {

@@ -5,7 +5,8 @@
 //   1. the urgency: INTERACTIVE before NORMAL before BATCH;
 //   2. the tenant that has been served least for its weight (virtual token counters: Sheng et al., Fairness in Serving
 //      Large Language Models, OSDI 2024), each urgency by itself;
-//   3. within a tenant the priority, then the earliest deadline, then the order of arrival.
+//   3. within a tenant the priority, then the earliest deadline, then tiers that read no more than what runs reads
+//      already, then the order of arrival.
 // Nothing starves: who has waited longer than `ageing_s` is old, and one admission in kAgedTurn goes to the oldest of
 // those. BATCH leaves slots for as many others as there were at once lately. A sequence whose prefix another one is
 // computing waits for it, and shares it.
@@ -96,7 +97,7 @@ class Scheduler {
   int32_t TenantOf(const Sequence& s);
   void Charge(const Sequence& s, double tokens);
   void Admit(SteadyTime now, Batch& batch);
-  size_t Next(SteadyTime now, bool* aged) const;
+  size_t Next(SteadyTime now, bool* aged);
   bool Before(const Sequence& a, const Sequence& b) const;
   bool MayRun(const Sequence& s) const;
   bool TakeBlocks(Sequence& s);
@@ -119,7 +120,8 @@ class Scheduler {
   std::vector<Tenant> tenants_;
   absl::flat_hash_map<std::string, int32_t> tenant_ids_;
   std::array<int32_t, kUrgencies> running_of_ = {};
-  double others_ = 0.0;  // the most that were not BATCH at once, fading
+  Tier dearest_ = Tier::kDense;  // of those that run, when somebody is chosen
+  double others_ = 0.0;          // the most that were not BATCH at once, fading
   SteadyTime noted_;
   int since_aged_ = 0;  // admissions that went before an old one
   uint64_t turns_ = 0, admissions_ = 0;

@@ -8,6 +8,7 @@
 #include "tests/bench/decode.h"
 #include "tests/bench/ops.h"
 #include "tests/bench/prefill.h"
+#include "tests/bench/schedule.h"
 #include "tests/bench/serve.h"
 
 namespace {
@@ -96,6 +97,19 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(2, 100000))
       ->capture_default_str();
 
+  dejavu::ScheduleBenchOptions schedule;
+  command =
+      Add(app, "schedule",
+          "What scheduling costs a step, what prompts do to the gaps between others' tokens, what a known prefix saves",
+          schedule);
+  AddModel(command, schedule);
+  command->add_option("--prompt-tokens", schedule.prompt_tokens, "Of the prompts that arrive")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command->add_option("--seconds", schedule.seconds, "Of each measurement of gaps")
+      ->check(CLI::Range(0.1, 3600.0))
+      ->capture_default_str();
+
   dejavu::CheckpointOptions checkpoint;
   command = app.add_subcommand("checkpoint", "Writes a synthetic model to disk, in Hugging Face layout");
   command->add_option("--model", checkpoint.model, "Such as synthetic:opt-1.3b")->required();
@@ -113,6 +127,7 @@ int main(int argc, char** argv) {
   if (app.got_subcommand("ops")) return dejavu::RunOpsBench(ops);
   if (app.got_subcommand("prefill")) return dejavu::RunPrefillBench(prefill);
   if (app.got_subcommand("decode")) return dejavu::RunDecodeBench(decode);
+  if (app.got_subcommand("schedule")) return dejavu::RunScheduleBench(schedule);
   if (app.got_subcommand("serve")) return dejavu::RunServeBench(serve);
   return dejavu::RunCheckpoint(checkpoint);
 }

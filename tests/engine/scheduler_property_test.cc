@@ -18,8 +18,10 @@ constexpr int kBlocks = 24, kBlockTokens = 4, kContext = 64;
 
 class World {
  public:
-  World(uint64_t seed, bool overcommit)
-      : random_(seed),
+  // `crowded`: more arrive than can be served, most of them urgent.
+  World(uint64_t seed, bool overcommit, bool crowded)
+      : crowded_(crowded),
+        random_(seed),
         pool_(kBlocks, kBlockTokens),
         scheduler_(pool_, Options(overcommit)),
         door_(DoorOf()),
@@ -47,11 +49,11 @@ class World {
 
   void Event() {
     const int what = Draw(100);
-    if (what < 30) {
+    if (what < (crowded_ ? 40 : 30)) {
       Arrive();
-    } else if (what < 84) {
+    } else if (what < (crowded_ ? 94 : 84)) {
       Step();
-    } else if (what < 90) {
+    } else if (what < (crowded_ ? 95 : 90)) {
       Cancel();
     } else if (what < 99) {
       now_ += std::chrono::milliseconds(Draw(200));
@@ -80,11 +82,11 @@ class World {
     for (int i = 0; i < length; ++i) r.prompt.push_back(i < 16 ? 1000 * family + i : Draw(3));
     r.score = Draw(12) == 0;
     r.max_new_tokens = r.score ? 0 : 1 + Draw(20);
-    r.urgency = static_cast<Urgency>(Draw(3));
+    r.urgency = crowded_ && Draw(4) != 0 ? Urgency::kInteractive : static_cast<Urgency>(Draw(3));
     r.priority = Draw(3);
     r.tenant = std::string(1, static_cast<char>('a' + Draw(3)));
     r.sparsity.tier = kAllTiers[Draw(5)];
-    if (Draw(4) == 0) r.deadline = now_ + std::chrono::milliseconds(1 + Draw(400));
+    if (Draw(crowded_ ? 40 : 4) == 0) r.deadline = now_ + std::chrono::milliseconds(1 + Draw(400));
     if (!door_.Admit(r, now_).ok()) return;
     auto s = std::make_unique<Sequence>(r, nullptr);
     s->id = next_id_++;
@@ -201,6 +203,7 @@ class World {
     if (++checks_ % 16 == 0) pool_.CheckConsistent();
   }
 
+  const bool crowded_;
   std::mt19937_64 random_;
   BlockPool pool_;
   Scheduler scheduler_;
@@ -217,7 +220,7 @@ TEST(SchedulerProperty, HoldsOverAMillionRandomEvents) {
   constexpr int kSeeds = 100, kEvents = 10'000;
   for (int seed = 0; seed < kSeeds; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
-    World world(seed, /*overcommit=*/seed % 2 == 1);
+    World world(seed, /*overcommit=*/seed % 2 == 1, /*crowded=*/seed % 4 >= 2);
     for (int event = 0; event < kEvents; ++event) {
       world.Event();
       if (testing::Test::HasFatalFailure()) FAIL() << "event " << event;

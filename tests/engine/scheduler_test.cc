@@ -167,6 +167,30 @@ TEST_F(SchedulerTest, TheMoreUrgentGoFirstThenPriorityThenTheEarlierDeadline) {
   EXPECT_THAT(Running(), ElementsAre(2, 4, 3));
 }
 
+TEST_F(SchedulerTest, ATierThatReadsMoreThanWhatRunsComesAfterThoseThatDoNot) {
+  const auto of_tier = [](Tier tier) {
+    Request request = Asking(4, 4);
+    request.sparsity.tier = tier;
+    return request;
+  };
+  Enqueue(of_tier(Tier::kBalanced));  // 1
+  Step();
+  Enqueue(of_tier(Tier::kDense));     // 2
+  Enqueue(of_tier(Tier::kFast));      // 3
+  Enqueue(of_tier(Tier::kBalanced));  // 4
+  Step();
+  EXPECT_THAT(Running(), ElementsAre(1, 3, 4));
+  scheduler_.Remove(*scheduler_.running().back());
+  now_ += std::chrono::seconds(20);
+  Enqueue(of_tier(Tier::kFast));
+  for (int i = 0; i < 20 && scheduler_.running().back()->id != 2; ++i) {
+    scheduler_.Remove(*scheduler_.running().back());
+    Enqueue(of_tier(Tier::kFast));
+    Step();
+  }
+  EXPECT_THAT(Running(), testing::Contains(2)) << "but not for ever";
+}
+
 TEST_F(SchedulerTest, BatchNeverHoldsTheLastSlots) {
   SchedulerOptions options = Options();
   options.slots = 4;
