@@ -36,8 +36,8 @@ struct EngineOptions {
   std::string tenant_weights;  // such as "free=1,paying=3": shares of what tenants are served; 1 for others
   bool prefix_cache = true;
 
-  double watchdog_s = 60.0;  // a step that takes longer means that the engine has failed; 0: never
-  std::string fault;         // for tests: throw@STEP or hang@STEP
+  double watchdog_s = 300.0;  // a step that takes longer means that the engine has failed; 0: never
+  std::string fault;          // for tests: throw@STEP or hang@STEP
 
   int kv_block_tokens = 16;       // positions per KV block
   std::string kv_dtype = "fp16";  // of keys and values: fp16 or fp32

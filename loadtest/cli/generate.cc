@@ -101,6 +101,7 @@ void AddFinishJson(const Completion& completion, Json* json) {
   if (finish.matched_case() == v1::Finish::kStopString) (*json)["stop_string"] = finish.stop_string();
   if (finish.matched_case() == v1::Finish::kStopTokenId) (*json)["stop_token_id"] = finish.stop_token_id();
   (*json)["generated_tokens"] = finish.generated_tokens();
+  (*json)["cached_prompt_tokens"] = finish.cached_prompt_tokens();
   (*json)["ttft_ms"] = latency.ttft_ms();
   (*json)["mean_itl_ms"] = latency.mean_gap_ms();
   (*json)["p50_itl_ms"] = latency.gap_ms(0.5);
@@ -154,6 +155,7 @@ class GenerateCommand : public Command {
     AddSamplingFlags();
     AddStoppingFlags();
     AddSparsityFlags();
+    AddSchedulingFlags();
     app_->add_flag("--stats", stats_,
                    "Write latencies, tokens per second, the finish reason and the sparsity to stderr")
         ->group("Output");
@@ -246,6 +248,19 @@ class GenerateCommand : public Command {
         ->group("Sparsity");
   }
 
+  void AddSchedulingFlags() {
+    const auto add = [&](const char* name, auto& value, const char* help) {
+      return app_->add_option(name, value, help)->group("Scheduling");
+    };
+    add("--urgency", urgency_, "Who goes first; without it, normal")
+        ->check(CLI::IsMember({"interactive", "normal", "batch"}));
+    add("--priority", priority_, "Higher first, among the tenant's own requests of one urgency");
+    add("--tenant", tenant_, "Whose request it is");
+    add("--inter-token-target-ms", inter_token_target_ms_, "Wanted between two tokens");
+    add("--max-time-s", max_time_s_, "End with what there is by then");
+    add("--cache-salt", cache_salt_, "Share prefixes with requests of this salt only");
+  }
+
   void FillRequest() {
     request_.set_model(model_);
     request_.set_request_id(request_id_);
@@ -274,11 +289,20 @@ class GenerateCommand : public Command {
     sparsity.set_tier(tier);
     sparsity.set_deterministic(deterministic_);
     if (shadow_every_) sparsity.set_shadow_every(*shadow_every_);
+    v1::Scheduling& scheduling = *request_.mutable_scheduling();
+    v1::Urgency urgency = v1::URGENCY_UNSPECIFIED;
+    if (!urgency_.empty()) v1::Urgency_Parse(absl::StrCat("URGENCY_", absl::AsciiStrToUpper(urgency_)), &urgency);
+    scheduling.set_urgency(urgency);
+    scheduling.set_priority(priority_);
+    if (inter_token_target_ms_) scheduling.set_inter_token_target_ms(*inter_token_target_ms_);
+    scheduling.set_cache_salt(cache_salt_);
+    if (max_time_s_) stopping.set_max_time_s(*max_time_s_);
     request_.mutable_output()->set_logprobs(logprobs_);
     request_.mutable_output()->set_top_logprobs(top_logprobs_);
   }
 
   grpc::Status Receive(Connection* connection, Attempt* attempt, Completion* completion) {
+    if (!tenant_.empty()) attempt->context.AddMetadata("x-tenant", tenant_);
     const auto reader = connection->generation().GenerateStream(&attempt->context, request_);
     v1::GenerateChunk chunk;
     while (reader->Read(&chunk)) {
@@ -304,7 +328,9 @@ class GenerateCommand : public Command {
 
   CLI::App* const app_;
   PromptSource prompt_;
-  std::string model_, request_id_, tier_;
+  std::string model_, request_id_, tier_, urgency_, tenant_, cache_salt_;
+  int32_t priority_ = 0;
+  std::optional<float> inter_token_target_ms_, max_time_s_;
   std::optional<float> temperature_, top_p_, min_p_, repetition_, presence_, frequency_;
   std::optional<uint32_t> top_k_, max_new_tokens_, shadow_every_;
   std::optional<uint64_t> seed_;

@@ -165,7 +165,8 @@ absl::Status Bench(const ScheduleBenchOptions& options) {
   std::printf("Planning and bookkeeping of a step of 16 rows: %.2f us\n\n", Median(us));
 
   std::printf("Gaps between tokens of %d streams, ms; a prompt of %d tokens every %d ms\n%-28s %10s %10s %10s %10s\n",
-              kStreams, options.prompt_tokens, static_cast<int>(kPromptEvery.count()), "", "p50", "p99", "most", "gaps");
+              kStreams, options.prompt_tokens, static_cast<int>(kPromptEvery.count()), "", "p50", "p99", "most",
+              "gaps");
   std::vector<double> ttft_first, ttft_again;
   for (const bool chunked : {true, false}) {
     const auto engine = Create(options, chunked);

@@ -1,5 +1,5 @@
-// What the scheduler costs and what it keeps: its own time for a step, the gaps between tokens while long prompts arrive,
-// and what a known prefix saves.
+// What the scheduler costs and what it keeps: its own time for a step, the gaps between tokens while long prompts
+// arrive, and what a known prefix saves.
 #ifndef TESTS_BENCH_SCHEDULE_H_
 #define TESTS_BENCH_SCHEDULE_H_
 

@@ -1,4 +1,5 @@
 """Scheduling as clients see it: who is refused and why, how requests end in every state, and what they share."""
+import subprocess
 import threading
 import time
 
@@ -6,7 +7,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 
-from conftest import PATIENCE_S
+from conftest import BIN, PATIENCE_S
 from test_client import details, expect_error
 
 MAX_TIME, LENGTH = 5, 1
@@ -230,6 +231,22 @@ def test_overcommitted_memory_computes_again_and_changes_no_token(start, api):
     assert [list(c.result().token_ids) for c in calls] == alone
     assert daemon.load().preemptions > 0, "there was memory for all of them"
     daemon.expect_idle()
+
+
+def test_the_simulator_plays_a_trace(tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens,urgency,tenant,tier,deadline_s\n"
+                     "0,64,10,interactive,a,dense,\n0.5,64,10,batch,b,exact,30\n0.5,64,1000,,,,0.2\n")
+    run = lambda *flags: subprocess.run([BIN / "dejavu-sim", *flags], capture_output=True, text=True, timeout=PATIENCE_S)
+    done = run("--trace", trace)
+    assert done.returncode == 0, done.stderr
+    assert "received 3 = finished 2 + refused 1 + cancelled 0 + failed 0 + live 0" in done.stdout
+    assert "tenant a: 74 tokens" in done.stdout
+    trace.write_text(trace.read_text() + "0.1,64,10,,,,\n")
+    done = run("--trace", trace)
+    assert done.returncode != 0 and f"{trace}:5" in done.stderr, "out of order"
+    done = run("--rate", "0")
+    assert done.returncode != 0 and "--rate" in done.stderr + done.stdout
 
 
 def test_max_time_ends_with_what_there_is(slow, api):
