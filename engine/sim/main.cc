@@ -270,7 +270,7 @@ int Run(int argc, char** argv) {
     Print(result, s);
     return 0;
   } catch (const CLI::ParseError& error) {
-    return app.exit(error);
+    return app.exit(error) == 0 ? 0 : 2;
   } catch (const CLI::Error& error) {
     std::fprintf(stderr, "dejavu-sim: %s\n", error.what());
     return 2;

@@ -236,17 +236,17 @@ def test_overcommitted_memory_computes_again_and_changes_no_token(start, api):
 def test_the_simulator_plays_a_trace(tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text("arrival_s,prompt_tokens,output_tokens,urgency,tenant,tier,deadline_s\n"
-                     "0,64,10,interactive,a,dense,\n0.5,64,10,batch,b,exact,30\n0.5,64,1000,,,,0.2\n")
+                     "0,64,10,interactive,a,dense,\n0.5,64,10,batch,b,exact,30\n0.5,64,1000,,,,0.2\n9,64,1,,b,,\n")
     run = lambda *flags: subprocess.run([BIN / "dejavu-sim", *flags], capture_output=True, text=True, timeout=PATIENCE_S)
     done = run("--trace", trace)
     assert done.returncode == 0, done.stderr
-    assert "received 3 = finished 2 + refused 1 + cancelled 0 + failed 0 + live 0" in done.stdout
+    assert "received 4 = finished 3 + refused 1 + cancelled 0 + failed 0 + live 0" in done.stdout
     assert "tenant a: 74 tokens" in done.stdout
     trace.write_text(trace.read_text() + "0.1,64,10,,,,\n")
     done = run("--trace", trace)
-    assert done.returncode != 0 and f"{trace}:5" in done.stderr, "out of order"
+    assert done.returncode == 2 and f"{trace}:6" in done.stderr, "out of order"
     done = run("--rate", "0")
-    assert done.returncode != 0 and "--rate" in done.stderr + done.stdout
+    assert done.returncode == 2 and "--rate" in done.stderr + done.stdout
 
 
 def test_max_time_ends_with_what_there_is(slow, api):
