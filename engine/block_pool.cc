@@ -109,9 +109,9 @@ void BlockPool::Promise(const BlockKey& key, int32_t block) {
   blocks_[block].key = key;
 }
 
-bool BlockPool::Promised(const BlockKey& key) const {
+int32_t BlockPool::Promised(const BlockKey& key) const {
   const auto entry = by_key_.find(key);
-  return entry != by_key_.end() && !blocks_[entry->second].kept;
+  return entry != by_key_.end() && !blocks_[entry->second].kept ? entry->second : -1;
 }
 
 bool BlockPool::Known(const BlockKey& key) const {

@@ -52,8 +52,8 @@ class BlockPool {
   int32_t Share(absl::Span<const BlockKey> keys, absl::Span<int32_t> blocks);
   // `block`, which has one user, will hold what the key names; ignored where another block does or will.
   void Promise(const BlockKey& key, int32_t block);
-  // Somebody has promised the key and not kept it yet.
-  bool Promised(const BlockKey& key) const;
+  // The block that will hold what the key names, promised and not kept yet; -1: none.
+  int32_t Promised(const BlockKey& key) const;
   // A block holds what the key names.
   bool Known(const BlockKey& key) const;
   // Now it does hold it.

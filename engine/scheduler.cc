@@ -211,11 +211,16 @@ bool Scheduler::MayRun(const Sequence& s) const {
         std::clamp(static_cast<int32_t>(std::ceil(others_)) + 1, options_.slots / 4, options_.slots * 3 / 4);
     if (running_of_[Index(Urgency::kBatch)] >= options_.slots - reserved) return false;
   }
-  // The first block that nobody has computed: somebody may be about to.
+  // The first block that nobody has computed: somebody as urgent may be about to.
   const size_t sharable = Sharable(s);
   size_t known = 0;
   while (known < sharable && pool_.Known(s.keys[known])) ++known;
-  return known == sharable || !pool_.Promised(s.keys[known]);
+  const int32_t promised = known < sharable ? pool_.Promised(s.keys[known]) : -1;
+  if (promised < 0) return true;
+  return std::none_of(running_.begin(), running_.end(), [&](const auto& r) {
+    return r->request.urgency <= s.request.urgency &&
+           std::find(r->blocks.begin(), r->blocks.end(), promised) != r->blocks.end();
+  });
 }
 
 // Blocks of its prompt that others may have computed. The last token is always computed anew: its logits are wanted.

@@ -65,7 +65,7 @@ TEST_F(BlockPoolTest, SharesWhatIsKeptAndOnlyThat) {
   const auto keys = BlockKeys("", "", Tokens(12), 4);
   const std::vector<int32_t> blocks = Take(3);
   for (int i = 0; i < 3; ++i) pool_.Promise(keys[i], blocks[i]);
-  EXPECT_TRUE(pool_.Promised(keys[0]));
+  EXPECT_EQ(pool_.Promised(keys[0]), blocks[0]);
   EXPECT_THAT(Share(keys), ElementsAre());
   pool_.Keep(blocks[0]);
   pool_.Keep(blocks[1]);
@@ -73,7 +73,7 @@ TEST_F(BlockPoolTest, SharesWhatIsKeptAndOnlyThat) {
   EXPECT_THAT(Share(keys), ElementsAre(blocks[0], blocks[1]));
   pool_.Give(blocks);
   EXPECT_EQ(pool_.free(), 6) << "two blocks still have a user";
-  EXPECT_FALSE(pool_.Promised(keys[2])) << "a promise that was not kept is withdrawn";
+  EXPECT_EQ(pool_.Promised(keys[2]), -1) << "a promise that was not kept is withdrawn";
   pool_.Give({blocks[0], blocks[1]});
   EXPECT_EQ(pool_.free(), 8);
   EXPECT_EQ(pool_.cached(), 2);
@@ -107,7 +107,7 @@ TEST_F(BlockPoolTest, TheFirstPromiseOfAKeyCounts) {
   pool_.Promise(keys[0], first[0]);
   pool_.Promise(keys[0], second[0]);
   pool_.Keep(second[0]);
-  EXPECT_TRUE(pool_.Promised(keys[0]));
+  EXPECT_EQ(pool_.Promised(keys[0]), first[0]);
   pool_.Give(second);
   pool_.Keep(first[0]);
   EXPECT_EQ(Share(keys), first);

@@ -347,6 +347,24 @@ TEST_F(SchedulerTest, APrefixIsComputedOnceAndSharedByThoseThatWaitForIt) {
   pool_.CheckConsistent();
 }
 
+TEST_F(SchedulerTest, TheUrgentDoNotWaitForThePrefixOfTheLessUrgent) {
+  Request batch = Asking(20, 2);
+  batch.urgency = Urgency::kBatch;
+  Enqueue(batch, /*shares=*/true);
+  Step();
+  Request pressing = Asking(20, 2);
+  pressing.urgency = Urgency::kInteractive;
+  const Sequence& s = Enqueue(pressing, /*shares=*/true);
+  Step();
+  EXPECT_GE(s.slot, 0);
+  while (!scheduler_.running().empty()) {
+    Step();
+    pool_.CheckConsistent();
+    scheduler_.Remove(*scheduler_.running().front());
+  }
+  EXPECT_EQ(pool_.free(), pool_.total());
+}
+
 TEST_F(SchedulerTest, AWholePromptThatIsKnownStillComputesItsLastToken) {
   Enqueue(Asking(8, 1), /*shares=*/true);
   Step();
