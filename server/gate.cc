@@ -31,6 +31,7 @@ absl::Status Gate::Admit(absl::string_view method, const grpc::CallbackServerCon
   if (needs == Needs::kNothing) return absl::OkStatus();
   switch (lifecycle_->phase()) {
     case Phase::kLoading:
+    case Phase::kWarming:
       return UnavailableRetry("the model is still loading", std::chrono::seconds(2));
     case Phase::kServing:
     case Phase::kLeaving:

@@ -139,6 +139,8 @@ v1::ServerState StateOf(Phase phase) {
   switch (phase) {
     case Phase::kLoading:
       return v1::SERVER_STATE_LOADING;
+    case Phase::kWarming:
+      return v1::SERVER_STATE_WARMING;
     case Phase::kServing:
       return v1::SERVER_STATE_SERVING;
     case Phase::kLeaving:

@@ -11,6 +11,7 @@ namespace dejavu {
 
 enum class Phase {
   kLoading,
+  kWarming,  // all weights are there; first steps show how long steps take
   kServing,
   kLeaving,   // says that it is not ready, but still accepts (the linger of a drain)
   kDraining,  // accepts nothing new; what runs goes on

@@ -46,8 +46,9 @@ struct LoadedModel {
 };
 
 // At most a line a second, so that small models load silently.
-LoadProgress LogProgress() {
-  return [last = std::chrono::steady_clock::now()](int64_t done_bytes, int64_t total_bytes) mutable {
+LoadProgress LogProgress(Server* server) {
+  return [server, last = std::chrono::steady_clock::now()](int64_t done_bytes, int64_t total_bytes) mutable {
+    if (done_bytes >= total_bytes) server->SetWarming();
     const auto now = std::chrono::steady_clock::now();
     if (now - last >= std::chrono::seconds(1)) {
       last = now;
@@ -58,7 +59,7 @@ LoadProgress LogProgress() {
   };
 }
 
-absl::StatusOr<LoadedModel> LoadModel(const EngineOptions& options) {
+absl::StatusOr<LoadedModel> LoadModel(const EngineOptions& options, Server* server) {
   LoadedModel model;
   absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer = Tokenizer::Load(options.model);
   if (tokenizer.ok()) {
@@ -69,7 +70,7 @@ absl::StatusOr<LoadedModel> LoadModel(const EngineOptions& options) {
     return tokenizer.status();
   }
   const int32_t sampled_vocab = model.tokenizer == nullptr ? 0 : model.tokenizer->vocab_size();
-  absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options, sampled_vocab, LogProgress());
+  absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options, sampled_vocab, LogProgress(server));
   if (!engine.ok()) return engine.status();
   model.engine = *std::move(engine);
   return model;
@@ -136,7 +137,7 @@ std::optional<int> Daemon::Load(Server* server) {
   absl::StatusOr<LoadedModel> loaded = absl::UnknownError("not loaded");
   const auto start = std::chrono::steady_clock::now();
   std::thread loader([&] {
-    loaded = LoadModel(config_.engine);
+    loaded = LoadModel(config_.engine, server);
     done.Set();
   });
   Woken woken;

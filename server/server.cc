@@ -137,6 +137,8 @@ void Server::SetReady(Engine* engine, const Tokenizer* tokenizer) {
   lifecycle_.Advance(Phase::kServing);
 }
 
+void Server::SetWarming() { lifecycle_.Advance(Phase::kWarming); }
+
 void Server::SetFailed() { lifecycle_.Advance(Phase::kFailed); }
 
 bool Server::Drain() {

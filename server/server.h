@@ -38,6 +38,7 @@ class Server {
 
   // The engine has broken: not serving, not live, every request is refused.
   void SetFailed();
+  void SetWarming();  // any thread
 
   // Says that it is not ready, lingers, refuses what is new, waits for what runs, up to the limits in ServerOptions,
   // and ends the rest with UNAVAILABLE. Then as Stop. True: every request was answered in full.

@@ -124,7 +124,8 @@ bool Connection::MayStillServe(Clock::duration waited) {
     return generation_->GetServerInfo(&attempt->context, v1::GetServerInfoRequest(), &info);
   });
   if (!status.ok()) return waited < kUnreachableGrace;
-  return info.state() == v1::SERVER_STATE_LOADING || info.state() == v1::SERVER_STATE_SERVING;
+  return info.state() == v1::SERVER_STATE_LOADING || info.state() == v1::SERVER_STATE_WARMING ||
+         info.state() == v1::SERVER_STATE_SERVING;
 }
 
 }  // namespace dejavu

@@ -80,6 +80,17 @@ def test_health_is_watched_through_load_serve_and_drain(start, slow_model, api):
     assert seen == [Status.NOT_SERVING, Status.SERVING, Status.NOT_SERVING]
 
 
+def test_it_says_when_it_loads_warms_up_and_serves(start, slow_model, api):
+    daemon = start(model=slow_model, wait=False)
+    states = []
+    while not states or states[-1] != api.pb.SERVER_STATE_SERVING:
+        assert daemon.process.poll() is None, daemon.log()
+        state = daemon.stub.GetServerInfo(api.pb.GetServerInfoRequest(), timeout=PATIENCE_S).state
+        if not states or states[-1] != state:
+            states.append(state)
+    assert states == [api.pb.SERVER_STATE_LOADING, api.pb.SERVER_STATE_WARMING, api.pb.SERVER_STATE_SERVING]
+
+
 def test_sigterm_lets_four_running_streams_end_complete(start):
     daemon = start()
     results, first_tokens = {}, threading.Barrier(5)
