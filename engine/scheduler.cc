@@ -98,8 +98,8 @@ void Scheduler::Plan(SteadyTime now, Batch& batch) {
   const StepShape decoding = shape_;
   int32_t score_rows_left = options_.score_rows;
   for (int u = 0; u < kUrgencies; ++u) {
-    int32_t budget = PrefillBudget(decoding, static_cast<Urgency>(u), batch.rows_left() + shape_.prefill_rows);
-    budget -= shape_.prefill_rows;
+    const int32_t in_all = PrefillBudget(decoding, static_cast<Urgency>(u), batch.rows_left() + shape_.prefill_rows);
+    int32_t budget = std::max(0, in_all - shape_.prefill_rows);  // the more urgent may have had more than this one may
     for (const auto& s : running_) {
       if (s->decodes() || Index(s->request.urgency) != u) continue;
       int32_t rows =
@@ -115,7 +115,6 @@ void Scheduler::Plan(SteadyTime now, Batch& batch) {
       shape_.tier = std::min({shape_.tier, s->request.sparsity.tier, Tier::kExact});
     }
   }
-  planned_ms_ = batch.rows() == 0 ? 0.0 : costs_.Predict(shape_);
 }
 
 // Of `all`, the prompt rows that leave the step within the target of the rows that decode and are as urgent. Where

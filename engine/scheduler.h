@@ -80,8 +80,6 @@ class Scheduler {
   void Learn(const StepShape& shape, double ms) { costs_.Observe(shape, ms); }
   const CostModel& costs() const { return costs_; }
   const StepShape& shape() const { return shape_; }  // of the last Plan
-  // What the last Plan is predicted to take; 0: no rows.
-  double planned_ms() const { return planned_ms_; }
   // Tokens served, weighted as fairness counts them, to a tenant that is known; for tests and reports.
   double served(const std::string& tenant, Urgency urgency) const;
 
@@ -127,7 +125,6 @@ class Scheduler {
   uint64_t turns_ = 0, admissions_ = 0;
   bool nothing_fits_ = false;  // nor will it until something arrives or leaves
   StepShape shape_;
-  double planned_ms_ = 0.0;
 };
 
 }  // namespace dejavu

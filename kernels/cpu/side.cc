@@ -26,8 +26,6 @@ constexpr int64_t kPanelFloats = kTileOutputs * kSideInputs;
 static_assert(kSideInputs % kStep == 0 && kBlockRows % kStep == 0);
 static_assert((kPanelFloats + kGroupOutputs * kBlockRows * kLanes) * int64_t{sizeof(float)} <= kScratchBytes);
 
-constexpr int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // Calls function.operator()<kVectors>(r) for each tile of rows: two vectors, and for the last ones perhaps one.
 template <typename Function>
 HWY_INLINE void ForSideTiles(int64_t rows, const Function& function) {

@@ -69,8 +69,6 @@ struct FloatTerms {
   static void Store(const V* total, float* y, int64_t n) { StoreFirst(*total, y, n); }
 };
 
-constexpr int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 struct PairOfPairs {
   VI16 low, high;
 };

@@ -23,6 +23,8 @@ constexpr int64_t kLanes = hn::MaxLanes(F32());
 constexpr int64_t kPrefetchBytes = 2048;
 constexpr int64_t kLineBytes = 64;
 
+constexpr int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
 // Ties an accumulator to its register at this point: where a tile takes nearly all of them, g++ 12 moves instructions
 // so far apart that it spills.
 template <typename Vector>

@@ -287,7 +287,7 @@ TEST_F(SchedulerTest, PromptsLeaveTheStepWithinTheTarget) {
     for (const auto& s : scheduler.running()) {
       if (s->step_logits > 0) s->tokens.push_back(7);
     }
-    const double ms = scheduler.planned_ms();
+    const double ms = scheduler.costs().Predict(scheduler.shape());
     scheduler.NoteStep(ms);
     return ms;
   };
