@@ -1,50 +1,36 @@
 #include "engine/block_pool.h"
 
-#include <openssl/evp.h>
-
 #include <algorithm>
 #include <cstring>
-#include <memory>
 
+#include "engine/sha256.h"
 #include "kernels/base/check.h"
 
 namespace dejavu {
 namespace {
 
-class Hasher {
- public:
-  Hasher() : context_(EVP_MD_CTX_new(), EVP_MD_CTX_free) { CHECK(context_ != nullptr) << "EVP_MD_CTX_new"; }
-  void Start() { CHECK(EVP_DigestInit_ex(context_.get(), EVP_sha256(), nullptr) == 1) << "SHA-256"; }
-  void Add(const void* data, size_t bytes) { CHECK(EVP_DigestUpdate(context_.get(), data, bytes) == 1) << "SHA-256"; }
-  BlockKey Key() {
-    unsigned char digest[EVP_MAX_MD_SIZE];
-    CHECK(EVP_DigestFinal_ex(context_.get(), digest, nullptr) == 1) << "SHA-256";
-    BlockKey key;
-    std::memcpy(key.bits.data(), digest, sizeof key.bits);
-    return key;
-  }
-
- private:
-  const std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context_;
-};
+BlockKey KeyOf(Sha256& hash) {
+  const auto digest = hash.Digest();
+  BlockKey key;
+  std::memcpy(key.bits.data(), digest.data(), sizeof key.bits);
+  return key;
+}
 
 }  // namespace
 
 std::vector<BlockKey> BlockKeys(absl::string_view tenant, absl::string_view salt, absl::Span<const int32_t> tokens,
                                 int32_t block_tokens) {
-  Hasher hasher;
-  hasher.Start();
+  Sha256 hash;
   const uint64_t lengths[] = {tenant.size(), salt.size()};  // "ab" "c" is not "a" "bc"
-  hasher.Add(lengths, sizeof lengths);
-  hasher.Add(tenant.data(), tenant.size());
-  hasher.Add(salt.data(), salt.size());
-  BlockKey key = hasher.Key();
+  hash.Add(lengths, sizeof lengths);
+  hash.Add(tenant);
+  hash.Add(salt);
+  BlockKey key = KeyOf(hash);
   std::vector<BlockKey> keys(tokens.size() / block_tokens);
   for (size_t i = 0; i < keys.size(); ++i) {
-    hasher.Start();
-    hasher.Add(&key, sizeof key);
-    hasher.Add(&tokens[i * block_tokens], block_tokens * sizeof(int32_t));
-    key = keys[i] = hasher.Key();
+    hash.Add(&key, sizeof key);
+    hash.Add(&tokens[i * block_tokens], block_tokens * sizeof(int32_t));
+    key = keys[i] = KeyOf(hash);
   }
   return keys;
 }

@@ -1,15 +1,14 @@
 // SHA-256 over a description of the model and a few rows of each of its matrices: all the attention and MLP matrices of
 // every layer, kSampledRows rows each, at fixed places. A predictor depends on every weight; one that was trained
 // further differs in nearly all of them, so a sample tells models apart, and costs a few pages per matrix.
-#include <openssl/evp.h>
-
-#include <memory>
 #include <string>
 #include <vector>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "engine/opt_weights.h"
 #include "engine/predictor_file.h"
+#include "engine/sha256.h"
 #include "kernels/base/float16.h"
 #include "kernels/base/status_macros.h"
 
@@ -17,26 +16,6 @@ namespace dejavu {
 namespace {
 
 constexpr int64_t kSampledRows = 3;
-
-class Sha256 {
- public:
-  Sha256() : context_(EVP_MD_CTX_new(), EVP_MD_CTX_free) {
-    CHECK(context_ != nullptr && EVP_DigestInit_ex(context_.get(), EVP_sha256(), nullptr) == 1) << "SHA-256";
-  }
-  void Add(const void* data, size_t bytes) { CHECK(EVP_DigestUpdate(context_.get(), data, bytes) == 1) << "SHA-256"; }
-  void Add(const std::string& text) { Add(text.data(), text.size()); }
-  std::string Hex() {
-    unsigned char digest[EVP_MAX_MD_SIZE];
-    unsigned int size = 0;
-    CHECK(EVP_DigestFinal_ex(context_.get(), digest, &size) == 1) << "SHA-256";
-    std::string hex;
-    for (unsigned int i = 0; i < size; ++i) absl::StrAppend(&hex, absl::Hex(digest[i], absl::kZeroPad2));
-    return hex;
-  }
-
- private:
-  const std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context_;
-};
 
 absl::StatusOr<std::vector<float>> ReadRow(const StoredTensor& tensor, int64_t row) {
   const int64_t cols = tensor.shape[1];
@@ -80,7 +59,8 @@ absl::StatusOr<std::string> WeightsHash(const Checkpoint& checkpoint, const OptC
       RETURN_IF_ERROR(add(absl::StrCat("layers.", l, ".", part, ".weight")));
     }
   }
-  return absl::StrCat("sha256:", hash.Hex());
+  const auto digest = hash.Digest();
+  return absl::StrCat("sha256:", absl::BytesToHexString({reinterpret_cast<const char*>(digest.data()), digest.size()}));
 }
 
 }  // namespace dejavu
