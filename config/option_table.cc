@@ -145,6 +145,7 @@ std::vector<Option> OptionTable(Config* config) {
        1, 4096},
       {"limits.max_stop_token_ids", "Limits of a request", "most stop token ids", &s.max_stop_token_ids, 0, 1024},
       {"limits.max_logit_bias", "Limits of a request", "most logit bias entries", &s.max_logit_bias, 0, 100000},
+      {"limits.max_samples", "Limits of a request", "most samples of one prompt", &s.max_samples, 1, 1024},
 
       {"sparsity.default_tier", "Sparsity", "tier where the request names none", &s.default_tier, 0, 0, tiers},
       {"sparsity.highest_tier", "Sparsity", "best quality that a request may ask for", &s.highest_tier, 0, 0, tiers},

@@ -19,10 +19,10 @@ BlockKey KeyOf(Sha256& hash) {
 }  // namespace
 
 std::vector<BlockKey> BlockKeys(absl::string_view tenant, absl::string_view salt, absl::Span<const int32_t> tokens,
-                                int32_t block_tokens) {
+                                int32_t block_tokens, uint64_t group) {
   Sha256 hash;
-  const uint64_t lengths[] = {tenant.size(), salt.size()};  // "ab" "c" is not "a" "bc"
-  hash.Add(lengths, sizeof lengths);
+  const uint64_t head[] = {group, tenant.size(), salt.size()};  // "ab" "c" is not "a" "bc"
+  hash.Add(head, sizeof head);
   hash.Add(tenant);
   hash.Add(salt);
   BlockKey key = KeyOf(hash);

@@ -27,9 +27,9 @@ struct BlockKey {
   }
 };
 
-// Of every full block of the tokens. Different tenants or salts have no key in common.
+// Of every full block of the tokens. Different tenants, salts or groups have no key in common.
 std::vector<BlockKey> BlockKeys(absl::string_view tenant, absl::string_view salt, absl::Span<const int32_t> tokens,
-                                int32_t block_tokens);
+                                int32_t block_tokens, uint64_t group = 0);
 
 class BlockPool {
  public:

@@ -54,24 +54,26 @@ int64_t Account::refused_total() const {
   return total;
 }
 
-absl::Status Door::Refuse(Refusal refusal, absl::Status status, std::chrono::milliseconds retry_after) {
-  ++account_.received;
-  ++account_.refused[static_cast<int>(refusal)];
+absl::Status Door::Refuse(Refusal refusal, absl::Status status, std::chrono::milliseconds retry_after, int samples) {
+  account_.received += samples;
+  account_.refused[static_cast<int>(refusal)] += samples;
   status.SetPayload(kPayload, absl::Cord(absl::StrCat(Name(refusal), "|", retry_after.count())));
   return status;
 }
 
-absl::Status Door::Admit(const Request& request, SteadyTime now, Expectation* expected) {
+absl::Status Door::Admit(const Request& request, SteadyTime now, Expectation* expected, int samples) {
+  const std::string wanted = samples == 1 ? "" : absl::StrCat(" and this one asks for ", samples, " samples");
   const auto full = [&](Refusal refusal, const std::string& what, int64_t limit) {
-    return Refuse(refusal, absl::ResourceExhaustedError(absl::StrCat(what, "; the limit is ", limit)), RetryAfter());
+    return Refuse(refusal, absl::ResourceExhaustedError(absl::StrCat(what, "; the limit is ", limit)), RetryAfter(),
+                  samples);
   };
   const DoorOptions& o = options_;
-  const auto prompt = static_cast<int64_t>(request.prompt.size());
+  const auto prompt = static_cast<int64_t>(request.prompt.size()) * samples;
   // The last quarter of the queue is not for those who can wait.
   const int64_t places =
       request.urgency == Urgency::kBatch ? o.max_waiting_requests - o.max_waiting_requests / 4 : o.max_waiting_requests;
-  if (waiting_ >= places) {
-    return full(Refusal::kQueueFull, absl::StrCat("the queue is full: ", waiting_, " requests wait"), places);
+  if (waiting_ + samples > places) {
+    return full(Refusal::kQueueFull, absl::StrCat("the queue is full: ", waiting_, " requests wait", wanted), places);
   }
   // A queue that is empty takes any prompt: a limit below the longest one shall not lock it out for ever.
   if (o.max_waiting_tokens > 0 && waiting_ > 0 && waiting_prompt_tokens_ + prompt > o.max_waiting_tokens) {
@@ -79,35 +81,35 @@ absl::Status Door::Admit(const Request& request, SteadyTime now, Expectation* ex
                 absl::StrCat("the queue holds ", waiting_prompt_tokens_, " prompt tokens and this one has ", prompt),
                 o.max_waiting_tokens);
   }
-  if (const auto mine = tenants_.find(request.tenant); mine != tenants_.end()) {
-    const std::string who =
-        request.tenant.empty() ? "requests without a tenant" : absl::StrCat("tenant ", request.tenant);
-    if (o.tenant_max_waiting_requests > 0 && mine->second.requests >= o.tenant_max_waiting_requests) {
-      return full(Refusal::kTenantRequests, absl::StrCat(who, ": ", mine->second.requests, " wait"),
-                  o.tenant_max_waiting_requests);
-    }
-    if (o.tenant_max_waiting_tokens > 0 && mine->second.tokens + prompt > o.tenant_max_waiting_tokens) {
-      return full(Refusal::kTenantTokens,
-                  absl::StrCat(who, ": ", mine->second.tokens, " prompt tokens wait and this one has ", prompt),
-                  o.tenant_max_waiting_tokens);
-    }
+  const auto found = tenants_.find(request.tenant);
+  const Queued mine = found != tenants_.end() ? found->second : Queued();
+  const std::string who =
+      request.tenant.empty() ? "requests without a tenant" : absl::StrCat("tenant ", request.tenant);
+  if (o.tenant_max_waiting_requests > 0 && mine.requests + samples > o.tenant_max_waiting_requests) {
+    return full(Refusal::kTenantRequests, absl::StrCat(who, ": ", mine.requests, " wait", wanted),
+                o.tenant_max_waiting_requests);
+  }
+  if (o.tenant_max_waiting_tokens > 0 && mine.requests > 0 && mine.tokens + prompt > o.tenant_max_waiting_tokens) {
+    return full(Refusal::kTenantTokens,
+                absl::StrCat(who, ": ", mine.tokens, " prompt tokens wait and this one has ", prompt),
+                o.tenant_max_waiting_tokens);
   }
   if (o.deadline_slack > 0.0 && learned_ && request.deadline != SteadyTime::max()) {
     const double left_ms = std::chrono::duration<double, std::milli>(request.deadline - now).count();
-    const double needed_ms = PredictMs(request);
+    const double needed_ms = PredictMs(request, samples);
     if (needed_ms > left_ms * o.deadline_slack) {
       return Refuse(Refusal::kDeadlineInfeasible,
                     absl::DeadlineExceededError(
                         absl::StrCat("the request would take about ", std::ceil(needed_ms),
                                      " ms and its deadline leaves ", std::max(0.0, std::floor(left_ms)),
                                      " ms; ask for fewer than ", request.max_new_tokens, " tokens or more time")),
-                    RetryAfter());
+                    RetryAfter(), samples);
     }
   }
-  if (expected != nullptr) *expected = Predict(request);
-  ++account_.received;
-  ++account_.live;
-  Move(request, 1);
+  if (expected != nullptr) *expected = Predict(request, samples);
+  account_.received += samples;
+  account_.live += samples;
+  Move(request, samples);
   return absl::OkStatus();
 }
 
@@ -136,17 +138,17 @@ void Door::Ended(const Request& request, FinishReason reason, bool waiting) {
   }
 }
 
-void Door::Move(const Request& request, int sign) {
+void Door::Move(const Request& request, int count) {
   const auto prompt = static_cast<int64_t>(request.prompt.size());
   const int u = static_cast<int>(request.urgency);
-  waiting_ += sign;
-  waiting_prompt_tokens_ += sign * prompt;
-  waiting_of_[u] += sign;
-  waiting_prompt_[u] += sign * prompt;
-  waiting_output_[u] += sign * request.max_new_tokens;
+  waiting_ += count;
+  waiting_prompt_tokens_ += count * prompt;
+  waiting_of_[u] += count;
+  waiting_prompt_[u] += count * prompt;
+  waiting_output_[u] += count * request.max_new_tokens;
   Queued& mine = tenants_[request.tenant];
-  mine.requests += sign;
-  mine.tokens += sign * prompt;
+  mine.requests += count;
+  mine.tokens += count * prompt;
   CHECK(waiting_ >= 0 && mine.requests >= 0) << waiting_ << " wait";
   if (mine.requests == 0) tenants_.erase(request.tenant);
 }
@@ -167,10 +169,10 @@ double Door::StepMs(int32_t rows, Tier tier) const {
 }
 
 // The queue ahead shares the slots; then the prompt, in steps of its own; then a step for each token.
-Expectation Door::Predict(const Request& request) const {
+Expectation Door::Predict(const Request& request, int samples) const {
   const int32_t slots = options_.slots;
   const int32_t rows =
-      std::min<int32_t>(slots, running_ + static_cast<int32_t>(std::min<int64_t>(waiting_, slots)) + 1);
+      std::min<int32_t>(slots, running_ + static_cast<int32_t>(std::min<int64_t>(waiting_, slots)) + samples);
   const double step_ms = StepMs(rows, std::min(request.sparsity.tier, running_ > 0 ? dearest_ : Tier::kFast));
   double prompts = 0.0, outputs = 0.0, requests = 0.0;
   for (int u = 0; u <= static_cast<int>(request.urgency); ++u) {
@@ -188,8 +190,8 @@ Expectation Door::Predict(const Request& request) const {
   return {ms * margin_, step_ms * margin_};
 }
 
-double Door::PredictMs(const Request& request) const {
-  const Expectation expected = Predict(request);
+double Door::PredictMs(const Request& request, int samples) const {
+  const Expectation expected = Predict(request, samples);
   return expected.first_token_ms + std::max(0, request.max_new_tokens - 1) * expected.token_ms;
 }
 

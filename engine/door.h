@@ -70,8 +70,9 @@ class Door {
   explicit Door(const DoorOptions& options) : options_(options) {}
 
   // Each request goes through exactly one of these first. What it is expected to take goes to `expected`, if not null.
-  absl::Status Admit(const Request& request, SteadyTime now, Expectation* expected = nullptr);
-  absl::Status Refuse(Refusal refusal, absl::Status status, std::chrono::milliseconds retry_after);
+  // Several samples of one prompt come in together or not at all.
+  absl::Status Admit(const Request& request, SteadyTime now, Expectation* expected = nullptr, int samples = 1);
+  absl::Status Refuse(Refusal refusal, absl::Status status, std::chrono::milliseconds retry_after, int samples = 1);
 
   // It left the queue to run; it came back; it ended, from the queue or not.
   void Scheduled(const Request& request);
@@ -83,9 +84,9 @@ class Door {
   // What predictions are made of: the costs, how many run and how many steps the first of them still needs.
   void SetLoad(const CostParameters& costs, bool learned, Tier dearest, int32_t running, int64_t first_free_steps);
 
-  Expectation Predict(const Request& request) const;
+  Expectation Predict(const Request& request, int samples = 1) const;
   // From now to the last token.
-  double PredictMs(const Request& request) const;
+  double PredictMs(const Request& request, int samples = 1) const;
 
   const Account& account() const { return account_; }
   int64_t waiting() const { return waiting_; }
@@ -96,7 +97,7 @@ class Door {
   };
   std::chrono::milliseconds RetryAfter() const;
   double StepMs(int32_t rows, Tier tier) const;
-  void Move(const Request& request, int sign);
+  void Move(const Request& request, int count);
 
   const DoorOptions options_;
   Account account_;

@@ -187,7 +187,7 @@ class StepEngine final : public Engine {
   const PredictorInfo& predictor() const override { return predictor_info_; }
   const std::string& synthetic() const override { return synthetic_; }
   absl::Status CheckTier(Tier tier) const override;
-  absl::StatusOr<uint64_t> Submit(Request request, std::shared_ptr<TokenSink> sink) override;
+  absl::StatusOr<uint64_t> SubmitSamples(Request request, std::vector<std::shared_ptr<TokenSink>> sinks) override;
   void Cancel(uint64_t id) override;
   void Drain(bool refuse_waiting) override;
   bool WaitIdle(SteadyTime deadline) override;
@@ -266,6 +266,7 @@ class StepEngine final : public Engine {
   bool refuse_waiting_ ABSL_GUARDED_BY(mutex_) = false;
   CostParameters costs_ ABSL_GUARDED_BY(mutex_);
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  std::atomic<uint64_t> groups_ = 0;  // of samples that share blocks with nobody else
   std::atomic<bool> failed_ = false;
   std::atomic<bool> has_mail_ = false;  // the inbox has changed since the engine thread looked
 
@@ -407,39 +408,54 @@ absl::Status StepEngine::CheckTier(Tier tier) const {
       absl::StrCat("the predictor ", predictor_info_.path, " has no operating point for tier ", Name(tier)));
 }
 
-absl::StatusOr<uint64_t> StepEngine::Submit(Request request, std::shared_ptr<TokenSink> sink) {
+absl::StatusOr<uint64_t> StepEngine::SubmitSamples(Request request, std::vector<std::shared_ptr<TokenSink>> sinks) {
+  const auto samples = static_cast<int>(sinks.size());
+  CHECK(samples > 0 && (samples == 1 || !request.score)) << samples << " samples";
   absl::Status valid = CheckRequest(request);
   valid.Update(CheckTier(request.sparsity.tier));
   if (!valid.ok()) {
     MutexLock lock(mutex_);
-    return door_.Refuse(Refusal::kInvalid, std::move(valid), std::chrono::milliseconds(0));
+    return door_.Refuse(Refusal::kInvalid, std::move(valid), std::chrono::milliseconds(0), samples);
   }
   // All that needs no lock.
   const SteadyTime now = std::chrono::steady_clock::now();
-  auto sequence = std::make_unique<Sequence>(std::move(request), std::move(sink));
-  const Request& r = sequence->request;
-  if (options_.prefix_cache && r.prefix_cache && !r.score) {
-    sequence->keys = BlockKeys(r.tenant, r.cache_salt, r.prompt, options_.kv_block_tokens);
+  std::vector<BlockKey> keys;
+  const bool cached = options_.prefix_cache && request.prefix_cache;
+  if (!request.score && (cached || samples > 1)) {
+    keys =
+        BlockKeys(request.tenant, request.cache_salt, request.prompt, options_.kv_block_tokens, cached ? 0 : ++groups_);
   }
-  sequence->arrival = sequence->finish.queued = now;
+  std::vector<std::unique_ptr<Sequence>> sequences;
+  for (std::shared_ptr<TokenSink>& sink : sinks) {
+    auto sequence = std::make_unique<Sequence>(request, std::move(sink));
+    sequence->keys = keys;
+    sequence->arrival = sequence->finish.queued = now;
+    sequences.push_back(std::move(sequence));
+    ++request.sampling.seed;
+  }
 
   constexpr std::chrono::milliseconds kElsewhere(1000);  // another server, or this one after its restart
   MutexLock lock(mutex_);
   if (failed_) {
     return door_.Refuse(Refusal::kFailed, absl::UnavailableError("the engine has failed; the server must be restarted"),
-                        kElsewhere);
+                        kElsewhere, samples);
   }
   if (draining_ || stopping_) {
     return door_.Refuse(Refusal::kDraining, absl::UnavailableError("the engine is draining; it takes no new requests"),
-                        kElsewhere);
+                        kElsewhere, samples);
   }
-  RETURN_IF_ERROR(door_.Admit(r, now, &sequence->expected));
-  const uint64_t id = sequence->id = next_id_++;
-  submitted_.push_back(std::move(sequence));
-  ++unheard_;
+  Expectation expected;
+  RETURN_IF_ERROR(door_.Admit(request, now, &expected, samples));
+  const uint64_t first = next_id_;
+  for (std::unique_ptr<Sequence>& sequence : sequences) {
+    sequence->expected = expected;
+    sequence->id = next_id_++;
+    submitted_.push_back(std::move(sequence));
+  }
+  unheard_ += samples;
   has_mail_ = true;
   work_.NotifyOne();
-  return id;
+  return first;
 }
 
 void StepEngine::Cancel(uint64_t id) {

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -60,7 +62,12 @@ class Engine {
   // On success the sink will hear OnFinish; returns the engine's id. Refusals are those of engine/door.h:
   // INVALID_ARGUMENT for a request that can never run, RESOURCE_EXHAUSTED when a queue is full, DEADLINE_EXCEEDED when
   // the deadline cannot be met, UNAVAILABLE after Drain.
-  virtual absl::StatusOr<uint64_t> Submit(Request request, std::shared_ptr<TokenSink> sink) = 0;
+  absl::StatusOr<uint64_t> Submit(Request request, std::shared_ptr<TokenSink> sink) {
+    return SubmitSamples(std::move(request), {std::move(sink)});
+  }
+  // So many samples of one prompt, all or none: sample i draws with the request's seed + i and has the id that is
+  // returned + i. They share the blocks of the prompt, which the first of them computes.
+  virtual absl::StatusOr<uint64_t> SubmitSamples(Request request, std::vector<std::shared_ptr<TokenSink>> sinks) = 0;
 
   // Ends a request at the next step, wherever it is; unknown and finished ids are ignored.
   virtual void Cancel(uint64_t id) = 0;

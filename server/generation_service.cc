@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -34,9 +35,20 @@ class EngineCall : public RpcHandler, public LiveRequest {
     service_->live_requests().Done();
   }
 
+  // What any sink has to say. The call ends with the last of them, or with the first that fails.
   const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override {
-    const google::protobuf::MessageLite* const reply = sink_->NextReply(end);
+    const google::protobuf::MessageLite* reply = nullptr;
+    for (size_t i = 0; i < sinks_.size() && reply == nullptr && !end->has_value(); ++i) {
+      if (ended_[i]) continue;
+      std::optional<absl::Status> sink_end;
+      reply = sinks_[i]->NextReply(&sink_end);
+      if (!sink_end.has_value()) continue;
+      ended_[i] = true;
+      ++ends_;
+      if (!sink_end->ok() || ends_ == sinks_.size()) *end = std::move(sink_end);
+    }
     if (end->has_value() && !released_) {
+      if (ends_ < sinks_.size()) StopEngine();
       // Before the client hears of the end: it may use the id again at once.
       service_->live_requests().Remove(live_id_);
       released_ = true;
@@ -47,23 +59,26 @@ class EngineCall : public RpcHandler, public LiveRequest {
   void OnCancel() override { StopEngine(); }
 
   void Stop(const absl::Status& reason) override {
-    sink_->SetCancelReason(reason);
+    for (const auto& sink : sinks_) sink->SetCancelReason(reason);
     StopEngine();
   }
 
  protected:
-  // The sink's first reply may be pulled as soon as this has returned OK.
-  absl::Status Submit(const std::string& request_id, Request request, std::shared_ptr<ReplySink> sink, const Rpc& rpc) {
+  // A sink for each sample; their first reply may be pulled as soon as this has returned OK.
+  absl::Status Submit(const std::string& request_id, Request request, std::vector<std::shared_ptr<ReplySink>> sinks,
+                      const Rpc& rpc) {
     request.deadline = rpc.deadline();
     ASSIGN_OR_RETURN(request.tenant, CheckTenant(rpc.tenant()));
-    sink_ = sink;  // before Stop can be called
+    sinks_ = std::move(sinks);  // before Stop can be called
+    ended_.resize(sinks_.size());
     RETURN_IF_ERROR(service_->live_requests().Add(request_id, this));
     live_id_ = request_id;
-    const absl::StatusOr<uint64_t> engine_id = service_->model().engine->Submit(std::move(request), std::move(sink));
+    const absl::StatusOr<uint64_t> engine_id =
+        service_->model().engine->SubmitSamples(std::move(request), {sinks_.begin(), sinks_.end()});
     if (!engine_id.ok()) return RefusedByEngine(engine_id.status());
     MutexLock lock(mutex_);
     engine_id_ = *engine_id;
-    if (stop_) service_->model().engine->Cancel(engine_id_);
+    if (stop_) CancelAll();
     return absl::OkStatus();
   }
 
@@ -74,15 +89,21 @@ class EngineCall : public RpcHandler, public LiveRequest {
   void StopEngine() {
     MutexLock lock(mutex_);
     stop_ = true;
-    if (engine_id_ != 0) service_->model().engine->Cancel(engine_id_);
+    if (engine_id_ != 0) CancelAll();
   }
 
-  std::shared_ptr<ReplySink> sink_;  // set in OnRequest
-  std::string live_id_;              // registered under this id; empty: not
-  bool released_ = false;            // the id is free again; the calls to NextReply and the destructor come one by one
+  void CancelAll() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    for (size_t i = 0; i < sinks_.size(); ++i) service_->model().engine->Cancel(engine_id_ + i);
+  }
+
+  std::vector<std::shared_ptr<ReplySink>> sinks_;  // set in OnRequest
+  std::vector<bool> ended_;                        // which of them; NextReply's, as the next
+  size_t ends_ = 0;
+  std::string live_id_;    // registered under this id; empty: not
+  bool released_ = false;  // the id is free again; the calls to NextReply and the destructor come one by one
 
   Mutex mutex_;
-  uint64_t engine_id_ ABSL_GUARDED_BY(mutex_) = 0;  // 0: not submitted
+  uint64_t engine_id_ ABSL_GUARDED_BY(mutex_) = 0;  // of the first sample; 0: not submitted
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
@@ -109,13 +130,40 @@ class GenerateCall final : public EngineCall {
     options.include_stop_string = checked.include_stop_string;
     options.max_outbox_bytes = service_->options().max_outbox_bytes;
     options.arrival = rpc->arrival();
-    const std::string request_id = options.prompt.request_id();
-    auto stream = std::make_shared<TokenStream>(std::move(options), [rpc] { rpc->Wake(); });
-    return Submit(request_id, std::move(checked.request), std::move(stream), *rpc);
+    std::vector<std::shared_ptr<ReplySink>> streams;
+    for (int i = 0; i < checked.samples; ++i) {
+      options.sample = static_cast<uint32_t>(i);
+      streams.push_back(std::make_shared<TokenStream>(options, [rpc] { rpc->Wake(); }));
+      options.prompt.set_seed(options.prompt.seed() + 1);
+    }
+    gathers_ = !streaming_ && checked.samples > 1;
+    return Submit(options.prompt.request_id(), std::move(checked.request), std::move(streams), *rpc);
+  }
+
+  // One reply must hold all samples: each of them gives one chunk, when it has ended.
+  const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override {
+    if (!gathers_) return EngineCall::NextReply(end);
+    while (const auto* reply = static_cast<const v1::GenerateChunk*>(EngineCall::NextReply(end))) {
+      if (reply->sample() >= static_cast<uint32_t>(chunks_.size())) chunks_.resize(reply->sample() + 1);
+      chunks_[reply->sample()] = *reply;
+      if (end->has_value()) break;
+    }
+    if (!end->has_value() || !(*end)->ok()) return nullptr;
+    v1::GenerateChunk& first = chunks_[0];
+    response_.mutable_prompt()->Swap(first.mutable_prompt());
+    response_.mutable_text()->swap(*first.mutable_text());
+    response_.mutable_token_ids()->Swap(first.mutable_token_ids());
+    response_.mutable_logprobs()->Swap(first.mutable_logprobs());
+    response_.mutable_finish()->Swap(first.mutable_finish());
+    for (size_t i = 1; i < chunks_.size(); ++i) response_.add_more_samples()->Swap(&chunks_[i]);
+    return &response_;
   }
 
  private:
   const bool streaming_;
+  bool gathers_ = false;
+  std::vector<v1::GenerateChunk> chunks_;  // by sample
+  v1::GenerateResponse response_;
 };
 
 class ScoreCall final : public EngineCall {
@@ -131,7 +179,7 @@ class ScoreCall final : public EngineCall {
     response.set_model(service_->model().name);
     const std::string request_id = response.request_id();
     auto collector = std::make_shared<ScoreCollector>(std::move(response), rpc->arrival(), [rpc] { rpc->Wake(); });
-    return Submit(request_id, std::move(checked), std::move(collector), *rpc);
+    return Submit(request_id, std::move(checked), {std::move(collector)}, *rpc);
   }
 };
 
@@ -253,6 +301,10 @@ absl::Status GenerationService::GetServerInfo(v1::GetServerInfoResponse* respons
   limits->set_max_stop_token_ids(static_cast<uint32_t>(options_.max_stop_token_ids));
   limits->set_max_logit_bias(static_cast<uint32_t>(options_.max_logit_bias));
   limits->set_max_message_bytes(static_cast<uint64_t>(options_.max_message_bytes));
+  limits->set_max_samples(static_cast<uint32_t>(options_.max_samples));
+  limits->set_max_waiting_tokens(static_cast<uint64_t>(engine_options_.max_waiting_tokens));
+  limits->set_tenant_max_waiting_requests(static_cast<uint32_t>(engine_options_.tenant_max_waiting_requests));
+  limits->set_tenant_max_waiting_tokens(static_cast<uint64_t>(engine_options_.tenant_max_waiting_tokens));
 
   const ServedModel* const model = model_.load(std::memory_order_acquire);
   FillInfo(options_, model == nullptr ? nullptr : model->engine, response->mutable_sparsity());

@@ -24,6 +24,7 @@ struct ServerOptions {
   int max_stop_string_bytes = 256;
   int max_stop_token_ids = 64;
   int max_logit_bias = 300;
+  int max_samples = 16;
 
   // Sparsity. Requests may ask for the tiers from `highest_tier` (best quality) to `lowest_tier`; the default is one of
   // them. A shadow check computes a token twice: `min_shadow_every` is what the server can spend on them.

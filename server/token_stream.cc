@@ -172,6 +172,7 @@ const google::protobuf::MessageLite* TokenStream::NextReply(std::optional<absl::
   if (!has_pending_ || (!options_.streaming && (partial || failed))) return nullptr;
   sent_.Clear();
   sent_.Swap(&pending_);  // both keep their memory
+  sent_.set_sample(options_.sample);
   has_pending_ = false;
   pending_bytes_ = 0;
   return &sent_;

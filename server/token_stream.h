@@ -41,6 +41,7 @@ class ReplySink : public TokenSink {
 
 struct TokenStreamOptions {
   v1::PromptInfo prompt;
+  uint32_t sample = 0;                   // that all chunks name
   bool streaming = true;                 // false: one reply, at the end
   const Tokenizer* tokenizer = nullptr;  // null: no text
   std::vector<std::string> stop_strings;

@@ -327,6 +327,13 @@ absl::StatusOr<CheckedGenerate> CheckGenerate(const v1::GenerateRequest& request
   RETURN_IF_ERROR(CheckRequestId(request.request_id()));
   RETURN_IF_ERROR(CheckModelName(request.model(), model));
   RETURN_IF_ERROR(CheckSampling(request.sampling(), model, drawn_seed, &checked.request.sampling));
+  RETURN_IF_ERROR(CheckAtMost("sampling.samples", request.sampling().samples(), options.max_samples));
+  checked.samples = std::max(1, static_cast<int>(request.sampling().samples()));
+  if (checked.samples > 1 && checked.request.sampling.temperature == 0.0f) {
+    return InvalidField(
+        "sampling.samples",
+        absl::StrCat("is ", checked.samples, "; more than 1 needs a temperature above 0, or all are alike"));
+  }
   RETURN_IF_ERROR(CheckPenalties(request.penalties(), options, model, &checked.request.sampling));
   RETURN_IF_ERROR(CheckAtMost("output.top_logprobs", request.output().top_logprobs(), options.max_top_logprobs));
   checked.request.top_logprobs = static_cast<int32_t>(request.output().top_logprobs());
@@ -337,8 +344,8 @@ absl::StatusOr<CheckedGenerate> CheckGenerate(const v1::GenerateRequest& request
   ASSIGN_OR_RETURN(checked.request.prompt, CheckPrompt(request, model));
   RETURN_IF_ERROR(CheckStopping(request.stopping(), options, model, &checked));
   if (!streaming && checked.request.logprobs) {
-    RETURN_IF_ERROR(
-        CheckReplySize("output.top_logprobs", checked.request.max_new_tokens, checked.request.top_logprobs));
+    RETURN_IF_ERROR(CheckReplySize("output.top_logprobs", int64_t{checked.samples} * checked.request.max_new_tokens,
+                                   checked.request.top_logprobs));
   }
   return checked;
 }

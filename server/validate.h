@@ -24,6 +24,7 @@ struct CheckedGenerate {
   Request request;
   std::vector<std::string> stop_strings;
   bool include_stop_string = false;
+  int samples = 1;
 };
 
 // `drawn_seed` is taken when the request has none. `streaming`: the reply may have any size in all.

@@ -1,4 +1,5 @@
 // `dejavu-cli generate`: always over GenerateStream, because only a stream tells when each token came.
+#include <algorithm>
 #include <cstdio>
 #include <optional>
 #include <string>
@@ -112,8 +113,9 @@ void AddFinishJson(const Completion& completion, Json* json) {
   AddSparsityJson(finish.sparsity(), json);
 }
 
-void PrintChunkJson(const v1::GenerateChunk& chunk, const Completion& completion) {
+void PrintChunkJson(const v1::GenerateChunk& chunk, const Completion& completion, bool name_sample) {
   Json json;
+  if (name_sample) json["sample"] = chunk.sample();
   if (chunk.has_prompt()) AddPromptJson(chunk.prompt(), &json);
   AddTokensJson(chunk, chunk.text(), &json);
   if (chunk.has_finish()) AddFinishJson(completion, &json);
@@ -182,19 +184,20 @@ class GenerateCommand : public Command {
   }
 
   int Run(Connection* connection) override {
-    std::optional<Completion> completion;
+    std::vector<Completion> samples;
     const grpc::Status status = connection->Call([&](Attempt* attempt) {
-      completion.emplace(std::chrono::steady_clock::now());
-      return Receive(connection, attempt, &*completion);
+      samples = std::vector<Completion>(std::max<uint32_t>(1, samples_), Completion(std::chrono::steady_clock::now()));
+      return Receive(connection, attempt, &samples);
     });
-    // Like a shell command, end on a line of its own, whatever the text ended with.
-    if (!json_ && !completion->text().empty() && completion->text().back() != '\n') std::puts("");
+    if (!json_ && samples.size() == 1) EndLine(samples[0].text());
     std::fflush(stdout);
     if (!status.ok()) return ReportFailure(status, connection->interrupted(), json_);
-    if (json_ && !stream_) PrintWhole(*completion);
+    if (json_ && !stream_) PrintWhole(samples);
     if (stats_) {
-      PrintStats(*completion);
-      PrintSparsity(*completion);
+      for (const Completion& sample : samples) {
+        PrintStats(sample);
+        PrintSparsity(sample);
+      }
     }
     return kExitOk;
   }
@@ -214,6 +217,7 @@ class GenerateCommand : public Command {
     add("--top-p", top_p_, "Only the most likely tokens that together reach P");
     add("--min-p", min_p_, "Only tokens with at least P times the probability of the best");
     add("--seed", seed_, "The same seed gives the same tokens; without one, the server draws it");
+    add("--samples", samples_, "So many completions of the prompt, each written when it has ended");
     add("--repetition-penalty", repetition_, "Above 1: discourage what prompt and output hold");
     add("--presence-penalty", presence_, "Subtracted from the logits of tokens in the output");
     add("--frequency-penalty", frequency_, "The same, for each time that they occur");
@@ -271,6 +275,7 @@ class GenerateCommand : public Command {
     if (top_p_) sampling.set_top_p(*top_p_);
     if (min_p_) sampling.set_min_p(*min_p_);
     if (seed_) sampling.set_seed(*seed_);
+    sampling.set_samples(samples_);
     v1::Penalties& penalties = *request_.mutable_penalties();
     if (repetition_) penalties.set_repetition(*repetition_);
     if (presence_) penalties.set_presence(*presence_);
@@ -301,15 +306,23 @@ class GenerateCommand : public Command {
     request_.mutable_output()->set_top_logprobs(top_logprobs_);
   }
 
-  grpc::Status Receive(Connection* connection, Attempt* attempt, Completion* completion) {
+  grpc::Status Receive(Connection* connection, Attempt* attempt, std::vector<Completion>* samples) {
     if (!tenant_.empty()) attempt->context.AddMetadata("x-tenant", tenant_);
     const auto reader = connection->generation().GenerateStream(&attempt->context, request_);
     v1::GenerateChunk chunk;
     while (reader->Read(&chunk)) {
       attempt->answered = true;
-      completion->Add(chunk, std::chrono::steady_clock::now());
+      if (chunk.sample() >= samples->size()) continue;  // nobody asked for it
+      Completion& sample = (*samples)[chunk.sample()];
+      sample.Add(chunk, std::chrono::steady_clock::now());
       if (json_) {
-        if (stream_) PrintChunkJson(chunk, *completion);
+        if (stream_) PrintChunkJson(chunk, sample, samples->size() > 1);
+      } else if (samples->size() > 1) {
+        // Side by side they could not be read.
+        if (!chunk.has_finish()) continue;
+        std::printf("--- sample %u, seed %llu\n%s", chunk.sample(),
+                    static_cast<unsigned long long>(sample.prompt().seed()), sample.text().c_str());
+        EndLine(sample.text());
       } else if (!chunk.text().empty()) {
         std::fwrite(chunk.text().data(), 1, chunk.text().size(), stdout);
         std::fflush(stdout);
@@ -318,12 +331,23 @@ class GenerateCommand : public Command {
     return reader->Finish();
   }
 
-  void PrintWhole(const Completion& completion) const {
-    Json json;
-    AddPromptJson(completion.prompt(), &json);
-    AddTokensJson(completion.all(), completion.text(), &json);
-    AddFinishJson(completion, &json);
-    PrintJson(json);
+  // One object, or with several samples one that holds an object for each.
+  void PrintWhole(const std::vector<Completion>& samples) const {
+    Json all = Json::array();
+    for (const Completion& sample : samples) {
+      Json json;
+      AddPromptJson(sample.prompt(), &json);
+      AddTokensJson(sample.all(), sample.text(), &json);
+      AddFinishJson(sample, &json);
+      all.push_back(std::move(json));
+    }
+    PrintJson(samples.size() == 1 ? all[0] : Json{{"samples", std::move(all)}});
+  }
+
+  // Like a shell command, end on a line of its own, whatever the text ended with.
+  static void EndLine(const std::string& text) {
+    if (!text.empty() && text.back() != '\n') std::puts("");
+    std::fflush(stdout);
   }
 
   CLI::App* const app_;
@@ -336,7 +360,7 @@ class GenerateCommand : public Command {
   std::optional<uint64_t> seed_;
   std::vector<std::string> logit_bias_, stop_strings_;
   std::vector<uint32_t> allowed_token_ids_, stop_token_ids_;
-  uint32_t min_new_tokens_ = 0, top_logprobs_ = 0;
+  uint32_t min_new_tokens_ = 0, top_logprobs_ = 0, samples_ = 0;
   bool include_stop_string_ = false, ignore_eos_ = false, logprobs_ = false;
   bool deterministic_ = false;
   bool stats_ = false, json_ = false, stream_ = false;

@@ -2,8 +2,11 @@
 // process, as server and client would on one machine; the client is the generated synchronous one.
 #include "tests/bench/serve.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <memory>
+#include <string>
+#include <thread>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -73,26 +76,88 @@ absl::StatusOr<Run> RunEngine(Engine& engine, int tokens) {
   return sink->Wait(start);
 }
 
-absl::StatusOr<Run> RunServer(v1::GenerationService::Stub& stub, int tokens) {
+v1::GenerateRequest RequestOf(int tokens) {
   v1::GenerateRequest request;
   for (int32_t id : kPrompt) request.mutable_token_ids()->add_ids(id);
   request.mutable_stopping()->set_max_new_tokens(tokens);
   request.mutable_stopping()->set_ignore_eos(true);
+  return request;
+}
+
+// The gaps between tokens go to `gaps_us`, if not null.
+absl::StatusOr<Run> RunServer(v1::GenerationService::Stub& stub, int tokens, std::vector<double>* gaps_us = nullptr) {
   grpc::ClientContext context;
   const SteadyTime start = Clock::now();
-  const auto reader = stub.GenerateStream(&context, request);
+  const auto reader = stub.GenerateStream(&context, RequestOf(tokens));
   v1::GenerateChunk chunk;
   SteadyTime first, last;
   int count = 0;
   while (reader->Read(&chunk)) {
     if (chunk.token_ids().empty()) continue;
-    last = Clock::now();
-    if (count == 0) first = last;
+    const SteadyTime now = Clock::now();
+    if (count == 0) first = now;
+    if (count > 0 && gaps_us != nullptr) gaps_us->push_back(Microseconds(now - last));
+    last = now;
     count += chunk.token_ids_size();
   }
   const grpc::Status status = reader->Finish();
   if (!status.ok()) return absl::UnknownError(status.error_message());
   return Summarise(start, first, last, count);
+}
+
+// A client that asks for much and reads it, or nothing after its first token, until it is told to go.
+class Mate {
+ public:
+  Mate(const std::shared_ptr<grpc::Channel>& channel, int tokens, bool reads)
+      : stub_(v1::GenerationService::NewStub(channel)) {
+    v1::GenerateRequest request = RequestOf(tokens);
+    request.mutable_output()->set_top_logprobs(100);
+    reader_ = stub_->GenerateStream(&context_, request);
+    v1::GenerateChunk chunk;
+    reader_->Read(&chunk);
+    if (reads) {
+      thread_ = std::thread([this] {
+        v1::GenerateChunk rest;
+        while (reader_->Read(&rest)) {
+        }
+      });
+    }
+  }
+  ~Mate() {
+    context_.TryCancel();
+    if (thread_.joinable()) thread_.join();
+    (void)reader_->Finish();
+  }
+
+ private:
+  const std::unique_ptr<v1::GenerationService::Stub> stub_;
+  grpc::ClientContext context_;
+  std::unique_ptr<grpc::ClientReader<v1::GenerateChunk>> reader_;
+  std::thread thread_;
+};
+
+// The 99th percentile of a stream's gaps beside a mate of either kind, in turns.
+absl::Status BesideSlowReader(const ServeBenchOptions& options, v1::GenerationService::Stub& stub,
+                              const std::string& address, nlohmann::json* json) {
+  std::vector<double> p99_us[2];
+  for (int i = 0; i < options.repeats; ++i) {
+    for (const bool reads : {true, false}) {
+      grpc::ChannelArguments arguments;
+      arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // a connection of its own
+      arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+      const Mate mate(grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments), options.tokens,
+                      reads);
+      std::vector<double> gaps;
+      RETURN_IF_ERROR(RunServer(stub, options.tokens, &gaps).status());
+      std::sort(gaps.begin(), gaps.end());
+      p99_us[reads].push_back(gaps[gaps.size() * 99 / 100]);
+    }
+  }
+  std::printf("p99 of a stream's gaps: %.1f us beside one that is read, %.1f us beside one that is not.\n",
+              Median(p99_us[true]), Median(p99_us[false]));
+  (*json)["p99_us_beside_reader"] = Median(p99_us[true]);
+  (*json)["p99_us_beside_slow_reader"] = Median(p99_us[false]);
+  return absl::OkStatus();
 }
 
 struct Row {
@@ -117,8 +182,8 @@ absl::Status Bench(const ServeBenchOptions& options) {
   auto server = Server::Start(server_options, engine_options);
   if (!server.ok()) return server.status();
   (*server)->SetReady(engine->get(), nullptr);
-  const auto stub = v1::GenerationService::NewStub(
-      grpc::CreateChannel(absl::StrCat("127.0.0.1:", (*server)->port()), grpc::InsecureChannelCredentials()));
+  const std::string address = absl::StrCat("127.0.0.1:", (*server)->port());
+  const auto stub = v1::GenerationService::NewStub(grpc::CreateChannel(address, grpc::InsecureChannelCredentials()));
 
   std::vector<double> engine_us, server_us, added_us, engine_ttft_us, server_ttft_us;
   for (int i = -1; i < options.repeats; ++i) {  // one pair to warm up
@@ -153,6 +218,7 @@ absl::Status Bench(const ServeBenchOptions& options) {
   for (size_t i = 0; i < added_us.size(); ++i) shares.push_back(added_us[i] / engine_us[i]);
   json["added_share"] = Median(shares);
   std::printf("\nThe server adds %.1f us, %.2f %%, to a token.\n", Median(added_us), 100 * Median(shares));
+  RETURN_IF_ERROR(BesideSlowReader(options, *stub, address, &json));
   if (options.json.empty()) return absl::OkStatus();
   return WriteText(options.json, json.dump(1) + "\n");
 }

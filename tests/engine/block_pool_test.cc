@@ -29,6 +29,7 @@ TEST(BlockKeys, NameFullBlocksAndEverythingBeforeThem) {
 }
 
 TEST(BlockKeys, KeepTenantsAndSaltsApart) {
+  EXPECT_NE(BlockKeys("t", "s", Tokens(4), 4, 1)[0], BlockKeys("t", "s", Tokens(4), 4)[0]) << "another group";
   const auto key = [](const char* tenant, const char* salt) { return BlockKeys(tenant, salt, Tokens(4), 4)[0]; };
   EXPECT_FALSE(key("a", "") == key("b", ""));
   EXPECT_FALSE(key("a", "x") == key("a", "y"));

@@ -50,6 +50,23 @@ TEST(Door, BoundsTheQueueInRequestsAndTokensForAllAndForEachTenant) {
   ExpectBalanced(door.account());
 }
 
+TEST(Door, SamplesComeInTogetherOrNotAtAll) {
+  DoorOptions options;
+  options.max_waiting_requests = 4;
+  options.tenant_max_waiting_requests = 3;
+  Door door(options);
+  const SteadyTime now;
+  ExpectRefused(door.Admit(Asking(1, 1), now, nullptr, 5), absl::StatusCode::kResourceExhausted, "QUEUE_FULL");
+  ExpectRefused(door.Admit(Asking(1, 1), now, nullptr, 4), absl::StatusCode::kResourceExhausted, "TENANT_REQUESTS");
+  EXPECT_TRUE(door.Admit(Asking(1, 1), now, nullptr, 3).ok());
+  EXPECT_EQ(door.waiting(), 3);
+  ExpectRefused(door.Admit(Asking(1, 1, "a"), now, nullptr, 2), absl::StatusCode::kResourceExhausted, "QUEUE_FULL");
+  EXPECT_TRUE(door.Admit(Asking(1, 1, "a"), now).ok());
+  EXPECT_EQ(door.account().received, 5 + 4 + 3 + 2 + 1);
+  EXPECT_EQ(door.account().refused_total(), 5 + 4 + 2);
+  ExpectBalanced(door.account());
+}
+
 TEST(Door, AnEmptyQueueTakesAnyPrompt) {
   DoorOptions options;
   options.max_waiting_tokens = 10;

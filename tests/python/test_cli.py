@@ -47,6 +47,20 @@ def test_the_seed_that_is_printed_repeats_the_answer(daemon):
     assert again["token_ids"] == first["token_ids"]
 
 
+def test_several_samples_are_those_of_their_seeds(daemon):
+    flags = ["generate", "--token-ids", IDS_FLAG, "--max-new-tokens", "12", "--temperature", "1", "--ignore-eos"]
+    alone = [json.loads(succeed(daemon, *flags, "--json", "--seed", str(seed))) for seed in (3, 4)]
+    flags += ["--seed", "3", "--samples", "2"]
+    samples = json.loads(succeed(daemon, *flags, "--json"))["samples"]
+    assert [(s["seed"], s["token_ids"], s["text"]) for s in samples] == [(s["seed"], s["token_ids"], s["text"]) for s in alone]
+    chunks = [json.loads(line) for line in succeed(daemon, *flags, "--json", "--stream").splitlines()]
+    for i, sample in enumerate(alone):
+        assert "".join(c["text"] for c in chunks if c["sample"] == i) == sample["text"]
+    text = succeed(daemon, *flags)
+    for i, sample in enumerate(alone):
+        assert f"--- sample {i}, seed {sample['seed']}\n{sample['text']}" in text
+
+
 def test_a_stream_of_objects_adds_up_to_the_whole(daemon):
     flags = ["generate", "--token-ids", IDS_FLAG, "--max-new-tokens", "12", "--ignore-eos", "--json"]
     whole = json.loads(succeed(daemon, *flags, "--top-logprobs", "2"))

@@ -205,9 +205,9 @@ def test_a_prefix_is_found_again_by_its_tenant_and_salt_alone(daemon, api):
     assert load.kv_blocks_cached > 0 and load.kv_blocks_free == load.kv_blocks_total
 
 
-def test_samples_of_one_prompt_compute_it_once(daemon, api):
+def test_requests_that_begin_alike_compute_it_once(daemon, api):
     request = daemon.request(prompt(300, 40), 12)
-    request.scheduling.cache_salt = "samples"
+    request.scheduling.cache_salt = "alike"
     request.sampling.temperature = 1.0
     before = daemon.load()
     calls = []
@@ -221,6 +221,85 @@ def test_samples_of_one_prompt_compute_it_once(daemon, api):
     assert after.prompt_tokens - before.prompt_tokens == 300 + 3 * 12
     assert after.cached_prompt_tokens - before.cached_prompt_tokens == 3 * 288
     daemon.expect_idle()
+
+
+def sampled(daemon, samples, length=100, tokens=12, seed=5, **fields):
+    request = daemon.request(prompt(length, 60), tokens, **fields)
+    request.sampling.temperature = 1.0
+    request.sampling.seed = seed
+    request.sampling.samples = samples
+    return request
+
+
+@pytest.mark.parametrize("cached", (True, False))
+def test_samples_are_what_their_seeds_give_and_compute_the_prompt_once(daemon, api, cached):
+    alone = []
+    for seed in range(5, 9):
+        request = sampled(daemon, 1, seed=seed)
+        request.scheduling.prefix_cache = False
+        alone.append(daemon.stub.Generate(request, timeout=PATIENCE_S))
+    assert len({tuple(r.token_ids) for r in alone}) > 1
+
+    request = sampled(daemon, 4)
+    request.scheduling.prefix_cache = cached
+    request.scheduling.cache_salt = "samples"
+    before = daemon.load()
+    reply = daemon.stub.Generate(request, timeout=PATIENCE_S)
+    after = daemon.load()
+    samples = [reply, *reply.more_samples]
+    assert [s.sample for s in reply.more_samples] == [1, 2, 3]
+    assert [s.prompt.seed for s in samples] == [5, 6, 7, 8]
+    assert [list(s.token_ids) for s in samples] == [list(r.token_ids) for r in alone]
+    assert [s.text for s in samples] == [r.text for r in alone]
+    assert [s.finish.reason for s in samples] == [LENGTH] * 4
+    assert [s.finish.cached_prompt_tokens for s in samples] == [0, 96, 96, 96]
+    assert after.prompt_tokens - before.prompt_tokens == 100 + 3 * 4
+    daemon.expect_idle()
+
+    streamed = [[] for _ in range(4)]
+    for chunk in daemon.stub.GenerateStream(request, timeout=PATIENCE_S):
+        streamed[chunk.sample].append(chunk)
+    for chunks, r in zip(streamed, alone):
+        assert [i for c in chunks for i in c.token_ids] == list(r.token_ids)
+        assert chunks[0].HasField("prompt") and sum(c.HasField("prompt") for c in chunks) == 1
+        assert chunks[-1].HasField("finish") and sum(c.HasField("finish") for c in chunks) == 1
+        # Nobody finds what a request without the cache has left behind.
+        assert (chunks[-1].finish.cached_prompt_tokens == 0) == (chunks is streamed[0] and not cached)
+    daemon.expect_idle()
+    expect_books_balanced(daemon, api)
+
+
+def test_samples_come_in_together_and_end_together(slow, api):
+    # Four for two slots: some run, some wait.
+    request = sampled(slow, 4, length=4, tokens=1500, request_id="several")
+    stream = slow.stub.GenerateStream(request, timeout=PATIENCE_S)
+    wait_for(slow, lambda load: load.running_requests == 2 and load.waiting_requests == 2)
+    assert slow.stub.Abort(api.pb.AbortRequest(request_id="several"), timeout=PATIENCE_S).found
+    assert read(stream, []).code() == grpc.StatusCode.CANCELLED
+    slow.expect_idle()
+    stream = slow.stub.GenerateStream(request, timeout=PATIENCE_S)
+    next(stream)
+    stream.cancel()
+    slow.expect_idle()
+    assert read(slow.stub.GenerateStream(request, timeout=0.5), []).code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    slow.expect_idle()
+    expect_books_balanced(slow, api)
+
+
+def test_samples_that_do_not_all_fit_are_all_refused(start, api):
+    daemon = start("--scheduler-max-waiting-requests", "3", "--limits-max-samples", "8")
+    error = expect_error(lambda: daemon.stub.Generate(sampled(daemon, 4), timeout=PATIENCE_S),
+                         grpc.StatusCode.RESOURCE_EXHAUSTED)
+    assert "4 samples" in error.details()
+    admission = expect_books_balanced(daemon, api)
+    assert admission.refused["QUEUE_FULL"] == 4 and admission.finished == 0
+    for samples, temperature, wanted in ((9, 1.0, "8"), (2, 0.0, "temperature")):
+        request = sampled(daemon, samples)
+        request.sampling.temperature = temperature
+        error = expect_error(lambda: daemon.stub.Generate(request, timeout=PATIENCE_S), grpc.StatusCode.INVALID_ARGUMENT)
+        assert "sampling.samples" in error.details() and wanted in error.details()
+    assert info(daemon, api).limits.max_samples == 8
+    assert len(daemon.stub.Generate(sampled(daemon, 3), timeout=PATIENCE_S).more_samples) == 2
 
 
 def test_overcommitted_memory_computes_again_and_changes_no_token(start, api):

@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "engine/engine.h"
@@ -40,9 +41,9 @@ class FakeEngine final : public Engine {
     if (!IsPredicted(tier) || std::find(tiers.begin(), tiers.end(), tier) != tiers.end()) return absl::OkStatus();
     return absl::FailedPreconditionError(absl::StrCat("the test predicts nothing for tier ", Name(tier)));
   }
-  absl::StatusOr<uint64_t> Submit(Request submitted, std::shared_ptr<TokenSink> sink) override {
+  absl::StatusOr<uint64_t> SubmitSamples(Request submitted, std::vector<std::shared_ptr<TokenSink>> sinks) override {
     request = std::move(submitted);
-    sink->OnFinish(finish);
+    for (const auto& sink : sinks) sink->OnFinish(finish);
     return 1;
   }
   void Cancel(uint64_t /*id*/) override {}
