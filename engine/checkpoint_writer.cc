@@ -108,6 +108,7 @@ void Stream(const Entry& entry, Backend& backend, const Write& write) {
   for (int64_t r = 0; r < rows; r += stripe_rows) {
     const int64_t n = std::min(stripe_rows, rows - r);
     backend.Download(stripe.data(), entry.transposed ? view.Cols(r, n) : view.Rows(r, n));
+    backend.Synchronize();
     if (entry.transposed) TransposeValues(stripe.data(), element, view.rows, n, transposed.data());
     write(entry.transposed ? transposed.data() : stripe.data(), n * row_bytes);
   }

@@ -306,7 +306,7 @@ absl::Status StepEngine::Load(const LoadProgress& progress) {
   ASSIGN_OR_RETURN(kv_, KvCache::Create(*backend_, config_, pool_.total(), options_.kv_block_tokens, kv_dtype));
   RETURN_IF_ERROR(TakePredictor(loaded));
   ASSIGN_OR_RETURN(model_, OptModel::Create(config_, weights_, *backend_, *communicator_, *predictor_, batch_));
-  step_counts_ = model_->MakeCounts(batch_);
+  step_counts_ = predictor_->MakeCounts();
   return absl::OkStatus();
 }
 

@@ -40,7 +40,7 @@ absl::Status ModelRunner::SetPredictor(const PredictorData* data) {
   predictor_.reset();
   ASSIGN_OR_RETURN(predictor_, Predictor::Create(data, config_, *backend_, options_.max_rows, options_.max_audits));
   ASSIGN_OR_RETURN(model_, OptModel::Create(config_, loaded_.weights, *backend_, *communicator_, *predictor_, *batch_));
-  counts_ = model_->MakeCounts(*batch_);
+  counts_ = predictor_->MakeCounts();
   return absl::OkStatus();
 }
 

@@ -41,35 +41,33 @@ absl::Status OptModel::Allocate(const Batch& largest) {
 }
 
 void OptModel::Forward(const Batch& batch, const KvCache& kv, float* logits, StepCounts* counts) {
-  const RowTable rows = UploadRows(batch);
+  const RowTable rows = Upload(batch);
   predictor_.BeginStep(batch);
   skip_zeros_ = std::find(batch.tiers.begin(), batch.tiers.end(), Tier::kDense) == batch.tiers.end();
-  Embed(batch, rows);
-  for (int32_t l = 0; l < config_.layers; ++l) Layer(l, kv.layer(l), rows);
-  if (observer_ != nullptr) observer_->OnInput(config_.layers, Tap::kAttentionNorm, x_.Rows(0, batch.rows()));
-  if (!batch.logit_rows.empty()) Head(batch, logits);
+  const auto logit_rows = static_cast<int64_t>(batch.logit_rows.size());
+  dev_.Run(StepKey(batch), [&] {
+    Embed(rows);
+    for (int32_t l = 0; l < config_.layers; ++l) Layer(l, kv.layer(l), rows);
+    if (observer_ != nullptr) observer_->OnInput(config_.layers, Tap::kAttentionNorm, x_.Rows(0, batch.rows()));
+    if (logit_rows > 0) Head(logit_rows, rows.rows());
+  });
+  if (logit_rows > 0) dev_.Download(logits, logits_.Rows(0, logit_rows));
   if (counts != nullptr) {
-    predictor_.EndStep(counts);
     counts->skipped_zeros = skip_zeros_;
+    predictor_.EndStep(counts);
+  } else {
+    dev_.Synchronize();
   }
-  dev_.Synchronize();
 }
 
-StepCounts OptModel::MakeCounts(const Batch& largest) const {
-  const size_t layers = config_.layers, rows = largest.max_rows;
-  StepCounts counts;
-  counts.max_rows = largest.max_rows;
-  counts.max_audits = predictor_.max_audits();
-  counts.selected.resize(layers * rows);
-  counts.active.resize(layers * (rows + 1));
-  counts.heads.resize(layers * rows);
-  counts.union_selected.resize(layers);
-  counts.union_heads.resize(layers);
-  counts.audits.resize(layers * counts.max_audits * kAuditFields);
-  return counts;
+// Steps that decode come again and again in the same shape; a step with a piece of a prompt hardly ever does.
+uint64_t OptModel::StepKey(const Batch& batch) const {
+  if (batch.decode_rows < batch.rows() || observer_ != nullptr) return Backend::kOnce;
+  const uint64_t key = predictor_.step_key() * 31 + batch.logit_rows.size();
+  return std::max<uint64_t>(1, key * 2 + skip_zeros_);
 }
 
-RowTable OptModel::UploadRows(const Batch& batch) {
+RowTable OptModel::Upload(const Batch& batch) {
   const int64_t n = batch.rows();
   CHECK(n > 0 && n <= x_.rows) << n << " rows, capacity " << x_.rows;
   RowTable rows{positions_.Cols(0, n), row_slots_.Cols(0, n), block_table_};
@@ -77,15 +75,18 @@ RowTable OptModel::UploadRows(const Batch& batch) {
   dev_.Upload(rows.positions, batch.positions.data());
   dev_.Upload(rows.sequences, batch.row_slots.data());
   dev_.Upload(rows.block_table, batch.block_table.data());
+  if (!batch.logit_rows.empty()) {
+    dev_.Upload(logit_rows_.Cols(0, static_cast<int64_t>(batch.logit_rows.size())), batch.logit_rows.data());
+  }
   return rows;
 }
 
-void OptModel::Embed(const Batch& batch, const RowTable& rows) {
-  const Tensor x = x_.Rows(0, batch.rows()), tokens = tokens_.Cols(0, batch.rows());
+void OptModel::Embed(const RowTable& rows) {
+  const Tensor x = x_.Rows(0, rows.rows()), tokens = tokens_.Cols(0, rows.rows());
   if (weights_.project_in.weight.empty()) {
     dev_.Embed(x, tokens, weights_.token_embedding, 0, /*accumulate=*/false);
   } else {
-    const Tensor embedded = embedded_.Rows(0, batch.rows());
+    const Tensor embedded = embedded_.Rows(0, rows.rows());
     dev_.Embed(embedded, tokens, weights_.token_embedding, 0, /*accumulate=*/false);
     dev_.Linear(x, embedded, weights_.project_in);
   }
@@ -157,12 +158,10 @@ Selection OptModel::SelectNeurons(int32_t l, Tensor h) {
   return neurons;
 }
 
-void OptModel::Head(const Batch& batch, float* logits) {
-  const int64_t n = static_cast<int64_t>(batch.logit_rows.size());
-  const Tensor ids = logit_rows_.Cols(0, n);
-  dev_.Upload(ids, batch.logit_rows.data());
+// The logits of the first `n` of logit_rows_, which name rows of a step of `rows`.
+void OptModel::Head(int64_t n, int64_t rows) {
   Tensor last = last_.Rows(0, n);
-  dev_.GatherRows(last, x_.Rows(0, batch.rows()), ids);
+  dev_.GatherRows(last, x_.Rows(0, rows), logit_rows_.Cols(0, n));
   if (config_.final_norm) dev_.LayerNorm(last, last, weights_.final_norm);
   if (!weights_.project_out.weight.empty()) {
     const Tensor projected = projected_.Rows(0, n);
@@ -170,7 +169,6 @@ void OptModel::Head(const Batch& batch, float* logits) {
     last = projected;
   }
   dev_.Linear(logits_.Rows(0, n), last, weights_.head);
-  dev_.Download(logits, logits_.Rows(0, n));
 }
 
 }  // namespace dejavu

@@ -41,9 +41,8 @@ class OptModel {
 
   // Runs the rows of `batch`, writes their keys and values to `kv` and fills `logits` [batch.logit_rows.size(), vocab]
   // on the host. Rows of one sequence must come in ascending position, with every earlier position already in `kv` or
-  // in the batch. `counts`, from MakeCounts, receives what the decode rows selected.
+  // in the batch. `counts`, from Predictor::MakeCounts, receives what the decode rows selected.
   void Forward(const Batch& batch, const KvCache& kv, float* logits, StepCounts* counts = nullptr);
-  StepCounts MakeCounts(const Batch& largest) const;
 
   // nullptr: none. Borrowed.
   void set_observer(ModelObserver* observer) { observer_ = observer; }
@@ -56,12 +55,13 @@ class OptModel {
       : config_(config), weights_(weights), dev_(backend), comm_(communicator), predictor_(predictor) {}
 
   absl::Status Allocate(const Batch& largest);
-  RowTable UploadRows(const Batch& batch);
-  void Embed(const Batch& batch, const RowTable& rows);
+  RowTable Upload(const Batch& batch);
+  uint64_t StepKey(const Batch& batch) const;
+  void Embed(const RowTable& rows);
   void Layer(int32_t l, const KvLayer& kv, const RowTable& rows);
   Selection ProjectQkv(int32_t l, Tensor qkv, Tensor h);
   Selection SelectNeurons(int32_t l, Tensor h);
-  void Head(const Batch& batch, float* logits);
+  void Head(int64_t n, int64_t rows);
 
   // Constant after construction.
   const OptConfig config_;

@@ -35,6 +35,15 @@ int32_t PointsOf(const SelectorData& data) {
       std::count_if(data.points.begin(), data.points.end(), [](const auto& point) { return point.has_value(); }));
 }
 
+template <typename... Values>
+uint64_t HashOf(uint64_t seed, Values... values) {
+  for (const int64_t value : {int64_t{values}...}) {
+    seed = (seed ^ static_cast<uint64_t>(value)) * 0x9e3779b97f4a7c15u;
+    seed ^= seed >> 29;
+  }
+  return seed;
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Predictor>> Predictor::Create(const PredictorData* data, const OptConfig& config,
@@ -126,7 +135,7 @@ absl::Status Predictor::AllocateStep(int32_t max_rows, int32_t max_audits) {
   floats.Reserve(&audit_coordinates_, DType::kFloat32, audits, rank);
   floats.Reserve(&audit_x_, DType::kFloat32, audits, config_.hidden);
   floats.Reserve(&audit_hidden_, DType::kFloat32, audits, config_.ffn);
-  floats.Reserve(&audit_results_, DType::kFloat32, layers * audits, kAuditFields);
+  floats.Reserve(&audit_results_, DType::kFloat32, layers, audits * kAuditFields);
   ints.Reserve(&neuron_points_, DType::kInt32, layers, rows);
   ints.Reserve(&head_points_, DType::kInt32, layers, rows);
   ints.Reserve(&audit_points_, DType::kInt32, layers, audits);
@@ -166,6 +175,7 @@ void Predictor::BeginStep(const Batch& batch) {
   audits_ = static_cast<int32_t>(batch.audit_rows.size());
   CHECK(rows_ <= max_rows_ && audits_ <= max_audits_) << rows_ << " rows, " << audits_ << " audits";
   bool any = false;
+  step_key_ = HashOf(0, rows_, decode_rows_, audits_);
   for (size_t l = 0; l < layers_.size(); ++l) {
     Layer& layer = layers_[l];
     layer.rank_heads = layer.rank_neurons = 0;
@@ -191,6 +201,7 @@ void Predictor::BeginStep(const Batch& batch) {
       }
     }
     any = any || layer.rank_heads > 0 || layer.rank_neurons > 0;
+    step_key_ = HashOf(step_key_, layer.rank_heads, layer.rank_neurons, layer.selects_neurons);
     // Stage A's rows are the heads', then the neurons': what is needed is one run of rows.
     const int32_t first = layer.rank_heads > 0 ? 0 : layer.heads.rank;
     const int32_t count = layer.rank_neurons > 0 ? layer.heads.rank + layer.rank_neurons - first : layer.rank_heads;
@@ -254,38 +265,48 @@ void Predictor::Audit(int32_t layer, Tensor x, const LinearWeights& up) {
   const Selection predicted = {audit_list_, audit_count_, audit_masks_.Rows(0, audits_), {}};
   dev_.Select(predicted, audit_selected_.Cols(0, audits_), a, l.neurons.weights,
               audit_points_.Rows(layer, 1).Cols(0, audits_));
-  dev_.Audit(audit_results_.Rows(layer * max_audits_, audits_), rows, up, l.worth, predicted,
-             audit_hidden_.Rows(0, audits_));
+  const Tensor results = {audit_results_.Rows(layer, 1).data, DType::kFloat32, audits_, kAuditFields, kAuditFields};
+  dev_.Audit(results, rows, up, l.worth, predicted, audit_hidden_.Rows(0, audits_));
 }
 
 Tensor Predictor::ActiveCounts(int32_t layer) const {
   return decode_rows_ > 0 ? active_.Rows(layer, 1).Cols(0, decode_rows_ + 1) : Tensor{};
 }
 
+StepCounts Predictor::MakeCounts() const {
+  const size_t layers = config_.layers, rows = max_rows_;
+  StepCounts counts;
+  counts.selected.resize(layers * rows);
+  counts.active.resize(layers * (rows + 1));
+  counts.heads.resize(layers * rows);
+  counts.union_selected.resize(layers);
+  counts.union_heads.resize(layers);
+  counts.audits.resize(layers * max_audits_ * kAuditFields);
+  return counts;
+}
+
 void Predictor::EndStep(StepCounts* counts) {
   counts->decode_rows = decode_rows_;
-  if (decode_rows_ == 0) return;
+  counts->audit_rows = audits_;
+  if (decode_rows_ > 0) {
+    dev_.Download(counts->active.data(), active_.Cols(0, decode_rows_ + 1));
+    if (!selected_.empty()) {
+      dev_.Download(counts->selected.data(), selected_.Cols(0, decode_rows_));
+      dev_.Download(counts->heads.data(), head_counts_.Cols(0, decode_rows_));
+      dev_.Download(counts->union_selected.data(), union_selected_);
+      dev_.Download(counts->union_heads.data(), union_heads_);
+      if (audits_ > 0) dev_.Download(counts->audits.data(), audit_results_.Cols(0, audits_ * kAuditFields));
+    }
+  }
+  dev_.Synchronize();
   for (int32_t l = 0; l < config_.layers; ++l) {
-    const Layer& layer = layers_[l];
-    const auto row = [&](std::vector<int32_t>& values) { return &values[static_cast<size_t>(l) * max_rows_]; };
-    dev_.Download(&counts->active[static_cast<size_t>(l) * (max_rows_ + 1)], ActiveCounts(l));
-    if (layer.selects_neurons) {
-      dev_.Download(row(counts->selected), selected_.Rows(l, 1).Cols(0, decode_rows_));
-      dev_.Download(&counts->union_selected[l], union_selected_.Rows(l, 1));
-    } else {
-      std::fill_n(row(counts->selected), decode_rows_, config_.ffn);
+    if (!layers_[l].selects_neurons) {
+      std::fill_n(counts->selected.begin() + int64_t{l} * decode_rows_, decode_rows_, config_.ffn);
       counts->union_selected[l] = config_.ffn;
     }
-    if (layer.rank_heads > 0) {
-      dev_.Download(row(counts->heads), head_counts_.Rows(l, 1).Cols(0, decode_rows_));
-      dev_.Download(&counts->union_heads[l], union_heads_.Rows(l, 1));
-    } else {
-      std::fill_n(row(counts->heads), decode_rows_, config_.heads);
+    if (layers_[l].rank_heads == 0) {
+      std::fill_n(counts->heads.begin() + int64_t{l} * decode_rows_, decode_rows_, config_.heads);
       counts->union_heads[l] = config_.heads;
-    }
-    if (audits_ > 0 && layer.rank_neurons > 0) {
-      dev_.Download(&counts->audits[static_cast<size_t>(l) * max_audits_ * kAuditFields],
-                    audit_results_.Rows(l * max_audits_, audits_));
     }
   }
 }

@@ -15,31 +15,30 @@
 
 namespace dejavu {
 
-// What the rows of a step computed, on the host. Filled by OptModel::Forward for steps with decode rows.
+// What the decode rows of a step, its first ones, computed, on the host. Filled by OptModel::Forward.
 struct StepCounts {
-  int32_t max_rows = 0, max_audits = 0;
-  int32_t decode_rows = 0;  // the columns that count: the first rows of the batch
+  int32_t decode_rows = 0, audit_rows = 0;
   bool skipped_zeros = true;
-  std::vector<int32_t> selected;        // [layers, max rows] neurons that a row selected
-  std::vector<int32_t> active;          // [layers, max rows + 1] and not zero; in column decode_rows: in any row
-  std::vector<int32_t> heads;           // [layers, max rows]
+  std::vector<int32_t> selected;        // [layers, decode rows] neurons that a row selected
+  std::vector<int32_t> active;          // [layers, decode rows + 1] and not zero; in the last column: in any row
+  std::vector<int32_t> heads;           // [layers, decode rows]
   std::vector<int32_t> union_selected;  // [layers] neurons that some row selected
   std::vector<int32_t> union_heads;     // [layers]
-  std::vector<float> audits;            // [layers, max audits, kAuditFields]; of layers with a predictor only
+  std::vector<float> audits;            // [layers, audit rows, kAuditFields]; of layers with a predictor only
 
   int32_t selected_of(int32_t layer, int32_t row) const {
-    return selected[static_cast<size_t>(layer) * max_rows + row];
+    return selected[static_cast<size_t>(layer) * decode_rows + row];
   }
   int32_t active_of(int32_t layer, int32_t row) const {
-    return active[static_cast<size_t>(layer) * (max_rows + 1) + row];
+    return active[static_cast<size_t>(layer) * (decode_rows + 1) + row];
   }
-  int32_t heads_of(int32_t layer, int32_t row) const { return heads[static_cast<size_t>(layer) * max_rows + row]; }
+  int32_t heads_of(int32_t layer, int32_t row) const { return heads[static_cast<size_t>(layer) * decode_rows + row]; }
   // Down rows that the step read: a DENSE row makes it all that were selected.
   int32_t union_down_of(int32_t layer) const {
     return skipped_zeros ? active_of(layer, decode_rows) : union_selected[layer];
   }
   const float* audit_of(int32_t layer, int32_t audit) const {
-    return &audits[(static_cast<size_t>(layer) * max_audits + audit) * kAuditFields];
+    return &audits[(static_cast<size_t>(layer) * audit_rows + audit) * kAuditFields];
   }
 };
 
@@ -67,8 +66,13 @@ class Predictor {
   // Right after Neurons.
   void Audit(int32_t layer, Tensor x, const LinearWeights& up);
   Tensor ActiveCounts(int32_t layer) const;  // for Backend::Mlp
-  // After the last layer: the counts of this step.
+  StepCounts MakeCounts() const;             // with room for the largest step
+  // After the last layer: waits for the step and fills in its counts.
   void EndStep(StepCounts* counts);
+
+  // A number for everything that BeginStep has decided and that the ops of the step depend on, beside what it has
+  // uploaded: steps of one number run the same ops.
+  uint64_t step_key() const { return step_key_; }
 
   int32_t max_audits() const { return max_audits_; }
   int64_t bytes() const { return storage_.bytes(); }
@@ -113,6 +117,7 @@ class Predictor {
 
   // This step.
   int32_t rows_ = 0, decode_rows_ = 0, audits_ = 0;
+  uint64_t step_key_ = 0;
   std::vector<int32_t> host_neuron_points_, host_head_points_;  // [layers, rows]
   std::vector<int32_t> host_audit_points_;                      // [layers, audits]
   std::vector<int32_t> host_strict_;                            // [rows]
@@ -121,7 +126,7 @@ class Predictor {
   Tensor coordinates_;                  // float32 [max rows, largest rank]
   Tensor audit_coordinates_, audit_x_;  // float32 [max audits, largest rank], [max audits, hidden]
   Tensor audit_hidden_;                 // float32 [max audits, ffn]
-  Tensor audit_results_;                // float32 [layers * max audits, kAuditFields]
+  Tensor audit_results_;                // float32 [layers, max audits * kAuditFields]
   Tensor neuron_points_, head_points_;  // int32 [layers, max rows]
   Tensor audit_points_;                 // int32 [layers, max audits]
   Tensor strict_, audit_rows_;          // int32 [1, max rows], [1, max audits]

@@ -15,6 +15,7 @@
 #include <memory>
 #include <string>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "kernels/selection.h"
 #include "kernels/tensor.h"
@@ -117,10 +118,16 @@ class Backend {
   virtual absl::StatusOr<Buffer> Allocate(int64_t bytes) = 0;
 
   // Copies between packed host memory (row after row, no gaps) and a view, which may be strided. Upload returns when
-  // `source` may be reused; Download when `target` is filled.
+  // `source` may be reused; `target` of Download is filled when Synchronize has returned.
   virtual void Upload(Tensor target, const void* source) = 0;
   virtual void Download(void* target, Tensor source) = 0;
   virtual void Synchronize() = 0;
+
+  // Runs `ops`, which calls ops below and neither copies nor allocates. With the same key but kOnce, ops are the same
+  // with the same arguments, whatever lies in the memory: a device may keep what they launched and run it again without
+  // calling them.
+  static constexpr uint64_t kOnce = 0;
+  virtual void Run(uint64_t /*key*/, absl::FunctionRef<void()> ops) { ops(); }
 
   // y[r] = table[ids[r] + offset], widened, or y[r] += with `accumulate`. ids int32 [1, rows].
   virtual void Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) = 0;

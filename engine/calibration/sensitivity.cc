@@ -292,6 +292,7 @@ absl::StatusOr<Matrix> FisherInformation(ModelRunner& runner, const std::vector<
   const OptWeights& weights = runner.weights();
   std::vector<float> norm(hidden, 1.0f);
   if (config.final_norm) dev.Download(norm.data(), weights.final_norm.weight);
+  dev.Synchronize();
   // Sums of rows of the head: what a distribution over tokens looks like in its input.
   LinearWeights head;
   head.layout = LinearWeights::Layout::kInputRows;

@@ -104,16 +104,8 @@ class PredictorTest : public testing::Test {
       predictor_->Audit(l, Input(l, Tap::kMlpNorm), Up(l));
       Ridden(l, Tap::kPreviousLayer, &result);
     }
-    StepCounts& counts = result.counts;
-    counts.max_rows = kMaxRows;
-    counts.max_audits = kMaxAudits;
-    counts.selected.resize(kLayers * kMaxRows);
-    counts.active.resize(kLayers * (kMaxRows + 1));
-    counts.heads.resize(kLayers * kMaxRows);
-    counts.union_selected.resize(kLayers);
-    counts.union_heads.resize(kLayers);
-    counts.audits.resize(kLayers * kMaxAudits * kAuditFields);
-    predictor_->EndStep(&counts);
+    result.counts = predictor_->MakeCounts();
+    predictor_->EndStep(&result.counts);
     return result;
   }
 
@@ -153,9 +145,10 @@ class PredictorTest : public testing::Test {
       SCOPED_TRACE(testing::Message() << "layer " << l);
       const LayerPredictorData& layer = data.layers[l];
       const StepCounts& counts = result.counts;
-      ExpectPlain(layer.neurons, layer, l, result.neurons[l], &counts.selected[l * kMaxRows], counts.union_selected[l],
-                  kFfn);
-      ExpectPlain(layer.heads, layer, l, result.heads[l], &counts.heads[l * kMaxRows], counts.union_heads[l], kHeads);
+      ExpectPlain(layer.neurons, layer, l, result.neurons[l], &counts.selected[l * counts.decode_rows],
+                  counts.union_selected[l], kFfn);
+      ExpectPlain(layer.heads, layer, l, result.heads[l], &counts.heads[l * counts.decode_rows], counts.union_heads[l],
+                  kHeads);
     }
   }
 

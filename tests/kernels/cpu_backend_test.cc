@@ -359,6 +359,7 @@ TEST(CpuBackend, UploadsToAndDownloadsFromStridedViews) {
   EXPECT_TRUE(SameBits(Get(wide.Cols(7, 1)), Matrix(3, 1, 9.0f)));
   Matrix back(3, 5);
   backend->Download(back.values.data(), wide.Cols(2, 5));
+  backend->Synchronize();
   EXPECT_TRUE(SameBits(back, m));
 }
 
