@@ -91,7 +91,14 @@ std::vector<Option> OptionTable(Config* config) {
       {"port_file", "Server", "file to write the port number to once the server listens; empty: none", &s.port_file},
       {"reflection", "Server", "let clients such as grpcurl list the services", &s.reflection},
 
-      {"backend", "Compute", "device that computes", &e.backend, 0, 0, {"auto", "cpu", "cuda"}},
+      {"device",
+       "Compute",
+       "device that computes; auto: a GPU if there is one, else the CPU",
+       &e.device,
+       0,
+       0,
+       {"auto", "cpu", "cuda"}},
+      {"memory_share", "Compute", "share of the device's free memory that may be taken", &e.memory_share, 0.01, 1},
       {"threads", "Compute", "CPU threads of a step; 0: one per CPU that the process may use", &e.threads, 0, 1024},
       {"pin_threads", "Compute", "keep each thread on a CPU of its own", &e.pin_threads},
 
@@ -134,8 +141,8 @@ std::vector<Option> OptionTable(Config* config) {
        &e.kv_overcommit},
       {"kv.prefix_cache", "Keys and values", "share the blocks of prompts that begin alike", &e.prefix_cache},
       {"kv.memory_mib", "Keys and values",
-       "memory in MiB; 0: full context for scheduler.max_batch sequences, at most a quarter of RAM", &e.kv_mib, 0,
-       1 << 24},
+       "memory in MiB; 0: full context for scheduler.max_batch sequences, or what memory_share leaves for them",
+       &e.kv_mib, 0, 1 << 24},
 
       {"limits.default_max_new_tokens", "Limits of a request", "new tokens where the request names no number",
        &s.default_max_new_tokens, 1, 1000000},

@@ -3,10 +3,12 @@
 #ifndef ENGINE_BATCH_H_
 #define ENGINE_BATCH_H_
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
 #include "engine/sparsity.h"
+#include "kernels/backend.h"
 #include "kernels/base/check.h"
 
 namespace dejavu {
@@ -21,6 +23,7 @@ struct Batch {
     strict.reserve(max_rows);
     audit_rows.reserve(max_rows);
     logit_rows.reserve(max_logit_rows);
+    draws.reserve(max_logit_rows);
     block_table.resize(static_cast<size_t>(slots) * blocks_per_slot, 0);
   }
 
@@ -29,14 +32,17 @@ struct Batch {
   const int32_t slots;            // sequences that may run at once
   const int32_t blocks_per_slot;  // KV blocks of a full context
 
-  std::vector<int32_t> tokens;       // [rows]
-  std::vector<int32_t> positions;    // [rows]
-  std::vector<int32_t> row_slots;    // [rows] which line of the block table
-  std::vector<Tier> tiers;           // [rows]
-  std::vector<uint8_t> strict;       // [rows] 1: computes its own selection only, whatever the other rows select
-  std::vector<int32_t> audit_rows;   // decode rows whose selections are compared with everything, ascending
-  int32_t decode_rows = 0;           // the first so many rows may select; the others are prefill and compute everything
-  std::vector<int32_t> logit_rows;   // [logit rows] rows whose next-token logits are wanted, ascending
+  std::vector<int32_t> tokens;      // [rows]
+  std::vector<int32_t> positions;   // [rows]
+  std::vector<int32_t> row_slots;   // [rows] which line of the block table
+  std::vector<Tier> tiers;          // [rows]
+  std::vector<uint8_t> strict;      // [rows] 1: computes its own selection only, whatever the other rows select
+  std::vector<int32_t> audit_rows;  // decode rows whose selections are compared with everything, ascending
+  int32_t decode_rows = 0;          // the first so many rows may select; the others are prefill and compute everything
+  std::vector<int32_t> logit_rows;  // [logit rows] rows whose next-token logits are wanted, ascending
+  // [logit rows] how the device chooses their next tokens (Backend::Draw). Empty: it does not, and the host gets the
+  // logits.
+  std::vector<std::array<int32_t, kDrawFields>> draws;
   std::vector<int32_t> block_table;  // [slots, blocks_per_slot]
 
   int32_t rows() const { return static_cast<int32_t>(tokens.size()); }
@@ -53,6 +59,7 @@ struct Batch {
     audit_rows.clear();
     decode_rows = 0;
     logit_rows.clear();
+    draws.clear();
   }
 
   // A row of a prompt.

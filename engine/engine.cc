@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <exception>
 #include <future>
 #include <numeric>
@@ -20,9 +21,11 @@
 #include "absl/strings/str_split.h"
 #include "engine/batch.h"
 #include "engine/block_pool.h"
+#include "engine/device.h"
 #include "engine/door.h"
 #include "engine/kv_cache.h"
 #include "engine/loaded_model.h"
+#include "engine/memory_plan.h"
 #include "engine/opt_model.h"
 #include "engine/predictor.h"
 #include "engine/predictor_file.h"
@@ -32,13 +35,11 @@
 #include "kernels/base/mutex.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/communicator.h"
+#include "kernels/draw.h"
 #include "spdlog/spdlog.h"
 
 namespace dejavu {
 namespace {
-
-// Prompt positions that one step may score: each costs a row of logits, [vocab] floats.
-constexpr int32_t kScoreRows = 64;
 
 absl::StatusOr<std::vector<std::pair<std::string, double>>> ParseTenantWeights(const std::string& text) {
   std::vector<std::pair<std::string, double>> weights;
@@ -77,6 +78,9 @@ absl::Status CheckOptions(const EngineOptions& o) {
   RETURN_IF_ERROR(check_time("watchdog_s", o.watchdog_s));
   RETURN_IF_ERROR(ParseTenantWeights(o.tenant_weights).status());
   RETURN_IF_ERROR(check("kv block_tokens", o.kv_block_tokens, 1, 4096));
+  if (!(o.memory_share > 0.0 && o.memory_share <= 1.0)) {
+    return absl::InvalidArgumentError(absl::StrCat("memory_share is ", o.memory_share, "; it must be in (0, 1]"));
+  }
   return check("kv memory_mib", o.kv_mib, 0, int64_t{1} << 24);
 }
 
@@ -84,7 +88,7 @@ SchedulerOptions ForScheduler(const EngineOptions& o) {
   SchedulerOptions options;
   options.slots = o.max_batch;
   options.prefill_chunk_tokens = o.prefill_chunk_tokens;
-  options.score_rows = kScoreRows;
+  options.score_rows = o.score_rows;
   options.inter_token_target_ms = o.inter_token_target_ms;
   options.prefill_share = o.prefill_share;
   options.ageing_s = o.ageing_s;
@@ -129,43 +133,20 @@ double MsSince(SteadyTime start) {
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
 }
 
-absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(const EngineOptions& options) {
-  if (options.backend != "cpu" && options.backend != "cuda" && options.backend != "auto") {
-    return absl::InvalidArgumentError(absl::StrCat("backend is '", options.backend, "'; it must be auto, cpu or cuda"));
-  }
-  if (options.backend != "cpu") {
-    absl::StatusOr<std::unique_ptr<Backend>> cuda = CreateCudaBackend(0);
-    if (cuda.ok() || options.backend == "cuda") return cuda;
-  }
-  return CreateCpuBackend({options.threads, options.pin_threads});
-}
-
-absl::StatusOr<int32_t> KvBlocks(const EngineOptions& options, const OptConfig& config) {
-  ASSIGN_OR_RETURN(const DType dtype, ParseKvType(options.kv_dtype));
-  const int64_t block_bytes = KvCache::BlockBytes(config, options.kv_block_tokens, dtype);
-  const int64_t per_sequence = (config.context + options.kv_block_tokens - 1) / options.kv_block_tokens;
-  const int64_t ram_bytes = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
-  const int64_t wanted = options.kv_mib > 0 ? (options.kv_mib << 20) / block_bytes
-                                            : std::min(options.max_batch * per_sequence, ram_bytes / 4 / block_bytes);
-  if (wanted < per_sequence) {
-    return absl::ResourceExhaustedError(absl::StrCat(
-        "the KV cache would have ", wanted, " blocks of ", block_bytes, " bytes; one sequence of the full context of ",
-        config.context, " tokens needs ", per_sequence, " (", ((per_sequence * block_bytes) >> 20) + 1, " MiB)"));
-  }
-  return static_cast<int32_t>(std::min<int64_t>(wanted, options.max_batch * per_sequence));
-}
-
 class StepEngine final : public Engine {
  public:
-  StepEngine(const EngineOptions& options, const OptConfig& config, int32_t sampled_vocab, int32_t kv_blocks)
+  StepEngine(const EngineOptions& options, const OptConfig& config, int32_t sampled_vocab, int32_t kv_blocks,
+             std::unique_ptr<Backend> backend)
       : options_(options),
         config_(config),
+        backend_(std::move(backend)),
         pool_(kv_blocks, options.kv_block_tokens),
         scheduler_(pool_, ForScheduler(options)),
-        batch_(options.max_step_tokens, options.max_batch + kScoreRows, options.max_batch,
+        batch_(options.max_step_tokens, options.max_batch + options.score_rows, options.max_batch,
                pool_.BlocksFor(config.context)),
         sampler_(config.vocab, sampled_vocab > 0 ? std::min(sampled_vocab, config.vocab) : config.vocab),
         logits_(static_cast<size_t>(batch_.max_logit_rows) * config.vocab),
+        drawn_(batch_.max_logit_rows),
         shadow_batch_(options.max_batch, options.max_batch, options.max_batch, batch_.blocks_per_slot),
         door_(ForDoor(options)) {
     counts_.reserve(options.max_batch);
@@ -211,9 +192,10 @@ class StepEngine final : public Engine {
   void NoteAdmissions();
   void TellTheDoor() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Watch();
+  void PlanDraws();
   void HandOut(Sequence& s);
   void HandOutScores(Sequence& s);
-  void HandOutToken(Sequence& s, const float* logits);
+  void HandOutToken(Sequence& s);
   bool IsStop(const Sequence& s, int32_t id) const;
   void End(const Sequence& s, FinishReason reason, absl::Status status = absl::OkStatus());
   void EndAll(FinishReason reason, const absl::Status& status);
@@ -238,7 +220,8 @@ class StepEngine final : public Engine {
   Batch batch_;
   Sampler sampler_;
   std::vector<TokenCounts> counts_;  // [slots]
-  std::vector<float> logits_;        // [max logit rows, vocab]
+  std::vector<float> logits_;        // [max logit rows, vocab]; as the next unless the device draws
+  std::vector<int32_t> drawn_;       // [max logit rows]
   Batch shadow_batch_;
   std::vector<float> shadow_logits_;  // [max batch, vocab], where there is a predictor
   StepCounts step_counts_;
@@ -297,7 +280,6 @@ StepEngine::~StepEngine() {
 
 absl::Status StepEngine::Load(const LoadProgress& progress) {
   ASSIGN_OR_RETURN(fault_, ParseFault(options_.fault));
-  ASSIGN_OR_RETURN(backend_, CreateBackend(options_));
   ASSIGN_OR_RETURN(LoadedModel loaded,
                    LoadModel({options_.model, options_.weights, options_.predictor}, config_, *backend_, progress));
   weights_ = std::move(loaded.weights);
@@ -611,7 +593,8 @@ void StepEngine::Step() {
   sparsity_->PlanShadow(scheduler_.running(), batch_, shadow_batch_);
   if (shadow_batch_.rows() > 0) model_->Forward(shadow_batch_, kv_, shadow_logits_.data());
   const SteadyTime forward = std::chrono::steady_clock::now();
-  model_->Forward(batch_, kv_, logits_.data(), &step_counts_);
+  PlanDraws();
+  model_->Forward(batch_, kv_, logits_.data(), &step_counts_, drawn_.data(), sampler_.candidates());
   sparsity_->NoteStep(scheduler_.running(), batch_, step_counts_, logits_.data(), shadow_logits_.data());
   stat_steps_.fetch_add(1, std::memory_order_relaxed);
   for (const auto& s : scheduler_.running()) {
@@ -659,13 +642,35 @@ void StepEngine::TellTheDoor() {
   costs_ = scheduler_.costs().parameters();
 }
 
+// Where nothing in the step wants more than a token, the device chooses all of them and the logits stay there.
+void StepEngine::PlanDraws() {
+  if (shadow_batch_.rows() > 0) return;
+  for (const auto& s : scheduler_.running()) {
+    const Request& r = s->request;
+    if (s->step_logits > 0 &&
+        (r.score || r.logprobs || !Sampler::IsPlain(r.sampling) || s->generated_tokens() < r.min_new_tokens)) {
+      return;
+    }
+  }
+  batch_.draws.resize(batch_.logit_rows.size());
+  for (const auto& s : scheduler_.running()) {
+    if (s->step_logits == 0) continue;
+    const SamplingParams& p = s->request.sampling;
+    const uint64_t key = DrawKey(p.seed, static_cast<uint64_t>(s->generated_tokens()));
+    auto& draw = batch_.draws[s->first_logit];
+    draw[kDrawTemperature] = std::bit_cast<int32_t>(p.temperature);
+    draw[kDrawKeyLow] = static_cast<int32_t>(static_cast<uint32_t>(key));
+    draw[kDrawKeyHigh] = static_cast<int32_t>(static_cast<uint32_t>(key >> 32));
+  }
+}
+
 void StepEngine::HandOut(Sequence& s) {
   const int32_t prompt_rows = std::min(s.step_rows, std::max(0, s.prompt_tokens() - s.computed));
   stat_prompt_tokens_.fetch_add(prompt_rows, std::memory_order_relaxed);
   if (s.request.score) {
     HandOutScores(s);
   } else if (s.step_logits > 0) {
-    HandOutToken(s, &logits_[static_cast<size_t>(s.first_logit) * config_.vocab]);
+    HandOutToken(s);
   }
 }
 
@@ -673,7 +678,7 @@ void StepEngine::HandOutScores(Sequence& s) {
   for (int32_t i = 0; i < s.step_rows; ++i) {
     const float* logits = &logits_[static_cast<size_t>(s.first_logit + i) * config_.vocab];
     const int32_t position = s.computed + i;
-    if (!Sampler::AllFinite(logits, config_.vocab)) {
+    if (!AllFinite(logits, config_.vocab)) {
       finished_.push_back(
           {&s, FinishReason::kError,
            absl::DataLossError(absl::StrCat("the logits after prompt token ", position, " are not finite"))});
@@ -699,16 +704,19 @@ void StepEngine::HandOutScores(Sequence& s) {
   }
 }
 
-void StepEngine::HandOutToken(Sequence& s, const float* logits) {
+void StepEngine::HandOutToken(Sequence& s) {
   const Request& r = s.request;
+  const float* const logits = &logits_[static_cast<size_t>(s.first_logit) * config_.vocab];
   banned_.clear();
   if (s.generated_tokens() < r.min_new_tokens) {
     if (!r.ignore_eos) banned_.push_back(config_.eos_token);
     banned_.insert(banned_.end(), r.stop_token_ids.begin(), r.stop_token_ids.end());
   }
   TokenCounts& counts = counts_[s.slot];
-  const Sampler::Choice choice =
-      sampler_.Sample(logits, r.sampling, counts, banned_, static_cast<uint64_t>(s.generated_tokens()), r.logprobs);
+  const Sampler::Choice choice = !batch_.draws.empty()
+                                     ? Sampler::Choice{drawn_[s.first_logit]}
+                                     : sampler_.Sample(logits, r.sampling, counts, banned_,
+                                                       static_cast<uint64_t>(s.generated_tokens()), r.logprobs);
   if (choice.id < 0) {
     const std::string at = absl::StrCat(" after ", s.generated_tokens(), " new tokens");
     finished_.push_back({&s, FinishReason::kError,
@@ -792,8 +800,11 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
                                                        const LoadProgress& progress) {
   RETURN_IF_ERROR(CheckOptions(options));
   ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(options.model));
-  ASSIGN_OR_RETURN(const int32_t kv_blocks, KvBlocks(options, config));
-  auto engine = std::make_unique<StepEngine>(options, config, sampled_vocab, kv_blocks);
+  ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend,
+                   CreateDevice(options.device, options.threads, options.pin_threads));
+  ASSIGN_OR_RETURN(const MemoryPlan plan, PlanMemory(options, config, *backend));
+  spdlog::info("{}: {}", backend->Description(), plan.ToString());
+  auto engine = std::make_unique<StepEngine>(options, config, sampled_vocab, plan.kv_blocks, std::move(backend));
   RETURN_IF_ERROR(engine->Load(progress));
   engine->Start();
   return engine;

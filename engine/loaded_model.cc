@@ -2,8 +2,11 @@
 
 #include <unistd.h>
 
+#include <filesystem>
+#include <system_error>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "engine/checkpoint.h"
 #include "engine/synthetic.h"
@@ -42,6 +45,31 @@ absl::StatusOr<OptConfig> LoadModelConfig(const std::string& model) {
   if (!IsSynthetic(model)) return OptConfig::Load(model);
   ASSIGN_OR_RETURN(const SyntheticModel synthetic, ParseSynthetic(model));
   return synthetic.config;
+}
+
+absl::StatusOr<ModelBytes> MeasureModel(const ModelOptions& options, const OptConfig& config) {
+  ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseWeights(options.weights));
+  ModelBytes bytes;
+  std::string predictor = PredictorPath(options);
+  if (IsSynthetic(options.model)) {
+    const SyntheticBytes synthetic = BytesOf(config, dtype.value_or(DType::kBFloat16));
+    bytes.weights = synthetic.weights;
+    if (options.predictor.empty()) {
+      bytes.predictor = synthetic.predictor;
+      predictor.clear();
+    }
+  } else {
+    ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(options.model));
+    for (const auto& [name, tensor] : checkpoint.tensors()) {
+      if (absl::EndsWith(name, "lm_head.weight")) continue;  // the token embedding again
+      const bool converted = dtype.has_value() && tensor.shape.size() == 2;
+      bytes.weights += tensor.elements * SizeOf(converted ? *dtype : tensor.dtype);
+    }
+  }
+  std::error_code error;
+  const auto size = predictor.empty() ? 0 : std::filesystem::file_size(predictor, error);
+  if (!error) bytes.predictor += static_cast<int64_t>(size);
+  return bytes;
 }
 
 absl::StatusOr<LoadedModel> LoadModel(const ModelOptions& options, const OptConfig& config, Backend& backend,

@@ -32,6 +32,12 @@ struct LoadedModel {
 // The model's shape, without loading it.
 absl::StatusOr<OptConfig> LoadModelConfig(const std::string& model);
 
+// Bytes in memory, from the files' headers; a predictor that cannot be read counts as none.
+struct ModelBytes {
+  int64_t weights = 0, predictor = 0;
+};
+absl::StatusOr<ModelBytes> MeasureModel(const ModelOptions& options, const OptConfig& config);
+
 // `config` is what LoadModelConfig gave.
 absl::StatusOr<LoadedModel> LoadModel(const ModelOptions& options, const OptConfig& config, Backend& backend,
                                       const LoadProgress& progress);

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/device.h"
 #include "kernels/base/status_macros.h"
 
 namespace dejavu {
@@ -20,7 +21,7 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> ModelRunner::Create(const Options& 
                                                    config.context, ", the model's context"));
   }
   std::unique_ptr<ModelRunner> runner(new ModelRunner(options, config));
-  ASSIGN_OR_RETURN(runner->backend_, CreateCpuBackend({options.threads, options.pin}));
+  ASSIGN_OR_RETURN(runner->backend_, CreateDevice(options.device, options.threads, options.pin));
   if (options.wrap_backend) runner->backend_ = options.wrap_backend(std::move(runner->backend_));
   ASSIGN_OR_RETURN(runner->loaded_,
                    LoadModel({options.model, options.weights, options.predictor}, config, *runner->backend_, progress));

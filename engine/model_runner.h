@@ -30,6 +30,7 @@ class ModelRunner {
     std::string model;               // as ModelOptions has it
     std::string weights = "stored";  // likewise
     std::string predictor = "none";  // likewise
+    std::string device = "cpu";      // as CreateDevice has it
     int threads = 0;                 // 0: one per CPU
     bool pin = false;                // one CPU per thread
     int slots = 1;                   // sequences side by side

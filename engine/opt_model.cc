@@ -34,24 +34,34 @@ absl::Status OptModel::Allocate(const Batch& largest) {
   ints.Reserve(&positions_, DType::kInt32, 1, rows);
   ints.Reserve(&row_slots_, DType::kInt32, 1, rows);
   ints.Reserve(&logit_rows_, DType::kInt32, 1, logit_rows);
+  ints.Reserve(&draws_, DType::kInt32, logit_rows, kDrawFields);
+  ints.Reserve(&drawn_, DType::kInt32, 1, logit_rows);
   ints.Reserve(&block_table_, DType::kInt32, largest.slots, largest.blocks_per_slot);
   ASSIGN_OR_RETURN(floats_, floats.Allocate(dev_));
   ASSIGN_OR_RETURN(ints_, ints.Allocate(dev_));
   return absl::OkStatus();
 }
 
-void OptModel::Forward(const Batch& batch, const KvCache& kv, float* logits, StepCounts* counts) {
+void OptModel::Forward(const Batch& batch, const KvCache& kv, float* logits, StepCounts* counts, int32_t* drawn,
+                       int32_t candidates) {
   const RowTable rows = Upload(batch);
   predictor_.BeginStep(batch);
   skip_zeros_ = std::find(batch.tiers.begin(), batch.tiers.end(), Tier::kDense) == batch.tiers.end();
   const auto logit_rows = static_cast<int64_t>(batch.logit_rows.size());
+  const bool draws = !batch.draws.empty();
   dev_.Run(StepKey(batch), [&] {
     Embed(rows);
     for (int32_t l = 0; l < config_.layers; ++l) Layer(l, kv.layer(l), rows);
     if (observer_ != nullptr) observer_->OnInput(config_.layers, Tap::kAttentionNorm, x_.Rows(0, batch.rows()));
     if (logit_rows > 0) Head(logit_rows, rows.rows());
+    if (draws)
+      dev_.Draw(drawn_.Cols(0, logit_rows), logits_.Rows(0, logit_rows), draws_.Rows(0, logit_rows), candidates);
   });
-  if (logit_rows > 0) dev_.Download(logits, logits_.Rows(0, logit_rows));
+  if (draws) {
+    dev_.Download(drawn, drawn_.Cols(0, logit_rows));
+  } else if (logit_rows > 0) {
+    dev_.Download(logits, logits_.Rows(0, logit_rows));
+  }
   if (counts != nullptr) {
     counts->skipped_zeros = skip_zeros_;
     predictor_.EndStep(counts);
@@ -64,7 +74,7 @@ void OptModel::Forward(const Batch& batch, const KvCache& kv, float* logits, Ste
 uint64_t OptModel::StepKey(const Batch& batch) const {
   if (batch.decode_rows < batch.rows() || observer_ != nullptr) return Backend::kOnce;
   const uint64_t key = predictor_.step_key() * 31 + batch.logit_rows.size();
-  return std::max<uint64_t>(1, key * 2 + skip_zeros_);
+  return std::max<uint64_t>(1, key * 4 + 2 * skip_zeros_ + batch.draws.empty());
 }
 
 RowTable OptModel::Upload(const Batch& batch) {
@@ -76,7 +86,10 @@ RowTable OptModel::Upload(const Batch& batch) {
   dev_.Upload(rows.sequences, batch.row_slots.data());
   dev_.Upload(rows.block_table, batch.block_table.data());
   if (!batch.logit_rows.empty()) {
-    dev_.Upload(logit_rows_.Cols(0, static_cast<int64_t>(batch.logit_rows.size())), batch.logit_rows.data());
+    const auto n = static_cast<int64_t>(batch.logit_rows.size());
+    dev_.Upload(logit_rows_.Cols(0, n), batch.logit_rows.data());
+    CHECK(batch.draws.empty() || batch.draws.size() == batch.logit_rows.size()) << batch.draws.size() << " draws";
+    if (!batch.draws.empty()) dev_.Upload(draws_.Rows(0, n), batch.draws.data());
   }
   return rows;
 }

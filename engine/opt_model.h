@@ -40,9 +40,11 @@ class OptModel {
                                                           Predictor& predictor, const Batch& largest);
 
   // Runs the rows of `batch`, writes their keys and values to `kv` and fills `logits` [batch.logit_rows.size(), vocab]
-  // on the host. Rows of one sequence must come in ascending position, with every earlier position already in `kv` or
-  // in the batch. `counts`, from Predictor::MakeCounts, receives what the decode rows selected.
-  void Forward(const Batch& batch, const KvCache& kv, float* logits, StepCounts* counts = nullptr);
+  // on the host, or with batch.draws only `drawn` [batch.logit_rows.size()], ids below `candidates`. Rows of one
+  // sequence must come in ascending position, with every earlier position already in `kv` or in the batch. `counts`,
+  // from Predictor::MakeCounts, receives what the decode rows selected.
+  void Forward(const Batch& batch, const KvCache& kv, float* logits, StepCounts* counts = nullptr,
+               int32_t* drawn = nullptr, int32_t candidates = 0);
 
   // nullptr: none. Borrowed.
   void set_observer(ModelObserver* observer) { observer_ = observer; }
@@ -89,6 +91,7 @@ class OptModel {
   // int32 on the device.
   Tensor tokens_, positions_, row_slots_;  // [1, rows]
   Tensor logit_rows_;                      // [1, logit rows]
+  Tensor draws_, drawn_;                   // [logit rows, kDrawFields], [1, logit rows]
   Tensor block_table_;                     // [slots, blocks per slot]
 };
 

@@ -13,14 +13,15 @@ struct EngineOptions {
   // Predictor file; empty: predictor.safetensors in the model's directory, if there is one, or a synthetic model's own;
   // "none": none even then.
   std::string predictor;
-  bool shadow_fallback = true;   // a layer whose shadow checks fail runs EXACT until they pass again
-  std::string backend = "auto";  // auto | cpu | cuda
-  int threads = 0;               // CPU threads of the step; 0: one per CPU that this process may use
-  bool pin_threads = true;       // one CPU per thread
+  bool shadow_fallback = true;  // a layer whose shadow checks fail runs EXACT until they pass again
+  std::string device = "auto";  // auto | cpu | cuda
+  int threads = 0;              // CPU threads of the step; 0: one per CPU that this process may use
+  bool pin_threads = true;      // one CPU per thread
 
   int max_batch = 16;             // sequences that run at once
   int max_step_tokens = 256;      // rows of one step: decode rows and prefill chunks together
   int prefill_chunk_tokens = 64;  // the most prompt tokens of one sequence in a step
+  int score_rows = 64;            // prompt positions that one step may score: each costs a row of logits
 
   // The door; 0: no limit.
   int max_waiting_requests = 256;  // queue; a request beyond it is refused
@@ -42,7 +43,9 @@ struct EngineOptions {
   int kv_block_tokens = 16;       // positions per KV block
   std::string kv_dtype = "fp16";  // of keys and values: fp16 or fp32
   bool kv_overcommit = false;     // take blocks as sequences grow, and compute the youngest again where none is left
-  int64_t kv_mib = 0;  // memory for keys and values; 0: max_batch sequences of full context, at most 1/4 of RAM
+  int64_t kv_mib = 0;  // memory for keys and values; 0: max_batch sequences of full context, or what is left for them
+
+  double memory_share = 0.9;  // of the device's free memory: all that the engine takes must fit into it
 };
 
 }  // namespace dejavu

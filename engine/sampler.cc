@@ -1,35 +1,17 @@
-// Sampling by the Gumbel-max trick: the chosen token is argmax(score + G(seed, step, id)) over the candidates, where G
-// is Gumbel noise hashed from its three arguments. The draw is exact, needs no normalisation, and does not depend on
-// the order or the number of candidates that a device happens to look at (Gumbel 1954; Maddison et al., arXiv
-// 1411.0030).
 #include "engine/sampler.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 
 #include "kernels/base/check.h"
+#include "kernels/draw.h"
 
 namespace dejavu {
 namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
-
-// Sebastiano Vigna's splitmix64 finaliser.
-uint64_t Mix(uint64_t z) {
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  return z ^ (z >> 31);
-}
-
-constexpr uint64_t kGolden = 0x9e3779b97f4a7c15u;
-
-// Uniform in (0, 1), 53 bits.
-double Uniform(uint64_t key, int32_t id) {
-  return (static_cast<double>(Mix(key + (static_cast<uint64_t>(id) + 1) * kGolden) >> 11) + 0.5) * 0x1p-53;
-}
 
 }  // namespace
 
@@ -44,20 +26,11 @@ TokenCounts::Count& TokenCounts::Touch(int32_t id) {
   return count;
 }
 
-// Infinities and NaNs have all exponent bits set. On integers, so that the compiler can vectorise it.
-bool Sampler::AllFinite(const float* values, int32_t count) {
-  uint32_t any = 0;
-  for (int32_t i = 0; i < count; ++i) any |= (std::bit_cast<uint32_t>(values[i]) & 0x7f800000u) == 0x7f800000u;
-  return any == 0;
-}
-
 Sampler::Sampler(int32_t vocab, int32_t sampled_vocab)
     : vocab_(vocab), sampled_vocab_(sampled_vocab), adjusted_(vocab) {
   CHECK(0 < sampled_vocab && sampled_vocab <= vocab) << sampled_vocab << " of " << vocab;
   candidates_.reserve(vocab);
   top_.reserve(vocab);
-  // The least uniform number whose noise exceeds g: exp(-exp(-g)).
-  for (int g = 0; g < 48; ++g) draw_threshold_.push_back(std::exp(-std::exp(-static_cast<double>(g))));
 }
 
 // Bias, allowed and banned tokens, then penalties. Returns `logits` itself where there is nothing to do, the usual
@@ -122,26 +95,11 @@ void Sampler::KeepTopP(float p) {
   }
 }
 
-// argmax(score + noise). A candidate that trails the best sum so far by g wins only with noise above g, that is with a
-// uniform number above exp(-exp(-g)); a table of that bound saves the logarithms for nearly all of a large vocabulary.
-int32_t Sampler::Draw(uint64_t seed, uint64_t step) const {
-  const uint64_t key = Mix(Mix(seed + kGolden) + (step + 1) * kGolden);
-  double best = -std::numeric_limits<double>::infinity();
-  int32_t chosen = -1;
-  for (const Candidate& c : candidates_) {
-    const double u = Uniform(key, c.id);
-    const double gap = best - c.score;
-    if (gap >= 0) {
-      const size_t g = static_cast<size_t>(std::min(gap, static_cast<double>(draw_threshold_.size() - 1)));
-      if (u < draw_threshold_[g]) continue;
-    }
-    const double sum = c.score - std::log(-std::log(u));
-    if (sum > best || (sum == best && c.id < chosen)) {
-      best = sum;
-      chosen = c.id;
-    }
-  }
-  return chosen;
+bool Sampler::IsPlain(const SamplingParams& params) {
+  const bool whole = params.top_k <= 0 && params.top_p >= 1.0f && params.min_p <= 0.0f;
+  return (whole || params.temperature == 0.0f) && params.repetition_penalty == 1.0f &&
+         params.presence_penalty == 0.0f && params.frequency_penalty == 0.0f && params.logit_bias.empty() &&
+         params.allowed_token_ids.empty();
 }
 
 Sampler::Choice Sampler::Sample(const float* logits, const SamplingParams& params, const TokenCounts& counts,
@@ -153,19 +111,19 @@ Sampler::Choice Sampler::Sample(const float* logits, const SamplingParams& param
   int32_t id = static_cast<int32_t>(best - adjusted);
   if (params.temperature > 0.0f) {
     Gather(adjusted, *best, params);
-    id = Draw(params.seed, step);
+    GumbelMax draw(DrawKey(params.seed, step));
+    for (const Candidate& c : candidates_) draw.Add(c.score, c.id);
+    id = draw.chosen();
   }
   return with_logprob ? Describe(logits, id) : Choice{id};
 }
 
-// The candidates with their scores relative to the best one: differences cannot turn into NaN for a tiny temperature.
 void Sampler::Gather(const float* adjusted, float best, const SamplingParams& params) {
   const double inverse = 1.0 / static_cast<double>(params.temperature);
   candidates_.clear();
   for (int32_t id = 0; id < sampled_vocab_; ++id) {
     if (adjusted[id] == kMinusInfinity) continue;
-    const double score = (static_cast<double>(adjusted[id]) - best) * inverse;
-    candidates_.push_back({static_cast<float>(std::max(score, -1e30)), id});
+    candidates_.push_back({DrawScore(adjusted[id], best, inverse), id});
   }
   KeepTopK(params.top_k);
   KeepTopP(params.top_p);

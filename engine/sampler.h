@@ -37,8 +37,9 @@ class Sampler {
  public:
   // `vocab`: logits per row. `sampled_vocab`: ids from there on (padding of the embedding) are never chosen.
   Sampler(int32_t vocab, int32_t sampled_vocab);
+  int32_t candidates() const { return sampled_vocab_; }
 
-  static constexpr int32_t kNotFinite = -1;       // the logits hold NaN or infinity
+  static constexpr int32_t kNotFinite = -1;       // the logits hold NaN or infinity; what Backend::Draw says then
   static constexpr int32_t kNothingAllowed = -2;  // bias, allowed and banned tokens leave no candidate
   struct Choice {
     int32_t id = kNotFinite;
@@ -52,7 +53,8 @@ class Sampler {
   Choice Sample(const float* logits, const SamplingParams& params, const TokenCounts& counts,
                 absl::Span<const int32_t> banned, uint64_t step, bool with_logprob);
 
-  static bool AllFinite(const float* values, int32_t count);
+  // Whether these alone choose a token without looking at anything but the logits: Backend::Draw can do it.
+  static bool IsPlain(const SamplingParams& params);
 
   // Log-probability and rank of `id` under the unmodified logits.
   Choice Describe(const float* logits, int32_t id);
@@ -71,15 +73,13 @@ class Sampler {
   void Gather(const float* adjusted, float best, const SamplingParams& params);
   void KeepTopK(int32_t k);
   void KeepTopP(float p);
-  int32_t Draw(uint64_t seed, uint64_t step) const;
   double LogSumExp(const float* logits);
 
   const int32_t vocab_;
   const int32_t sampled_vocab_;
-  std::vector<float> adjusted_;         // [vocab]
-  std::vector<Candidate> candidates_;   // capacity vocab
-  std::vector<TokenLogprob> top_;       // capacity vocab
-  std::vector<double> draw_threshold_;  // see Draw
+  std::vector<float> adjusted_;        // [vocab]
+  std::vector<Candidate> candidates_;  // capacity vocab
+  std::vector<TokenLogprob> top_;      // capacity vocab
 };
 
 }  // namespace dejavu

@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "engine/fast_exp.h"
-#include "engine/sampler.h"
+#include "kernels/draw.h"
 #include "spdlog/spdlog.h"
 
 namespace dejavu {
@@ -88,7 +88,7 @@ void SparsityControl::NoteStep(const std::vector<std::unique_ptr<Sequence>>& run
     if (s->step_rows == 0 || audit == audits || batch.audit_rows[audit] != s->first_row) continue;
     const float* const sparse = logits + static_cast<size_t>(s->first_logit) * config_.vocab;
     const float* const dense = shadow_logits + static_cast<size_t>(audit) * config_.vocab;
-    if (Sampler::AllFinite(sparse, config_.vocab) && Sampler::AllFinite(dense, config_.vocab)) {
+    if (AllFinite(sparse, config_.vocab) && AllFinite(dense, config_.vocab)) {
       const LogitsComparison comparison = CompareLogits(dense, sparse, config_.vocab);
       ++s->sparsity.shadow_tokens;
       s->sparsity.shadow_agreements += comparison.same_top;

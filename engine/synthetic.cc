@@ -641,6 +641,14 @@ SyntheticDensity ExpectedDensity(const SyntheticModel& model, int32_t layer, int
   return Expected(model, NeuronTable(model.recall), layer, batch);
 }
 
+SyntheticBytes BytesOf(const OptConfig& config, DType dtype) {
+  const int64_t hidden = config.hidden, ffn = config.ffn;
+  const int64_t layer = 4 * hidden * hidden + 2 * hidden * ffn;
+  const int64_t embeddings = (int64_t{config.vocab} + config.context) * hidden;
+  return {(config.layers * layer + embeddings) * SizeOf(dtype),
+          config.layers * PredictorRank(config.hidden) * (hidden + ffn)};
+}
+
 std::string SyntheticModel::Description() const {
   const NeuronTable table(recall);
   double selected = 0.0, active = 0.0, hits = 0.0;

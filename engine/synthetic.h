@@ -46,6 +46,12 @@ struct SyntheticDensity {
 };
 SyntheticDensity ExpectedDensity(const SyntheticModel& model, int32_t layer, int32_t batch);
 
+// In memory, but for what alignment takes.
+struct SyntheticBytes {
+  int64_t weights = 0, predictor = 0;
+};
+SyntheticBytes BytesOf(const OptConfig& config, DType dtype);
+
 // Weights straight into the backend's memory, matrices as `dtype`, and the predictor on the host. The same seed gives
 // the same weights in every type but for rounding, on any number of threads. RESOURCE_EXHAUSTED before anything is
 // generated where it does not fit.

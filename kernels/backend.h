@@ -65,6 +65,14 @@ inline constexpr int32_t kSelectEverything = -1;  // in place of an operating po
 // What Audit finds for a row, as columns of its result.
 enum AuditField { kAuditSelected, kAuditActive, kAuditHits, kAuditMass, kAuditMissedMass, kAuditFields };
 
+// How Draw chooses for a row, as columns of int32 [rows, kDrawFields].
+enum DrawField {
+  kDrawTemperature,  // bits of a float32; 0: no draw
+  kDrawKeyLow,       // of DrawKey
+  kDrawKeyHigh,
+  kDrawFields,
+};
+
 // A row for each token or position.
 struct EmbeddingWeights {
   Tensor weight;  // [entries, features] float32, float16, bfloat16 or int8
@@ -114,6 +122,9 @@ class Backend {
   virtual std::string Description() const = 0;
   virtual BackendStats stats() const = 0;
 
+  // Memory of the device that nobody has taken, as far as can be known.
+  virtual int64_t FreeBytes() const = 0;
+
   // RESOURCE_EXHAUSTED with the size asked for when the device has not that much.
   virtual absl::StatusOr<Buffer> Allocate(int64_t bytes) = 0;
 
@@ -128,6 +139,10 @@ class Backend {
   // calling them.
   static constexpr uint64_t kOnce = 0;
   virtual void Run(uint64_t /*key*/, absl::FunctionRef<void()> ops) { ops(); }
+
+  // Time stamps in the queue, numbered 0 ... 63 by the caller. Not within Run. ElapsedMs waits for the second one.
+  virtual void Stamp(int event) = 0;
+  virtual double ElapsedMs(int from, int to) = 0;
 
   // y[r] = table[ids[r] + offset], widened, or y[r] += with `accumulate`. ids int32 [1, rows].
   virtual void Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) = 0;
@@ -167,6 +182,10 @@ class Backend {
   // kAuditFields]; `hidden` [rows, neurons] is scratch.
   virtual void Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
                      Tensor hidden) = 0;
+
+  // tokens int32 [1, rows]: for each row of logits the most likely of the first `candidates`, the lowest of equals, or
+  // by `draws` the one drawn from them (kernels/draw.h); -1 where some logit of the row is not finite.
+  virtual void Draw(Tensor tokens, Tensor logits, Tensor draws, int64_t candidates) = 0;
 
   // x += y.
   virtual void Add(Tensor x, Tensor y) = 0;

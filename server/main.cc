@@ -47,13 +47,16 @@ struct LoadedModel {
 
 // At most a line a second, so that small models load silently.
 LoadProgress LogProgress(Server* server) {
-  return [server, last = std::chrono::steady_clock::now()](int64_t done_bytes, int64_t total_bytes) mutable {
+  const auto start = std::chrono::steady_clock::now();
+  return [server, start, last = start](int64_t done_bytes, int64_t total_bytes) mutable {
     if (done_bytes >= total_bytes) server->SetWarming();
     const auto now = std::chrono::steady_clock::now();
     if (now - last >= std::chrono::seconds(1)) {
       last = now;
-      spdlog::info("loading: {:.1f} of {:.1f} GB ({:.0f} %)", static_cast<double>(done_bytes) / 1e9,
-                   static_cast<double>(total_bytes) / 1e9, 100.0 * static_cast<double>(done_bytes) / total_bytes);
+      const double done_gb = static_cast<double>(done_bytes) / 1e9;
+      spdlog::info("loading: {:.1f} of {:.1f} GB ({:.0f} %), {:.2f} GB/s", done_gb,
+                   static_cast<double>(total_bytes) / 1e9, 100.0 * static_cast<double>(done_bytes) / total_bytes,
+                   done_gb / std::chrono::duration<double>(now - start).count());
     }
     return true;
   };

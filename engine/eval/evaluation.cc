@@ -13,6 +13,7 @@
 #include "engine/sampler.h"
 #include "engine/sparsity_control.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/draw.h"
 
 namespace dejavu {
 namespace {
@@ -204,7 +205,7 @@ absl::Status Evaluator::RunGroup(absl::Span<const Window> group, TierSums& sums)
 
 absl::Status Evaluator::NoteLogits(const Window& window, int32_t slot, int32_t position, const float* logits,
                                    TierSums& sums) {
-  if (!Sampler::AllFinite(logits, config_.vocab)) {
+  if (!AllFinite(logits, config_.vocab)) {
     return absl::DataLossError(absl::StrCat("tier ", Name(sums.tier), " computes logits that are not finite at token ",
                                             window.first + position));
   }

@@ -7,14 +7,18 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/backend.h"
+#include "kernels/check_shapes.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/thread_pool.h"
 
@@ -31,28 +35,14 @@ constexpr int64_t kSelectColumns = 512;  // at least, or the rows are read in pi
 int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return DivideUp(a, b) * b; }
 
-void CheckShape(const char* what, const Tensor& t, DType dtype, int64_t rows, int64_t cols) {
-  CHECK(t.dtype == dtype && t.rows == rows && t.cols == cols)
-      << what << " is " << Name(t.dtype) << " [" << t.rows << ", " << t.cols << "], not " << Name(dtype) << " [" << rows
-      << ", " << cols << "]";
-}
-
-// int8 has a factor for each row; the other types have none.
-void CheckScale(const char* what, const Tensor& weight, const Tensor& scale) {
-  CHECK((weight.dtype == DType::kInt8) == !scale.empty()) << what << " of " << Name(weight.dtype);
-  if (!scale.empty()) CheckShape(what, scale, DType::kFloat32, 1, weight.rows);
-}
-
-void CheckLinear(const Tensor& y, const Tensor& x, const LinearWeights& w) {
-  CheckShape("x of Linear", x, DType::kFloat32, y.rows, w.inputs());
-  CheckShape("y of Linear", y, DType::kFloat32, x.rows, w.outputs());
-  if (!w.bias.empty()) CheckShape("bias of Linear", w.bias, DType::kFloat32, 1, w.outputs());
-  CheckScale("scale of Linear", w.weight, w.scale);
-}
-
-void CheckRows(const RowTable& rows) {
-  CheckShape("positions", rows.positions, DType::kInt32, 1, rows.rows());
-  CheckShape("sequences", rows.sequences, DType::kInt32, 1, rows.rows());
+// What a file of one number, or of lines such as "MemAvailable: 1 kB", says; `otherwise` where it says nothing.
+int64_t NumberIn(const char* path, const std::string& key, int64_t otherwise) {
+  std::ifstream file(path);
+  std::string word;
+  int64_t number;
+  while (!key.empty() && file >> word && word != key) {
+  }
+  return file >> number ? number : otherwise;
 }
 
 int64_t PhysicalBytes() { return int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE); }
@@ -143,14 +133,6 @@ int64_t NonZero(const float* h, const int32_t* neurons, int64_t first, int64_t l
   return count;
 }
 
-void CheckMasks(const Selection& selection, int64_t rows, int64_t all) {
-  if (selection.masks.empty()) return;
-  CHECK(!selection.all()) << "masks without a list";
-  CHECK(selection.masks.dtype == DType::kInt32 && selection.masks.rows >= rows && selection.masks.cols * 32 >= all)
-      << "masks [" << selection.masks.rows << ", " << selection.masks.cols << "] for " << rows << " rows of " << all;
-  CHECK(selection.strict.empty() || selection.strict.cols >= rows) << selection.strict.cols << " flags for " << rows;
-}
-
 class CpuBackend final : public Backend {
  public:
   CpuBackend(int threads, bool pin)
@@ -164,6 +146,14 @@ class CpuBackend final : public Backend {
                         pool_.threads() == 1 ? " thread" : " threads");
   }
 
+  // Of the machine, or of the control group of a container.
+  int64_t FreeBytes() const override {
+    const int64_t machine = NumberIn("/proc/meminfo", "MemAvailable:", PhysicalBytes() >> 10) << 10;
+    const int64_t limit = NumberIn("/sys/fs/cgroup/memory.max", "", machine);  // "max": none
+    const int64_t used = NumberIn("/sys/fs/cgroup/memory.current", "", 0) -
+                         NumberIn("/sys/fs/cgroup/memory.stat", "inactive_file", 0);  // the kernel gives these up
+    return std::clamp<int64_t>(limit - used, 0, machine);
+  }
   absl::StatusOr<Buffer> Allocate(int64_t bytes) override;
 
   void Upload(Tensor target, const void* source) override {
@@ -183,6 +173,11 @@ class CpuBackend final : public Backend {
   void Synchronize() override {}
   BackendStats stats() const override { return {pool_.runs(), pool_.wait_ns()}; }
 
+  void Stamp(int event) override { stamps_[event] = std::chrono::steady_clock::now(); }
+  double ElapsedMs(int from, int to) override {
+    return std::chrono::duration<double, std::milli>(stamps_[to] - stamps_[from]).count();
+  }
+
   void Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) override;
   void LayerNorm(Tensor y, Tensor x, const NormWeights& norm) override;
   void Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& selected, int64_t group,
@@ -195,6 +190,7 @@ class CpuBackend final : public Backend {
            Tensor active) override;
   void Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
              Tensor hidden) override;
+  void Draw(Tensor tokens, Tensor logits, Tensor draws, int64_t candidates) override;
   void Add(Tensor x, Tensor y) override;
   void GatherRows(Tensor y, Tensor x, Tensor ids) override;
 
@@ -225,6 +221,7 @@ class CpuBackend final : public Backend {
   void GroupRows(const RowTable& rows);
 
   ThreadPool pool_;
+  std::array<std::chrono::steady_clock::time_point, 64> stamps_;
   const std::unique_ptr<float, decltype(&std::free)> scratch_;  // [threads, kScratchBytes]
 
   // Scratch that grows to the largest size seen and then stays.
@@ -267,24 +264,18 @@ absl::StatusOr<Buffer> CpuBackend::Allocate(int64_t bytes) {
 }
 
 void CpuBackend::Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) {
-  CheckShape("ids of Embed", ids, DType::kInt32, 1, y.rows);
-  CheckShape("y of Embed", y, DType::kFloat32, ids.cols, table.weight.cols);
-  CheckScale("scale of Embed", table.weight, table.scale);
+  CheckEmbed(y, ids, table);
   ForRows(y.rows, y.cols,
           [&](int64_t first, int64_t last) { cpu::Embed(y, ids, table, offset, accumulate, first, last); });
 }
 
 void CpuBackend::LayerNorm(Tensor y, Tensor x, const NormWeights& norm) {
-  CheckShape("y of LayerNorm", y, DType::kFloat32, x.rows, x.cols);
-  CheckShape("x of LayerNorm", x, DType::kFloat32, y.rows, y.cols);
-  CheckShape("weight of LayerNorm", norm.weight, DType::kFloat32, 1, x.cols);
-  CheckShape("bias of LayerNorm", norm.bias, DType::kFloat32, 1, x.cols);
+  CheckLayerNorm(y, x, norm);
   ForRows(y.rows, y.cols, [&](int64_t first, int64_t last) { cpu::LayerNorm(y, x, norm, first, last); });
 }
 
 // The rows of the weight that the selected groups name; nullptr for all of them.
 const int32_t* CpuBackend::Members(const Selection& selected, int64_t rows, int64_t group, int64_t* count) {
-  CHECK(group > 0 && rows % group == 0) << rows << " rows in groups of " << group;
   const int64_t groups = CountOf(selected, rows / group);
   const int32_t* list = ListOf(selected);
   *count = groups * group;
@@ -296,11 +287,10 @@ const int32_t* CpuBackend::Members(const Selection& selected, int64_t rows, int6
 
 void CpuBackend::Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& selected, int64_t group,
                         const Ride& ride) {
-  CheckLinear(y, x, w);
+  CheckLinear(y, x, w, group, ride);
   int64_t count;
   const int32_t* list = Members(selected, w.weight.rows, group, &count);
   if (w.layout == LinearWeights::Layout::kInputRows) {
-    CHECK(ride.w == nullptr) << "nothing rides along where an input is a row";
     SumRows(y, x, w, list, count);
     return;
   }
@@ -308,8 +298,6 @@ void CpuBackend::Linear(Tensor y, Tensor x, const LinearWeights& w, const Select
   cpu::DotJob riding = {};
   int64_t total = count;
   if (ride.w != nullptr) {
-    CHECK(ride.w->layout == LinearWeights::Layout::kOutputRows);
-    CheckLinear(ride.y, x, *ride.w);
     riding = (ride.w->weight.dtype == DType::kInt8) == (w.weight.dtype == DType::kInt8)
                  ? cpu::DotJob{ride.y, x, ride.w, nullptr, false, job.quantized, job.side}
                  : Prepare(ride.y, x, *ride.w, nullptr, false);
@@ -403,10 +391,8 @@ void CpuBackend::Dots(const cpu::DotJob& job, int64_t count, int64_t grain, cons
 }
 
 void CpuBackend::WriteKv(const KvLayer& kv, Tensor qkv, const RowTable& rows) {
-  CheckRows(rows);
+  CheckWriteKv(kv, qkv, rows);
   const int64_t width = int64_t{kv.heads} * kv.head_dim;
-  CheckShape("qkv", qkv, DType::kFloat32, rows.rows(), 3 * width);
-  CHECK(kv.dtype == DType::kFloat32 || kv.dtype == DType::kFloat16) << "keys and values of type " << Name(kv.dtype);
   ForRows(qkv.rows, 2 * width, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
       const int32_t position = rows.positions.row<int32_t>(0)[r];
@@ -447,12 +433,7 @@ void AttendSelected(const cpu::AttentionJob& job, int64_t first, int64_t last, i
 
 void CpuBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const RowTable& rows, float scale,
                            const Selection& heads) {
-  CheckRows(rows);
-  const int64_t width = int64_t{kv.heads} * kv.head_dim;
-  CheckShape("context", context, DType::kFloat32, rows.rows(), width);
-  CheckShape("qkv", qkv, DType::kFloat32, rows.rows(), 3 * width);
-  CHECK(int64_t{kv.blocks} * kv.heads * kv.block_tokens <= INT32_MAX) << kv.blocks << " blocks of " << kv.block_tokens;
-  CheckMasks(heads, rows.rows(), kv.heads);
+  CheckAttention(context, qkv, kv, rows, heads);
   const int64_t head_count = CountOf(heads, kv.heads);
   const int32_t* list = ListOf(heads);
   GroupRows(rows);
@@ -515,15 +496,8 @@ void CpuBackend::SelectRows(Tensor masks, Tensor a, const SelectorWeights& w, co
 }
 
 void CpuBackend::Select(const Selection& selection, Tensor counts, Tensor a, const SelectorWeights& w, Tensor points) {
-  const int64_t rows = a.rows, padded = w.b.cols, words = padded / 32;
-  CHECK(padded % kSelectorPadding == 0 && w.outputs <= padded && w.outputs > padded - kSelectorPadding)
-      << w.outputs << " outputs in " << padded << " columns";
-  CHECK(a.dtype == DType::kFloat32 && a.cols <= w.b.rows) << a.cols << " coordinates, rank " << w.b.rows;
-  CheckShape("b of Select", w.b, DType::kInt8, w.b.rows, padded);
-  CheckShape("thresholds of Select", w.thresholds, DType::kFloat16, w.ranks.cols, padded);
-  CheckShape("points of Select", points, DType::kInt32, 1, rows);
-  CheckShape("counts of Select", counts, DType::kInt32, 1, rows);
-  CHECK(selection.masks.rows >= rows && selection.masks.cols == words && selection.indices.cols >= w.outputs);
+  CheckSelect(selection, counts, a, w, points);
+  const int64_t rows = a.rows, words = w.b.cols / 32;
   int64_t most_rank = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const int32_t point = points.row<int32_t>(0)[r];
@@ -557,12 +531,8 @@ void CpuBackend::Select(const Selection& selection, Tensor counts, Tensor a, con
 // activates: the others add nothing.
 void CpuBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& neurons, bool skip_zeros, Tensor hidden,
                      Tensor active) {
-  CHECK(w.up.layout == LinearWeights::Layout::kOutputRows && w.down.layout == LinearWeights::Layout::kInputRows);
-  CheckLinear(hidden, x, w.up);
-  CheckLinear(y, hidden, w.down);
-  CheckMasks(neurons, x.rows, w.up.outputs());
+  CheckMlp(y, x, w, neurons, hidden, active);
   const int64_t counted = active.empty() ? 0 : active.cols - 1;
-  CHECK(counted <= x.rows) << counted << " rows to count, " << x.rows << " there";
   const int64_t count = CountOf(neurons, w.up.outputs());
   const int32_t* list = ListOf(neurons);
   const int64_t grain = OutputGrain(count, w.up.inputs() * x.rows);
@@ -601,11 +571,7 @@ void CpuBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& n
 
 void CpuBackend::Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
                        Tensor hidden) {
-  CheckLinear(hidden, x, up);
-  CheckShape("result of Audit", result, DType::kFloat32, x.rows, kAuditFields);
-  CheckShape("worth of Audit", worth, DType::kFloat32, 1, up.outputs());
-  CheckMasks(neurons, x.rows, up.outputs());
-  CHECK(neurons.all() || !neurons.masks.empty()) << "an audit wants to know what each row selected";
+  CheckAudit(result, x, up, worth, neurons, hidden);
   const cpu::DotJob job = Prepare(hidden, x, up, nullptr, true);
   Dots(job, up.outputs(), OutputGrain(up.outputs(), up.inputs() * x.rows), [](int64_t, int64_t) {});
   for (int64_t i = 0; i < x.rows; ++i) {
@@ -634,16 +600,23 @@ void CpuBackend::Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor 
   }
 }
 
+void CpuBackend::Draw(Tensor tokens, Tensor logits, Tensor draws, int64_t candidates) {
+  CheckDraw(tokens, logits, draws, candidates);
+  ForRows(logits.rows, logits.cols, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      tokens.row<int32_t>(0)[r] =
+          cpu::Draw(logits.row<float>(r), logits.cols, static_cast<int32_t>(candidates), draws.row<int32_t>(r));
+    }
+  });
+}
+
 void CpuBackend::Add(Tensor x, Tensor y) {
-  CheckShape("y of Add", y, DType::kFloat32, x.rows, x.cols);
-  CheckShape("x of Add", x, DType::kFloat32, y.rows, y.cols);
+  CheckAdd(x, y);
   ForRows(x.rows, x.cols, [&](int64_t first, int64_t last) { cpu::Add(x, y, first, last); });
 }
 
 void CpuBackend::GatherRows(Tensor y, Tensor x, Tensor ids) {
-  CheckShape("ids of GatherRows", ids, DType::kInt32, 1, y.rows);
-  CheckShape("y of GatherRows", y, DType::kFloat32, ids.cols, x.cols);
-  CHECK(x.dtype == DType::kFloat32) << Name(x.dtype);
+  CheckGatherRows(y, x, ids);
   for (int64_t r = 0; r < y.rows; ++r) {
     const int64_t id = ids.row<int32_t>(0)[r];
     CHECK(id >= 0 && id < x.rows) << "row " << id << " of " << x.rows;

@@ -39,6 +39,26 @@ void TimedBackend::Download(void* target, Tensor source) {
   Time(StepPart::kRest, [&] { timed_->Download(target, source); });
 }
 
+void TimedBackend::Run(uint64_t key, absl::FunctionRef<void()> ops) {
+  if (runs_ == kMostRuns) return timed_->Run(key, ops);
+  timed_->Stamp(2 * runs_);
+  timed_->Run(key, ops);
+  timed_->Stamp(2 * runs_ + 1);
+  ++runs_;
+}
+
+std::vector<double> TimedBackend::RunMs() {
+  std::vector<double> ms;
+  for (int i = 0; i < runs_; ++i) ms.push_back(timed_->ElapsedMs(2 * i, 2 * i + 1));
+  return ms;
+}
+
+std::vector<double> TimedBackend::GapMs() {
+  std::vector<double> ms;
+  for (int i = 1; i < runs_; ++i) ms.push_back(timed_->ElapsedMs(2 * i - 1, 2 * i));
+  return ms;
+}
+
 void TimedBackend::Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) {
   Time(StepPart::kRest, [&] { timed_->Embed(y, ids, table, offset, accumulate); });
 }
@@ -81,6 +101,10 @@ void TimedBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection&
 void TimedBackend::Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
                          Tensor hidden) {
   Time(StepPart::kRest, [&] { timed_->Audit(result, x, up, worth, neurons, hidden); });
+}
+
+void TimedBackend::Draw(Tensor tokens, Tensor logits, Tensor draws, int64_t candidates) {
+  Time(StepPart::kRest, [&] { timed_->Draw(tokens, logits, draws, candidates); });
 }
 
 void TimedBackend::Add(Tensor x, Tensor y) {

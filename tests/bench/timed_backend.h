@@ -1,5 +1,5 @@
-// TimedBackend: a backend that measures how long another one takes for each part of a step. Switched off it only passes
-// calls on. CPU only: it takes an op for finished when the call returns. One thread at a time.
+// TimedBackend: a backend that measures how long another one takes for a step, and on the CPU for each part of it,
+// where an op is finished when the call returns. Switched off it only passes calls on. One thread at a time.
 #ifndef TESTS_BENCH_TIMED_BACKEND_H_
 #define TESTS_BENCH_TIMED_BACKEND_H_
 
@@ -31,15 +31,26 @@ class TimedBackend final : public Backend {
   void Stop() { on_ = false; }
   double seconds(StepPart part) const { return seconds_[static_cast<size_t>(part)]; }
 
+  // The next kMostRuns steps (Backend::Run), by the clock of the device: ms of each, and from its end to the next one's
+  // start. Stamping adds some microseconds to what lies between.
+  static constexpr int kMostRuns = 32;
+  void StartRuns() { runs_ = 0; }
+  std::vector<double> RunMs();
+  std::vector<double> GapMs();
+
   // The model's keys and values, as WriteKv has met them.
   const std::vector<KvLayer>& kv() const { return kv_; }
 
   std::string Description() const override { return timed_->Description(); }
   BackendStats stats() const override { return timed_->stats(); }
+  int64_t FreeBytes() const override { return timed_->FreeBytes(); }
   absl::StatusOr<Buffer> Allocate(int64_t bytes) override { return timed_->Allocate(bytes); }
   void Upload(Tensor target, const void* source) override;
   void Download(void* target, Tensor source) override;
   void Synchronize() override { timed_->Synchronize(); }
+  void Run(uint64_t key, absl::FunctionRef<void()> ops) override;
+  void Stamp(int event) override { timed_->Stamp(event); }
+  double ElapsedMs(int from, int to) override { return timed_->ElapsedMs(from, to); }
   void Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) override;
   void LayerNorm(Tensor y, Tensor x, const NormWeights& norm) override;
   void Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& selected, int64_t group,
@@ -52,6 +63,7 @@ class TimedBackend final : public Backend {
            Tensor active) override;
   void Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
              Tensor hidden) override;
+  void Draw(Tensor tokens, Tensor logits, Tensor draws, int64_t candidates) override;
   void Add(Tensor x, Tensor y) override;
   void GatherRows(Tensor y, Tensor x, Tensor ids) override;
 
@@ -61,6 +73,7 @@ class TimedBackend final : public Backend {
 
   const std::unique_ptr<Backend> timed_;
   bool on_ = false;
+  int runs_ = kMostRuns;  // stamped since StartRuns: run i begins at stamp 2 i and ends at the next
   std::array<double, kStepParts> seconds_{};
   absl::flat_hash_map<const void*, StepPart> parts_;  // of the product with the weights at that address
   std::vector<KvLayer> kv_;

@@ -160,7 +160,7 @@ TEST(Config, ErrorsInTheFileNamePlaceKeyValueAndLimit) {
   EXPECT_EQ(ErrorOf("drain: {timeout_s: nan}"),
             "t.yaml:1:20: drain.timeout_s is \"nan\"; must be a number, 0 to 86400");
   EXPECT_EQ(ErrorOf("pin_threads: 1"), "t.yaml:1:14: pin_threads is \"1\"; must be true or false");
-  EXPECT_EQ(ErrorOf("backend: gpu"), "t.yaml:1:10: backend is \"gpu\"; must be auto, cpu or cuda");
+  EXPECT_EQ(ErrorOf("device: gpu"), "t.yaml:1:9: device is \"gpu\"; must be auto, cpu or cuda");
   EXPECT_EQ(ErrorOf("version: 2"), "t.yaml:1:10: version is \"2\"; must be 1");
   EXPECT_EQ(ErrorOf("threads:\n"), "t.yaml:1:1: threads has no value; must be 0 to 1024");
   EXPECT_EQ(ErrorOf("threads: [1, 2]"), "t.yaml:1:10: threads is a list; must be one value: 0 to 1024");

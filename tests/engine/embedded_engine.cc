@@ -12,7 +12,7 @@ namespace dejavu {
 
 std::unique_ptr<Engine> MakeEngine(EngineOptions options) {
   if (options.model.empty()) options.model = EMBEDDED_MODEL;
-  options.backend = "cpu";
+  options.device = "cpu";
   options.threads = 2;
   options.pin_threads = false;
   auto engine = Engine::Create(options, 0, nullptr);

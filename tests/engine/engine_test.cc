@@ -19,7 +19,7 @@ using std::chrono::steady_clock;
 
 std::unique_ptr<Engine> MakeEngine(const std::string& model, EngineOptions options = {}) {
   options.model = model;
-  options.backend = "cpu";
+  options.device = "cpu";
   options.threads = options.threads == 0 ? 2 : options.threads;
   options.pin_threads = false;
   auto engine = Engine::Create(options, 0, nullptr);

@@ -1,11 +1,15 @@
 #include "engine/sampler.h"
 
+#include <array>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <random>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "kernels/backend.h"
+#include "kernels/draw.h"
 
 namespace dejavu {
 namespace {
@@ -35,6 +39,62 @@ TEST(Sampler, GreedyTakesTheBestAndTheLowestIdOfEquals) {
   Sampler sampler(4, 4);
   const std::vector<float> logits = {1, 5, 5, 2};
   EXPECT_EQ(sampler.Sample(logits.data(), {}, TokenCounts(4), {}, 0, false).id, 1);
+}
+
+// Backend::Draw, where the sampler is not asked: the same tokens.
+TEST(Sampler, ADeviceDrawsWhatTheSamplerDraws) {
+  constexpr int kVocab = 5000, kKnown = 4990, kRows = 40;
+  const auto backend = *CreateCpuBackend({2, /*pin=*/false});
+  Sampler sampler(kVocab, kKnown);
+  std::vector<float> logits;
+  std::vector<std::array<int32_t, kDrawFields>> draws(kRows);
+  std::vector<int32_t> expected;
+  for (int r = 0; r < kRows; ++r) {
+    std::vector<float> row = RandomLogits(kVocab, r);
+    if (r == 7) row[3] = kInfinity;
+    if (r == 8) row[kVocab - 1] = std::numeric_limits<float>::quiet_NaN();
+    if (r == 9) row[17] = row[4321] = 50;
+    SamplingParams params;
+    params.temperature = r % 4 == 0 || r == 9 ? 0.0f : 0.3f * static_cast<float>(r % 9);
+    params.seed = 1000 + r;
+    ASSERT_TRUE(Sampler::IsPlain(params));
+    expected.push_back(sampler.Sample(row.data(), params, TokenCounts(kVocab), {}, r, false).id);
+    const uint64_t key = DrawKey(params.seed, r);
+    draws[r] = {std::bit_cast<int32_t>(params.temperature), static_cast<int32_t>(key), static_cast<int32_t>(key >> 32)};
+    logits.insert(logits.end(), row.begin(), row.end());
+  }
+  EXPECT_EQ(expected[7], Sampler::kNotFinite);
+  EXPECT_EQ(expected[9], 17);
+  const Buffer memory = *backend->Allocate(kRows * (kVocab + kDrawFields + 1) * 4);
+  const Tensor values = memory.View(0, DType::kFloat32, kRows, kVocab);
+  const Tensor wanted = memory.View(values.bytes(), DType::kInt32, kRows, kDrawFields);
+  const Tensor tokens = memory.View(values.bytes() + wanted.bytes(), DType::kInt32, 1, kRows);
+  backend->Upload(values, logits.data());
+  backend->Upload(wanted, draws.data());
+  backend->Draw(tokens, values, wanted, kKnown);
+  std::vector<int32_t> drawn(kRows);
+  backend->Download(drawn.data(), tokens);
+  backend->Synchronize();
+  EXPECT_EQ(drawn, expected);
+}
+
+TEST(Sampler, OnlyWhatTheLogitsDecideIsPlain) {
+  const auto plain = [](auto change) {
+    SamplingParams params;
+    params.temperature = 1.0f;
+    change(params);
+    return Sampler::IsPlain(params);
+  };
+  EXPECT_TRUE(plain([](SamplingParams&) {}));
+  EXPECT_TRUE(plain([](SamplingParams& p) { p.temperature = 0.0f, p.top_k = 5, p.top_p = 0.5f, p.min_p = 0.1f; }));
+  EXPECT_FALSE(plain([](SamplingParams& p) { p.top_k = 5; }));
+  EXPECT_FALSE(plain([](SamplingParams& p) { p.top_p = 0.5f; }));
+  EXPECT_FALSE(plain([](SamplingParams& p) { p.min_p = 0.1f; }));
+  EXPECT_FALSE(plain([](SamplingParams& p) { p.repetition_penalty = 1.1f; }));
+  EXPECT_FALSE(plain([](SamplingParams& p) { p.presence_penalty = 0.1f; }));
+  EXPECT_FALSE(plain([](SamplingParams& p) { p.frequency_penalty = 0.1f; }));
+  EXPECT_FALSE(plain([](SamplingParams& p) { p.logit_bias = {{3, 1.0f}}; }));
+  EXPECT_FALSE(plain([](SamplingParams& p) { p.allowed_token_ids = {3}; }));
 }
 
 TEST(Sampler, NeverChoosesPaddingBeyondTheTokenizersVocabulary) {

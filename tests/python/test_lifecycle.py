@@ -180,6 +180,26 @@ def test_exit_codes_and_messages_when_it_cannot_start(tmp_path):
         assert part in done.stderr, (args, done)
 
 
+# The two ways to have no GPU that hold on every machine: none that the process may see, and no module to ask.
+NO_GPU = [({"CUDA_VISIBLE_DEVICES": ""}, ("no NVIDIA driver", "no CUDA device", "no CUDA module")),
+          ({"DEJAVU_CUDA_MODULE": "/nowhere/libdejavu_cuda.so"}, ("no CUDA module: /nowhere/libdejavu_cuda.so",))]
+
+
+@pytest.mark.parametrize("environment, missing", NO_GPU)
+def test_device_cuda_without_a_gpu_says_what_is_missing(environment, missing):
+    done = run_daemon("--model", str(MODEL), "--listen", "127.0.0.1:0", "--device", "cuda", environment=environment)
+    assert done.returncode == 1, done
+    assert "device cuda: " in done.stderr and any(part in done.stderr for part in missing), done
+
+
+@pytest.mark.parametrize("environment, missing", NO_GPU)
+def test_device_auto_without_a_gpu_serves_on_the_cpu_and_says_why(start, api, environment, missing):
+    daemon = start("--device", "auto", environment=environment)
+    assert "cpu" in daemon.stub.GetServerInfo(api.pb.GetServerInfoRequest(), timeout=PATIENCE_S).backend
+    assert len(daemon.stub.Generate(daemon.request([2, 5, 7], 4), timeout=PATIENCE_S).token_ids) == 4
+    assert any("device auto: " in line and part in line for line in daemon.log().splitlines() for part in missing)
+
+
 def test_a_port_in_use_is_refused_by_name():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

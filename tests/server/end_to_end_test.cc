@@ -46,7 +46,7 @@ class EndToEnd : public testing::Test {
   static std::unique_ptr<Engine> MakeEngine() {
     EngineOptions options;
     options.model = EMBEDDED_MODEL;
-    options.backend = "cpu";
+    options.device = "cpu";
     options.predictor = "none";
     return Engine::Create(options, tokenizer_->vocab_size(), [](int64_t, int64_t) { return true; }).value();
   }

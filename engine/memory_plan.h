@@ -1,0 +1,34 @@
+// MemoryPlan: what an engine is going to take of its device, known before anything is loaded. Weights and predictor
+// come first, then the activations of the largest step; keys and values get what is wanted of the rest.
+#ifndef ENGINE_MEMORY_PLAN_H_
+#define ENGINE_MEMORY_PLAN_H_
+
+#include <cstdint>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "engine/opt_config.h"
+#include "engine/options.h"
+#include "kernels/backend.h"
+
+namespace dejavu {
+
+struct MemoryPlan {
+  int64_t free_bytes = 0;    // of the device, before
+  int64_t budget_bytes = 0;  // EngineOptions::memory_share of it
+  int64_t weight_bytes = 0;  // as the next two without the few percent that alignment takes
+  int64_t predictor_bytes = 0;
+  int64_t activation_bytes = 0;
+  int64_t kv_bytes = 0;
+  int32_t kv_blocks = 0;
+
+  // One line for people, in GiB.
+  std::string ToString() const;
+};
+
+// RESOURCE_EXHAUSTED with the sizes where the model, or with it one sequence of the full context, does not fit.
+absl::StatusOr<MemoryPlan> PlanMemory(const EngineOptions& options, const OptConfig& config, const Backend& backend);
+
+}  // namespace dejavu
+
+#endif  // ENGINE_MEMORY_PLAN_H_

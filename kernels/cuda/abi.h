@@ -1,0 +1,102 @@
+// What the daemon and the CUDA module say to each other: a table of C functions, so that the module can be built by
+// another compiler against another C++ library, and be absent. The module is thin on purpose: memory, copies, launches
+// and graphs. Which kernels run, over which grids and in what order, is decided by CudaBackend
+// (kernels/cuda/cuda_backend.cc), which is built everywhere and runs in the tests over an emulated module (tests/simt).
+//
+// Every function but `error` and `close` returns 0, or another number and a message from `error` (of the calling
+// thread, valid until its next call; it names what was tried and CUDA's own error). One thread at a time uses a
+// context. Work is queued in order on the context's one stream; only `download`, `synchronize` and `elapsed_ms` wait.
+#ifndef KERNELS_CUDA_ABI_H_
+#define KERNELS_CUDA_ABI_H_
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define DEJAVU_CUDA_ABI_VERSION 1
+#define DEJAVU_CUDA_ENTRY "DejavuCudaEntry"  // const DejavuCudaModule* (*)(void); all that the module exports
+
+typedef struct DejavuCudaContext DejavuCudaContext;
+typedef struct DejavuCudaGraph DejavuCudaGraph;
+
+typedef struct DejavuCudaDevice {
+  char name[256];
+  int32_t compute_major, compute_minor;
+  int32_t multiprocessors;
+  int32_t shared_bytes_per_block;  // largest, opted in
+  int32_t shared_bytes_per_multiprocessor;
+  int32_t l2_bytes;
+  int64_t memory_bytes, memory_free_bytes;
+  int32_t driver_version, runtime_version;  // as CUDA gives them: 13000 is 13.0
+} DejavuCudaDevice;
+
+typedef struct DejavuCudaLaunch {
+  int32_t kernel;  // Kernel (kernels/cuda/params.h)
+  uint32_t grid[3], block[3];
+  uint32_t shared_bytes;  // dynamic
+  int32_t overlaps;       // may begin before the launch before it has ended, and waits for it by itself
+  const void* params;     // the kernel's one parameter, copied before `launch` returns
+  uint32_t params_bytes;
+} DejavuCudaLaunch;
+
+typedef struct DejavuCudaKernel {
+  const char* name;
+  int32_t registers, shared_bytes, local_bytes;  // per thread, static per block, per thread: spills
+  int32_t params_bytes;
+} DejavuCudaKernel;
+
+// c [m, n] = a [m, k] * b [n, k]^T, or with `b_is_kn` b [k, n]; float32 sums. a and b of one type, c float32.
+typedef struct DejavuCudaGemm {
+  const void *a, *b;
+  float* c;
+  int64_t m, n, k, a_stride, b_stride, c_stride;
+  int32_t bfloat16;  // a and b: 0 float16, 1 bfloat16
+  int32_t b_is_kn;
+  int32_t accumulate;  // c += instead
+} DejavuCudaGemm;
+
+typedef struct DejavuCudaModule {
+  int32_t abi_version;
+  const char* (*error)(void);
+
+  // Says what is missing: driver, device, or the compute capability that this build needs.
+  int (*open)(int32_t device, DejavuCudaContext** context, DejavuCudaDevice* info);
+  void (*close)(DejavuCudaContext* context);
+
+  int (*allocate)(DejavuCudaContext* context, int64_t bytes, void** memory);  // zeroed, 256-byte aligned
+  int (*free)(DejavuCudaContext* context, void* memory);
+  int (*allocate_pinned)(DejavuCudaContext* context, int64_t bytes, void** memory);  // of the host
+  int (*free_pinned)(DejavuCudaContext* context, void* memory);
+
+  // `rows` pieces of `row_bytes`, so far apart on either side. From pinned memory `upload` and into it `fetch` return
+  // at once; pageable memory may be reused when upload returns. `download` waits.
+  int (*upload)(DejavuCudaContext* context, void* to, int64_t to_stride, const void* from, int64_t from_stride,
+                int64_t row_bytes, int64_t rows);
+  int (*fetch)(DejavuCudaContext* context, void* to, int64_t to_stride, const void* from, int64_t from_stride,
+               int64_t row_bytes, int64_t rows);
+  int (*download)(DejavuCudaContext* context, void* to, int64_t to_stride, const void* from, int64_t from_stride,
+                  int64_t row_bytes, int64_t rows);
+  int (*synchronize)(DejavuCudaContext* context);
+
+  int (*launch)(DejavuCudaContext* context, const DejavuCudaLaunch* launch);
+  int (*gemm)(DejavuCudaContext* context, const DejavuCudaGemm* gemm);
+  int (*kernel_info)(DejavuCudaContext* context, int32_t kernel, DejavuCudaKernel* info);
+
+  // What is launched in between is kept instead of run; replay runs it. No copies of pageable memory in between.
+  int (*begin_capture)(DejavuCudaContext* context);
+  int (*end_capture)(DejavuCudaContext* context, DejavuCudaGraph** graph);
+  int (*replay)(DejavuCudaContext* context, DejavuCudaGraph* graph);
+  void (*free_graph)(DejavuCudaContext* context, DejavuCudaGraph* graph);
+
+  // Time stamps in the queue, numbered by the caller, 0 ... 63.
+  int (*stamp)(DejavuCudaContext* context, int32_t event);
+  int (*elapsed_ms)(DejavuCudaContext* context, int32_t from, int32_t to, float* ms);
+} DejavuCudaModule;
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // KERNELS_CUDA_ABI_H_

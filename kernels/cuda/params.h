@@ -1,0 +1,244 @@
+// The kernels of the CUDA backend by number, and the one parameter that each takes. Included by nvcc, by the daemon and
+// by the emulator. Sizes are in elements unless they say bytes; all pointers are device memory; nullptr: not there.
+#ifndef KERNELS_CUDA_PARAMS_H_
+#define KERNELS_CUDA_PARAMS_H_
+
+#include <cstdint>
+
+namespace dejavu::cuda {
+
+// X(name, parameter): kernel `name` takes `const parameter&`.
+#define DEJAVU_CUDA_KERNELS(X)       \
+  X(Embed, EmbedParams)              \
+  X(Norm, NormParams)                \
+  X(NormSelect1, NormSelectParams)   \
+  X(NormSelect8, NormSelectParams)   \
+  X(Add, AddParams)                  \
+  X(GatherRows, GatherRowsParams)    \
+  X(Audit, AuditParams)              \
+  X(LinearF32, LinearParams)         \
+  X(LinearF16, LinearParams)         \
+  X(LinearBF16, LinearParams)        \
+  X(LinearI8, LinearParams)          \
+  X(LinearF16Chunked, LinearParams)  \
+  X(LinearBF16Chunked, LinearParams) \
+  X(LinearI8Chunked, LinearParams)   \
+  X(SumF32x1, SumParams)             \
+  X(SumF32x4, SumParams)             \
+  X(SumF32x8, SumParams)             \
+  X(SumF16x1, SumParams)             \
+  X(SumF16x4, SumParams)             \
+  X(SumF16x8, SumParams)             \
+  X(SumBF16x1, SumParams)            \
+  X(SumBF16x4, SumParams)            \
+  X(SumBF16x8, SumParams)            \
+  X(SumI8x1, SumParams)              \
+  X(SumI8x4, SumParams)              \
+  X(WriteKvF16, AttentionParams)     \
+  X(WriteKvF32, AttentionParams)     \
+  X(AttentionF16, AttentionParams)   \
+  X(AttentionF32, AttentionParams)   \
+  X(ReadSum, ReadSumParams)          \
+  X(Draw, DrawParams)                \
+  X(SplitF16, SplitParams)           \
+  X(SplitBF16, SplitParams)          \
+  X(FinishGemm, FinishGemmParams)    \
+  X(CountActive, CountActiveParams)
+
+enum Kernel : int32_t {
+#define DEJAVU_CUDA_KERNEL_NUMBER(name, params) k##name,
+  DEJAVU_CUDA_KERNELS(DEJAVU_CUDA_KERNEL_NUMBER)
+#undef DEJAVU_CUDA_KERNEL_NUMBER
+      kKernels
+};
+
+constexpr int kBlockThreads = 256;  // of every kernel
+constexpr int kWarps = kBlockThreads / 32;
+
+enum WeightType : int32_t { kF32, kF16, kBF16, kI8 };
+
+template <typename T>
+struct MatrixOf {
+  T* data;  // [rows, stride]
+  int64_t stride;
+};
+
+// kernels/selection.h: `list` nullptr: all.
+struct SelectionParams {
+  const int32_t* list;            // ascending
+  const int32_t* count;           // [1]
+  MatrixOf<const int32_t> masks;  // [rows, words] or nullptr
+  const int32_t* strict;          // [rows]; nullptr: all are strict
+};
+
+struct EmbedParams {
+  MatrixOf<float> y;
+  const int32_t* ids;  // [rows]
+  const void* table;   // [entries, stride]
+  int64_t stride, offset;
+  const float* scale;  // [entries], int8 alone
+  int32_t features, accumulate;
+  WeightType type;
+};
+
+// y = norm(x), and with `add` before that x += add. A block does a row; dynamic shared memory holds it.
+struct NormParams {
+  MatrixOf<float> y, x;
+  MatrixOf<const float> add;  // or nullptr
+  const float *weight, *bias;
+  int32_t rows, features;
+  float epsilon;
+};
+
+// SelectorWeights (kernels/backend.h).
+struct SelectParams {
+  MatrixOf<const float> a;
+  MatrixOf<const int8_t> b;             // [ranks, padded outputs], rows start at 4-byte boundaries
+  MatrixOf<const uint16_t> thresholds;  // float16 [points, padded outputs]
+  const int32_t *ranks, *points;        // [points], [rows]
+  MatrixOf<int32_t> masks;              // [rows, words]
+  int32_t *list, *list_count, *counts;  // [outputs], [1], [rows]
+  int32_t rows, outputs, words;         // words: padded outputs / 32
+  uint32_t* ticket;                     // [1], zero between launches
+};
+constexpr int kSelectColumns = 128;  // of a block
+
+// Blocks 0 ... norm.rows - 1 do the norm. It and the selection do not depend on each other.
+struct NormSelectParams {
+  NormParams norm;
+  SelectParams select;
+};
+
+struct AddParams {
+  MatrixOf<float> x;
+  MatrixOf<const float> y;
+  int32_t features;
+};
+
+struct GatherRowsParams {
+  MatrixOf<float> y;
+  MatrixOf<const float> x;
+  const int32_t* ids;
+  int32_t features;
+};
+
+struct AuditParams {
+  MatrixOf<float> result;
+  MatrixOf<const float> hidden;
+  const float* worth;
+  MatrixOf<const int32_t> masks;  // or nullptr
+  int32_t neurons;
+};
+
+// A weight where an output is a row, and where its products go.
+struct OutputRows {
+  const void* weight;  // [outputs, stride]
+  int64_t stride;
+  const float *bias, *scale;  // [outputs] or nullptr; `scale` for int8 alone
+  MatrixOf<float> y;
+  int32_t outputs;
+  int32_t vectors;  // all rows start at 16-byte boundaries
+  int32_t chunk;    // how many windows of each warp's inputs lie in shared memory at a time
+};
+
+// y = w x + b for the selected outputs of `w` and, with `ride`, for all of an int8 weight of its own. Grid (groups of
+// kLinearRows rows, blocks): the first ride_blocks do `ride`.
+struct LinearParams {
+  MatrixOf<const float> x;
+  int32_t rows, inputs;
+  int32_t x_vectors;
+  int32_t relu;
+  int32_t ride_blocks;
+  int32_t group;  // rows of w that an entry of the list stands for
+  OutputRows w, ride;
+  SelectionParams selected;  // strict rows get zeros where their mask has none
+  int32_t* cleared;          // [cleared_count] zeroed for the launches that follow
+  int32_t cleared_count;
+};
+constexpr int kLinearRows = 16;     // of x, in a block
+constexpr int kLinearOutputs = 16;  // of a tile
+constexpr int kLinearXBytes = 128;  // of shared memory for a window of one row of x
+constexpr int kChunkedTiles = 4;    // of a pass over x, in the kernels of that name; in others 1
+constexpr int kChunkedInt8Tiles = 2;
+
+// y = sum over the selected inputs of x[i] * weight[i]. Grid (groups of rows from first_row on, slabs of columns,
+// segments of inputs).
+struct SumParams {
+  MatrixOf<float> y;
+  MatrixOf<const float> x;
+  const void* weight;  // [inputs, stride]
+  int64_t stride;
+  const float *bias, *scale;  // [outputs], [inputs] or nullptr; `scale` for int8 alone
+  SelectionParams selected;   // with masks: what any row has in its mask; otherwise the list
+  float* partial;             // [row groups, segments, rows of a group, slabs * columns of a slab]
+  uint32_t* tickets;          // [row groups * slabs], zero between launches
+  int32_t* active;            // or nullptr: += how many inputs are not zero in rows 0 ... counted - 1 and in any row
+  int32_t counted;
+  int32_t first_row, rows, inputs, outputs;
+  int32_t group;    // inputs that a bit or an entry of the list stands for
+  int32_t segment;  // inputs, a multiple of kSumSegment
+  int32_t vectors;  // all rows of the weight start at 16-byte boundaries
+  int32_t skip_zeros;
+};
+constexpr int kSumSegment = kBlockThreads;
+
+// Attention of a step's rows, grid (splits, heads, rows); WriteKv uses some of it, grid (1, heads, rows).
+struct AttentionParams {
+  MatrixOf<const float> qkv;
+  MatrixOf<float> context;
+  void *keys, *values;  // KvLayer (kernels/backend.h)
+  const int32_t *positions, *sequences;
+  MatrixOf<const int32_t> block_table;
+  int32_t heads, head_dim, block_tokens;
+  int32_t vectors;  // 8 positions of a feature, and 8 features of a position, can be read at once
+  // Stores keys and values as well. Then those of the step's own rows are not read from the cache, where they may not
+  // have arrived yet.
+  int32_t write;
+  float scale;
+  SelectionParams selected;
+  float* partial;     // [rows, heads, splits, head_dim + 2]
+  uint32_t* tickets;  // [rows * heads], zero between launches
+};
+constexpr int kSplitPositions = 256;
+constexpr int kMostHeadDim = 256;
+
+struct DrawParams {
+  int32_t* tokens;
+  MatrixOf<const float> logits;
+  MatrixOf<const int32_t> draws;  // [rows, kDrawFields]
+  int32_t count, candidates;      // logits of a row; the first of them that may be chosen
+};
+
+// sums[t] += the 64-bit words that thread t of the grid reads: all of data once.
+// Around products of many rows, which a library does. x = high + low, in the type of the weights.
+struct SplitParams {
+  MatrixOf<const float> x;
+  MatrixOf<uint16_t> high, low;
+  int32_t features;
+  int32_t* cleared;  // [cleared_count] zeroed for the launches that follow
+  int32_t cleared_count;
+};
+
+// y += bias, and then ReLU.
+struct FinishGemmParams {
+  MatrixOf<float> y;
+  const float* bias;  // or nullptr
+  int32_t features, relu;
+};
+
+// SumParams::active, of dense activations.
+struct CountActiveParams {
+  MatrixOf<const float> x;
+  int32_t* active;
+  int32_t counted, rows, neurons;
+};
+
+struct ReadSumParams {
+  const void* data;
+  int64_t vectors;  // of 16 bytes
+  uint64_t* sums;   // [threads of the grid]
+};
+
+}  // namespace dejavu::cuda
+
+#endif  // KERNELS_CUDA_PARAMS_H_
