@@ -16,6 +16,7 @@ namespace {
 // Rounds towards zero.
 uint16_t Float16Bits(float value) {
   const float magnitude = std::abs(value);
+  if (std::isnan(value)) return 0x7E00;
   if (std::isinf(value)) return static_cast<uint16_t>((std::signbit(value) << 15) | 0x7C00);
   const int exponent = magnitude < 0x1p-14f ? -15 : std::ilogb(magnitude);
   const int mantissa = static_cast<int>(std::ldexp(magnitude, exponent == -15 ? 24 : 10 - exponent)) & 1023;

@@ -1,0 +1,189 @@
+// The engine on the emulated device: the same loader, backend, kernels and recorded steps as on a GPU, against the
+// golden tokens of Hugging Face Transformers and against the engine on the CPU. Some thread orders; AddressSanitizer
+// looks on.
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+#include "engine/opt_config.h"
+#include "engine/predictor_file.h"
+#include "gtest/gtest.h"
+#include "module_under_test.h"
+#include "tests/engine/collecting_sink.h"
+#include "tests/engine/golden.h"
+#include "tests/engine/made_predictor.h"
+#include "tests/engine/random_predictor.h"
+#include "tests/scratch_directory.h"
+
+// The loader finds the module in this very program.
+extern "C" __attribute__((visibility("default"))) const DejavuCudaModule* DejavuCudaEntry(void) {
+  return dejavu::simt::ModuleUnderTest();
+}
+
+namespace dejavu {
+namespace {
+
+constexpr int kTokens = 16;
+constexpr float kClose = 2e-3f;  // a gap between the two best logits that rounding may close
+
+std::unique_ptr<Engine> MakeEngine(const std::string& checkpoint, const std::string& device,
+                                   const std::string& predictor = "none") {
+  setenv("DEJAVU_CUDA_MODULE", "", 1);  // dlopen's name for the program itself
+  EngineOptions options;
+  options.model = CheckpointPath(checkpoint);
+  options.device = device;
+  options.predictor = predictor;
+  options.threads = 1;
+  options.pin_threads = false;
+  options.max_batch = 4;
+  options.max_step_tokens = 32;
+  options.prefill_share = 1e6;  // what is in a step shall not depend on how long it takes
+  auto engine = Engine::Create(options, 0, nullptr);
+  EXPECT_TRUE(engine.ok()) << engine.status();
+  return engine.ok() ? *std::move(engine) : nullptr;
+}
+
+Request Greedy(const std::vector<int32_t>& prompt, Tier tier, bool deterministic = false) {
+  Request request;
+  request.prompt = prompt;
+  request.max_new_tokens = kTokens;
+  request.ignore_eos = true;
+  request.sparsity.tier = tier;
+  request.sparsity.deterministic = deterministic;
+  return request;
+}
+
+// Submitted together.
+std::vector<std::vector<int32_t>> Generate(Engine& engine, const std::vector<Request>& requests) {
+  std::vector<std::shared_ptr<CollectingSink>> sinks;
+  for (const Request& request : requests) {
+    sinks.push_back(std::make_shared<CollectingSink>());
+    const auto id = engine.Submit(request, sinks.back());
+    EXPECT_TRUE(id.ok()) << id.status();
+  }
+  std::vector<std::vector<int32_t>> ids;
+  for (const auto& sink : sinks) {
+    const Finish finish = sink->WaitForFinish();
+    EXPECT_EQ(finish.reason, FinishReason::kLength) << finish.status;
+    ids.push_back(sink->ids());
+  }
+  return ids;
+}
+
+// Up to a step whose two best logits lie so close that rounding may decide.
+void ExpectGolden(const std::vector<int32_t>& ids, const Golden& golden) {
+  ASSERT_EQ(ids.size(), static_cast<size_t>(kTokens));
+  ASSERT_GE(golden.greedy.size(), ids.size());
+  for (int i = 0; i < kTokens; ++i) {
+    if (golden.margin[i] <= kClose) return;
+    ASSERT_EQ(ids[i], golden.greedy[i]) << "token " << i;
+  }
+}
+
+class ServedModel : public testing::TestWithParam<std::string> {
+ protected:
+  void SetUp() override {
+    simt::GetEmulation().order = 0;
+    simt::GetEmulation().ResetCounts();
+  }
+  void TearDown() override { simt::GetEmulation().order = 0; }
+};
+
+TEST_P(ServedModel, DecodesTheGoldensAloneAndInABatch) {
+  const std::vector<Golden> goldens = LoadGoldens(GetParam());
+  const auto engine = MakeEngine(GetParam(), "cuda");
+  ASSERT_NE(engine, nullptr);
+  EXPECT_NE(engine->backend_description().find("cuda"), std::string::npos) << engine->backend_description();
+  for (const Tier tier : {Tier::kDense, Tier::kExact}) {
+    SCOPED_TRACE(Name(tier));
+    simt::GetEmulation().order = tier == Tier::kDense ? 0 : 7;
+    const auto alone = Generate(*engine, {Greedy(goldens[0].prompt, tier)});
+    ExpectGolden(alone[0], goldens[0]);
+    std::vector<Request> requests;
+    for (int i = 0; i < 4; ++i) requests.push_back(Greedy(goldens[i % 3].prompt, tier));
+    const auto together = Generate(*engine, requests);
+    for (int i = 0; i < 4; ++i) {
+      SCOPED_TRACE(i);
+      ExpectGolden(together[i], goldens[i % 3]);
+    }
+    EXPECT_EQ(together[0], alone[0]) << "batch-mates change nothing";
+    EXPECT_EQ(together[3], together[0]);
+  }
+}
+
+class PredictedModel : public ServedModel {};
+
+TEST_P(PredictedModel, GivesWhatItGivesOnTheCpu) {
+  const std::vector<Golden> goldens = LoadGoldens(GetParam());
+  const ScratchDirectory scratch;
+  const OptConfig config = *OptConfig::Load(CheckpointPath(GetParam()));
+  const std::string predictor =
+      WritePredictorFor(CheckpointPath(GetParam()),
+                        RandomPredictor(config, WeightsHashOf(CheckpointPath(GetParam())), 3), scratch.Path("p"));
+  const auto engine = MakeEngine(GetParam(), "cuda", predictor), cpu = MakeEngine(GetParam(), "cpu", predictor);
+  ASSERT_NE(engine, nullptr);
+  ASSERT_NE(cpu, nullptr);
+  for (const Tier tier : {Tier::kHigh, Tier::kBalanced, Tier::kFast}) {
+    SCOPED_TRACE(Name(tier));
+    simt::GetEmulation().order = 10 + static_cast<uint64_t>(tier);
+    const Request request = Greedy(goldens[0].prompt, tier, /*deterministic=*/true);
+    const auto alone = Generate(*engine, {request});
+    EXPECT_EQ(alone, Generate(*cpu, {request}));
+    std::vector<Request> requests;
+    for (int i = 0; i < 4; ++i) requests.push_back(Greedy(goldens[i % 3].prompt, tier, /*deterministic=*/true));
+    const auto together = Generate(*engine, requests);
+    EXPECT_EQ(together, Generate(*cpu, requests));
+    EXPECT_EQ(together[0], alone[0]) << "a deterministic request depends on no batch-mate";
+  }
+}
+
+std::string NameOf(const testing::TestParamInfo<std::string>& info) {
+  std::string name = info.param;
+  std::replace(name.begin(), name.end(), '-', '_');
+  return name;
+}
+INSTANTIATE_TEST_SUITE_P(AllForms, ServedModel, testing::ValuesIn(GoldenCheckpoints()), NameOf);
+INSTANTIATE_TEST_SUITE_P(BothNorms, PredictedModel, testing::Values("pre-norm-hd80", "post-norm-350m-form"), NameOf);
+
+TEST(RecordedStep, TakesAtMostSevenLaunchesALayer) {
+  const std::string name = "pre-norm-hd64";
+  const ScratchDirectory scratch;
+  const OptConfig config = *OptConfig::Load(CheckpointPath(name));
+  PredictorData data = RandomPredictor(config, WeightsHashOf(CheckpointPath(name)), 3);
+  for (LayerPredictorData& layer : data.layers) layer.heads = {};
+  const std::string predictor = WritePredictorFor(CheckpointPath(name), data, scratch.Path("p"));
+  const auto engine = MakeEngine(name, "cuda", predictor);
+  ASSERT_NE(engine, nullptr);
+  const std::vector<int32_t> prompt = LoadGoldens(name)[0].prompt;
+  for (const Tier tier : {Tier::kBalanced, Tier::kExact, Tier::kDense}) {
+    const int64_t before = simt::GetEmulation().all_launches;
+    Generate(*engine, {Greedy(prompt, tier)});
+    // Two embeddings; the last sum; the rows, norm and product of the head; the draw.
+    constexpr int64_t kBeside = 7;
+    EXPECT_LE(simt::GetEmulation().captured_launches, 7 * config.layers + kBeside) << Name(tier);
+    EXPECT_GT(simt::GetEmulation().captured_launches, 5 * config.layers) << Name(tier);
+    EXPECT_GT(simt::GetEmulation().all_launches - before, (kTokens - 1) * simt::GetEmulation().captured_launches)
+        << "a step that is replayed launches what was recorded";
+  }
+}
+
+TEST(DeviceFault, FailsTheRequestsAndTheEngineWithItsReason) {
+  const auto engine = MakeEngine("pre-norm-hd64", "cuda");
+  ASSERT_NE(engine, nullptr);
+  const auto sink = std::make_shared<CollectingSink>([](size_t tokens) {
+    simt::GetEmulation().fail_next_launch = tokens == 2;
+    return true;
+  });
+  ASSERT_TRUE(engine->Submit(Greedy(LoadGoldens("pre-norm-hd64")[0].prompt, Tier::kExact), sink).ok());
+  const Finish finish = sink->WaitForFinish();
+  EXPECT_EQ(finish.reason, FinishReason::kError);
+  EXPECT_EQ(finish.status.code(), absl::StatusCode::kInternal) << finish.status;
+  EXPECT_TRUE(engine->failed());
+  EXPECT_EQ(sink->ids().size(), 2u);
+}
+
+}  // namespace
+}  // namespace dejavu
