@@ -1,4 +1,4 @@
-// `dejavu-bench bandwidth`: how fast this machine reads memory now.
+// `dejavu-bench bandwidth`: how fast this machine, or its GPU, reads memory now.
 #ifndef TESTS_BENCH_BANDWIDTH_H_
 #define TESTS_BENCH_BANDWIDTH_H_
 
@@ -8,6 +8,7 @@
 namespace dejavu {
 
 struct BandwidthBenchOptions {
+  std::string device = "cpu";  // or cuda
   int threads = 0;
   int repeats = 15;
   int64_t buffer_mib = 1024;

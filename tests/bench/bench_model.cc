@@ -1,7 +1,7 @@
 #include "tests/bench/bench_model.h"
 
 #include <algorithm>
-#include <cstring>
+#include <numeric>
 #include <random>
 
 #include "absl/strings/str_cat.h"
@@ -59,7 +59,17 @@ absl::StatusOr<std::unique_ptr<BenchModel>> BenchModel::Create(ModelRunner::Opti
                      return !Interrupted();
                    }));
   model->timed_->SetWeights(model->runner_->weights());
+  RETURN_IF_ERROR(model->PrepareCopies());
   return model;
+}
+
+absl::Status BenchModel::PrepareCopies() {
+  std::vector<int32_t> numbers(runner_->options().window * runner_->config().heads);  // more than a slot has rows
+  std::iota(numbers.begin(), numbers.end(), 0);
+  const auto count = static_cast<int64_t>(numbers.size());
+  ASSIGN_OR_RETURN(numbers_, timed_->Allocate(count * int64_t{sizeof(int32_t)}));
+  timed_->Upload(numbers_.View(0, DType::kInt32, 1, count), numbers.data());
+  return absl::OkStatus();
 }
 
 double BenchModel::Prefill(int slot, int first, int count) {
@@ -88,14 +98,16 @@ void BenchModel::FillContext(int context, ProgressLine& progress) {
   filled_ = context;
 }
 
-// A slot's blocks follow each other in the storage.
+// A slot's blocks follow each other in the storage; a head's part of a block is a row here, copied as if it were
+// float32.
 void BenchModel::CopySlot(int target, int source) {
   for (const KvLayer& kv : timed_->kv()) {
-    const int64_t slot_bytes = static_cast<int64_t>(kv.blocks / runner_->options().slots) * kv.heads * kv.block_tokens *
-                               kv.head_dim * SizeOf(kv.dtype);
+    const int64_t rows = int64_t{kv.blocks} / runner_->options().slots * kv.heads;
+    const int64_t row_floats = int64_t{kv.block_tokens} * kv.head_dim * SizeOf(kv.dtype) / int64_t{sizeof(float)};
     for (void* base : {kv.keys, kv.values}) {
-      char* const bytes = static_cast<char*>(base);
-      std::memcpy(bytes + target * slot_bytes, bytes + source * slot_bytes, slot_bytes);
+      const Tensor all = {base, DType::kFloat32, rows * runner_->options().slots, row_floats, row_floats};
+      timed_->GatherRows(all.Rows(target * rows, rows), all.Rows(source * rows, rows),
+                         numbers_.View(0, DType::kInt32, 1, rows));
     }
   }
 }

@@ -36,6 +36,7 @@ class BenchModel {
 
  private:
   BenchModel() = default;
+  absl::Status PrepareCopies();
   void CopySlot(int target, int source);
 
   TimedBackend* timed_ = nullptr;  // owned by runner_
@@ -43,6 +44,7 @@ class BenchModel {
   std::vector<int32_t> tokens_;  // [slots, window]
   int64_t window_ = 0;
   int filled_ = 0;  // positions that hold what a prefill computed
+  Buffer numbers_;  // int32: 0, 1, ...
   bool synthetic_ = false;
 };
 

@@ -1,11 +1,13 @@
 // A repeat takes DENSE and then the tiers in turn, with a probe of the bandwidth before, between and after, so that a
 // neighbour's load on the machine meets all of them: shares of the bandwidth are formed from neighbouring pairs, ratios
-// of tiers within a repeat. The parts of a step are timed in steps of their own.
+// of tiers within a repeat. The parts of a step, on a GPU how long it waits between two steps, are timed in steps of
+// their own.
 #include "tests/bench/decode.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <functional>
 #include <memory>
 #include <utility>
 
@@ -17,8 +19,10 @@
 #include "engine/sampler.h"
 #include "engine/synthetic.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/cuda/load_module.h"
 #include "nlohmann/json.hpp"
 #include "tests/bench/bench_model.h"
+#include "tests/bench/device_probe.h"
 #include "tests/bench/probe.h"
 #include "tests/bench/tool.h"
 
@@ -37,9 +41,11 @@ struct Cost {
   double bandwidth_share = 0;  // of what the probes before and after it found
 };
 
+// On the CPU the parts of a step, on a GPU what it spends in and between steps.
 struct Breakdown {
-  std::vector<std::pair<std::string, double>> ms;  // parts of a step
-  double barriers = 0.0;                           // per step
+  std::vector<std::pair<std::string, double>> ms;
+  double barriers = 0.0;  // per step
+  double device_ms = 0.0, gap_ms = 0.0;
 };
 
 struct Measured {
@@ -57,11 +63,13 @@ struct Measured {
 
 class DecodeBench {
  public:
-  DecodeBench(const DecodeBenchOptions& options, BenchModel& model, BandwidthProbe& probe, ProgressLine& progress)
+  // `probe` measures GB/s of the memory that the weights lie in.
+  DecodeBench(const DecodeBenchOptions& options, BenchModel& model, std::function<double()> probe,
+              ProgressLine& progress)
       : options_(options),
         model_(model),
         runner_(model.runner()),
-        probe_(probe),
+        probe_(std::move(probe)),
         progress_(progress),
         sampler_(runner_.config().vocab, runner_.config().vocab),
         token_counts_(runner_.config().vocab) {
@@ -84,7 +92,10 @@ class DecodeBench {
       }
       progress_.Show(part, (repeat + 2.0) / (options_.repeats + 1));
     }
-    for (Measured& m : measured) m.breakdown = TakeApart(m.tier, batch, context, std::min(steps, kBreakdownSteps));
+    for (Measured& m : measured) {
+      m.breakdown = options_.device == "cuda" ? FindGaps(m.tier, batch, context, steps)
+                                              : TakeApart(m.tier, batch, context, std::min(steps, kBreakdownSteps));
+    }
     return measured;
   }
 
@@ -94,13 +105,13 @@ class DecodeBench {
   int Steps(int batch, int context) {
     if (options_.steps > 0) return options_.steps;
     const int most = std::min<int>(kMostSteps, runner_.options().window - context);
-    Decode(Tier::kDense, batch, context, 1);
+    for (int i = 0; i < 2; ++i) Decode(Tier::kDense, batch, context, 1);  // a GPU records the second one
     const double ms = Decode(Tier::kDense, batch, context, 1).ms;
     return static_cast<int>(std::clamp(std::round(kSecondsOfOneMeasurement * 1e3 / ms), 1.0, double(most)));
   }
 
   double Probe(int repeat) {
-    const double gb_per_s = probe_.Measure();
+    const double gb_per_s = probe_();
     if (repeat >= 0) bandwidth_.push_back(gb_per_s);
     return gb_per_s;
   }
@@ -150,6 +161,20 @@ class DecodeBench {
     return static_cast<double>(rows) / (2.0 * runner_.config().layers * runner_.config().ffn);
   }
 
+  // Nothing is sampled in between.
+  Breakdown FindGaps(Tier tier, int batch, int context, int steps) {
+    steps = std::clamp(steps, 2, TimedBackend::kMostRuns);
+    model_.timed().StartRuns();
+    for (int step = 0; step < steps; ++step) {
+      FillBatch(tier, batch, std::min(context + step, runner_.options().window - 1));
+      runner_.Run();
+    }
+    Breakdown breakdown;
+    breakdown.device_ms = Median(model_.timed().RunMs());
+    breakdown.gap_ms = Median(model_.timed().GapMs());
+    return breakdown;
+  }
+
   Breakdown TakeApart(Tier tier, int batch, int context, int steps) {
     Breakdown breakdown;
     TimedBackend& timed = model_.timed();
@@ -181,7 +206,7 @@ class DecodeBench {
   const DecodeBenchOptions& options_;
   BenchModel& model_;
   ModelRunner& runner_;
-  BandwidthProbe& probe_;
+  const std::function<double()> probe_;
   ProgressLine& progress_;
   Sampler sampler_;
   TokenCounts token_counts_;
@@ -208,26 +233,32 @@ std::vector<double> ToDense(const Measured& dense, const Measured& tier) {
 nlohmann::json Describe(const DecodeBenchOptions& options, const ModelRunner& runner, const Measured& dense,
                         const Measured& m, int batch, int context) {
   const std::vector<double> ms = m.All([](const Cost& c) { return c.ms; });
-  nlohmann::json breakdown;
-  for (const auto& [part, part_ms] : m.breakdown.ms) breakdown[part] = part_ms;
-  return {{"model", options.model},
-          {"synthetic", IsSynthetic(options.model)},
-          {"dtype", WeightsName(runner.weights().dtype())},
-          {"batch", batch},
-          {"context", context},
-          {"tier", std::string(Name(m.tier))},
-          {"ms_per_step", Median(ms)},
-          {"ms_least", Least(ms)},
-          {"ms_most", Most(ms)},
-          {"samples_ms", ms},
-          {"weight_bytes_per_step", std::llround(Median(m.All([](const Cost& c) { return c.weight_bytes; })))},
-          {"gb_per_s", Median(m.All([](const Cost& c) { return c.weight_bytes / (c.ms * 1e6); }))},
-          {"bandwidth_share", Median(m.All([](const Cost& c) { return c.bandwidth_share; }))},
-          {"ceiling_share", Median(CeilingShares(dense, m))},
-          {"to_dense", Median(ToDense(dense, m))},
-          {"mlp_density", Median(m.All([](const Cost& c) { return c.mlp_density; }))},
-          {"breakdown_ms", breakdown},
-          {"barriers_per_step", m.breakdown.barriers}};
+  nlohmann::json row = {
+      {"model", options.model},
+      {"synthetic", IsSynthetic(options.model)},
+      {"dtype", WeightsName(runner.weights().dtype())},
+      {"batch", batch},
+      {"context", context},
+      {"tier", std::string(Name(m.tier))},
+      {"ms_per_step", Median(ms)},
+      {"ms_least", Least(ms)},
+      {"ms_most", Most(ms)},
+      {"samples_ms", ms},
+      {"weight_bytes_per_step", std::llround(Median(m.All([](const Cost& c) { return c.weight_bytes; })))},
+      {"gb_per_s", Median(m.All([](const Cost& c) { return c.weight_bytes / (c.ms * 1e6); }))},
+      {"bandwidth_share", Median(m.All([](const Cost& c) { return c.bandwidth_share; }))},
+      {"ceiling_share", Median(CeilingShares(dense, m))},
+      {"to_dense", Median(ToDense(dense, m))},
+      {"mlp_density", Median(m.All([](const Cost& c) { return c.mlp_density; }))}};
+  if (options.device == "cuda") {
+    row["device_ms"] = m.breakdown.device_ms;
+    row["gap_ms"] = m.breakdown.gap_ms;
+    row["gap_share"] = m.breakdown.gap_ms / (m.breakdown.gap_ms + m.breakdown.device_ms);
+  } else {
+    for (const auto& [part, part_ms] : m.breakdown.ms) row["breakdown_ms"][part] = part_ms;
+    row["barriers_per_step"] = m.breakdown.barriers;
+  }
+  return row;
 }
 
 void PrintHeading() {
@@ -256,6 +287,17 @@ void PrintBreakdowns(const nlohmann::json& rows) {
     for (const char* name : kStepPartNames) std::printf(" %11.3f", ms.at(name).get<double>());
     std::printf(" %9.3f %9.3f %9.0f\n", ms.at("sampling").get<double>(), ms.at("barriers").get<double>(),
                 row.at("barriers_per_step").get<double>());
+  }
+}
+
+void PrintGaps(const nlohmann::json& rows) {
+  std::printf(
+      "\nBy the GPU's clock: ms within a step, and from its end to the start of the next\n%5s %7s %-9s %9s %9s %9s\n",
+      "batch", "context", "tier", "step", "gap", "of both");
+  for (const nlohmann::json& row : rows) {
+    std::printf("%5d %7d %-9s %9.3f %9.3f %8.1f%%\n", row.at("batch").get<int>(), row.at("context").get<int>(),
+                row.at("tier").get<std::string>().c_str(), row.at("device_ms").get<double>(),
+                row.at("gap_ms").get<double>(), 100 * row.at("gap_share").get<double>());
   }
 }
 
@@ -292,6 +334,7 @@ absl::Status Bench(const DecodeBenchOptions& options) {
   run.model = options.model;
   run.weights = options.weights;
   run.predictor = options.predictor;
+  run.device = options.device;
   run.threads = options.threads;
   run.pin = true;
   run.slots = *std::max_element(options.batches.begin(), options.batches.end());
@@ -301,8 +344,17 @@ absl::Status Bench(const DecodeBenchOptions& options) {
   ASSIGN_OR_RETURN(const auto model, BenchModel::Create(run, options.text, progress));
   ModelRunner& runner = model->runner();
   ASSIGN_OR_RETURN(const std::vector<Tier> tiers, TiersOf(options, runner.predictor_data()));
-  ASSIGN_OR_RETURN(const auto probe, BandwidthProbe::Create(options.threads));
-  DecodeBench bench(options, *model, *probe, progress);
+  const bool on_device = options.device == "cuda";
+  std::unique_ptr<BandwidthProbe> cpu_probe;
+  std::unique_ptr<DeviceProbe> device_probe;
+  if (on_device) {
+    ASSIGN_OR_RETURN(const DejavuCudaModule* const module, cuda::LoadModule());
+    ASSIGN_OR_RETURN(device_probe, DeviceProbe::Create(module, 0));
+  } else {
+    ASSIGN_OR_RETURN(cpu_probe, BandwidthProbe::Create(options.threads));
+  }
+  DecodeBench bench(
+      options, *model, [&] { return on_device ? device_probe->Measure() : cpu_probe->Measure(); }, progress);
 
   nlohmann::json rows = nlohmann::json::array();
   for (const int context : options.contexts) {
@@ -320,15 +372,21 @@ absl::Status Bench(const DecodeBenchOptions& options) {
   if (!runner.synthetic().empty()) std::printf("SYNTHETIC: %s\n\n", runner.synthetic().c_str());
   PrintHeading();
   for (const nlohmann::json& row : rows) Print(row);
-  PrintBreakdowns(rows);
+  if (on_device) {
+    PrintGaps(rows);
+    std::printf("\n%s\n", device_probe->Description().c_str());
+  } else {
+    PrintBreakdowns(rows);
+  }
   PrintBandwidth(bench.bandwidth());
   if (options.json.empty()) return absl::OkStatus();
-  const nlohmann::json json = {{"bandwidth_gb_per_s", Median(bench.bandwidth())},
-                               {"bandwidth_spread", Spread(bench.bandwidth())},
-                               {"noisy", Spread(bench.bandwidth()) > kNoisySpread},
-                               {"backend", runner.backend().Description()},
-                               {"repeats", options.repeats},
-                               {"rows", std::move(rows)}};
+  nlohmann::json json = {{"bandwidth_gb_per_s", Median(bench.bandwidth())},
+                         {"bandwidth_spread", Spread(bench.bandwidth())},
+                         {"noisy", Spread(bench.bandwidth()) > kNoisySpread},
+                         {"backend", runner.backend().Description()},
+                         {"repeats", options.repeats},
+                         {"rows", std::move(rows)}};
+  if (on_device) json["device"] = device_probe->Describe();
   return WriteText(options.json, json.dump(1) + "\n");
 }
 

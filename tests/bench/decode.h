@@ -18,6 +18,7 @@ struct DecodeBenchOptions {
   std::vector<std::string> tiers;  // empty: all that can be served; DENSE is always measured
   int steps = 0;                   // of one measurement; 0: as many as take half a second
   int repeats = 7;
+  std::string device = "cpu";  // or cuda
   int threads = 0;
   std::string json;
 };

@@ -1,4 +1,6 @@
 // dejavu-bench: what this machine reaches. One subcommand for each question.
+#include <cstdio>
+#include <exception>
 #include <string>
 #include <vector>
 
@@ -28,6 +30,13 @@ CLI::App* Add(CLI::App& app, const char* name, const char* description, Options&
 }
 
 template <typename Options>
+void AddDevice(CLI::App* command, Options& options) {
+  command->add_option("--device", options.device, "What computes: cpu, or cuda, the first GPU")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
+}
+
+template <typename Options>
 void AddModel(CLI::App* command, Options& options) {
   std::vector<std::string> types = kTypes;
   types.push_back("stored");
@@ -36,6 +45,7 @@ void AddModel(CLI::App* command, Options& options) {
   command->add_option("--dtype", options.weights, "Type of the matrices in memory")
       ->check(CLI::IsMember(types))
       ->capture_default_str();
+  AddDevice(command, options);
 }
 
 }  // namespace
@@ -45,7 +55,8 @@ int main(int argc, char** argv) {
   app.require_subcommand(1);
 
   dejavu::BandwidthBenchOptions bandwidth;
-  CLI::App* command = Add(app, "bandwidth", "How fast this machine reads memory now", bandwidth);
+  CLI::App* command = Add(app, "bandwidth", "How fast this machine, or its GPU, reads memory now", bandwidth);
+  AddDevice(command, bandwidth);
   command->add_option("--buffer-mib", bandwidth.buffer_mib, "What is read over and over")
       ->check(CLI::Range(4, 1 << 20))
       ->capture_default_str();
@@ -123,11 +134,16 @@ int main(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : 2;
   }
-  if (app.got_subcommand("bandwidth")) return dejavu::RunBandwidthBench(bandwidth);
-  if (app.got_subcommand("ops")) return dejavu::RunOpsBench(ops);
-  if (app.got_subcommand("prefill")) return dejavu::RunPrefillBench(prefill);
-  if (app.got_subcommand("decode")) return dejavu::RunDecodeBench(decode);
-  if (app.got_subcommand("schedule")) return dejavu::RunScheduleBench(schedule);
-  if (app.got_subcommand("serve")) return dejavu::RunServeBench(serve);
-  return dejavu::RunCheckpoint(checkpoint);
+  try {
+    if (app.got_subcommand("bandwidth")) return dejavu::RunBandwidthBench(bandwidth);
+    if (app.got_subcommand("ops")) return dejavu::RunOpsBench(ops);
+    if (app.got_subcommand("prefill")) return dejavu::RunPrefillBench(prefill);
+    if (app.got_subcommand("decode")) return dejavu::RunDecodeBench(decode);
+    if (app.got_subcommand("schedule")) return dejavu::RunScheduleBench(schedule);
+    if (app.got_subcommand("serve")) return dejavu::RunServeBench(serve);
+    return dejavu::RunCheckpoint(checkpoint);
+  } catch (const std::exception& error) {  // the device failed
+    std::fprintf(stderr, "dejavu-bench: %s\n", error.what());
+    return 1;
+  }
 }

@@ -1,8 +1,10 @@
-// A prompt goes through in one step, with the logits of its last token. The arithmetic peak is probed beside every one.
+// A prompt goes through in one step, with the logits of its last token. The arithmetic peak of the CPU is probed beside
+// every one.
 #include "tests/bench/prefill.h"
 
 #include <algorithm>
 #include <cstdio>
+#include <optional>
 
 #include "absl/strings/str_cat.h"
 #include "engine/loaded_model.h"
@@ -30,6 +32,7 @@ absl::Status Bench(const PrefillBenchOptions& options) {
   ModelRunner::Options run;
   run.model = options.model;
   run.weights = options.weights;
+  run.device = options.device;
   run.threads = options.threads;
   run.pin = true;
   run.window = run.max_rows = *std::max_element(options.tokens.begin(), options.tokens.end());
@@ -39,7 +42,9 @@ absl::Status Bench(const PrefillBenchOptions& options) {
   }
   ProgressLine progress("dejavu-bench");
   ASSIGN_OR_RETURN(const auto model, BenchModel::Create(run, "", progress));
-  ArithmeticProbe probe(options.threads);
+  const bool on_device = options.device == "cuda";
+  std::optional<ArithmeticProbe> probe;
+  if (!on_device) probe.emplace(options.threads);
 
   nlohmann::json rows = nlohmann::json::array();
   std::vector<double> peaks;
@@ -48,12 +53,13 @@ absl::Status Bench(const PrefillBenchOptions& options) {
     std::vector<double> ms, shares;
     model->Prefill(0, 0, tokens);  // warms up
     for (int repeat = 0; repeat < options.repeats; ++repeat) {
-      const double before = probe.Measure();
+      const double before = on_device ? 0.0 : probe->Measure();
       const double seconds = model->Prefill(0, 0, tokens);
-      const double peak = 0.5 * (before + probe.Measure());
-      peaks.push_back(peak);
       ms.push_back(1e3 * seconds);
-      shares.push_back(gflop / seconds / peak);
+      if (!on_device) {
+        peaks.push_back(0.5 * (before + probe->Measure()));
+        shares.push_back(gflop / seconds / peaks.back());
+      }
       progress.Show(absl::StrCat(tokens, " tokens"), (repeat + 1.0) / options.repeats);
       if (Interrupted()) return absl::CancelledError("interrupted");
     }
@@ -66,28 +72,31 @@ absl::Status Bench(const PrefillBenchOptions& options) {
                     {"ms_most", Most(ms)},
                     {"samples_ms", ms},
                     {"tokens_per_s", 1e3 * tokens / Median(ms)},
-                    {"gflop_per_s", 1e3 * gflop / Median(ms)},
-                    {"peak_share", Median(shares)}});
+                    {"gflop_per_s", 1e3 * gflop / Median(ms)}});
+    if (!on_device) rows.back()["peak_share"] = Median(shares);
   }
 
   const std::string& synthetic = model->runner().synthetic();
   if (!synthetic.empty()) std::printf("SYNTHETIC: %s\n", synthetic.c_str());
   std::printf("%s, %s weights, %s, %d repeats\n\n%7s %10s %10s %10s %10s %10s %8s\n", options.model.c_str(),
               WeightsName(model->runner().weights().dtype()), model->runner().backend().Description().c_str(),
-              options.repeats, "tokens", "ms", "least", "most", "tokens/s", "GFLOP/s", "/ peak");
+              options.repeats, "tokens", "ms", "least", "most", "tokens/s", "GFLOP/s", on_device ? "" : "/ peak");
   for (const nlohmann::json& row : rows) {
-    std::printf("%7d %10.2f %10.2f %10.2f %10.1f %10.1f %7.1f%%\n", row["tokens"].get<int>(), row["ms"].get<double>(),
+    std::printf("%7d %10.2f %10.2f %10.2f %10.1f %10.1f", row["tokens"].get<int>(), row["ms"].get<double>(),
                 row["ms_least"].get<double>(), row["ms_most"].get<double>(), row["tokens_per_s"].get<double>(),
-                row["gflop_per_s"].get<double>(), 100 * row["peak_share"].get<double>());
+                row["gflop_per_s"].get<double>());
+    if (!on_device) std::printf(" %7.1f%%", 100 * row["peak_share"].get<double>());
+    std::printf("\n");
   }
-  std::printf("\nPeak of float32 multiply-adds, probed in between: %.1f GFLOP/s (%.1f to %.1f)\n", Median(peaks),
-              Least(peaks), Most(peaks));
-  if (options.json.empty()) return absl::OkStatus();
-  const nlohmann::json json = {{"peak_gflop_per_s", Median(peaks)},
-                               {"peak_spread", Spread(peaks)},
-                               {"noisy", Spread(peaks) > kNoisySpread},
-                               {"rows", std::move(rows)}};
-  return WriteText(options.json, json.dump(1) + "\n");
+  nlohmann::json json = {{"backend", model->runner().backend().Description()}, {"rows", std::move(rows)}};
+  if (!on_device) {
+    std::printf("\nPeak of float32 multiply-adds, probed in between: %.1f GFLOP/s (%.1f to %.1f)\n", Median(peaks),
+                Least(peaks), Most(peaks));
+    json["peak_gflop_per_s"] = Median(peaks);
+    json["peak_spread"] = Spread(peaks);
+    json["noisy"] = Spread(peaks) > kNoisySpread;
+  }
+  return options.json.empty() ? absl::OkStatus() : WriteText(options.json, json.dump(1) + "\n");
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ struct PrefillBenchOptions {
   std::string weights = "stored";  // as ModelOptions has it
   std::vector<int> tokens = {16, 64, 128, 512};
   int repeats = 5;
+  std::string device = "cpu";  // or cuda
   int threads = 0;
   std::string json;
 };

@@ -147,6 +147,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Create(const ScheduleBenchOptions& optio
   EngineOptions engine;
   engine.model = options.model;
   engine.weights = options.weights;
+  engine.device = options.device;
   engine.threads = options.threads;
   engine.predictor = "none";
   if (!chunked) {

@@ -10,6 +10,7 @@ namespace dejavu {
 struct ScheduleBenchOptions {
   std::string model;
   std::string weights = "stored";  // as ModelOptions has it
+  std::string device = "cpu";      // or cuda
   int threads = 0;
   int repeats = 5;
   int prompt_tokens = 450;

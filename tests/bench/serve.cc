@@ -174,6 +174,7 @@ absl::Status Bench(const ServeBenchOptions& options) {
   EngineOptions engine_options;
   engine_options.model = options.model;
   engine_options.weights = options.weights;
+  engine_options.device = options.device;
   engine_options.threads = options.threads;
   auto engine = Engine::Create(engine_options, 0, nullptr);
   if (!engine.ok()) return engine.status();

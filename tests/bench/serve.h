@@ -9,6 +9,7 @@ namespace dejavu {
 struct ServeBenchOptions {
   std::string model;
   std::string weights = "stored";  // as ModelOptions has it
+  std::string device = "cpu";      // or cuda
   int threads = 0;
   int tokens = 256;
   int repeats = 15;

@@ -41,6 +41,14 @@ def test_bandwidth(tmp_path):
     assert "1 threads" in text and "checksum right" in text
 
 
+@pytest.mark.parametrize("arguments", [("bandwidth",), ("decode", "--model", SYNTHETIC), ("serve", "--model", SYNTHETIC)])
+def test_says_what_a_gpu_would_need(arguments, monkeypatch):
+    monkeypatch.setenv("DEJAVU_CUDA_MODULE", "/nowhere/libdejavu_cuda.so")
+    done = run(*arguments, "--device", "cuda")
+    assert done.returncode == 1
+    assert "no CUDA module" in done.stderr and "/nowhere/libdejavu_cuda.so" in done.stderr
+
+
 def test_ops(tmp_path):
     result, text = measure(tmp_path, "ops", "--hidden", 128, "--ffn", 512, "--working-set-mib", 4, "--repeats", 1)
     rows = result["rows"]

@@ -1,0 +1,123 @@
+#include "tests/bench/device_probe.h"
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "kernels/base/status_macros.h"
+#include "kernels/cuda/params.h"
+
+namespace dejavu {
+namespace {
+
+constexpr int kPasses = 8;
+constexpr int kBlocksPerMultiprocessor = 4;  // all of them at once
+constexpr int64_t kPieceBytes = 32 << 20;
+
+std::string CudaVersion(int version) { return absl::StrCat(version / 1000, ".", version % 1000 / 10); }
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<DeviceProbe>> DeviceProbe::Create(const DejavuCudaModule* module, int device,
+                                                                 int64_t bytes) {
+  std::unique_ptr<DeviceProbe> probe(new DeviceProbe(module, bytes / 16 * 16));
+  RETURN_IF_ERROR(probe->Open(device));
+  probe->Fill();
+  return probe;
+}
+
+DeviceProbe::~DeviceProbe() {
+  if (context_ == nullptr) return;
+  for (void* memory : {data_, sums_}) {
+    if (memory != nullptr) module_.free(context_, memory);
+  }
+  module_.close(context_);
+}
+
+void DeviceProbe::Try(int result, const char* what) const {
+  if (result != 0) throw std::runtime_error(absl::StrCat("cuda: ", what, ": ", module_.error()));
+}
+
+int64_t DeviceProbe::threads() const {
+  return int64_t{kBlocksPerMultiprocessor} * device_.multiprocessors * cuda::kBlockThreads;
+}
+
+absl::Status DeviceProbe::Open(int device) {
+  if (module_.open(device, &context_, &device_) != 0) {
+    context_ = nullptr;
+    return absl::UnavailableError(absl::StrCat("cuda: ", module_.error()));
+  }
+  for (const auto& [memory, bytes] : {std::pair(&data_, bytes_), std::pair(&sums_, threads() * 8)}) {
+    if (module_.allocate(context_, bytes, memory) != 0) {
+      *memory = nullptr;
+      return absl::ResourceExhaustedError(absl::StrCat("no memory for the bandwidth probe: ", module_.error()));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Words whose sum tells a missing one: Knuth's multiplicative sequence, as in BandwidthProbe.
+void DeviceProbe::Fill() {
+  std::vector<uint64_t> words(std::min(bytes_, kPieceBytes) / 8);
+  uint64_t next = 0;
+  for (int64_t at = 0; at < bytes_; at += kPieceBytes) {
+    const int64_t bytes = std::min(kPieceBytes, bytes_ - at);
+    for (int64_t i = 0; i < bytes / 8; ++i) words[i] = ++next * 0x9E3779B97F4A7C15u;
+    of_pass_ = std::accumulate(words.begin(), words.begin() + bytes / 8, of_pass_);
+    Try(module_.upload(context_, static_cast<char*>(data_) + at, bytes, words.data(), bytes, bytes, 1),
+        "fill of the bandwidth probe");
+  }
+}
+
+void DeviceProbe::Pass() {
+  const cuda::ReadSumParams params = {data_, bytes_ / 16, static_cast<uint64_t*>(sums_)};
+  DejavuCudaLaunch launch = {};
+  launch.kernel = cuda::kReadSum;
+  launch.grid[0] = static_cast<uint32_t>(threads() / cuda::kBlockThreads);
+  launch.block[0] = cuda::kBlockThreads;
+  launch.grid[1] = launch.grid[2] = launch.block[1] = launch.block[2] = 1;
+  launch.params = &params;
+  launch.params_bytes = sizeof params;
+  expected_ += of_pass_;
+  Try(module_.launch(context_, &launch), "bandwidth probe");
+}
+
+double DeviceProbe::Measure() {
+  Pass();  // the clocks may rest
+  Try(module_.stamp(context_, 0), "stamp");
+  for (int i = 0; i < kPasses; ++i) Pass();
+  Try(module_.stamp(context_, 1), "stamp");
+  float ms = 0.0f;
+  Try(module_.elapsed_ms(context_, 0, 1, &ms), "elapsed time");
+  std::vector<uint64_t> sums(threads());
+  const int64_t bytes = threads() * 8;
+  Try(module_.download(context_, sums.data(), bytes, sums_, bytes, bytes, 1), "download");
+  const uint64_t sum = std::accumulate(sums.begin(), sums.end(), uint64_t{0});
+  if (sum != expected_) {
+    throw std::runtime_error(absl::StrCat("the bandwidth probe summed ", sum, " instead of ", expected_));
+  }
+  return static_cast<double>(kPasses) * static_cast<double>(bytes_) / (ms * 1e6);
+}
+
+nlohmann::json DeviceProbe::Describe() const {
+  return {{"name", device_.name},
+          {"compute_capability", absl::StrCat(device_.compute_major, ".", device_.compute_minor)},
+          {"multiprocessors", device_.multiprocessors},
+          {"memory_bytes", device_.memory_bytes},
+          {"l2_bytes", device_.l2_bytes},
+          {"driver_cuda", CudaVersion(device_.driver_version)},
+          {"module_cuda", CudaVersion(device_.runtime_version)}};
+}
+
+std::string DeviceProbe::Description() const {
+  return absl::StrFormat("%s, compute capability %d.%d, %d multiprocessors, %.1f GB, L2 %.0f MB, driver for CUDA %s",
+                         device_.name, device_.compute_major, device_.compute_minor, device_.multiprocessors,
+                         1e-9 * static_cast<double>(device_.memory_bytes), 1e-6 * device_.l2_bytes,
+                         CudaVersion(device_.driver_version));
+}
+
+}  // namespace dejavu
