@@ -328,6 +328,20 @@ TEST(Engine, AnExceptionInItsThreadFailsItVisibly) {
   EXPECT_EQ(engine->Submit(Prompt({2}, 1), other).status().code(), absl::StatusCode::kUnavailable);
 }
 
+TEST(Engine, AModelThatTheDeviceCannotHoldIsRefusedBeforeItIsLoaded) {
+  EngineOptions options;
+  options.model = EMBEDDED_MODEL;
+  options.device = "cpu";
+  options.memory_share = 1e-6;
+  bool loaded = false;
+  const auto engine = Engine::Create(options, 0, [&](int64_t, int64_t) { return loaded = true; });
+  EXPECT_EQ(engine.status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(engine.status().message()), testing::HasSubstr("weights 0.0"));
+  EXPECT_FALSE(loaded);
+  options.memory_share = 0.0;
+  EXPECT_EQ(Engine::Create(options, 0, nullptr).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
 TEST(Engine, MemoryForTheCacheIsRefusedWithTheFiguresWhenTooSmall) {
   EngineOptions options;
   options.model = EMBEDDED_MODEL;
