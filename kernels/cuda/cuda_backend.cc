@@ -691,12 +691,19 @@ void CudaBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const
     cuda::AttentionParams p = ParamsOf({kv, qkv, rows}, row);
     p.context = MatrixFrom<float>(context);
     p.context.data += row * p.context.stride;
+    p.rows = Int(n);
     p.write = writes;
     p.scale = scale;
     p.selected = SelectionFrom(heads, /*masks=*/true, row);
     p.tickets = Tickets(n * kv.heads);
     p.partial = Partial(n * kv.heads * splits * (kv.head_dim + 2));
-    Launch(kv.dtype == DType::kFloat16 ? cuda::kAttentionF16 : cuda::kAttentionF32, {splits, kv.heads, n}, 0, p);
+    const bool half = kv.dtype == DType::kFloat16;
+    if (rows.rows() > kFusedRows) {
+      Launch(half ? cuda::kPromptAttentionF16 : cuda::kPromptAttentionF32,
+             {splits, kv.heads, DivideUp(n, cuda::kPromptRows)}, 0, p);
+    } else {
+      Launch(half ? cuda::kAttentionF16 : cuda::kAttentionF32, {splits, kv.heads, n}, 0, p);
+    }
   }
 }
 

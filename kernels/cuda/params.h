@@ -8,41 +8,43 @@
 namespace dejavu::cuda {
 
 // X(name, parameter): kernel `name` takes `const parameter&`.
-#define DEJAVU_CUDA_KERNELS(X)       \
-  X(Embed, EmbedParams)              \
-  X(Norm, NormParams)                \
-  X(NormSelect1, NormSelectParams)   \
-  X(NormSelect8, NormSelectParams)   \
-  X(Add, AddParams)                  \
-  X(GatherRows, GatherRowsParams)    \
-  X(Audit, AuditParams)              \
-  X(LinearF32, LinearParams)         \
-  X(LinearF16, LinearParams)         \
-  X(LinearBF16, LinearParams)        \
-  X(LinearI8, LinearParams)          \
-  X(LinearF16Chunked, LinearParams)  \
-  X(LinearBF16Chunked, LinearParams) \
-  X(LinearI8Chunked, LinearParams)   \
-  X(SumF32x1, SumParams)             \
-  X(SumF32x4, SumParams)             \
-  X(SumF32x8, SumParams)             \
-  X(SumF16x1, SumParams)             \
-  X(SumF16x4, SumParams)             \
-  X(SumF16x8, SumParams)             \
-  X(SumBF16x1, SumParams)            \
-  X(SumBF16x4, SumParams)            \
-  X(SumBF16x8, SumParams)            \
-  X(SumI8x1, SumParams)              \
-  X(SumI8x4, SumParams)              \
-  X(WriteKvF16, AttentionParams)     \
-  X(WriteKvF32, AttentionParams)     \
-  X(AttentionF16, AttentionParams)   \
-  X(AttentionF32, AttentionParams)   \
-  X(ReadSum, ReadSumParams)          \
-  X(Draw, DrawParams)                \
-  X(SplitF16, SplitParams)           \
-  X(SplitBF16, SplitParams)          \
-  X(FinishGemm, FinishGemmParams)    \
+#define DEJAVU_CUDA_KERNELS(X)           \
+  X(Embed, EmbedParams)                  \
+  X(Norm, NormParams)                    \
+  X(NormSelect1, NormSelectParams)       \
+  X(NormSelect8, NormSelectParams)       \
+  X(Add, AddParams)                      \
+  X(GatherRows, GatherRowsParams)        \
+  X(Audit, AuditParams)                  \
+  X(LinearF32, LinearParams)             \
+  X(LinearF16, LinearParams)             \
+  X(LinearBF16, LinearParams)            \
+  X(LinearI8, LinearParams)              \
+  X(LinearF16Chunked, LinearParams)      \
+  X(LinearBF16Chunked, LinearParams)     \
+  X(LinearI8Chunked, LinearParams)       \
+  X(SumF32x1, SumParams)                 \
+  X(SumF32x4, SumParams)                 \
+  X(SumF32x8, SumParams)                 \
+  X(SumF16x1, SumParams)                 \
+  X(SumF16x4, SumParams)                 \
+  X(SumF16x8, SumParams)                 \
+  X(SumBF16x1, SumParams)                \
+  X(SumBF16x4, SumParams)                \
+  X(SumBF16x8, SumParams)                \
+  X(SumI8x1, SumParams)                  \
+  X(SumI8x4, SumParams)                  \
+  X(WriteKvF16, AttentionParams)         \
+  X(WriteKvF32, AttentionParams)         \
+  X(AttentionF16, AttentionParams)       \
+  X(AttentionF32, AttentionParams)       \
+  X(PromptAttentionF16, AttentionParams) \
+  X(PromptAttentionF32, AttentionParams) \
+  X(ReadSum, ReadSumParams)              \
+  X(Draw, DrawParams)                    \
+  X(SplitF16, SplitParams)               \
+  X(SplitBF16, SplitParams)              \
+  X(FinishGemm, FinishGemmParams)        \
   X(CountActive, CountActiveParams)
 
 enum Kernel : int32_t {
@@ -182,17 +184,18 @@ struct SumParams {
 };
 constexpr int kSumSegment = kBlockThreads;
 
-// Attention of a step's rows, grid (splits, heads, rows); WriteKv uses some of it, grid (1, heads, rows).
+// Attention of a step's rows, grid (splits, heads, rows or groups of kPromptRows); WriteKv uses some of it, grid (1,
+// heads, rows).
 struct AttentionParams {
   MatrixOf<const float> qkv;
   MatrixOf<float> context;
   void *keys, *values;  // KvLayer (kernels/backend.h)
   const int32_t *positions, *sequences;
   MatrixOf<const int32_t> block_table;
-  int32_t heads, head_dim, block_tokens;
+  int32_t rows, heads, head_dim, block_tokens;
   int32_t vectors;  // 8 positions of a feature, and 8 features of a position, can be read at once
-  // Stores keys and values as well. Then those of the step's own rows are not read from the cache, where they may not
-  // have arrived yet.
+  // Stores keys and values as well; a block has one row then. Those of the step's own rows are not read from the cache,
+  // where they may not have arrived yet.
   int32_t write;
   float scale;
   SelectionParams selected;
@@ -200,6 +203,7 @@ struct AttentionParams {
   uint32_t* tickets;  // [rows * heads], zero between launches
 };
 constexpr int kSplitPositions = 256;
+constexpr int kPromptRows = 8;
 constexpr int kMostHeadDim = 256;
 
 struct DrawParams {

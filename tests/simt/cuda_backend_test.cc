@@ -728,10 +728,11 @@ TEST_P(CudaAttentionTest, DoesNotDependOnBlocksNorOnHowAPromptIsCut) {
         ExpectClose(whole, OnCpu(positions, std::vector<int32_t>(40, 0)), 2e-5f);
       }
       EXPECT_TRUE(SameBits(whole, first));
-      // Chunks of up to 16 rows write and read at once; a row of another sequence among them.
+      // Chunks of up to 16 rows write and read at once, rows of longer ones share what they read; a row of another
+      // sequence among them.
       Fill({40, 90}, 2, 24, block_tokens, dtype);
       Cache({0, 89});
-      for (const auto& [start, chunk] : {std::pair{0, 1}, {1, 15}, {16, 3}, {19, 7}, {26, 14}}) {
+      for (const auto& [start, chunk] : {std::pair{0, 1}, {1, 15}, {16, 3}, {19, 2}, {21, 19}}) {
         std::vector<int32_t> part(chunk), sequences(chunk, 0);
         std::iota(part.begin(), part.end(), start);
         part.insert(part.begin(), 89);
@@ -745,12 +746,20 @@ TEST_P(CudaAttentionTest, DoesNotDependOnBlocksNorOnHowAPromptIsCut) {
 
 TEST_P(CudaAttentionTest, ARowAttendsWithItsOwnHeadsAndTheOthersAreZeroOrUntouched) {
   constexpr int32_t kHeads = 9, kHeadDim = 8;
-  for (const bool write : {false, true}) {
+  for (const auto& [prompt, write] : {std::pair{3, false}, {3, true}, {20, true}}) {
     Fill({70, 9, 1}, kHeads, kHeadDim, 16, DType::kFloat16);
-    const std::vector<int32_t> positions = {67, 68, 69, 8, 0}, sequences = {0, 0, 0, 1, 2};
-    Cache(write ? std::vector<int32_t>{67, 8, 0} : std::vector<int32_t>{70, 9, 1});
-    const Lists lists = {{0, 5}, {}, {5, 8}, {1}, {0, 1, 2, 6}};  // nobody: 3, 4, 7
-    for (const auto& strict : {std::vector<int32_t>{}, {0, 0, 0, 0, 0}, {1, 0, 1, 0, 1}}) {
+    std::vector<int32_t> positions(prompt), sequences(prompt, 0), none(prompt + 2, 0), some;
+    std::iota(positions.begin(), positions.end(), 70 - prompt);
+    positions.insert(positions.end(), {8, 0});
+    sequences.insert(sequences.end(), {1, 2});
+    Cache(write ? std::vector<int32_t>{70 - prompt, 8, 0} : std::vector<int32_t>{70, 9, 1});
+    const Lists of_rows = {{0, 5}, {}, {5, 8}, {1}, {0, 1, 2, 6}};  // nobody: 3, 4, 7
+    Lists lists;
+    for (int r = 0; r < prompt + 2; ++r) {
+      lists.push_back(of_rows[r % 5]);
+      some.push_back(r % 3 != 1);
+    }
+    for (const auto& strict : {std::vector<int32_t>{}, none, some}) {
       for (const Selection& heads : {arena_.SelectRows(lists, kHeads, strict), arena_.Select(UnionOf(lists)),
                                      arena_.Select({}), arena_.Select(EveryOther(0, kHeads, 1))}) {
         const Matrix want = OnCpu(positions, sequences, heads), got = OnDevice(positions, sequences, write, heads);
