@@ -95,8 +95,11 @@ absl::StatusOr<Run> RunServer(v1::GenerationService::Stub& stub, int tokens, std
   while (reader->Read(&chunk)) {
     if (chunk.token_ids().empty()) continue;
     const SteadyTime now = Clock::now();
-    if (count == 0) first = now;
-    if (count > 0 && gaps_us != nullptr) gaps_us->push_back(Microseconds(now - last));
+    if (count == 0) first = last = now;
+    for (int i = count == 0 ? 1 : 0; gaps_us != nullptr && i < chunk.token_ids_size(); ++i) {
+      gaps_us->push_back(Microseconds(now - last));  // tokens of one message came at once
+      last = now;
+    }
     last = now;
     count += chunk.token_ids_size();
   }
