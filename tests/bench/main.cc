@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "CLI/CLI.hpp"
+#include "spdlog/sinks/stdout_sinks.h"
+#include "spdlog/spdlog.h"
 #include "tests/bench/bandwidth.h"
 #include "tests/bench/checkpoint.h"
 #include "tests/bench/decode.h"
@@ -51,6 +53,7 @@ void AddModel(CLI::App* command, Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  spdlog::set_default_logger(spdlog::stderr_logger_mt("dejavu-bench"));  // tables alone go to stdout
   CLI::App app("Measures dejavud on this machine. Figures are medians; compare ratios within one run.", "dejavu-bench");
   app.require_subcommand(1);
 
