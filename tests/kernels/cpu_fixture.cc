@@ -63,18 +63,7 @@ Matrix CpuFixture::LinearOn(Backend& backend, const Matrix& x, const LinearWeigh
 }
 
 LinearWeights CpuFixture::Weights(const Matrix& w, Layout layout, DType dtype, const Matrix& bias) {
-  LinearWeights result;
-  result.layout = layout;
-  Matrix values = layout == Layout::kOutputRows ? w : Transposed(w);
-  if (dtype == DType::kInt8) {
-    for (float& value : values.values) value = std::round(127.0f * value);
-    Matrix scale = Random(1, values.rows, 4);
-    for (float& value : scale.values) value /= 127.0f;
-    result.scale = arena_.Put(scale);
-  }
-  result.weight = arena_.Put(values, dtype);
-  if (!bias.values.empty()) result.bias = arena_.Put(bias);
-  return result;
+  return arena_.Weights(w, layout, dtype, bias);
 }
 
 Matrix CpuFixture::ValuesOf(const LinearWeights& w) {

@@ -132,6 +132,22 @@ Tensor Arena::PutInts(const std::vector<int32_t>& values) {
   return t;
 }
 
+LinearWeights Arena::Weights(const Matrix& w, LinearWeights::Layout layout, DType dtype, const Matrix& bias,
+                             int64_t padding) {
+  LinearWeights result;
+  result.layout = layout;
+  Matrix values = layout == LinearWeights::Layout::kOutputRows ? w : Transposed(w);
+  if (dtype == DType::kInt8) {
+    for (float& value : values.values) value = std::round(127.0f * value);
+    Matrix scale = Random(1, values.rows, 4);
+    for (float& value : scale.values) value /= 127.0f;
+    result.scale = Put(scale);
+  }
+  result.weight = Put(values, dtype, values.cols + padding);
+  if (!bias.values.empty()) result.bias = Put(bias);
+  return result;
+}
+
 Selection Arena::Select(const std::vector<int32_t>& indices) {
   return {PutInts(indices), PutInts({static_cast<int32_t>(indices.size())})};
 }

@@ -48,6 +48,9 @@ class Arena {
   // Rounds to `dtype`: float16 holds 65504 at most or infinity, int8 whole numbers.
   Tensor Put(const Matrix& m, DType dtype = DType::kFloat32, int64_t stride = 0);
   Tensor PutInts(const std::vector<int32_t>& values);
+  // Of w [outputs, inputs]; int8 with factors. Rows lie `padding` elements further apart than they are long.
+  LinearWeights Weights(const Matrix& w, LinearWeights::Layout layout, DType dtype, const Matrix& bias = {},
+                        int64_t padding = 0);
   Selection Select(const std::vector<int32_t>& indices);
   // What each row selected out of `all`, and the union.
   Selection SelectRows(const std::vector<std::vector<int32_t>>& rows, int64_t all,

@@ -99,20 +99,8 @@ class CudaBackendTest : public testing::TestWithParam<uint64_t> {
     return {host.row<int32_t>(0), host.row<int32_t>(0) + host.rows * host.cols};
   }
 
-  // Weights [outputs, inputs] in `layout`; rows lie `padding` elements further apart than they are long.
   LinearWeights Weights(const Matrix& w, Layout layout, DType dtype, const Matrix& bias = {}, int64_t padding = 0) {
-    LinearWeights result;
-    result.layout = layout;
-    Matrix values = layout == Layout::kOutputRows ? w : Transposed(w);
-    if (dtype == DType::kInt8) {
-      for (float& value : values.values) value = std::round(127.0f * value);
-      Matrix scale = Random(1, values.rows, 4);
-      for (float& value : scale.values) value /= 127.0f;
-      result.scale = arena_.Put(scale);
-    }
-    result.weight = arena_.Put(values, dtype, values.cols + padding);
-    if (!bias.values.empty()) result.bias = arena_.Put(bias);
-    return result;
+    return arena_.Weights(w, layout, dtype, bias, padding);
   }
 
   // Of host weights, [outputs, inputs].
