@@ -6,6 +6,7 @@
 
 #include "kernels/base/float16.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/draw.h"
 #include "kernels/layout.h"
 
 namespace dejavu {
@@ -37,10 +38,7 @@ int32_t PointsOf(const SelectorData& data) {
 
 template <typename... Values>
 uint64_t HashOf(uint64_t seed, Values... values) {
-  for (const int64_t value : {int64_t{values}...}) {
-    seed = (seed ^ static_cast<uint64_t>(value)) * 0x9e3779b97f4a7c15u;
-    seed ^= seed >> 29;
-  }
+  for (const int64_t value : {int64_t{values}...}) seed = MixBits(seed + kGoldenRatio + static_cast<uint64_t>(value));
   return seed;
 }
 

@@ -18,6 +18,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/backend.h"
+#include "kernels/base/round.h"
 #include "kernels/check_shapes.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/thread_pool.h"
@@ -31,9 +32,6 @@ constexpr int64_t kSmallWork =
 constexpr int64_t kChunksPerThread = 32;
 constexpr int64_t kLeastOutputs = 24;    // of a part, or there is too little in it to fetch ahead
 constexpr int64_t kSelectColumns = 512;  // at least, or the rows are read in pieces too short
-
-int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t RoundUp(int64_t a, int64_t b) { return DivideUp(a, b) * b; }
 
 // What a file of one number, or of lines such as "MemAvailable: 1 kB", says; `otherwise` where it says nothing.
 int64_t NumberIn(const char* path, const std::string& key, int64_t otherwise) {

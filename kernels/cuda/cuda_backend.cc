@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/round.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/check_shapes.h"
 #include "kernels/cuda/params.h"
@@ -34,8 +35,6 @@ constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kGemmRows = 33;  // from so many rows on a product is the library's
 constexpr size_t kMostRecordings = 128;
 
-int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t RoundUp(int64_t a, int64_t b) { return DivideUp(a, b) * b; }
 int32_t Int(int64_t value) {
   CHECK(value >= INT32_MIN && value <= INT32_MAX) << value;
   return static_cast<int32_t>(value);
