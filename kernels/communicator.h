@@ -1,13 +1,23 @@
 // Communicator: the ranks that hold slices of one model. The model calls it unconditionally; a group of one is the
-// identity. Calls are queued on the backend in order and every rank must make the same calls. One thread per rank.
+// identity. Every rank must make the same calls in the same order. One thread per rank.
+//
+// A peer that does not come within the group's limit, or has failed, makes the call throw std::runtime_error that names
+// the call, the rank that waited and the limit: like a lost device, it has no status to be returned in.
 #ifndef KERNELS_COMMUNICATOR_H_
 #define KERNELS_COMMUNICATOR_H_
 
+#include <cstdint>
 #include <memory>
 
 #include "kernels/tensor.h"
 
 namespace dejavu {
+
+// Since the communicator was made.
+struct CommunicatorStats {
+  int64_t all_reduces = 0;
+  int64_t all_reduce_ns = 0;  // the calling thread's, waiting for the others included
+};
 
 class Communicator {
  public:
@@ -15,11 +25,19 @@ class Communicator {
   virtual int rank() const = 0;
   virtual int size() const = 0;
 
-  // x = sum of x over the ranks, in rank order, in place. float32.
+  // x = sum of x over the ranks, in place, to the same bits on every rank and in every run. float32, any view. Queued
+  // on the rank's backend where that has a queue.
   virtual void AllReduce(Tensor x) = 0;
 
-  // y [size * x.rows, x.cols] = the ranks' x, one after the other. With one rank y may be x.
-  virtual void AllGather(Tensor y, Tensor x) = 0;
+  // Host memory. Everyone ends with rank 0's bytes. A follower may wait here for long: its processor goes to others
+  // after a while.
+  virtual void Broadcast(void* data, int64_t bytes) = 0;
+
+  // Host memory. On rank 0 `all` [size][bytes] receives everyone's `mine`, in the order of ranks; elsewhere it may be
+  // nullptr.
+  virtual void Gather(void* all, const void* mine, int64_t bytes) = 0;
+
+  virtual CommunicatorStats stats() const = 0;
 };
 
 // The group of one.

@@ -1,5 +1,7 @@
 #include "kernels/communicator.h"
 
+#include <cstring>
+
 namespace dejavu {
 namespace {
 
@@ -8,7 +10,9 @@ class SingleRankCommunicator final : public Communicator {
   int rank() const override { return 0; }
   int size() const override { return 1; }
   void AllReduce(Tensor) override {}
-  void AllGather(Tensor y, Tensor x) override { CHECK(y.data == x.data) << "one rank gathers in place"; }
+  void Broadcast(void*, int64_t) override {}
+  void Gather(void* all, const void* mine, int64_t bytes) override { std::memcpy(all, mine, bytes); }
+  CommunicatorStats stats() const override { return {}; }
 };
 
 }  // namespace
