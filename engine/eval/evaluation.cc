@@ -9,9 +9,9 @@
 #include <limits>
 
 #include "absl/strings/str_cat.h"
-#include "engine/eval/weight_bytes.h"
 #include "engine/sampler.h"
 #include "engine/sparsity_control.h"
+#include "engine/weight_bytes.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/draw.h"
 
@@ -302,7 +302,7 @@ double Evaluator::MlpByteShare(const TierSums& sums, int32_t l) const {
   const LayerBytes of(runner_.weights().layers[l], config_);
   int64_t bytes = layer.up_rows * of.up_row + layer.down_rows * of.down_row + sums.reads * of.down_bias;
   if (predictor_ != nullptr) {
-    bytes += sums.reads * NeuronPredictorBytes(predictor_->layers[l].neurons, sums.tier, config_);
+    bytes += sums.reads * NeuronPredictorBytes(predictor_->layers[l].neurons, sums.tier, config_.hidden, config_.ffn);
   }
   return static_cast<double>(bytes) / static_cast<double>(sums.reads * of.mlp);
 }
@@ -317,7 +317,8 @@ double Evaluator::BytesPerToken(const TierSums& sums) const {
     bytes += MlpByteShare(sums, l) * reads * static_cast<double>(of.mlp);
     bytes += static_cast<double>(sums.layers[l].heads * of.head + sums.reads * of.rest);
     if (predictor_ == nullptr) continue;
-    bytes += reads * static_cast<double>(HeadPredictorBytes(predictor_->layers[l].heads, sums.tier, config_));
+    const SelectorData& heads = predictor_->layers[l].heads;
+    bytes += reads * static_cast<double>(HeadPredictorBytes(heads, sums.tier, config_.hidden, config_.heads));
   }
   return bytes / rows;
 }

@@ -14,10 +14,10 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
-#include "engine/eval/weight_bytes.h"
 #include "engine/loaded_model.h"
 #include "engine/sampler.h"
 #include "engine/synthetic.h"
+#include "engine/weight_bytes.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/cuda/load_module.h"
 #include "nlohmann/json.hpp"
@@ -148,8 +148,9 @@ class DecodeBench {
       bytes += layer.rest + counts.union_heads[l] * layer.head + layer.down_bias;
       bytes += counts.union_selected[l] * layer.up_row + counts.union_down_of(l) * layer.down_row;
       if (predictor == nullptr) continue;
-      bytes += NeuronPredictorBytes(predictor->layers[l].neurons, tier, runner_.config());
-      bytes += HeadPredictorBytes(predictor->layers[l].heads, tier, runner_.config());
+      const OptConfig& config = runner_.config();
+      bytes += NeuronPredictorBytes(predictor->layers[l].neurons, tier, config.hidden, config.ffn);
+      bytes += HeadPredictorBytes(predictor->layers[l].heads, tier, config.hidden, config.heads);
     }
     return static_cast<double>(bytes);
   }

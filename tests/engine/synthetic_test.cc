@@ -8,9 +8,9 @@
 #include <set>
 
 #include "engine/checkpoint_writer.h"
-#include "engine/eval/weight_bytes.h"
 #include "engine/model_runner.h"
 #include "engine/sparsity_control.h"
+#include "engine/weight_bytes.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/engine/golden.h"

@@ -1,4 +1,4 @@
-#include "engine/eval/weight_bytes.h"
+#include "engine/weight_bytes.h"
 
 #include <optional>
 
@@ -26,12 +26,13 @@ const std::optional<OperatingPoint>& PointOf(const SelectorData& selector, Tier 
 
 LayerBytes::LayerBytes(const LayerWeights& weights, const OptConfig& config) {
   const MlpWeights& w = weights.mlp;
-  up_row = BytesOf(w.up) / config.ffn;
-  down_row = BytesOf(w.down.weight, w.down.scale) / config.ffn;
+  const int64_t neurons = w.up.weight.rows, heads = weights.out.weight.rows / config.head_dim;
+  up_row = BytesOf(w.up) / neurons;
+  down_row = BytesOf(w.down.weight, w.down.scale) / neurons;
   down_bias = w.down.bias.bytes();
   mlp = BytesOf(w.up) + BytesOf(w.down);
   // Q, K and V have the same number of rows.
-  head = BytesOf(weights.qkv) / 3 / config.heads + BytesOf(weights.out.weight, weights.out.scale) / config.heads;
+  if (heads > 0) head = (BytesOf(weights.qkv) / 3 + BytesOf(weights.out.weight, weights.out.scale)) / heads;
   rest = BytesOf(weights.attention_norm) + BytesOf(weights.mlp_norm) + BytesOf(weights.qkv) / 3 * 2 +
          weights.out.bias.bytes();
 }
@@ -47,14 +48,14 @@ int64_t EmbeddingBytes(const OptWeights& weights) {
   return tokens.weight.Rows(0, 1).bytes() + scale + weights.position_embedding.Rows(0, 1).bytes();
 }
 
-int64_t NeuronPredictorBytes(const SelectorData& neurons, Tier tier, const OptConfig& config) {
+int64_t NeuronPredictorBytes(const SelectorData& neurons, Tier tier, int64_t hidden, int64_t outputs) {
   const auto& point = PointOf(neurons, tier);
-  return point.has_value() ? SelectorBytes(neurons, point->rank, point->rank, config.hidden, config.ffn) : 0;
+  return point.has_value() ? SelectorBytes(neurons, point->rank, point->rank, hidden, outputs) : 0;
 }
 
-int64_t HeadPredictorBytes(const SelectorData& heads, Tier tier, const OptConfig& config) {
+int64_t HeadPredictorBytes(const SelectorData& heads, Tier tier, int64_t hidden, int64_t outputs) {
   const auto& point = PointOf(heads, tier);
-  return point.has_value() ? SelectorBytes(heads, heads.rank, point->rank, config.hidden, config.heads) : 0;
+  return point.has_value() ? SelectorBytes(heads, heads.rank, point->rank, hidden, outputs) : 0;
 }
 
 }  // namespace dejavu
