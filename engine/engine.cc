@@ -285,7 +285,8 @@ absl::Status StepEngine::Load(const LoadProgress& progress) {
   weights_ = std::move(loaded.weights);
   synthetic_ = std::move(loaded.synthetic);
   ASSIGN_OR_RETURN(const DType kv_dtype, ParseKvType(options_.kv_dtype));
-  ASSIGN_OR_RETURN(kv_, KvCache::Create(*backend_, config_, pool_.total(), options_.kv_block_tokens, kv_dtype));
+  ASSIGN_OR_RETURN(kv_, KvCache::Create(*backend_, config_, pool_.total(), options_.kv_block_tokens, kv_dtype,
+                                        loaded.shard.heads.count));
   RETURN_IF_ERROR(TakePredictor(loaded));
   ASSIGN_OR_RETURN(model_, OptModel::Create(config_, weights_, *backend_, *communicator_, *predictor_, batch_));
   step_counts_ = predictor_->MakeCounts();
@@ -299,7 +300,8 @@ absl::Status StepEngine::TakePredictor(const LoadedModel& loaded) {
     shadow_logits_.resize(static_cast<size_t>(options_.max_batch) * config_.vocab);
   }
   ASSIGN_OR_RETURN(predictor_,
-                   Predictor::Create(from, config_, *backend_, options_.max_step_tokens, options_.max_batch));
+                   Predictor::Create(from, config_, loaded.shard, *backend_, options_.max_step_tokens,
+                                     options_.max_batch));
   predictor_info_.bytes = predictor_->bytes();
   sparsity_ = std::make_unique<SparsityControl>(config_, from, *predictor_, options_.shadow_fallback);
   return absl::OkStatus();

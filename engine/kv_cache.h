@@ -1,4 +1,5 @@
-// KvCache: the storage of the KV blocks of all layers, on the device, taken once. Engine thread only.
+// KvCache: the storage of the KV blocks of all layers, on the device, taken once; a rank of several keeps its own
+// heads, or nothing where it has none. Engine thread only.
 #ifndef ENGINE_KV_CACHE_H_
 #define ENGINE_KV_CACHE_H_
 
@@ -19,11 +20,11 @@ absl::StatusOr<DType> ParseKvType(absl::string_view name);
 
 class KvCache {
  public:
-  // Bytes of one block over all layers, keys and values.
-  static int64_t BlockBytes(const OptConfig& config, int32_t block_tokens, DType dtype);
+  // Bytes of one block over all layers, keys and values of so many heads.
+  static int64_t BlockBytes(const OptConfig& config, int32_t block_tokens, DType dtype, int32_t heads);
 
   static absl::StatusOr<KvCache> Create(Backend& backend, const OptConfig& config, int32_t blocks, int32_t block_tokens,
-                                        DType dtype);
+                                        DType dtype, int32_t heads);
 
   const KvLayer& layer(int32_t l) const { return layers_[l]; }
 

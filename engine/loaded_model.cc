@@ -6,7 +6,6 @@
 #include <system_error>
 #include <utility>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "engine/checkpoint.h"
 #include "engine/synthetic.h"
@@ -23,10 +22,10 @@ std::string PredictorPath(const ModelOptions& options) {
   return access(beside.c_str(), F_OK) == 0 ? beside : "";
 }
 
-absl::StatusOr<LoadedModel> WithPredictor(LoadedModel model, const OptConfig& config) {
-  if (model.predictor_path.empty()) return model;
-  ASSIGN_OR_RETURN(model.predictor, ReadPredictor(model.predictor_path, config, model.weights_hash));
-  return model;
+// A file holds stage A, which every rank needs, and stage B, thresholds and worth, of which it takes its share.
+int64_t ShareOfPredictor(int64_t bytes, const OptConfig& config, const Shard& shard) {
+  const double share = static_cast<double>(config.hidden + shard.neuron_count) / (config.hidden + config.ffn);
+  return static_cast<int64_t>(static_cast<double>(bytes) * share);
 }
 
 }  // namespace
@@ -49,10 +48,12 @@ absl::StatusOr<OptConfig> LoadModelConfig(const std::string& model) {
 
 absl::StatusOr<ModelBytes> MeasureModel(const ModelOptions& options, const OptConfig& config) {
   ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseWeights(options.weights));
+  // Which neurons a rank owns makes no difference here.
+  ASSIGN_OR_RETURN(const Shard shard, MakeShard(config, nullptr, options.rank, options.ranks));
   ModelBytes bytes;
   std::string predictor = PredictorPath(options);
   if (IsSynthetic(options.model)) {
-    const SyntheticBytes synthetic = BytesOf(config, dtype.value_or(DType::kBFloat16));
+    const SyntheticBytes synthetic = BytesOf(config, shard, dtype.value_or(DType::kBFloat16));
     bytes.weights = synthetic.weights;
     if (options.predictor.empty()) {
       bytes.predictor = synthetic.predictor;
@@ -60,35 +61,44 @@ absl::StatusOr<ModelBytes> MeasureModel(const ModelOptions& options, const OptCo
     }
   } else {
     ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(options.model));
-    for (const auto& [name, tensor] : checkpoint.tensors()) {
-      if (absl::EndsWith(name, "lm_head.weight")) continue;  // the token embedding again
-      const bool converted = dtype.has_value() && tensor.shape.size() == 2;
-      bytes.weights += tensor.elements * SizeOf(converted ? *dtype : tensor.dtype);
-    }
+    ASSIGN_OR_RETURN(bytes.weights, OptWeights::Measure(checkpoint, config, shard, dtype));
   }
   std::error_code error;
   const auto size = predictor.empty() ? 0 : std::filesystem::file_size(predictor, error);
-  if (!error) bytes.predictor += static_cast<int64_t>(size);
+  if (!error) bytes.predictor += ShareOfPredictor(static_cast<int64_t>(size), config, shard);
   return bytes;
 }
 
 absl::StatusOr<LoadedModel> LoadModel(const ModelOptions& options, const OptConfig& config, Backend& backend,
                                       const LoadProgress& progress) {
   ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseWeights(options.weights));
+  std::optional<SyntheticModel> synthetic;
+  std::optional<Checkpoint> checkpoint;
   LoadedModel model;
   if (IsSynthetic(options.model)) {
-    ASSIGN_OR_RETURN(const SyntheticModel synthetic, ParseSynthetic(options.model));
-    ASSIGN_OR_RETURN(model, GenerateModel(synthetic, dtype.value_or(DType::kBFloat16), backend, progress));
-    model.predictor_path = options.predictor.empty() ? "generated" : PredictorPath(options);
-    if (options.predictor.empty()) return model;
-    model.predictor.reset();
-    return WithPredictor(std::move(model), config);
+    ASSIGN_OR_RETURN(synthetic, ParseSynthetic(options.model));
+    model.synthetic = synthetic->Description();
+    model.weights_hash = synthetic->Fingerprint();
+  } else {
+    ASSIGN_OR_RETURN(checkpoint, Checkpoint::Open(options.model));
+    ASSIGN_OR_RETURN(model.weights_hash, WeightsHash(*checkpoint, config));
   }
-  ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(options.model));
-  ASSIGN_OR_RETURN(model.weights, OptWeights::Load(checkpoint, config, backend, progress, dtype));
-  ASSIGN_OR_RETURN(model.weights_hash, WeightsHash(checkpoint, config));
-  model.predictor_path = PredictorPath(options);
-  return WithPredictor(std::move(model), config);
+  const bool generated = synthetic.has_value() && options.predictor.empty();
+  model.predictor_path = generated ? "generated" : PredictorPath(options);
+  if (generated) {
+    model.predictor = StartPredictor(*synthetic);
+  } else if (!model.predictor_path.empty()) {
+    ASSIGN_OR_RETURN(model.predictor, ReadPredictor(model.predictor_path, config, model.weights_hash));
+  }
+  ASSIGN_OR_RETURN(model.shard, MakeShard(config, model.predictor.has_value() ? &*model.predictor : nullptr,
+                                          options.rank, options.ranks));
+  if (synthetic.has_value()) {
+    ASSIGN_OR_RETURN(model.weights, GenerateModel(*synthetic, model.shard, dtype.value_or(DType::kBFloat16), backend,
+                                                  progress, generated ? &*model.predictor : nullptr));
+  } else {
+    ASSIGN_OR_RETURN(model.weights, OptWeights::Load(*checkpoint, config, model.shard, backend, progress, dtype));
+  }
+  return model;
 }
 
 }  // namespace dejavu

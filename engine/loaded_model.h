@@ -1,4 +1,5 @@
-// LoadModel: a model by its name, weights and predictor together, for everything that runs one. One thread per call.
+// LoadModel: a model by its name, weights and predictor together, or a rank's part of both, for everything that runs
+// one. One thread per call.
 #ifndef ENGINE_LOADED_MODEL_H_
 #define ENGINE_LOADED_MODEL_H_
 
@@ -9,6 +10,7 @@
 #include "engine/opt_config.h"
 #include "engine/opt_weights.h"
 #include "engine/predictor_file.h"
+#include "engine/shard.h"
 #include "kernels/backend.h"
 
 namespace dejavu {
@@ -19,10 +21,14 @@ struct ModelOptions {
   std::string weights = "stored";
   // File; empty: predictor.safetensors in the model's directory, if there, or a synthetic model's own; "none": none.
   std::string predictor;
+  int rank = 0, ranks = 1;  // which part is loaded; see MakeShard
 };
 
 struct LoadedModel {
-  OptWeights weights;
+  Shard shard;
+  OptWeights weights;  // the shard's
+  // Of the whole model, as every rank reads it; of a synthetic model's own, stage B, thresholds and worth of neurons
+  // that the shard does not own are zero.
   std::optional<PredictorData> predictor;
   std::string predictor_path;  // empty: none; "generated" for a synthetic model's own
   std::string weights_hash;    // of the weights as stored
@@ -32,7 +38,7 @@ struct LoadedModel {
 // The model's shape, without loading it.
 absl::StatusOr<OptConfig> LoadModelConfig(const std::string& model);
 
-// Bytes in memory, from the files' headers; a predictor that cannot be read counts as none.
+// Bytes in memory of the part that is loaded, from the files' headers; a predictor that cannot be read counts as none.
 struct ModelBytes {
   int64_t weights = 0, predictor = 0;
 };

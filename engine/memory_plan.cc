@@ -14,8 +14,10 @@ namespace {
 std::string Gib(int64_t bytes) { return absl::StrFormat("%.2f GiB", static_cast<double>(bytes) / (1 << 30)); }
 
 // OptModel's, the predictor's masks and the logits on the device, for steps of the largest size.
-int64_t ActivationBytes(const EngineOptions& options, const OptConfig& config) {
-  const int64_t row = int64_t{8} * config.hidden + 2 * config.ffn, logits = int64_t{config.vocab} + config.hidden;
+int64_t ActivationBytes(const EngineOptions& options, const OptConfig& config, const Shard& shard) {
+  const int64_t features = int64_t{shard.heads.count} * config.head_dim;
+  const int64_t row = 4 * (config.hidden + features) + int64_t{2} * shard.neuron_count;
+  const int64_t logits = int64_t{shard.vocab.count} + config.hidden;
   return static_cast<int64_t>(sizeof(float)) *
          (options.max_step_tokens * row + (options.max_batch + options.score_rows) * logits + options.max_batch * row);
 }
@@ -28,22 +30,25 @@ std::string MemoryPlan::ToString() const {
                       Gib(budget_bytes), " of ", Gib(free_bytes), " free may be taken");
 }
 
-absl::StatusOr<MemoryPlan> PlanMemory(const EngineOptions& options, const OptConfig& config, const Backend& backend) {
+absl::StatusOr<MemoryPlan> PlanMemory(const EngineOptions& options, const OptConfig& config, const Backend& backend,
+                                      int rank, int ranks) {
   ASSIGN_OR_RETURN(const DType kv_dtype, ParseKvType(options.kv_dtype));
-  ASSIGN_OR_RETURN(const ModelBytes model, MeasureModel({options.model, options.weights, options.predictor}, config));
+  ASSIGN_OR_RETURN(const ModelBytes model,
+                   MeasureModel({options.model, options.weights, options.predictor, rank, ranks}, config));
+  ASSIGN_OR_RETURN(const Shard shard, MakeShard(config, nullptr, rank, ranks));
   MemoryPlan plan;
   plan.free_bytes = backend.FreeBytes();
   plan.budget_bytes = static_cast<int64_t>(options.memory_share * static_cast<double>(plan.free_bytes));
   plan.weight_bytes = model.weights;
   plan.predictor_bytes = model.predictor;
-  plan.activation_bytes = ActivationBytes(options, config);
+  plan.activation_bytes = ActivationBytes(options, config, shard);
   const int64_t left = plan.budget_bytes - plan.weight_bytes - plan.predictor_bytes - plan.activation_bytes;
 
-  const int64_t block_bytes = KvCache::BlockBytes(config, options.kv_block_tokens, kv_dtype);
+  const int64_t block_bytes = KvCache::BlockBytes(config, options.kv_block_tokens, kv_dtype, shard.heads.count);
   const int64_t per_sequence = (config.context + options.kv_block_tokens - 1) / options.kv_block_tokens;
   const int64_t useful = options.max_batch * per_sequence;
-  const int64_t wanted = options.kv_mib > 0 ? std::min(useful, (options.kv_mib << 20) / block_bytes)
-                                            : std::min(useful, std::max<int64_t>(left, 0) / block_bytes);
+  const int64_t most = options.kv_mib > 0 ? options.kv_mib << 20 : std::max<int64_t>(left, 0);
+  const int64_t wanted = block_bytes > 0 ? std::min(useful, most / block_bytes) : useful;
   plan.kv_bytes = wanted * block_bytes;
   plan.kv_blocks = static_cast<int32_t>(wanted);
   if (left < plan.kv_bytes || wanted < per_sequence) {

@@ -27,8 +27,8 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> ModelRunner::Create(const Options& 
                    LoadModel({options.model, options.weights, options.predictor}, config, *runner->backend_, progress));
   const int32_t blocks = (options.window + kBlockTokens - 1) / kBlockTokens;
   ASSIGN_OR_RETURN(const DType kv_dtype, ParseKvType(options.kv_dtype));
-  ASSIGN_OR_RETURN(runner->kv_,
-                   KvCache::Create(*runner->backend_, config, blocks * options.slots, kBlockTokens, kv_dtype));
+  ASSIGN_OR_RETURN(runner->kv_, KvCache::Create(*runner->backend_, config, blocks * options.slots, kBlockTokens,
+                                                kv_dtype, config.heads));
   runner->batch_ = std::make_unique<Batch>(options.max_rows, options.max_rows, options.slots, blocks);
   std::iota(runner->batch_->block_table.begin(), runner->batch_->block_table.end(), 0);
   runner->logits_.resize(static_cast<size_t>(options.max_rows) * config.vocab);
@@ -39,7 +39,8 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> ModelRunner::Create(const Options& 
 absl::Status ModelRunner::SetPredictor(const PredictorData* data) {
   model_.reset();
   predictor_.reset();
-  ASSIGN_OR_RETURN(predictor_, Predictor::Create(data, config_, *backend_, options_.max_rows, options_.max_audits));
+  ASSIGN_OR_RETURN(predictor_,
+                   Predictor::Create(data, config_, loaded_.shard, *backend_, options_.max_rows, options_.max_audits));
   ASSIGN_OR_RETURN(model_, OptModel::Create(config_, loaded_.weights, *backend_, *communicator_, *predictor_, *batch_));
   counts_ = predictor_->MakeCounts();
   return absl::OkStatus();

@@ -1,7 +1,11 @@
 // Loading runs in two passes over one plan. The first pass names every tensor that the model needs, checks it against
-// the checkpoint and gives each a place in one buffer; the second reads the files stripe by stripe into those places,
-// converting and transposing where that is wanted. Besides the buffer, memory holds a few stripes. A transposed matrix
-// in int8 is read twice: a row's factor needs the whole row, which lies across all stripes.
+// the checkpoint and gives what this rank owns of each a place in one buffer; the second reads that stripe by stripe
+// into those places, converting and transposing where that is wanted. Besides the buffer, memory holds a few stripes. A
+// transposed matrix in int8 is read twice: a row's factor needs the whole row, which lies across all stripes.
+//
+// Of own rows the files give up nothing else. Own columns of a stored row are read from the first to the last of them:
+// an out-projection's are a run, but a down-projection's lie all over the row, and a page of the file holds some of
+// every rank's. There each rank reads the whole matrix and keeps its share.
 #include "engine/opt_weights.h"
 
 #include <algorithm>
@@ -19,6 +23,32 @@ namespace {
 
 constexpr int64_t kStripeBytes = int64_t{4} << 20;
 
+// Rows or columns of a stored matrix, or elements of a stored vector, ascending.
+using Runs = std::vector<Shard::Range>;
+
+int64_t CountOf(const Runs& runs) {
+  int64_t count = 0;
+  for (const Shard::Range& run : runs) count += run.count;
+  return count;
+}
+
+// From the first of `runs` to the last.
+Shard::Range SpanOf(const Runs& runs) {
+  return {runs.front().first, runs.back().first + runs.back().count - runs.front().first};
+}
+
+// Keeps `columns` of the columns of `span` in each row and closes the gaps.
+template <typename T>
+void KeepColumns(T* values, int64_t rows, const Runs& columns, Shard::Range span) {
+  T* to = values;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* const from = values + r * span.count;
+    for (const Shard::Range& run : columns) {
+      for (int32_t c = run.first; c < run.first + run.count; ++c) *to++ = from[c - span.first];
+    }
+  }
+}
+
 // Infinities and NaNs have all exponent bits set in every one of the three types.
 template <typename Bits>
 bool AllFinite(const Bits* values, int64_t count, Bits exponent_mask) {
@@ -35,45 +65,53 @@ bool AllFinite(const void* values, int64_t count, DType dtype) {
 
 class Loader {
  public:
-  Loader(const Checkpoint& checkpoint, const OptConfig& config, std::optional<DType> dtype)
-      : checkpoint_(checkpoint), config_(config), dtype_(dtype) {}
+  Loader(const Checkpoint& checkpoint, const OptConfig& config, const Shard& shard, std::optional<DType> dtype)
+      : checkpoint_(checkpoint), config_(config), shard_(shard), dtype_(dtype) {}
 
   absl::Status Plan(OptWeights* w);
   DeviceLayout& layout() { return layout_; }
   absl::Status Read(Backend& backend, const LoadProgress& progress);
 
  private:
-  // Where one stored tensor goes: to the rows of a region from `first_row` on, or, transposed, to all of it.
+  // Where the own part of one stored tensor goes: to the rows of a region from `first_row` on, or, transposed, to all
+  // of it. A vector is a row, and `first_row` counts its elements.
   struct Placement {
     const StoredTensor* source;  // nullptr: fill with `constant`
     Tensor* view;
+    Runs rows, columns;  // own ones, as stored
     int64_t first_row = 0;
     bool transposed = false;
     float constant = 0.0f;
     Tensor* scale = nullptr;  // [1, rows of the view], for int8
+
+    int64_t elements() const { return CountOf(rows) * CountOf(columns); }
   };
 
   absl::StatusOr<const StoredTensor*> Find(const std::string& name, const std::vector<int64_t>& shape) const;
   DType TypeFor(const StoredTensor& source, const Tensor* scale) const;
-  absl::Status PlanMatrix(const std::string& name, int64_t rows, int64_t cols, bool transposed, Tensor* view,
-                          Tensor* scale);
-  absl::Status PlanLinear(const std::string& name, int64_t outputs, int64_t inputs, LinearWeights::Layout layout,
-                          LinearWeights* linear);
+  absl::Status PlanMatrix(const std::string& name, int64_t rows, int64_t cols, const Runs& own, bool transposed,
+                          Tensor* view, Tensor* scale);
+  absl::Status PlanVector(const std::string& name, int64_t elements, const Runs& own, Tensor* view, int64_t first);
+  absl::Status PlanLinear(const std::string& name, int64_t outputs, int64_t inputs, const Runs& own,
+                          LinearWeights::Layout layout, LinearWeights* linear);
   absl::Status PlanQkv(const std::string& attention, LinearWeights* qkv);
   absl::Status PlanNorm(const std::string& name, NormWeights* norm);
   absl::Status PlanLayer(int32_t l, LayerWeights* layer);
 
-  absl::Status ReadVector(Backend& backend, const Placement& placement);
+  absl::Status ReadVector(Backend& backend, const Placement& placement, const LoadProgress& progress);
   absl::Status ReadMatrix(Backend& backend, const Placement& placement, const LoadProgress& progress);
-  // Calls `use`(first row, rows) for each stripe of a matrix, which then lies in stripe_, as stored.
+  static Runs All(int64_t count) { return {{0, static_cast<int32_t>(count)}}; }
+  Runs HeadFeatures() const { return {{shard_.heads.first * config_.head_dim, shard_.heads.count * config_.head_dim}}; }
+  // Calls `use`(first row, rows) for each stripe of the own rows, whose own columns then lie in stripe_, as stored.
   template <typename Use>
-  absl::Status ForStripes(const StoredTensor& source, const Use& use);
+  absl::Status ForStripes(const Placement& placement, const Use& use);
   absl::Status Convert(Backend& backend, const Placement& placement, int64_t first, int64_t rows);
   absl::Status ReadColumnScales(Backend& backend, const Placement& placement, const LoadProgress& progress);
   absl::Status Advance(int64_t bytes, const LoadProgress& progress);
 
   const Checkpoint& checkpoint_;
   const OptConfig& config_;
+  const Shard& shard_;
   const std::optional<DType> dtype_;  // nothing: as stored
   std::string prefix_;
   DeviceLayout layout_;
@@ -107,31 +145,44 @@ DType Loader::TypeFor(const StoredTensor& source, const Tensor* scale) const {
   return *dtype_;
 }
 
-absl::Status Loader::PlanMatrix(const std::string& name, int64_t rows, int64_t cols, bool transposed, Tensor* view,
-                                Tensor* scale) {
+// `own`: of the rows as they are laid out here.
+absl::Status Loader::PlanMatrix(const std::string& name, int64_t rows, int64_t cols, const Runs& own, bool transposed,
+                                Tensor* view, Tensor* scale) {
   ASSIGN_OR_RETURN(const StoredTensor* source, Find(name, {rows, cols}));
-  layout_.Reserve(view, TypeFor(*source, scale), transposed ? cols : rows, transposed ? rows : cols);
+  layout_.Reserve(view, TypeFor(*source, scale), CountOf(own), transposed ? rows : cols);
   if (view->dtype == DType::kInt8) layout_.Reserve(scale, DType::kFloat32, 1, view->rows);
-  placements_.push_back({source, view, 0, transposed, 0.0f, scale});
+  if (view->rows == 0) return absl::OkStatus();
+  placements_.push_back(
+      {source, view, transposed ? All(rows) : own, transposed ? own : All(cols), 0, transposed, 0.0f, scale});
   return absl::OkStatus();
 }
 
-absl::Status Loader::PlanLinear(const std::string& name, int64_t outputs, int64_t inputs, LinearWeights::Layout layout,
-                                LinearWeights* linear) {
-  linear->layout = layout;
-  RETURN_IF_ERROR(PlanMatrix(name + ".weight", outputs, inputs, layout == LinearWeights::Layout::kInputRows,
-                             &linear->weight, &linear->scale));
-  if (!config_.biases) return absl::OkStatus();
-  ASSIGN_OR_RETURN(const StoredTensor* bias, Find(name + ".bias", {outputs}));
-  layout_.Reserve(&linear->bias, DType::kFloat32, 1, outputs);
-  placements_.push_back({bias, &linear->bias});
+// The `own` elements, to `view` from `first` on.
+absl::Status Loader::PlanVector(const std::string& name, int64_t elements, const Runs& own, Tensor* view,
+                                int64_t first) {
+  ASSIGN_OR_RETURN(const StoredTensor* source, Find(name, {elements}));
+  if (CountOf(own) > 0) placements_.push_back({source, view, All(1), own, first});
   return absl::OkStatus();
+}
+
+// `own`: of the outputs or inputs that are rows here. Inputs are shared out, so everybody has a part of every output:
+// the first rank adds the bias.
+absl::Status Loader::PlanLinear(const std::string& name, int64_t outputs, int64_t inputs, const Runs& own,
+                                LinearWeights::Layout layout, LinearWeights* linear) {
+  const bool transposed = layout == LinearWeights::Layout::kInputRows;
+  linear->layout = layout;
+  RETURN_IF_ERROR(PlanMatrix(name + ".weight", outputs, inputs, own, transposed, &linear->weight, &linear->scale));
+  if (!config_.biases) return absl::OkStatus();
+  const Runs biases = !transposed ? own : shard_.first() ? All(outputs) : Runs();
+  layout_.Reserve(&linear->bias, DType::kFloat32, 1, CountOf(biases));
+  return PlanVector(name + ".bias", outputs, biases, &linear->bias, 0);
 }
 
 absl::Status Loader::PlanQkv(const std::string& attention, LinearWeights* qkv) {
   const int64_t hidden = config_.hidden;
+  const Runs own = HeadFeatures();
+  const int64_t features = CountOf(own);
   const StoredTensor* weights[3] = {};
-  const StoredTensor* biases[3] = {};
   const char* const names[3] = {"q_proj", "k_proj", "v_proj"};
   for (int i = 0; i < 3; ++i) {
     ASSIGN_OR_RETURN(weights[i], Find(absl::StrCat(attention, names[i], ".weight"), {hidden, hidden}));
@@ -140,30 +191,32 @@ absl::Status Loader::PlanQkv(const std::string& attention, LinearWeights* qkv) {
           weights[i]->file->path(), ": tensor ", weights[i]->name, " is ", Name(weights[i]->dtype), " but ",
           weights[0]->name, " is ", Name(weights[0]->dtype), "; the three projections of a layer must have one type"));
     }
-    if (config_.biases) {
-      ASSIGN_OR_RETURN(biases[i], Find(absl::StrCat(attention, names[i], ".bias"), {hidden}));
-    }
   }
-  layout_.Reserve(&qkv->weight, TypeFor(*weights[0], &qkv->scale), 3 * hidden, hidden);
-  if (qkv->weight.dtype == DType::kInt8) layout_.Reserve(&qkv->scale, DType::kFloat32, 1, 3 * hidden);
-  if (config_.biases) layout_.Reserve(&qkv->bias, DType::kFloat32, 1, 3 * hidden);
+  layout_.Reserve(&qkv->weight, TypeFor(*weights[0], &qkv->scale), 3 * features, hidden);
+  if (qkv->weight.dtype == DType::kInt8) layout_.Reserve(&qkv->scale, DType::kFloat32, 1, 3 * features);
+  if (config_.biases) layout_.Reserve(&qkv->bias, DType::kFloat32, 1, 3 * features);
   for (int i = 0; i < 3; ++i) {
-    placements_.push_back({weights[i], &qkv->weight, i * hidden, false, 0.0f, &qkv->scale});
-    if (config_.biases) placements_.push_back({biases[i], &qkv->bias, i * hidden});
+    if (features > 0) {
+      placements_.push_back(
+          {weights[i], &qkv->weight, own, All(hidden), i * features, /*transposed=*/false, 0.0f, &qkv->scale});
+    }
+    if (config_.biases) {
+      RETURN_IF_ERROR(PlanVector(absl::StrCat(attention, names[i], ".bias"), hidden, own, &qkv->bias, i * features));
+    }
   }
   return absl::OkStatus();
 }
 
 absl::Status Loader::PlanNorm(const std::string& name, NormWeights* norm) {
-  const StoredTensor *weight = nullptr, *bias = nullptr;
-  if (config_.affine_norms) {
-    ASSIGN_OR_RETURN(weight, Find(name + ".weight", {config_.hidden}));
-    ASSIGN_OR_RETURN(bias, Find(name + ".bias", {config_.hidden}));
-  }
+  const Runs all = All(config_.hidden);
   layout_.Reserve(&norm->weight, DType::kFloat32, 1, config_.hidden);
   layout_.Reserve(&norm->bias, DType::kFloat32, 1, config_.hidden);
-  placements_.push_back({weight, &norm->weight, 0, false, 1.0f});
-  placements_.push_back({bias, &norm->bias});
+  if (config_.affine_norms) {
+    RETURN_IF_ERROR(PlanVector(name + ".weight", config_.hidden, all, &norm->weight, 0));
+    return PlanVector(name + ".bias", config_.hidden, all, &norm->bias, 0);
+  }
+  placements_.push_back({nullptr, &norm->weight, All(1), all, 0, false, 1.0f});
+  placements_.push_back({nullptr, &norm->bias, All(1), all});
   return absl::OkStatus();
 }
 
@@ -172,11 +225,12 @@ absl::Status Loader::PlanLayer(int32_t l, LayerWeights* layer) {
   const std::string at = absl::StrCat("layers.", l, ".");
   RETURN_IF_ERROR(PlanNorm(at + "self_attn_layer_norm", &layer->attention_norm));
   RETURN_IF_ERROR(PlanQkv(at + "self_attn.", &layer->qkv));
-  RETURN_IF_ERROR(
-      PlanLinear(at + "self_attn.out_proj", config_.hidden, config_.hidden, Layout::kInputRows, &layer->out));
+  RETURN_IF_ERROR(PlanLinear(at + "self_attn.out_proj", config_.hidden, config_.hidden, HeadFeatures(),
+                             Layout::kInputRows, &layer->out));
   RETURN_IF_ERROR(PlanNorm(at + "final_layer_norm", &layer->mlp_norm));
-  RETURN_IF_ERROR(PlanLinear(at + "fc1", config_.ffn, config_.hidden, Layout::kOutputRows, &layer->mlp.up));
-  return PlanLinear(at + "fc2", config_.hidden, config_.ffn, Layout::kInputRows, &layer->mlp.down);
+  const Runs neurons = shard_.NeuronRuns(l);
+  RETURN_IF_ERROR(PlanLinear(at + "fc1", config_.ffn, config_.hidden, neurons, Layout::kOutputRows, &layer->mlp.up));
+  return PlanLinear(at + "fc2", config_.hidden, config_.ffn, neurons, Layout::kInputRows, &layer->mlp.down);
 }
 
 absl::Status Loader::Plan(OptWeights* w) {
@@ -186,21 +240,24 @@ absl::Status Loader::Plan(OptWeights* w) {
     return absl::InvalidArgumentError(absl::StrCat("the checkpoint has tensor ", beyond,
                                                    " but config.json says num_hidden_layers = ", config_.layers));
   }
-  RETURN_IF_ERROR(PlanMatrix("embed_tokens.weight", config_.vocab, config_.embed, false, &w->token_embedding.weight,
-                             &w->token_embedding.scale));
-  RETURN_IF_ERROR(PlanMatrix("embed_positions.weight", config_.context + kPositionOffset, config_.hidden, false,
-                             &w->position_embedding, nullptr));
+  const auto whole = [&](const std::string& name, int64_t rows, int64_t cols, Tensor* view, Tensor* scale) {
+    return PlanMatrix(name, rows, cols, All(rows), /*transposed=*/false, view, scale);
+  };
+  RETURN_IF_ERROR(PlanMatrix("embed_tokens.weight", config_.vocab, config_.embed, {shard_.vocab}, /*transposed=*/false,
+                             &w->token_embedding.weight, &w->token_embedding.scale));
+  RETURN_IF_ERROR(whole("embed_positions.weight", config_.context + kPositionOffset, config_.hidden,
+                        &w->position_embedding, nullptr));
   if (config_.embed != config_.hidden) {
-    RETURN_IF_ERROR(PlanMatrix("project_in.weight", config_.hidden, config_.embed, false, &w->project_in.weight,
-                               &w->project_in.scale));
-    RETURN_IF_ERROR(PlanMatrix("project_out.weight", config_.embed, config_.hidden, false, &w->project_out.weight,
-                               &w->project_out.scale));
+    RETURN_IF_ERROR(
+        whole("project_in.weight", config_.hidden, config_.embed, &w->project_in.weight, &w->project_in.scale));
+    RETURN_IF_ERROR(
+        whole("project_out.weight", config_.embed, config_.hidden, &w->project_out.weight, &w->project_out.scale));
   }
   w->layers.resize(config_.layers);
   for (int32_t l = 0; l < config_.layers; ++l) RETURN_IF_ERROR(PlanLayer(l, &w->layers[l]));
   if (config_.final_norm) RETURN_IF_ERROR(PlanNorm("final_layer_norm", &w->final_norm));
   for (const Placement& p : placements_) {
-    if (p.source != nullptr) source_bytes_ += p.source->elements * SizeOf(p.source->dtype);
+    if (p.source != nullptr) source_bytes_ += p.elements() * SizeOf(p.source->dtype);
   }
   return absl::OkStatus();
 }
@@ -216,29 +273,54 @@ absl::Status NotFinite(const StoredTensor& tensor) {
                                                  " holds values that are not finite (NaN or infinity)"));
 }
 
-// Norms and biases: widened to float32. `first_row` counts elements here.
-absl::Status Loader::ReadVector(Backend& backend, const Placement& p) {
-  const int64_t count = p.source != nullptr ? p.source->elements : p.view->cols;
-  std::vector<float> values(count, p.constant);
-  if (p.source != nullptr) {
-    std::vector<char> stored(count * SizeOf(p.source->dtype));
-    RETURN_IF_ERROR(Checkpoint::Read(*p.source, 0, count, stored.data()));
-    if (!AllFinite(stored.data(), count, p.source->dtype)) return NotFinite(*p.source);
-    WidenValues(stored.data(), p.source->dtype, count, values.data());
+// Norms and biases: widened to float32.
+absl::Status Loader::ReadVector(Backend& backend, const Placement& p, const LoadProgress& progress) {
+  const int64_t count = CountOf(p.columns);
+  const Tensor view = p.view->Cols(p.first_row, count);
+  if (p.source == nullptr) {
+    backend.Upload(view, std::vector<float>(count, p.constant).data());
+    return absl::OkStatus();
   }
-  backend.Upload(p.view->Cols(p.first_row, count), values.data());
-  return absl::OkStatus();
+  return ForStripes(p, [&](int64_t, int64_t) {
+    wide_.resize(std::max<size_t>(wide_.size(), count));
+    WidenValues(stripe_.data(), p.source->dtype, count, wide_.data());
+    backend.Upload(view, wide_.data());
+    return Advance(count * SizeOf(p.source->dtype), progress);
+  });
 }
 
 template <typename Use>
-absl::Status Loader::ForStripes(const StoredTensor& source, const Use& use) {
-  const int64_t rows = source.shape[0], cols = source.shape[1], element = SizeOf(source.dtype);
-  const int64_t stripe_rows = std::clamp<int64_t>(kStripeBytes / (cols * element), 1, rows);
-  stripe_.resize(std::max<int64_t>(stripe_.size(), stripe_rows * cols * element));
+absl::Status Loader::ForStripes(const Placement& p, const Use& use) {
+  const StoredTensor& source = *p.source;
+  const Shard::Range span = SpanOf(p.columns);
+  const int64_t rows = CountOf(p.rows), columns = CountOf(p.columns), stored_columns = source.shape.back();
+  const int64_t element = SizeOf(source.dtype), row_bytes = span.count * element;
+  const int64_t stripe_rows = std::clamp<int64_t>(kStripeBytes / row_bytes, 1, rows);
+  stripe_.resize(std::max<int64_t>(stripe_.size(), stripe_rows * row_bytes));
+  const auto read = [&](int64_t row, int64_t n, char* target) -> absl::Status {
+    if (span.count == stored_columns) return Checkpoint::Read(source, row * stored_columns, n * stored_columns, target);
+    for (int64_t i = 0; i < n; ++i) {
+      RETURN_IF_ERROR(
+          Checkpoint::Read(source, (row + i) * stored_columns + span.first, span.count, target + i * row_bytes));
+    }
+    return absl::OkStatus();
+  };
+  auto run = p.rows.begin();
+  int64_t done_of_run = 0;
   for (int64_t r = 0; r < rows; r += stripe_rows) {
     const int64_t n = std::min(stripe_rows, rows - r);
-    RETURN_IF_ERROR(Checkpoint::Read(source, r * cols, n * cols, stripe_.data()));
-    if (!AllFinite(stripe_.data(), n * cols, source.dtype)) return NotFinite(source);
+    for (int64_t filled = 0; filled < n;) {
+      const int64_t some = std::min(n - filled, run->count - done_of_run);
+      RETURN_IF_ERROR(read(run->first + done_of_run, some, &stripe_[filled * row_bytes]));
+      filled += some;
+      done_of_run += some;
+      if (done_of_run == run->count) ++run, done_of_run = 0;
+    }
+    if (columns < span.count) {
+      if (element == 4) KeepColumns(reinterpret_cast<uint32_t*>(stripe_.data()), n, p.columns, span);
+      if (element == 2) KeepColumns(reinterpret_cast<uint16_t*>(stripe_.data()), n, p.columns, span);
+    }
+    if (!AllFinite(stripe_.data(), n * columns, source.dtype)) return NotFinite(source);
     RETURN_IF_ERROR(use(r, n));
   }
   return absl::OkStatus();
@@ -246,10 +328,10 @@ absl::Status Loader::ForStripes(const StoredTensor& source, const Use& use) {
 
 absl::Status Loader::ReadMatrix(Backend& backend, const Placement& p, const LoadProgress& progress) {
   const StoredTensor& source = *p.source;
-  const int64_t cols = source.shape[1];
+  const int64_t cols = CountOf(p.columns);
   const DType dtype = p.view->dtype;
   if (dtype == DType::kInt8 && p.transposed) RETURN_IF_ERROR(ReadColumnScales(backend, p, progress));
-  return ForStripes(source, [&](int64_t first, int64_t rows) -> absl::Status {
+  return ForStripes(p, [&](int64_t first, int64_t rows) -> absl::Status {
     const char* values = stripe_.data();
     if (dtype != source.dtype) {
       RETURN_IF_ERROR(Convert(backend, p, first, rows));
@@ -268,7 +350,7 @@ absl::Status Loader::ReadMatrix(Backend& backend, const Placement& p, const Load
 
 // The stripe, `rows` rows from `first` on, into converted_.
 absl::Status Loader::Convert(Backend& backend, const Placement& p, int64_t first, int64_t rows) {
-  const int64_t cols = p.source->shape[1], count = rows * cols;
+  const int64_t cols = CountOf(p.columns), count = rows * cols;
   const DType dtype = p.view->dtype;
   wide_.resize(std::max<size_t>(wide_.size(), count));
   converted_.resize(std::max<size_t>(converted_.size(), count * SizeOf(dtype)));
@@ -297,9 +379,9 @@ absl::Status Loader::Convert(Backend& backend, const Placement& p, int64_t first
 
 // The factors of a matrix that is stored transposed, from its columns; leaves what Convert needs in inverses_.
 absl::Status Loader::ReadColumnScales(Backend& backend, const Placement& p, const LoadProgress& progress) {
-  const int64_t cols = p.source->shape[1];
+  const int64_t cols = CountOf(p.columns);
   scales_.assign(cols, 0.0f);
-  RETURN_IF_ERROR(ForStripes(*p.source, [&](int64_t, int64_t rows) {
+  RETURN_IF_ERROR(ForStripes(p, [&](int64_t, int64_t rows) {
     wide_.resize(std::max<size_t>(wide_.size(), rows * cols));
     WidenValues(stripe_.data(), p.source->dtype, rows * cols, wide_.data());
     for (int64_t r = 0; r < rows; ++r) {
@@ -316,12 +398,8 @@ absl::Status Loader::ReadColumnScales(Backend& backend, const Placement& p, cons
 
 absl::Status Loader::Read(Backend& backend, const LoadProgress& progress) {
   for (const Placement& p : placements_) {
-    if (p.source != nullptr && p.source->shape.size() == 2) {
-      RETURN_IF_ERROR(ReadMatrix(backend, p, progress));
-    } else {
-      RETURN_IF_ERROR(ReadVector(backend, p));
-      if (p.source != nullptr) RETURN_IF_ERROR(Advance(p.source->elements * SizeOf(p.source->dtype), progress));
-    }
+    const bool matrix = p.source != nullptr && p.source->shape.size() == 2;
+    RETURN_IF_ERROR(matrix ? ReadMatrix(backend, p, progress) : ReadVector(backend, p, progress));
   }
   backend.Synchronize();
   return absl::OkStatus();
@@ -339,7 +417,8 @@ absl::StatusOr<std::string> WeightPrefix(const Checkpoint& checkpoint) {
                    "embed_tokens.weight: not an OPT model"));
 }
 
-absl::StatusOr<OptWeights> OptWeights::Allocate(const OptConfig& config, DType dtype, Backend& backend) {
+absl::StatusOr<OptWeights> OptWeights::Allocate(const OptConfig& config, const Shard& shard, DType dtype,
+                                                Backend& backend) {
   CHECK(config.embed == config.hidden && config.final_norm && config.biases) << "not a plain OPT";
   using Layout = LinearWeights::Layout;
   OptWeights w;
@@ -353,22 +432,23 @@ absl::StatusOr<OptWeights> OptWeights::Allocate(const OptConfig& config, DType d
     vector(&n->weight, config.hidden);
     vector(&n->bias, config.hidden);
   };
-  const auto linear = [&](LinearWeights* to, Layout in, int64_t rows, int64_t cols) {
+  const auto linear = [&](LinearWeights* to, Layout in, int64_t rows) {
     to->layout = in;
-    matrix(&to->weight, &to->scale, rows, cols);
-    vector(&to->bias, to->outputs());
+    matrix(&to->weight, &to->scale, rows, config.hidden);
+    vector(&to->bias, in == Layout::kOutputRows ? rows : shard.first() ? config.hidden : 0);
   };
-  matrix(&w.token_embedding.weight, &w.token_embedding.scale, config.vocab, config.embed);
+  const int64_t features = int64_t{shard.heads.count} * config.head_dim;
+  matrix(&w.token_embedding.weight, &w.token_embedding.scale, shard.vocab.count, config.embed);
   layout.Reserve(&w.position_embedding, dtype == DType::kInt8 ? DType::kBFloat16 : dtype,
                  config.context + kPositionOffset, config.hidden);
   w.layers.resize(config.layers);
   for (LayerWeights& layer : w.layers) {
     norm(&layer.attention_norm);
-    linear(&layer.qkv, Layout::kOutputRows, 3 * config.hidden, config.hidden);
-    linear(&layer.out, Layout::kInputRows, config.hidden, config.hidden);
+    linear(&layer.qkv, Layout::kOutputRows, 3 * features);
+    linear(&layer.out, Layout::kInputRows, features);
     norm(&layer.mlp_norm);
-    linear(&layer.mlp.up, Layout::kOutputRows, config.ffn, config.hidden);
-    linear(&layer.mlp.down, Layout::kInputRows, config.ffn, config.hidden);
+    linear(&layer.mlp.up, Layout::kOutputRows, shard.neuron_count);
+    linear(&layer.mlp.down, Layout::kInputRows, shard.neuron_count);
   }
   norm(&w.final_norm);
   ASSIGN_OR_RETURN(w.storage_, layout.Allocate(backend));
@@ -377,10 +457,19 @@ absl::StatusOr<OptWeights> OptWeights::Allocate(const OptConfig& config, DType d
   return w;
 }
 
-absl::StatusOr<OptWeights> OptWeights::Load(const Checkpoint& checkpoint, const OptConfig& config, Backend& backend,
-                                            const LoadProgress& progress, std::optional<DType> dtype) {
+absl::StatusOr<int64_t> OptWeights::Measure(const Checkpoint& checkpoint, const OptConfig& config, const Shard& shard,
+                                            std::optional<DType> dtype) {
   OptWeights weights;
-  Loader loader(checkpoint, config, dtype);
+  Loader loader(checkpoint, config, shard, dtype);
+  RETURN_IF_ERROR(loader.Plan(&weights));
+  return loader.layout().bytes();
+}
+
+absl::StatusOr<OptWeights> OptWeights::Load(const Checkpoint& checkpoint, const OptConfig& config, const Shard& shard,
+                                            Backend& backend, const LoadProgress& progress,
+                                            std::optional<DType> dtype) {
+  OptWeights weights;
+  Loader loader(checkpoint, config, shard, dtype);
   RETURN_IF_ERROR(loader.Plan(&weights));
   ASSIGN_OR_RETURN(weights.storage_, loader.layout().Allocate(backend));
   RETURN_IF_ERROR(loader.Read(backend, progress));

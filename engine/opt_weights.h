@@ -1,6 +1,6 @@
-// OptWeights: an OPT model's parameters on one device, laid out so that a neuron and a head are contiguous memory. One
-// copy, in the type that the checkpoint stores or in one that it is converted to; norms and biases are widened to
-// float32. Immutable after Load.
+// OptWeights: an OPT model's parameters on one device, or what a rank of several owns of them, laid out so that a
+// neuron and a head are contiguous memory. One copy, in the type that the checkpoint stores or in one that it is
+// converted to; norms and biases are widened to float32. Immutable after Load.
 #ifndef ENGINE_OPT_WEIGHTS_H_
 #define ENGINE_OPT_WEIGHTS_H_
 
@@ -13,19 +13,23 @@
 #include "absl/status/statusor.h"
 #include "engine/checkpoint.h"
 #include "engine/opt_config.h"
+#include "engine/shard.h"
 #include "kernels/backend.h"
 
 namespace dejavu {
 
-// Bytes of the checkpoint read so far and in all. Returning false stops the load with CANCELLED.
+// Bytes of what is loaded, as stored, so far and in all. Returning false stops the load with CANCELLED.
 using LoadProgress = std::function<bool(int64_t done_bytes, int64_t total_bytes)>;
 
+// Heads, neurons and tokens are the shard's own, in ascending order. What is added to a sum over the ranks, the biases
+// of `out` and `mlp.down`, is the first rank's and empty elsewhere. Norms, position embedding and project_in and -out
+// are everybody's.
 struct LayerWeights {
   NormWeights attention_norm;
-  LinearWeights qkv;  // kOutputRows [3 * heads * head_dim, hidden]: Q of all heads, then K, then V
-  LinearWeights out;  // kInputRows [heads * head_dim, hidden]: a head is a run of head_dim rows
+  LinearWeights qkv;  // kOutputRows [3 * heads * head_dim, hidden]: Q of all heads, then K, then V; empty without heads
+  LinearWeights out;  // kInputRows [heads * head_dim, hidden]: a head is a run of head_dim rows; likewise
   NormWeights mlp_norm;
-  MlpWeights mlp;  // both [ffn, hidden]
+  MlpWeights mlp;  // both [neurons, hidden]
 };
 
 // What stands before "embed_tokens.weight" and the other names in this checkpoint.
@@ -33,23 +37,29 @@ absl::StatusOr<std::string> WeightPrefix(const Checkpoint& checkpoint);
 
 class OptWeights {
  public:
-  // Checks that every tensor is there in its shape before anything large is allocated, then reads the files once, in
-  // stripes, and refuses values that are not finite. Errors name file and tensor. With `dtype` every matrix is
+  // Checks that every tensor is there in its shape before anything large is allocated, then reads what `shard` owns
+  // once, in stripes, and refuses values that are not finite. Errors name file and tensor. With `dtype` every matrix is
   // converted to it, to the nearest; int8 is symmetric with a factor for each row as it is laid out here, and leaves
   // the position embedding as stored.
-  static absl::StatusOr<OptWeights> Load(const Checkpoint& checkpoint, const OptConfig& config, Backend& backend,
-                                         const LoadProgress& progress, std::optional<DType> dtype = std::nullopt);
+  static absl::StatusOr<OptWeights> Load(const Checkpoint& checkpoint, const OptConfig& config, const Shard& shard,
+                                         Backend& backend, const LoadProgress& progress,
+                                         std::optional<DType> dtype = std::nullopt);
+
+  // The bytes that Load would take of the device.
+  static absl::StatusOr<int64_t> Measure(const Checkpoint& checkpoint, const OptConfig& config, const Shard& shard,
+                                         std::optional<DType> dtype);
 
   // The same tensors, all zero, for whoever fills them (engine/synthetic.h). Only for models without project_in.
-  static absl::StatusOr<OptWeights> Allocate(const OptConfig& config, DType dtype, Backend& backend);
+  static absl::StatusOr<OptWeights> Allocate(const OptConfig& config, const Shard& shard, DType dtype,
+                                             Backend& backend);
 
-  EmbeddingWeights token_embedding;  // [vocab, embed]
+  EmbeddingWeights token_embedding;  // [tokens, embed]
   Tensor position_embedding;         // [kPositionOffset + context, hidden]
   LinearWeights project_in;          // kOutputRows [hidden, embed]; empty where embed == hidden
   LinearWeights project_out;         // kOutputRows [embed, hidden]; likewise
   std::vector<LayerWeights> layers;
   NormWeights final_norm;  // empty without config.final_norm
-  LinearWeights head;      // kOutputRows [vocab, embed]: the token embedding again
+  LinearWeights head;      // kOutputRows [tokens, embed]: the token embedding again
 
   int64_t bytes() const { return storage_.bytes(); }
   DType dtype() const { return token_embedding.weight.dtype; }

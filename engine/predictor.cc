@@ -14,19 +14,20 @@ namespace {
 
 int64_t Padded(int64_t outputs) { return (outputs + kSelectorPadding - 1) / kSelectorPadding * kSelectorPadding; }
 
-// Stage B and thresholds as the device wants them: outputs padded, thresholds of the padding +infinity.
-void PackSelector(const SelectorData& data, int32_t outputs, std::vector<int8_t>* b,
+// Stage B and thresholds of the outputs `ids`, of `all`, as the device wants them: outputs padded, thresholds of the
+// padding +infinity.
+void PackSelector(const SelectorData& data, int64_t all, const std::vector<int32_t>& ids, std::vector<int8_t>* b,
                   std::vector<uint16_t>* thresholds) {
-  const int64_t padded = Padded(outputs);
+  const auto outputs = static_cast<int64_t>(ids.size()), padded = Padded(outputs);
   b->assign(data.rank * padded, 0);
   for (int64_t k = 0; k < data.rank; ++k) {
-    std::copy_n(data.b.begin() + k * outputs, outputs, b->begin() + k * padded);
+    for (int64_t j = 0; j < outputs; ++j) (*b)[k * padded + j] = data.b[k * all + ids[j]];
   }
   thresholds->clear();
   for (const auto& point : data.points) {
     if (!point.has_value()) continue;
     for (int64_t j = 0; j < padded; ++j) {
-      thresholds->push_back(j < outputs ? Float16FromFloat(point->thresholds[j]) : kFloat16Infinity);
+      thresholds->push_back(j < outputs ? Float16FromFloat(point->thresholds[ids[j]]) : kFloat16Infinity);
     }
   }
 }
@@ -45,39 +46,40 @@ uint64_t HashOf(uint64_t seed, Values... values) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Predictor>> Predictor::Create(const PredictorData* data, const OptConfig& config,
-                                                             Backend& backend, int32_t max_rows, int32_t max_audits) {
-  std::unique_ptr<Predictor> predictor(new Predictor(config, backend));
+                                                             const Shard& shard, Backend& backend, int32_t max_rows,
+                                                             int32_t max_audits) {
+  std::unique_ptr<Predictor> predictor(new Predictor(config, shard, backend));
   predictor->layers_.resize(config.layers);
   for (Layer& layer : predictor->layers_) {
-    layer.heads.outputs = config.heads;
-    layer.neurons.outputs = config.ffn;
+    layer.heads.outputs = shard.heads.count;
+    layer.neurons.outputs = shard.neuron_count;
     for (Selector* selector : {&layer.heads, &layer.neurons}) {
       selector->point_of_tier.fill(kSelectEverything);
       selector->on.fill(true);
     }
   }
-  if (data != nullptr) RETURN_IF_ERROR(predictor->Load(*data));
+  if (data != nullptr) RETURN_IF_ERROR(predictor->Load(*data, shard));
   RETURN_IF_ERROR(predictor->AllocateStep(max_rows, max_audits));
   return predictor;
 }
 
-absl::Status Predictor::Load(const PredictorData& data) {
+absl::Status Predictor::Load(const PredictorData& data, const Shard& shard) {
   CHECK(data.layers.size() == layers_.size()) << data.layers.size() << " layers for " << layers_.size();
   DeviceLayout layout;
   for (size_t l = 0; l < layers_.size(); ++l) {
     Layer& layer = layers_[l];
     const LayerPredictorData& from = data.layers[l];
     layer.tap = from.tap;
-    layer.heads.rank = from.heads.rank;
+    layer.heads.rank = heads_ > 0 ? from.heads.rank : 0;
     layer.neurons.rank = from.neurons.rank;
     const int32_t ranks = layer.heads.rank + layer.neurons.rank;
     if (ranks == 0) continue;
     layout.Reserve(&layer.a, DType::kInt8, ranks, config_.hidden);
     layout.Reserve(&layer.a_scale, DType::kFloat32, 1, ranks);
-    layout.Reserve(&layer.worth, DType::kFloat32, 1, config_.ffn);
+    layout.Reserve(&layer.worth, DType::kFloat32, 1, neurons_);
     const auto reserve = [&](const SelectorData& selector, Selector* to) {
       to->weights.outputs = to->outputs;
-      if (selector.rank == 0) return;
+      if (to->rank == 0) return;
       for (size_t tier = 0; tier < kAllTiers.size(); ++tier) {
         if (!selector.points[tier].has_value()) continue;
         to->point_of_tier[tier] = static_cast<int32_t>(to->point_ranks.size());
@@ -94,27 +96,33 @@ absl::Status Predictor::Load(const PredictorData& data) {
   ASSIGN_OR_RETURN(storage_, layout.Allocate(dev_));
   std::vector<int8_t> b;
   std::vector<uint16_t> thresholds;
+  std::vector<int32_t> own_heads(heads_), own_neurons(neurons_);
+  std::vector<float> worth(neurons_);
+  std::iota(own_heads.begin(), own_heads.end(), shard.heads.first);
   for (size_t l = 0; l < layers_.size(); ++l) {
     const Layer& layer = layers_[l];
     const LayerPredictorData& from = data.layers[l];
     if (layer.a.empty()) continue;
     int64_t row = 0;
-    for (const SelectorData* selector : {&from.heads, &from.neurons}) {
-      if (selector->rank == 0) continue;
-      dev_.Upload(layer.a.Rows(row, selector->rank), selector->a.data());
-      dev_.Upload(layer.a_scale.Cols(row, selector->rank), selector->a_scale.data());
-      row += selector->rank;
+    for (int32_t j = 0; j < neurons_; ++j) {
+      own_neurons[j] = shard.neuron(static_cast<int32_t>(l), j);
+      worth[j] = from.worth[own_neurons[j]];
     }
-    dev_.Upload(layer.worth, from.worth.data());
-    const auto upload = [&](const SelectorData& selector, const Selector& to) {
+    dev_.Upload(layer.worth, worth.data());
+    const auto upload = [&](const SelectorData& selector, int32_t all, const std::vector<int32_t>& own,
+                            const Selector& to) {
+      if (to.rank == 0) return;
+      dev_.Upload(layer.a.Rows(row, to.rank), selector.a.data());
+      dev_.Upload(layer.a_scale.Cols(row, to.rank), selector.a_scale.data());
+      row += to.rank;
       if (to.weights.b.empty()) return;
-      PackSelector(selector, to.outputs, &b, &thresholds);
+      PackSelector(selector, all, own, &b, &thresholds);
       dev_.Upload(to.weights.b, b.data());
       dev_.Upload(to.weights.thresholds, thresholds.data());
       dev_.Upload(to.weights.ranks, to.point_ranks.data());
     };
-    upload(from.heads, layer.heads);
-    upload(from.neurons, layer.neurons);
+    upload(from.heads, config_.heads, own_heads, layer.heads);
+    upload(from.neurons, config_.ffn, own_neurons, layer.neurons);
   }
   dev_.Synchronize();
   return absl::OkStatus();
@@ -127,21 +135,21 @@ absl::Status Predictor::AllocateStep(int32_t max_rows, int32_t max_audits) {
   for (const Layer& layer : layers_) rank = std::max<int64_t>(rank, layer.heads.rank + layer.neurons.rank);
   const bool predicts = rank > 0;
   const int64_t layers = config_.layers, audits = predicts ? max_audits : 0, rows = predicts ? max_rows : 0;
-  const int64_t neuron_words = Padded(config_.ffn) / 32, head_words = Padded(config_.heads) / 32;
+  const int64_t neuron_words = Padded(neurons_) / 32, head_words = Padded(heads_) / 32;
   DeviceLayout floats, ints;
   floats.Reserve(&coordinates_, DType::kFloat32, rows, rank);
   floats.Reserve(&audit_coordinates_, DType::kFloat32, audits, rank);
   floats.Reserve(&audit_x_, DType::kFloat32, audits, config_.hidden);
-  floats.Reserve(&audit_hidden_, DType::kFloat32, audits, config_.ffn);
+  floats.Reserve(&audit_hidden_, DType::kFloat32, audits, neurons_);
   floats.Reserve(&audit_results_, DType::kFloat32, layers, audits * kAuditFields);
   ints.Reserve(&neuron_points_, DType::kInt32, layers, rows);
   ints.Reserve(&head_points_, DType::kInt32, layers, rows);
   ints.Reserve(&audit_points_, DType::kInt32, layers, audits);
   ints.Reserve(&strict_, DType::kInt32, 1, rows);
   ints.Reserve(&audit_rows_, DType::kInt32, 1, audits);
-  ints.Reserve(&neuron_list_, DType::kInt32, 1, predicts ? config_.ffn : 0);
-  ints.Reserve(&head_list_, DType::kInt32, 1, predicts ? config_.heads : 0);
-  ints.Reserve(&audit_list_, DType::kInt32, 1, predicts ? config_.ffn : 0);
+  ints.Reserve(&neuron_list_, DType::kInt32, 1, predicts ? neurons_ : 0);
+  ints.Reserve(&head_list_, DType::kInt32, 1, predicts ? heads_ : 0);
+  ints.Reserve(&audit_list_, DType::kInt32, 1, predicts ? neurons_ : 0);
   ints.Reserve(&audit_count_, DType::kInt32, 1, 1);
   ints.Reserve(&neuron_masks_, DType::kInt32, rows, neuron_words);
   ints.Reserve(&head_masks_, DType::kInt32, rows, head_words);
@@ -299,12 +307,12 @@ void Predictor::EndStep(StepCounts* counts) {
   dev_.Synchronize();
   for (int32_t l = 0; l < config_.layers; ++l) {
     if (!layers_[l].selects_neurons) {
-      std::fill_n(counts->selected.begin() + int64_t{l} * decode_rows_, decode_rows_, config_.ffn);
-      counts->union_selected[l] = config_.ffn;
+      std::fill_n(counts->selected.begin() + int64_t{l} * decode_rows_, decode_rows_, neurons_);
+      counts->union_selected[l] = neurons_;
     }
     if (layers_[l].rank_heads == 0) {
-      std::fill_n(counts->heads.begin() + int64_t{l} * decode_rows_, decode_rows_, config_.heads);
-      counts->union_heads[l] = config_.heads;
+      std::fill_n(counts->heads.begin() + int64_t{l} * decode_rows_, decode_rows_, heads_);
+      counts->union_heads[l] = heads_;
     }
   }
 }

@@ -1,5 +1,5 @@
-// Predictor: chooses, on the device, which heads and neurons the rows of a step compute. Loaded from PredictorData; one
-// without data chooses everything, so that the model calls it unconditionally. Engine thread only.
+// Predictor: chooses, on the device, which of its rank's heads and neurons the rows of a step compute. Loaded from
+// PredictorData; one without data chooses everything, so that the model calls it unconditionally. Engine thread only.
 #ifndef ENGINE_PREDICTOR_H_
 #define ENGINE_PREDICTOR_H_
 
@@ -11,11 +11,13 @@
 #include "absl/status/statusor.h"
 #include "engine/batch.h"
 #include "engine/predictor_file.h"
+#include "engine/shard.h"
 #include "kernels/backend.h"
 
 namespace dejavu {
 
-// What the decode rows of a step, its first ones, computed, on the host. Filled by OptModel::Forward.
+// What the decode rows of a step, its first ones, computed of the rank's own heads and neurons, on the host. Filled by
+// OptModel::Forward.
 struct StepCounts {
   int32_t decode_rows = 0, audit_rows = 0;
   bool skipped_zeros = true;
@@ -44,9 +46,12 @@ struct StepCounts {
 
 class Predictor {
  public:
-  // `data` may be nullptr: everything is selected. `max_rows`, `max_audits`: the largest step.
+  // `data`, of the whole model, may be nullptr: everything is selected. The device gets all of stage A and of stage B
+  // what belongs to the heads and neurons of `shard`, which are numbered as its weights are. `max_rows`, `max_audits`:
+  // the largest step.
   static absl::StatusOr<std::unique_ptr<Predictor>> Create(const PredictorData* data, const OptConfig& config,
-                                                           Backend& backend, int32_t max_rows, int32_t max_audits);
+                                                           const Shard& shard, Backend& backend, int32_t max_rows,
+                                                           int32_t max_audits);
 
   // Whether `tier` selects neurons (heads) in `layer`; with `on` false the layer runs EXACT for the tier (computes
   // every head) until it is switched on again. Switching takes effect with the next step. No effect where the file has
@@ -94,7 +99,7 @@ class Predictor {
     Tap tap = Tap::kAttentionNorm;
     Tensor a;        // int8 [heads.rank + neurons.rank, hidden]: the heads' rows, then the neurons'
     Tensor a_scale;  // float32 [1, heads.rank + neurons.rank]
-    Tensor worth;    // float32 [1, ffn]
+    Tensor worth;    // float32 [1, neurons]
     Selector heads, neurons;
     // This step.
     int32_t rank_heads = 0;  // of stage A, how many rows of each are needed: 0: no row asks
@@ -103,13 +108,15 @@ class Predictor {
     LinearWeights ride;
   };
 
-  Predictor(const OptConfig& config, Backend& backend) : config_(config), dev_(backend) {}
-  absl::Status Load(const PredictorData& data);
+  Predictor(const OptConfig& config, const Shard& shard, Backend& backend)
+      : config_(config), heads_(shard.heads.count), neurons_(shard.neuron_count), dev_(backend) {}
+  absl::Status Load(const PredictorData& data, const Shard& shard);
   absl::Status AllocateStep(int32_t max_rows, int32_t max_audits);
   Tensor Coordinates(const Layer& layer, bool heads, int64_t rows) const;
 
   // Constant after Create.
   const OptConfig config_;
+  const int32_t heads_, neurons_;  // own ones
   Backend& dev_;
   std::vector<Layer> layers_;
   Buffer storage_, scratch_floats_, scratch_ints_;
@@ -125,7 +132,7 @@ class Predictor {
   // On the device.
   Tensor coordinates_;                  // float32 [max rows, largest rank]
   Tensor audit_coordinates_, audit_x_;  // float32 [max audits, largest rank], [max audits, hidden]
-  Tensor audit_hidden_;                 // float32 [max audits, ffn]
+  Tensor audit_hidden_;                 // float32 [max audits, neurons]
   Tensor audit_results_;                // float32 [layers, max audits * kAuditFields]
   Tensor neuron_points_, head_points_;  // int32 [layers, max rows]
   Tensor audit_points_;                 // int32 [layers, max audits]

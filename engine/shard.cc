@@ -8,11 +8,6 @@
 namespace dejavu {
 namespace {
 
-Shard::Range RangeOf(int32_t count, int rank, int ranks) {
-  const int32_t each = count / ranks, longer = count % ranks;
-  return {rank * each + std::min(rank, longer), each + (rank < longer ? 1 : 0)};
-}
-
 // Back and forth through the ranks, so that none always gets the more frequent of its round. The last round, if it is
 // not full, goes forth: the first ranks have the longer lists, as RangeOf has it.
 std::vector<int32_t> Deal(const std::vector<int32_t>& order, int rank, int ranks) {
@@ -29,12 +24,27 @@ std::vector<int32_t> Deal(const std::vector<int32_t>& order, int rank, int ranks
 
 }  // namespace
 
+Shard::Range Shard::RangeOf(int32_t count, int rank, int ranks) {
+  const int32_t each = count / ranks, longer = count % ranks;
+  return {rank * each + std::min(rank, longer), each + (rank < longer ? 1 : 0)};
+}
+
 Shard Shard::Whole(const OptConfig& config) {
   Shard shard;
   shard.heads = {0, config.heads};
   shard.vocab = {0, config.vocab};
   shard.neuron_count = config.ffn;
   return shard;
+}
+
+std::vector<Shard::Range> Shard::NeuronRuns(int32_t layer) const {
+  if (neurons.empty()) return {{0, neuron_count}};
+  std::vector<Range> runs;
+  for (const int32_t id : neurons[layer]) {
+    if (runs.empty() || id != runs.back().first + runs.back().count) runs.push_back({id, 0});
+    ++runs.back().count;
+  }
+  return runs;
 }
 
 absl::StatusOr<Shard> MakeShard(const OptConfig& config, const PredictorData* predictor, int rank, int ranks) {
@@ -49,9 +59,9 @@ absl::StatusOr<Shard> MakeShard(const OptConfig& config, const PredictorData* pr
   if (ranks == 1) return shard;
   shard.rank = rank;
   shard.ranks = ranks;
-  shard.heads = RangeOf(config.heads, rank, ranks);
-  shard.vocab = RangeOf(config.vocab, rank, ranks);
-  shard.neuron_count = RangeOf(config.ffn, rank, ranks).count;
+  shard.heads = Shard::RangeOf(config.heads, rank, ranks);
+  shard.vocab = Shard::RangeOf(config.vocab, rank, ranks);
+  shard.neuron_count = Shard::RangeOf(config.ffn, rank, ranks).count;
   std::vector<int32_t> order(config.ffn);
   for (int32_t l = 0; l < config.layers; ++l) {
     std::iota(order.begin(), order.end(), 0);

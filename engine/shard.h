@@ -28,7 +28,13 @@ struct Shard {
 
   static Shard Whole(const OptConfig& config);
 
+  // Rank's part of `count` heads or ids: runs whose lengths differ by at most one, the longer first.
+  static Range RangeOf(int32_t count, int rank, int ranks);
+
   bool whole() const { return ranks == 1; }
+  // The id of the i-th own neuron of `layer`, and all of them as runs of ids.
+  int32_t neuron(int32_t layer, int32_t i) const { return neurons.empty() ? i : neurons[layer][i]; }
+  std::vector<Range> NeuronRuns(int32_t layer) const;
   // What a rank has that the others need not have: biases that are added once.
   bool first() const { return rank == 0; }
 };

@@ -324,11 +324,27 @@ void InParallel(int64_t count, const Use& use) {
   for (std::thread& other : others) other.join();
 }
 
+// Frequent and rare neurons lie in random order.
+std::vector<Neuron> NeuronsOf(const SyntheticModel& model, const NeuronTable& table, int32_t layer) {
+  const std::vector<double> shares = SelectionShares(model, layer);
+  std::vector<int32_t> order(shares.size());
+  std::iota(order.begin(), order.end(), 0);
+  const uint64_t key = Key(model.seed, Part::kOrder, layer);
+  for (size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[Scramble(key + i) % (i + 1)]);
+  std::vector<Neuron> neurons(shares.size());
+  InParallel(static_cast<int64_t>(shares.size()), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) neurons[order[i]] = table.Of(shares[i]);
+  });
+  return neurons;
+}
+
 class Generator {
  public:
-  Generator(const SyntheticModel& model, Backend& backend, const LoadProgress& progress, int64_t total_bytes)
+  Generator(const SyntheticModel& model, const Shard& shard, Backend& backend, const LoadProgress& progress,
+            int64_t total_bytes)
       : model_(model),
         config_(model.config),
+        shard_(shard),
         backend_(backend),
         progress_(progress),
         total_bytes_(total_bytes),
@@ -340,12 +356,21 @@ class Generator {
   void Head(const OptWeights& w);
 
  private:
-  // Makes a row of `cols` values as they are stored, and its factor where it is int8.
+  // Makes a row of `cols` values as they are stored, and its factor where it is int8. `row` is its number in the whole
+  // model, on which alone it depends.
   using MakeRow = std::function<void(int64_t row, char* values, float* scale)>;
+  // The number in the whole model of an own row.
+  using RowId = std::function<int64_t(int64_t own_row)>;
+  static RowId From(int64_t first) {
+    return [first](int64_t row) { return first + row; };
+  }
+  RowId NeuronIds(int32_t l) const {
+    return [this, l](int64_t row) { return shard_.neuron(l, static_cast<int32_t>(row)); };
+  }
 
   uint64_t KeyOf(Part part, int32_t layer = 0) const { return Key(model_.seed, part, layer); }
-  absl::Status Rows(const Tensor& weight, const Tensor& scale, const MakeRow& make);
-  absl::Status Noise(const Tensor& weight, const Tensor& scale, uint64_t key, double deviation);
+  absl::Status Rows(const Tensor& weight, const Tensor& scale, const RowId& id, const MakeRow& make);
+  absl::Status Noise(const Tensor& weight, const Tensor& scale, const RowId& id, uint64_t key, double deviation);
   absl::Status Up(int32_t l, const LinearWeights& up, const std::vector<Neuron>& neurons,
                   LayerPredictorData* predictor);
   absl::Status Down(int32_t l, const LinearWeights& down, const std::vector<Neuron>& neurons,
@@ -360,6 +385,7 @@ class Generator {
 
   const SyntheticModel& model_;
   const OptConfig& config_;
+  const Shard& shard_;
   Backend& backend_;
   const LoadProgress& progress_;
   const int64_t total_bytes_;
@@ -376,7 +402,8 @@ class Generator {
 };
 
 // The next stripe is made while this one is uploaded: the first touch of new memory costs as much as making it.
-absl::Status Generator::Rows(const Tensor& weight, const Tensor& scale, const MakeRow& make) {
+absl::Status Generator::Rows(const Tensor& weight, const Tensor& scale, const RowId& id, const MakeRow& make) {
+  if (weight.empty()) return absl::OkStatus();
   const int64_t row_bytes = weight.cols * SizeOf(weight.dtype);
   const int64_t stripe_rows = std::clamp<int64_t>(kStripeBytes / row_bytes, 1, weight.rows);
   const auto make_stripe = [&](int64_t start, Stripe* stripe) {
@@ -384,7 +411,7 @@ absl::Status Generator::Rows(const Tensor& weight, const Tensor& scale, const Ma
     stripe->values.resize(std::max<size_t>(stripe->values.size(), n * row_bytes));
     stripe->scales.resize(std::max<size_t>(stripe->scales.size(), n));
     InParallel(n, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) make(start + i, &stripe->values[i * row_bytes], &stripe->scales[i]);
+      for (int64_t i = first; i < last; ++i) make(id(start + i), &stripe->values[i * row_bytes], &stripe->scales[i]);
     });
   };
   make_stripe(0, &stripes_[0]);
@@ -402,7 +429,8 @@ absl::Status Generator::Rows(const Tensor& weight, const Tensor& scale, const Ma
   return absl::OkStatus();
 }
 
-absl::Status Generator::Noise(const Tensor& weight, const Tensor& scale, uint64_t key, double deviation) {
+absl::Status Generator::Noise(const Tensor& weight, const Tensor& scale, const RowId& id, uint64_t key,
+                              double deviation) {
   const auto count = static_cast<int64_t>(pool_.values().size());
   const int64_t element = SizeOf(weight.dtype);
   packed_.resize(count * sizeof(float));
@@ -414,37 +442,32 @@ absl::Status Generator::Noise(const Tensor& weight, const Tensor& scale, uint64_
   } else {
     CHECK(NarrowValues(scaled.data(), count, weight.dtype, packed_.data())) << deviation;
   }
-  return Rows(weight, scale, [&](int64_t row, char* values, float* row_scale) {
+  return Rows(weight, scale, id, [&](int64_t row, char* values, float* row_scale) {
     std::memcpy(values, &packed_[NoisePool::Offset(key, row) * element], weight.cols * element);
     *row_scale = factor;
   });
 }
 
 absl::Status Generator::Embeddings(const OptWeights& w) {
-  RETURN_IF_ERROR(Noise(w.token_embedding.weight, w.token_embedding.scale, KeyOf(Part::kTokens), 1.0));
-  return Noise(w.position_embedding, {}, KeyOf(Part::kPositions), kPositionDeviation);
+  RETURN_IF_ERROR(
+      Noise(w.token_embedding.weight, w.token_embedding.scale, From(shard_.vocab.first), KeyOf(Part::kTokens), 1.0));
+  return Noise(w.position_embedding, {}, From(0), KeyOf(Part::kPositions), kPositionDeviation);
 }
 
 absl::Status Generator::Layer(int32_t l, const LayerWeights& layer, LayerPredictorData* predictor) {
   const double row_deviation = 1.0 / std::sqrt(static_cast<double>(config_.hidden));
   FillNorm(layer.attention_norm);
   FillNorm(layer.mlp_norm);
-  RETURN_IF_ERROR(Noise(layer.qkv.weight, layer.qkv.scale, KeyOf(Part::kQkv, l), row_deviation));
-  RETURN_IF_ERROR(
-      Noise(layer.out.weight, layer.out.scale, KeyOf(Part::kOut, l), kAttentionStep * residual_ * row_deviation));
+  const int64_t first_feature = int64_t{shard_.heads.first} * config_.head_dim;
+  const int64_t features = int64_t{shard_.heads.count} * config_.head_dim, hidden = config_.hidden;
+  const auto of_qkv = [=](int64_t row) { return row / features * hidden + first_feature + row % features; };
+  RETURN_IF_ERROR(Noise(layer.qkv.weight, layer.qkv.scale, of_qkv, KeyOf(Part::kQkv, l), row_deviation));
+  RETURN_IF_ERROR(Noise(layer.out.weight, layer.out.scale, From(first_feature), KeyOf(Part::kOut, l),
+                        kAttentionStep * residual_ * row_deviation));
   Fill(layer.qkv.bias, 0.0f);
   Fill(layer.out.bias, 0.0f);
 
-  // Frequent and rare neurons lie in random order.
-  const std::vector<double> shares = SelectionShares(model_, l);
-  std::vector<int32_t> order(shares.size());
-  std::iota(order.begin(), order.end(), 0);
-  const uint64_t key = KeyOf(Part::kOrder, l);
-  for (size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[Scramble(key + i) % (i + 1)]);
-  std::vector<Neuron> neurons(shares.size());
-  InParallel(static_cast<int64_t>(shares.size()), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) neurons[order[i]] = table_.Of(shares[i]);
-  });
+  const std::vector<Neuron> neurons = NeuronsOf(model_, table_, l);
   RETURN_IF_ERROR(Up(l, layer.mlp.up, neurons, predictor));
   RETURN_IF_ERROR(Down(l, layer.mlp.down, neurons, predictor));
   residual_ *= std::sqrt(1.0 + kAttentionStep * kAttentionStep + kMlpStep * kMlpStep);
@@ -460,7 +483,6 @@ absl::Status Generator::Up(int32_t l, const LinearWeights& up, const std::vector
   selector.a.resize(rank * hidden);
   selector.a_scale.resize(rank);
   selector.b.assign(rank * ffn, 0);
-  predictor->frequency.resize(ffn);
 
   std::vector<float> directions(rank * hidden);  // of norm 1, exactly what stage A holds
   const uint64_t direction_key = KeyOf(Part::kDirections, l);
@@ -476,12 +498,12 @@ absl::Status Generator::Up(int32_t l, const LinearWeights& up, const std::vector
   for (size_t i = 0; i < kPredicted.size(); ++i) {
     points[i] = &selector.points[static_cast<size_t>(kPredicted[i])].emplace();
     points[i]->rank = selector.rank;
-    points[i]->thresholds.resize(ffn);
+    points[i]->thresholds.assign(ffn, 0.0f);
   }
   const uint64_t noise_key = KeyOf(Part::kUp, l), mixing_key = KeyOf(Part::kMixing, l);
   const double correlation = kWeightCorrelation, rest = std::sqrt(1.0 - correlation * correlation);
   const int64_t group = rank / kDirectionsOfNeuron;
-  RETURN_IF_ERROR(Rows(up.weight, up.scale, [&](int64_t j, char* values, float* scale) {
+  RETURN_IF_ERROR(Rows(up.weight, up.scale, NeuronIds(l), [&](int64_t j, char* values, float* scale) {
     thread_local std::vector<float> row;
     row.resize(hidden);
     // One direction of each group, so that they differ; weights from -127 to -64 and from 64 to 127.
@@ -517,13 +539,10 @@ absl::Status Generator::Up(int32_t l, const LinearWeights& up, const std::vector
     }
   }));
 
-  std::vector<float> bias(ffn);
+  std::vector<float> bias(shard_.neuron_count);
+  for (int32_t i = 0; i < shard_.neuron_count; ++i) bias[i] = static_cast<float>(-neurons[shard_.neuron(l, i)].z);
   double mean_square = 0.0;
-  for (int64_t j = 0; j < ffn; ++j) {
-    bias[j] = static_cast<float>(-neurons[j].z);
-    predictor->frequency[j] = static_cast<float>(neurons[j].active);
-    mean_square += neurons[j].mean_square;
-  }
+  for (const Neuron& neuron : neurons) mean_square += neuron.mean_square;
   backend_.Upload(up.bias, bias.data());
   for (size_t i = 0; i < kPredicted.size(); ++i) {
     double selected = 0.0, missed = 0.0;
@@ -545,11 +564,13 @@ absl::Status Generator::Down(int32_t l, const LinearWeights& down, const std::ve
   const double step = l == config_.layers - 1 ? kLastMlpStep : kMlpStep;
   const double deviation = step * residual_ / std::sqrt(variance);
   const uint64_t key = KeyOf(Part::kDown, l);
-  RETURN_IF_ERROR(Noise(down.weight, down.scale, key, deviation));
-  predictor->worth.resize(ffn);
-  for (int64_t j = 0; j < ffn; ++j) {
+  RETURN_IF_ERROR(Noise(down.weight, down.scale, NeuronIds(l), key, deviation));
+  predictor->worth.assign(ffn, 0.0f);
+  for (int32_t i = 0; i < shard_.neuron_count; ++i) {
+    const int32_t j = shard_.neuron(l, i);
     predictor->worth[j] = static_cast<float>(deviation * deviation * pool_.SquareOfRow(key, j, hidden));
   }
+  if (down.bias.empty()) return absl::OkStatus();
   // Minus the mean of the output; by columns, so that the order of the sum does not depend on the threads.
   std::vector<float> bias(hidden, 0.0f);
   InParallel(hidden, [&](int64_t first, int64_t last) {
@@ -641,12 +662,12 @@ SyntheticDensity ExpectedDensity(const SyntheticModel& model, int32_t layer, int
   return Expected(model, NeuronTable(model.recall), layer, batch);
 }
 
-SyntheticBytes BytesOf(const OptConfig& config, DType dtype) {
-  const int64_t hidden = config.hidden, ffn = config.ffn;
-  const int64_t layer = 4 * hidden * hidden + 2 * hidden * ffn;
-  const int64_t embeddings = (int64_t{config.vocab} + config.context) * hidden;
+SyntheticBytes BytesOf(const OptConfig& config, const Shard& shard, DType dtype) {
+  const int64_t hidden = config.hidden, neurons = shard.neuron_count;
+  const int64_t layer = 4 * hidden * shard.heads.count * config.head_dim + 2 * hidden * neurons;
+  const int64_t embeddings = (int64_t{shard.vocab.count} + config.context) * hidden;
   return {(config.layers * layer + embeddings) * SizeOf(dtype),
-          config.layers * PredictorRank(config.hidden) * (hidden + ffn)};
+          config.layers * PredictorRank(config.hidden) * (hidden + neurons)};
 }
 
 std::string SyntheticModel::Description() const {
@@ -668,25 +689,31 @@ std::string SyntheticModel::Fingerprint() const {
   return absl::StrFormat("synthetic:%s?seed=%d&recall=%g&density=%g", name, seed, recall, density);
 }
 
-absl::StatusOr<LoadedModel> GenerateModel(const SyntheticModel& model, DType dtype, Backend& backend,
-                                          const LoadProgress& progress) {
-  LoadedModel result;
-  ASSIGN_OR_RETURN(result.weights, OptWeights::Allocate(model.config, dtype, backend));
-  result.synthetic = model.Description();
-  result.weights_hash = model.Fingerprint();
-  PredictorData& predictor = result.predictor.emplace();
-  predictor.weights_hash = result.weights_hash;
+PredictorData StartPredictor(const SyntheticModel& model) {
+  const NeuronTable table(model.recall);
+  PredictorData predictor;
+  predictor.weights_hash = model.Fingerprint();
   predictor.tiers.assign(kPredicted.begin(), kPredicted.end());
-  predictor.layers.resize(model.config.layers);
   predictor.report_json = R"({"synthetic": true})";
-  Generator generator(model, backend, progress, result.weights.bytes());
-  RETURN_IF_ERROR(generator.Embeddings(result.weights));
   for (int32_t l = 0; l < model.config.layers; ++l) {
-    RETURN_IF_ERROR(generator.Layer(l, result.weights.layers[l], &predictor.layers[l]));
+    std::vector<float>& frequency = predictor.layers.emplace_back().frequency;
+    for (const Neuron& neuron : NeuronsOf(model, table, l)) frequency.push_back(static_cast<float>(neuron.active));
   }
-  generator.Head(result.weights);
+  return predictor;
+}
+
+absl::StatusOr<OptWeights> GenerateModel(const SyntheticModel& model, const Shard& shard, DType dtype, Backend& backend,
+                                         const LoadProgress& progress, PredictorData* predictor) {
+  ASSIGN_OR_RETURN(OptWeights weights, OptWeights::Allocate(model.config, shard, dtype, backend));
+  Generator generator(model, shard, backend, progress, weights.bytes());
+  RETURN_IF_ERROR(generator.Embeddings(weights));
+  for (int32_t l = 0; l < model.config.layers; ++l) {
+    LayerPredictorData unwanted;
+    RETURN_IF_ERROR(generator.Layer(l, weights.layers[l], predictor != nullptr ? &predictor->layers[l] : &unwanted));
+  }
+  generator.Head(weights);
   backend.Synchronize();
-  return result;
+  return weights;
 }
 
 }  // namespace dejavu

@@ -10,8 +10,10 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "engine/loaded_model.h"
 #include "engine/opt_config.h"
+#include "engine/opt_weights.h"
+#include "engine/predictor_file.h"
+#include "engine/shard.h"
 #include "kernels/backend.h"
 
 namespace dejavu {
@@ -46,17 +48,22 @@ struct SyntheticDensity {
 };
 SyntheticDensity ExpectedDensity(const SyntheticModel& model, int32_t layer, int32_t batch);
 
-// In memory, but for what alignment takes.
+// A rank's in memory, but for what alignment takes.
 struct SyntheticBytes {
   int64_t weights = 0, predictor = 0;
 };
-SyntheticBytes BytesOf(const OptConfig& config, DType dtype);
+SyntheticBytes BytesOf(const OptConfig& config, const Shard& shard, DType dtype);
 
-// Weights straight into the backend's memory, matrices as `dtype`, and the predictor on the host. The same seed gives
-// the same weights in every type but for rounding, on any number of threads. RESOURCE_EXHAUSTED before anything is
-// generated where it does not fit.
-absl::StatusOr<LoadedModel> GenerateModel(const SyntheticModel& model, DType dtype, Backend& backend,
-                                          const LoadProgress& progress);
+// The model's own predictor as far as it is known before the weights are: with frequencies, by which a shard is made,
+// and nothing to select with.
+PredictorData StartPredictor(const SyntheticModel& model);
+
+// What `shard` owns of the weights straight into the backend's memory, matrices as `dtype`, and the rest of `predictor`
+// (nullptr: not wanted), of which columns of neurons that the shard does not own remain zero. The same seed gives the
+// same weights in every type but for rounding, on any number of threads and ranks. RESOURCE_EXHAUSTED before anything
+// is generated where it does not fit.
+absl::StatusOr<OptWeights> GenerateModel(const SyntheticModel& model, const Shard& shard, DType dtype, Backend& backend,
+                                         const LoadProgress& progress, PredictorData* predictor);
 
 }  // namespace dejavu
 

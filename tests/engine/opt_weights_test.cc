@@ -22,7 +22,7 @@ absl::StatusOr<OptWeights> LoadWeights(const TinyCheckpoint& tiny, const LoadPro
   const auto checkpoint = Checkpoint::Open(directory.path());
   if (!checkpoint.ok()) return checkpoint.status();
   static const std::unique_ptr<Backend> backend = *CreateCpuBackend({1, false});
-  return OptWeights::Load(*checkpoint, *config, *backend, progress, dtype);
+  return OptWeights::Load(*checkpoint, *config, Shard::Whole(*config), *backend, progress, dtype);
 }
 
 void ExpectRefused(const TinyCheckpoint& tiny, const std::string& tensor, const std::string& reason) {

@@ -26,13 +26,14 @@ class ModelUnderTest {
   ModelUnderTest(const std::string& name, int threads, int block_tokens, DType kv_dtype = DType::kFloat16)
       : config_(*OptConfig::Load(CheckpointPath(name))) {
     backend_ = *CreateCpuBackend({threads, /*pin=*/false});
-    weights_ = *OptWeights::Load(*Checkpoint::Open(CheckpointPath(name)), config_, *backend_, nullptr);
+    weights_ =
+        *OptWeights::Load(*Checkpoint::Open(CheckpointPath(name)), config_, Shard::Whole(config_), *backend_, nullptr);
     const int blocks = (config_.context + block_tokens - 1) / block_tokens;
     batch_ = std::make_unique<Batch>(config_.context, config_.context, 1, blocks);
     // Blocks in reverse order: nothing may depend on their lying side by side.
     for (int i = 0; i < blocks; ++i) batch_->block_table[i] = blocks - 1 - i;
-    kv_ = *KvCache::Create(*backend_, config_, blocks, block_tokens, kv_dtype);
-    predictor_ = *Predictor::Create(nullptr, config_, *backend_, batch_->max_rows, 0);
+    kv_ = *KvCache::Create(*backend_, config_, blocks, block_tokens, kv_dtype, config_.heads);
+    predictor_ = *Predictor::Create(nullptr, config_, Shard::Whole(config_), *backend_, batch_->max_rows, 0);
     model_ = *OptModel::Create(config_, weights_, *backend_, *communicator_, *predictor_, *batch_);
   }
 

@@ -69,7 +69,7 @@ class PredictorTest : public testing::Test {
   }
 
   void Create(const PredictorData* data) {
-    predictor_ = Predictor::Create(data, config_, *backend_, kMaxRows, kMaxAudits).value();
+    predictor_ = Predictor::Create(data, config_, Shard::Whole(config_), *backend_, kMaxRows, kMaxAudits).value();
   }
   void AddRow(Tier tier, bool deterministic = false) {
     batch_.AddDecodeRow(batch_.rows(), 5, 7, false, {tier, deterministic, 0});
