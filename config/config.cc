@@ -170,6 +170,12 @@ std::string Placeholder(const Option& option) {
   return absl::EndsWith(option.key, "_file") ? " FILE" : " TEXT";
 }
 
+std::vector<std::string> DeviceKindNames() {
+  std::vector<std::string> names;
+  for (const DeviceKind& kind : kDeviceKinds) names.push_back(kind.name);
+  return names;
+}
+
 std::string HelpText() {
   Config defaults;
   std::string text =
@@ -181,6 +187,9 @@ std::string HelpText() {
       "  --config FILE       YAML file to read [DEJAVUD_CONFIG]\n"
       "  --check-config      check flags, environment and file; exit 0 if they are good, 1 if not\n"
       "  --print-config      write the configuration in effect as YAML and exit\n"
+      "  --plan[=json]       calculate memory and latencies on devices that need not be there (see Planning) and "
+      "exit;\n"
+      "                      0 if the model fits, 1 if not\n"
       "  --version           write the version and exit\n"
       "  --help              write this and exit\n";
   std::string group;
@@ -194,6 +203,17 @@ std::string HelpText() {
                     notes.empty() ? "" : absl::StrCat(" (", absl::StrJoin(notes, "; "), ")"), " [",
                     EnvironmentName(option.key), "]\n");
   }
+  const PlanOptions plan;
+  absl::StrAppend(&text, "\nPlanning (with --plan; the model, its types and its memory are said by the flags above):\n",
+                  "  --plan-device ", absl::StrJoin(DeviceKindNames(), "|"), "\n      kind of device\n",
+                  "  --plan-devices N\n      how many; each is a rank (1 to ", kMaxPlanDevices, "; default ",
+                  plan.devices, ")\n", "  --plan-memory-gib N\n      memory of each (default: the kind's)\n",
+                  "  --plan-bandwidth-gbs N\n      read bandwidth of each in GB/s (default: the kind's data sheet)\n",
+                  "  --plan-bandwidth-share N\n      share of it that a decode step reaches (above 0 to 1; default ",
+                  plan.bandwidth_share, ")\n",
+                  "  --plan-all-reduce-us N\n      time of one all-reduce (default: the kind's)\n",
+                  "  --plan-context N\n      tokens of each sequence where latencies are estimated (default ",
+                  plan.context_tokens, ")\n");
   absl::StrAppend(
       &text,
       "\nExit codes: 0 drained after SIGTERM or SIGINT; 1 cannot start (configuration, model, port); 2 wrong usage;\n"
@@ -240,7 +260,50 @@ absl::StatusOr<std::string> ReadText(const std::string& path) {
 struct Flags {
   std::string config_path;
   bool check = false, print = false, version = false, help = false;
+  std::optional<PlanOptions> plan;
   std::map<std::string, std::string> values;  // by key
+};
+
+// What the flags of --plan say, before the device's kind fills in what they leave out.
+struct PlanFlags {
+  std::string format;  // empty: no plan
+  PlanOptions options;
+
+  void AddTo(CLI::App* app) {
+    CLI::Option* const plan = app->add_flag("--plan{text}", format)->check(CLI::IsMember({"text", "json"}));
+    const auto add = [&](const char* name, auto* value) {
+      return app->add_option(name, *value)->needs(plan)->multi_option_policy(CLI::MultiOptionPolicy::Throw);
+    };
+    constexpr double kMost = 1e6;
+    add("--plan-device", &options.device)->check(CLI::IsMember(DeviceKindNames()));
+    add("--plan-devices", &options.devices)->check(CLI::Range(1, kMaxPlanDevices));
+    add("--plan-memory-gib", &options.memory_gib)->check(CLI::Range(0.001, kMost));
+    add("--plan-bandwidth-gbs", &options.bandwidth_gbs)->check(CLI::Range(0.001, kMost));
+    add("--plan-bandwidth-share", &options.bandwidth_share)->check(CLI::Range(0.001, 1.0));
+    add("--plan-all-reduce-us", &options.all_reduce_us)->check(CLI::Range(0.0, kMost));
+    add("--plan-context", &options.context_tokens)->check(CLI::Range(1, 1 << 20));
+  }
+
+  absl::StatusOr<PlanOptions> Complete() const {
+    PlanOptions plan = options;
+    plan.json = format == "json";
+    DeviceKind kind = {"", 0.0, 0.0, kDeviceKinds[0].all_reduce_us};
+    for (const DeviceKind& known : kDeviceKinds) {
+      if (plan.device == known.name) kind = known;
+    }
+    if (plan.memory_gib == 0.0) plan.memory_gib = kind.memory_gib;
+    if (plan.bandwidth_gbs == 0.0) plan.bandwidth_gbs = kind.bandwidth_gbs;
+    if (plan.all_reduce_us < 0.0) {
+      plan.all_reduce_us = kind.all_reduce_us * (plan.devices > kDevicesOfHost ? kHostsFactor : 1.0);
+    }
+    const char* const missing = plan.memory_gib == 0.0      ? "--plan-memory-gib"
+                                : plan.bandwidth_gbs == 0.0 ? "--plan-bandwidth-gbs"
+                                                            : nullptr;
+    if (missing == nullptr) return plan;
+    return absl::InvalidArgumentError(plan.device.empty()
+                                          ? absl::StrCat("--plan needs --plan-device or ", missing)
+                                          : absl::StrCat("--plan-device ", plan.device, " needs ", missing));
+  }
 };
 
 // The one user of CLI11; its exceptions end here. INVALID_ARGUMENT is a usage error.
@@ -253,6 +316,8 @@ absl::StatusOr<Flags> ParseFlags(int argc, const char* const* argv) {
   app.add_flag("--print-config", flags.print);
   app.add_flag("--version", flags.version);
   app.add_flag("-h,--help", flags.help);
+  PlanFlags plan;
+  plan.AddTo(&app);
 
   Config scratch;
   const std::vector<Option> options = OptionTable(&scratch);
@@ -277,10 +342,13 @@ absl::StatusOr<Flags> ParseFlags(int argc, const char* const* argv) {
     if (!set.ok()) return absl::InvalidArgumentError(absl::StrCat(flag, ": ", set.message()));
     flags.values[option.key] = texts[option.key];
   }
+  if (!plan.format.empty()) {
+    ASSIGN_OR_RETURN(flags.plan, plan.Complete());
+  }
   return flags;
 }
 
-ParsedCommandLine Exit(int code) { return {code, {}}; }
+ParsedCommandLine Exit(int code) { return {code, {}, {}}; }
 
 ParsedCommandLine ExitWith(int code, absl::string_view message) {
   std::fprintf(stderr, "dejavud: %s\n", std::string(message).c_str());
@@ -357,7 +425,7 @@ ParsedCommandLine ParseCommandLine(int argc, const char* const* argv) {
   if (config->engine.model.empty()) {
     return ExitWith(kExitUsage, "no model: give --model DIR, DEJAVUD_MODEL or the key model (see --help)");
   }
-  return {std::nullopt, *config};
+  return {std::nullopt, *config, flags->plan};
 }
 
 }  // namespace dejavu

@@ -12,6 +12,7 @@
 
 #include "absl/status/statusor.h"
 #include "engine/options.h"
+#include "engine/plan_options.h"
 #include "server/options.h"
 
 namespace dejavu {
@@ -38,6 +39,7 @@ std::string FormatConfig(const Config& config);
 struct ParsedCommandLine {
   std::optional<int> exit_code;  // set: everything was said; exit with it (0 done, 1 configuration, 2 usage)
   Config config;
+  std::optional<PlanOptions> plan;  // set: nothing is to be served, only calculated (--plan)
 };
 
 // The daemon's command line, with the process's environment. Prints help, version and errors itself.

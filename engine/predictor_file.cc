@@ -61,10 +61,10 @@ const char* TypeName<uint16_t>() {
 
 class Reader {
  public:
-  Reader(std::string path, TensorMap tensors, const OptConfig& config)
-      : path_(std::move(path)), tensors_(std::move(tensors)), config_(config) {}
+  Reader(std::string path, const OptConfig& config, bool outline)
+      : path_(std::move(path)), config_(config), outline_(outline) {}
 
-  absl::Status Read(const Json& metadata, PredictorData* data) const;
+  absl::StatusOr<PredictorData> Read();
 
  private:
   template <typename... Parts>
@@ -72,6 +72,7 @@ class Reader {
     return absl::InvalidArgumentError(absl::StrCat(path_, ": ", parts...));
   }
   absl::Status CheckModel(const Json& metadata) const;
+  absl::Status ReadMetadata(const Json& metadata, PredictorData* data) const;
   absl::Status ReadLayer(const Json& json, int32_t l, const std::vector<Tier>& tiers, LayerPredictorData* layer) const;
   absl::Status ReadSelector(const Json& json, const std::string& at, int32_t outputs, const std::vector<Tier>& tiers,
                             SelectorData* selector) const;
@@ -79,13 +80,16 @@ class Reader {
                          OperatingPoint* point) const;
   absl::StatusOr<int64_t> Integer(const Json& json, const char* key, int64_t least, int64_t most) const;
   absl::StatusOr<double> Share(const Json& json, const char* key) const;
+  // Leaves `values` empty in an outline, unless it belongs there.
   template <typename T>
-  absl::Status ReadTensor(const std::string& name, std::vector<int64_t> shape, std::vector<T>* values) const;
+  absl::Status ReadTensor(const std::string& name, std::vector<int64_t> shape, std::vector<T>* values,
+                          bool of_outline = false) const;
   absl::Status CheckFinite(const std::string& name, const std::vector<float>& values) const;
 
   const std::string path_;
-  const TensorMap tensors_;
   const OptConfig& config_;
+  const bool outline_;
+  TensorMap tensors_;
 };
 
 const Json& Member(const Json& json, const char* key) {
@@ -112,7 +116,8 @@ absl::StatusOr<double> Reader::Share(const Json& json, const char* key) const {
 }
 
 template <typename T>
-absl::Status Reader::ReadTensor(const std::string& name, std::vector<int64_t> shape, std::vector<T>* values) const {
+absl::Status Reader::ReadTensor(const std::string& name, std::vector<int64_t> shape, std::vector<T>* values,
+                                bool of_outline) const {
   const auto found = tensors_.find(name);
   if (found == tensors_.end()) return Refuse("tensor ", name, " is missing");
   const StoredTensor& tensor = found->second;
@@ -123,6 +128,7 @@ absl::Status Reader::ReadTensor(const std::string& name, std::vector<int64_t> sh
     return Refuse("tensor ", name, " has shape [", absl::StrJoin(tensor.shape, ", "), "]; the model implies [",
                   absl::StrJoin(shape, ", "), "]");
   }
+  if (outline_ && !of_outline) return absl::OkStatus();
   values->resize(tensor.elements);
   return Checkpoint::Read(tensor, 0, tensor.elements, values->data());
 }
@@ -153,7 +159,7 @@ absl::Status Reader::ReadPoint(const Json& json, const std::string& name, int32_
   ASSIGN_OR_RETURN(point->density, Share(json, "density"));
   std::vector<uint16_t> bits;
   RETURN_IF_ERROR(ReadTensor(name, {outputs}, &bits));
-  point->thresholds.resize(outputs);
+  point->thresholds.resize(bits.size());
   std::transform(bits.begin(), bits.end(), point->thresholds.begin(), FloatFromFloat16);
   for (const float threshold : point->thresholds) {
     if (std::isnan(threshold)) return Refuse("tensor ", name, " holds NaN");
@@ -205,11 +211,11 @@ absl::Status Reader::ReadLayer(const Json& json, int32_t l, const std::vector<Ti
   for (const float worth : layer->worth) {
     if (worth < 0.0f) return Refuse("tensor ", At(l, "worth"), " holds negative values");
   }
-  RETURN_IF_ERROR(ReadTensor(At(l, "frequency"), {config_.ffn}, &layer->frequency));
+  RETURN_IF_ERROR(ReadTensor(At(l, "frequency"), {config_.ffn}, &layer->frequency, /*of_outline=*/true));
   return CheckFinite(At(l, "frequency"), layer->frequency);
 }
 
-absl::Status Reader::Read(const Json& metadata, PredictorData* data) const {
+absl::Status Reader::ReadMetadata(const Json& metadata, PredictorData* data) const {
   RETURN_IF_ERROR(CheckModel(metadata));
   const Json& tap = Member(metadata, "tap");
   const std::optional<Tap> parsed = tap.is_string() ? ParseTap(tap.get<std::string>()) : std::nullopt;
@@ -232,7 +238,22 @@ absl::Status Reader::Read(const Json& metadata, PredictorData* data) const {
   }
   const Json& report = Member(metadata, "report");
   data->report_json = report.is_object() ? report.dump() : "{}";
+  const Json& hash = Member(metadata, "weights");
+  data->weights_hash = hash.is_string() ? hash.get<std::string>() : "";
   return absl::OkStatus();
+}
+
+absl::StatusOr<PredictorData> Reader::Read() {
+  std::string text;
+  ASSIGN_OR_RETURN(tensors_, ReadSafetensorsHeader(path_, kPredictorMetadataKey, &text));
+  if (text.empty()) return Refuse("is no predictor: its metadata has no \"", kPredictorMetadataKey, "\"");
+  ASSIGN_OR_RETURN(const Json metadata, ParseJsonObject(text, path_));
+  if (Member(metadata, "version") != kVersion) {
+    return Refuse("has version ", Member(metadata, "version").dump(), "; this build reads version ", kVersion);
+  }
+  PredictorData data;
+  RETURN_IF_ERROR(ReadMetadata(metadata, &data));
+  return data;
 }
 
 }  // namespace
@@ -280,26 +301,16 @@ absl::Status WritePredictor(const PredictorData& data, const OptConfig& config, 
 
 absl::StatusOr<PredictorData> ReadPredictor(const std::string& path, const OptConfig& config,
                                             const std::string& weights_hash) {
-  std::string text;
-  ASSIGN_OR_RETURN(TensorMap tensors, ReadSafetensorsHeader(path, kPredictorMetadataKey, &text));
-  if (text.empty()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(path, ": is no predictor: its metadata has no \"", kPredictorMetadataKey, "\""));
-  }
-  ASSIGN_OR_RETURN(const Json metadata, ParseJsonObject(text, path));
-  if (Member(metadata, "version") != kVersion) {
-    return absl::InvalidArgumentError(absl::StrCat(path, ": has version ", Member(metadata, "version").dump(),
-                                                   "; this build reads version ", kVersion));
-  }
-  PredictorData data;
-  RETURN_IF_ERROR(Reader(path, std::move(tensors), config).Read(metadata, &data));
-  const Json& hash = Member(metadata, "weights");
-  data.weights_hash = hash.is_string() ? hash.get<std::string>() : "";
+  ASSIGN_OR_RETURN(PredictorData data, Reader(path, config, /*outline=*/false).Read());
   if (data.weights_hash != weights_hash) {
     return absl::FailedPreconditionError(absl::StrCat(path, ": was calibrated for other weights (",
                                                       Quoted(data.weights_hash), "); this model has ", weights_hash));
   }
   return data;
+}
+
+absl::StatusOr<PredictorData> ReadPredictorOutline(const std::string& path, const OptConfig& config) {
+  return Reader(path, config, /*outline=*/true).Read();
 }
 
 }  // namespace dejavu

@@ -82,6 +82,9 @@ absl::Status WritePredictor(const PredictorData& data, const OptConfig& config, 
 absl::StatusOr<PredictorData> ReadPredictor(const std::string& path, const OptConfig& config,
                                             const std::string& weights_hash);
 
+// The same without matrices, thresholds and worth, for whatever weights it was made: ranks, densities, frequencies.
+absl::StatusOr<PredictorData> ReadPredictorOutline(const std::string& path, const OptConfig& config);
+
 }  // namespace dejavu
 
 #endif  // ENGINE_PREDICTOR_FILE_H_

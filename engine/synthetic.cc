@@ -662,6 +662,60 @@ SyntheticDensity ExpectedDensity(const SyntheticModel& model, int32_t layer, int
   return Expected(model, NeuronTable(model.recall), layer, batch);
 }
 
+ReadTable ExpectedReads(const SyntheticModel& model, absl::Span<const int> batches) {
+  constexpr int32_t kQuantiles = 512;
+  const NeuronTable table(model.recall);
+  SyntheticModel coarse = model;
+  coarse.config.ffn = std::min(model.config.ffn, kQuantiles);
+  const int32_t layers = model.config.layers;
+  ReadTable reads;
+  for (auto& tier : reads) tier.assign(layers, std::vector<LayerReads>(batches.size()));
+  for (int32_t l = 0; l < layers; ++l) {
+    if (l > 1 && l * kQuarters / layers == (l - 1) * kQuarters / layers) {  // alike, but for layer 0
+      for (auto& tier : reads) tier[l] = tier[l - 1];
+      continue;
+    }
+    const std::vector<double> shares = SelectionShares(coarse, l);
+    for (const Tier tier : {Tier::kExact, Tier::kHigh, Tier::kBalanced, Tier::kFast}) {
+      for (LayerReads& layer : reads[static_cast<size_t>(tier)][l]) layer = {tier == Tier::kExact ? 1.0 : 0.0, 0.0};
+    }
+    for (const double share : shares) {
+      const Neuron neuron = table.Of(share);
+      const double weight = 1.0 / static_cast<double>(shares.size());
+      for (size_t b = 0; b < batches.size(); ++b) {
+        const double some_active = Union(neuron.active, batches[b]);
+        reads[static_cast<size_t>(Tier::kExact)][l][b].down += weight * some_active;
+        for (size_t i = 0; i < kPredicted.size(); ++i) {
+          const double selected = NormalTail(neuron.threshold[i]);
+          const double hit = TierRecall(kPredicted[i], model.recall) * neuron.active;
+          const double some_selected = Union(selected, batches[b]);
+          // Selected by some token and active for some, not always the same one.
+          const double both = some_selected + some_active - Union(selected + neuron.active - hit, batches[b]);
+          LayerReads& layer = reads[static_cast<size_t>(kPredicted[i])][l][b];
+          layer.up += weight * some_selected;
+          layer.down += weight * both;
+        }
+      }
+    }
+  }
+  return reads;
+}
+
+std::string DensitySource(const SyntheticModel& model) { return absl::StrCat("OPT-", kProfiles[model.profile].name); }
+
+PredictorData PredictorOutline(const SyntheticModel& model) {
+  PredictorData outline;
+  outline.tiers.assign(kPredicted.begin(), kPredicted.end());
+  outline.layers.resize(model.config.layers);
+  for (LayerPredictorData& layer : outline.layers) {
+    layer.neurons.rank = PredictorRank(model.config.hidden);
+    for (const Tier tier : kPredicted) {
+      layer.neurons.points[static_cast<size_t>(tier)].emplace().rank = layer.neurons.rank;
+    }
+  }
+  return outline;
+}
+
 SyntheticBytes BytesOf(const OptConfig& config, const Shard& shard, DType dtype) {
   const int64_t hidden = config.hidden, neurons = shard.neuron_count;
   const int64_t layer = 4 * hidden * shard.heads.count * config.head_dim + 2 * hidden * neurons;

@@ -1,6 +1,6 @@
 // dejavud. The main thread starts the server, lets another thread load the model, and waits for signals.
-// Exit codes: 0 stopped by a signal after draining (or while loading); 1 cannot start: configuration, model or port; 2
-// usage; 3 the engine failed; 4 a second signal cut off requests that were still running.
+// Exit codes: 0 stopped by a signal after draining (or while loading); 1 cannot start: configuration, model or port, or
+// the plan does not fit; 2 usage; 3 the engine failed; 4 a second signal cut off requests that were still running.
 #include <poll.h>
 #include <signal.h>
 #include <sys/eventfd.h>
@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <cstdio>
 #include <memory>
 #include <optional>
 #include <string>
@@ -16,9 +17,12 @@
 
 #include "absl/status/statusor.h"
 #include "config/config.h"
+#include "engine/capacity_plan.h"
+#include "engine/capacity_report.h"
 #include "engine/engine.h"
 #include "engine/text/tokenizer.h"
 #include "kernels/base/check.h"
+#include "kernels/base/status_macros.h"
 #include "server/server.h"
 #include "spdlog/sinks/stdout_sinks.h"
 #include "spdlog/spdlog.h"
@@ -210,12 +214,28 @@ int Daemon::Drain(Server* server) {
   return kDrained;
 }
 
+// --plan: nothing is loaded and no device is touched.
+int Plan(const Config& config, const PlanOptions& devices) {
+  const auto plan = [&]() -> absl::StatusOr<CapacityPlan> {
+    ASSIGN_OR_RETURN(const PlannedModel model,
+                     DescribeModel(config.engine, config.server.highest_tier, config.server.lowest_tier));
+    return PlanCapacity(model, config.engine, devices);
+  }();
+  if (!plan.ok()) {
+    std::fprintf(stderr, "dejavud: cannot plan: %s\n", std::string(plan.status().message()).c_str());
+    return kCannotStart;
+  }
+  std::fputs((devices.json ? CapacityJson(*plan) : CapacityText(*plan)).c_str(), stdout);
+  return plan->fits ? kDrained : kCannotStart;
+}
+
 }  // namespace
 }  // namespace dejavu
 
 int main(int argc, char** argv) {
   const dejavu::ParsedCommandLine command_line = dejavu::ParseCommandLine(argc, argv);
   if (command_line.exit_code.has_value()) return *command_line.exit_code;
+  if (command_line.plan.has_value()) return dejavu::Plan(command_line.config, *command_line.plan);
   spdlog::set_default_logger(spdlog::stderr_logger_mt("dejavud"));
   spdlog::set_pattern("%Y-%m-%dT%H:%M:%S.%e%z %l %v");
   spdlog::set_level(spdlog::level::from_str(command_line.config.server.log_level));

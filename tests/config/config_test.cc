@@ -345,6 +345,44 @@ TEST(CommandLine, AWrongConfigurationExitsWithOne) {
   EXPECT_EQ(RunAndExit({"--check-config", "--sparsity-highest-tier", "high"}).exit_code, 1);
 }
 
+TEST(CommandLine, APlanTakesFromTheKindOfDeviceWhatNoFlagSays) {
+  EXPECT_FALSE(Parse({"--model", "opt-1.3b"}).plan.has_value());
+  const ParsedCommandLine known = Parse({"--plan", "--model", "opt-1.3b", "--plan-device", "l40s"});
+  ASSERT_TRUE(known.plan.has_value());
+  EXPECT_EQ(known.exit_code, std::nullopt);
+  EXPECT_EQ(known.config.engine.model, "opt-1.3b");
+  EXPECT_EQ(known.plan->devices, 1);
+  EXPECT_EQ(known.plan->memory_gib, 45.0);
+  EXPECT_EQ(known.plan->bandwidth_gbs, 864.0);
+  EXPECT_EQ(known.plan->all_reduce_us, 30.0);
+  EXPECT_FALSE(known.plan->json);
+
+  const ParsedCommandLine stated =
+      Parse({"--plan=json", "--model", "opt-1.3b", "--plan-device", "h100", "--plan-devices", "16", "--plan-memory-gib",
+             "94", "--plan-bandwidth-gbs", "3900", "--plan-bandwidth-share", "0.5", "--plan-context", "7"});
+  ASSERT_TRUE(stated.plan.has_value());
+  EXPECT_TRUE(stated.plan->json);
+  EXPECT_EQ(stated.plan->memory_gib, 94.0);
+  EXPECT_EQ(stated.plan->bandwidth_gbs, 3900.0);
+  EXPECT_EQ(stated.plan->bandwidth_share, 0.5);
+  EXPECT_EQ(stated.plan->all_reduce_us, 30.0);  // more than one host has
+  EXPECT_EQ(stated.plan->context_tokens, 7);
+  EXPECT_EQ(Parse({"--plan", "--model", "m", "--plan-device", "h100", "--plan-all-reduce-us", "0"}).plan->all_reduce_us,
+            0.0);
+}
+
+TEST(CommandLine, APlanWithoutADeviceIsAUsageError) {
+  const Outcome none = RunAndExit({"--plan", "--model", "opt-1.3b"});
+  EXPECT_EQ(none.exit_code, 2);
+  EXPECT_THAT(none.err, HasSubstr("--plan needs --plan-device or --plan-memory-gib"));
+  const Outcome cpu = RunAndExit({"--plan", "--model", "m", "--plan-device", "cpu", "--plan-memory-gib", "8"});
+  EXPECT_EQ(cpu.exit_code, 2);
+  EXPECT_THAT(cpu.err, HasSubstr("--plan-device cpu needs --plan-bandwidth-gbs"));
+  const Outcome alone = RunAndExit({"--plan-devices", "2", "--model", "m"});
+  EXPECT_EQ(alone.exit_code, 2);
+  EXPECT_THAT(alone.err, HasSubstr("--plan-devices requires --plan"));
+}
+
 TEST(CommandLine, CheckConfigIsQuietWhenAllIsWell) {
   const Outcome run = RunAndExit({"--check-config", "--config", EXAMPLE_CONFIG});
   EXPECT_EQ(run.exit_code, 0);
