@@ -43,6 +43,8 @@ struct Batch {
   // [logit rows] how the device chooses their next tokens (Backend::Draw). Empty: it does not, and the host gets the
   // logits.
   std::vector<std::array<int32_t, kDrawFields>> draws;
+  // The tokens are those that the step before, of the same rows, has drawn: the device has them, `tokens` has not.
+  bool follows_draws = false;
   std::vector<int32_t> block_table;  // [slots, blocks_per_slot]
 
   int32_t rows() const { return static_cast<int32_t>(tokens.size()); }
@@ -60,6 +62,7 @@ struct Batch {
     decode_rows = 0;
     logit_rows.clear();
     draws.clear();
+    follows_draws = false;
   }
 
   // A row of a prompt.

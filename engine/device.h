@@ -10,9 +10,17 @@
 
 namespace dejavu {
 
-// `device`: cpu, cuda, or auto, which is the first GPU where there is one and else the CPU, with the reason in the log;
-// INVALID_ARGUMENT for others. `threads` and `pin` are the CPU's (CpuBackendOptions).
-absl::StatusOr<std::unique_ptr<Backend>> CreateDevice(const std::string& device, int threads, bool pin);
+struct DeviceOptions {
+  std::string device = "auto";  // cpu, cuda, or auto: the GPU if there is one, else the CPU, with the reason in the log
+  int threads = 0;              // of the CPU, in all places; 0: one per CPU that this process may use
+  bool pin = true;              // one CPU per thread
+  int gpu = 0;                  // its number
+  int place = 0, places = 1;    // backends that share this process's CPUs, and which of them this one is
+  int sharers = 1;              // backends that share the machine's memory
+};
+
+// INVALID_ARGUMENT for other devices.
+absl::StatusOr<std::unique_ptr<Backend>> CreateDevice(const DeviceOptions& options);
 
 }  // namespace dejavu
 

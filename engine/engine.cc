@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <exception>
@@ -21,11 +22,11 @@
 #include "absl/strings/str_split.h"
 #include "engine/batch.h"
 #include "engine/block_pool.h"
-#include "engine/device.h"
 #include "engine/door.h"
 #include "engine/kv_cache.h"
 #include "engine/loaded_model.h"
 #include "engine/memory_plan.h"
+#include "engine/model_group.h"
 #include "engine/opt_model.h"
 #include "engine/predictor.h"
 #include "engine/predictor_file.h"
@@ -34,7 +35,6 @@
 #include "engine/sparsity_control.h"
 #include "kernels/base/mutex.h"
 #include "kernels/base/status_macros.h"
-#include "kernels/communicator.h"
 #include "kernels/draw.h"
 #include "spdlog/spdlog.h"
 
@@ -76,6 +76,8 @@ absl::Status CheckOptions(const EngineOptions& o) {
   RETURN_IF_ERROR(check_time("ageing_s", o.ageing_s));
   RETURN_IF_ERROR(check_time("deadline_slack", o.deadline_slack));
   RETURN_IF_ERROR(check_time("watchdog_s", o.watchdog_s));
+  RETURN_IF_ERROR(check_time("peer_timeout_s", o.peer_timeout_s));
+  RETURN_IF_ERROR(check("tensor_parallel", o.tensor_parallel, 0, 64));
   RETURN_IF_ERROR(ParseTenantWeights(o.tenant_weights).status());
   RETURN_IF_ERROR(check("kv block_tokens", o.kv_block_tokens, 1, 4096));
   if (!(o.memory_share > 0.0 && o.memory_share <= 1.0)) {
@@ -111,6 +113,30 @@ DoorOptions ForDoor(const EngineOptions& o) {
   return options;
 }
 
+absl::StatusOr<GroupOptions> ForGroup(const EngineOptions& o, const OptConfig& config, int32_t sampled_vocab) {
+  GroupOptions group;
+  group.model = {o.model, o.weights, o.predictor};
+  group.device = o.device;
+  group.threads = o.threads;
+  group.pin = o.pin_threads;
+  group.ranks = o.tensor_parallel;
+  group.timeout_s = o.peer_timeout_s;
+  group.max_rows = o.max_step_tokens;
+  group.max_logit_rows = o.max_batch + o.score_rows;
+  group.slots = group.max_audits = o.max_batch;
+  group.blocks_per_slot = (config.context + o.kv_block_tokens - 1) / o.kv_block_tokens;
+  group.block_tokens = o.kv_block_tokens;
+  group.candidates = sampled_vocab > 0 ? std::min(sampled_vocab, config.vocab) : config.vocab;
+  ASSIGN_OR_RETURN(group.kv_dtype, ParseKvType(o.kv_dtype));
+  group.plan_kv_blocks = [o, config](const Backend& backend, int rank, int ranks) -> absl::StatusOr<int32_t> {
+    ASSIGN_OR_RETURN(const MemoryPlan plan, PlanMemory(o, config, backend, rank, ranks));
+    const std::string who = ranks > 1 ? absl::StrCat("rank ", rank, " of ", ranks, ", ") : "";
+    spdlog::info("{}{}: {}", who, backend.Description(), plan.ToString());
+    return plan.kv_blocks;
+  };
+  return group;
+}
+
 // "throw@N" and "hang@N": what the engine thread does instead of its step N. For tests.
 struct Fault {
   bool hang = false;
@@ -135,18 +161,17 @@ double MsSince(SteadyTime start) {
 
 class StepEngine final : public Engine {
  public:
-  StepEngine(const EngineOptions& options, const OptConfig& config, int32_t sampled_vocab, int32_t kv_blocks,
-             std::unique_ptr<Backend> backend)
+  StepEngine(const EngineOptions& options, const OptConfig& config, int32_t candidates,
+             std::unique_ptr<ModelGroup> group)
       : options_(options),
         config_(config),
-        backend_(std::move(backend)),
-        pool_(kv_blocks, options.kv_block_tokens),
+        group_(std::move(group)),
+        pool_(group_->kv_blocks(), options.kv_block_tokens),
         scheduler_(pool_, ForScheduler(options)),
         batch_(options.max_step_tokens, options.max_batch + options.score_rows, options.max_batch,
                pool_.BlocksFor(config.context)),
-        sampler_(config.vocab, sampled_vocab > 0 ? std::min(sampled_vocab, config.vocab) : config.vocab),
+        sampler_(config.vocab, candidates),
         logits_(static_cast<size_t>(batch_.max_logit_rows) * config.vocab),
-        drawn_(batch_.max_logit_rows),
         shadow_batch_(options.max_batch, options.max_batch, options.max_batch, batch_.blocks_per_slot),
         door_(ForDoor(options)) {
     counts_.reserve(options.max_batch);
@@ -158,15 +183,15 @@ class StepEngine final : public Engine {
   ~StepEngine() override;
 
   // Once, in this order. Start returns when the engine thread has run its warm-up step.
-  absl::Status Load(const LoadProgress& progress);
+  absl::Status Prepare();
   void Start();
 
   const OptConfig& model() const override { return config_; }
-  std::string backend_description() const override { return backend_->Description(); }
-  int64_t weight_bytes() const override { return weights_.bytes(); }
-  DType weight_dtype() const override { return weights_.dtype(); }
+  std::string backend_description() const override { return group_->Description(); }
+  int64_t weight_bytes() const override { return group_->weight_bytes(); }
+  DType weight_dtype() const override { return group_->loaded().weights.dtype(); }
   const PredictorInfo& predictor() const override { return predictor_info_; }
-  const std::string& synthetic() const override { return synthetic_; }
+  const std::string& synthetic() const override { return group_->loaded().synthetic; }
   absl::Status CheckTier(Tier tier) const override;
   absl::StatusOr<uint64_t> SubmitSamples(Request request, std::vector<std::shared_ptr<TokenSink>> sinks) override;
   void Cancel(uint64_t id) override;
@@ -177,22 +202,36 @@ class StepEngine final : public Engine {
   bool failed() const override { return failed_.load(); }
 
  private:
+  // What a step leaves beside logits. Where the device runs ahead the next one is launched before this one is awaited.
+  struct Flight {
+    uint64_t mark = 0;
+    std::vector<int32_t> drawn;  // [max logit rows]
+    StepCounts counts;
+  };
+
   absl::Status CheckRequest(const Request& request) const;
-  absl::Status TakePredictor(const LoadedModel& loaded);
 
   // Engine thread.
   void WarmUp();
   void WarmUpStep(int32_t decode_rows, int32_t prefill_rows, bool learn);
   void Run();
   bool TakeInbox();
+  void Ping();
+  SteadyTime::duration PingInterval() const;
   void EndOverdue();
   void EndWaiting(const absl::Status& status);
   void Break();
+  void Fail(const char* reason, const absl::Status& status);
   void Step();
   void NoteAdmissions();
   void TellTheDoor() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Watch();
-  void PlanDraws();
+  StepOutputs OutputsOf(Flight& flight);
+  void Launch(Flight& flight);
+  void RunAhead();
+  void DropAhead();
+  bool MayDraw() const;
+  void PlanDraws(int32_t ahead);
   void HandOut(Sequence& s);
   void HandOutScores(Sequence& s);
   void HandOutToken(Sequence& s);
@@ -204,15 +243,9 @@ class StepEngine final : public Engine {
   // Constant after Load.
   const EngineOptions options_;
   const OptConfig config_;
-  std::unique_ptr<Backend> backend_;
-  std::unique_ptr<Communicator> communicator_ = SingleRank();
-  OptWeights weights_;
-  std::string synthetic_;
+  const std::unique_ptr<ModelGroup> group_;
   PredictorInfo predictor_info_;
   Fault fault_;
-  KvCache kv_;
-  std::unique_ptr<Predictor> predictor_;
-  std::unique_ptr<OptModel> model_;
 
   // Engine thread only.
   BlockPool pool_;
@@ -221,10 +254,12 @@ class StepEngine final : public Engine {
   Sampler sampler_;
   std::vector<TokenCounts> counts_;  // [slots]
   std::vector<float> logits_;        // [max logit rows, vocab]; as the next unless the device draws
-  std::vector<int32_t> drawn_;       // [max logit rows]
   Batch shadow_batch_;
   std::vector<float> shadow_logits_;  // [max batch, vocab], where there is a predictor
-  StepCounts step_counts_;
+  std::array<Flight, 2> flights_;
+  size_t current_ = 0;  // the flight that is awaited next
+  bool ahead_ = false;  // and the step after it has been launched
+  SteadyTime since_;    // the device has nothing else to do than the current step
   std::unique_ptr<SparsityControl> sparsity_;
   std::vector<int32_t> banned_;                     // scratch
   std::vector<std::unique_ptr<Sequence>> arrived_;  // taken out of the inbox
@@ -278,32 +313,20 @@ StepEngine::~StepEngine() {
   if (thread_.joinable()) thread_.join();
 }
 
-absl::Status StepEngine::Load(const LoadProgress& progress) {
+absl::Status StepEngine::Prepare() {
   ASSIGN_OR_RETURN(fault_, ParseFault(options_.fault));
-  ASSIGN_OR_RETURN(LoadedModel loaded,
-                   LoadModel({options_.model, options_.weights, options_.predictor}, config_, *backend_, progress));
-  weights_ = std::move(loaded.weights);
-  synthetic_ = std::move(loaded.synthetic);
-  ASSIGN_OR_RETURN(const DType kv_dtype, ParseKvType(options_.kv_dtype));
-  ASSIGN_OR_RETURN(kv_, KvCache::Create(*backend_, config_, pool_.total(), options_.kv_block_tokens, kv_dtype,
-                                        loaded.shard.heads.count));
-  RETURN_IF_ERROR(TakePredictor(loaded));
-  ASSIGN_OR_RETURN(model_, OptModel::Create(config_, weights_, *backend_, *communicator_, *predictor_, batch_));
-  step_counts_ = predictor_->MakeCounts();
-  return absl::OkStatus();
-}
-
-absl::Status StepEngine::TakePredictor(const LoadedModel& loaded) {
+  const LoadedModel& loaded = group_->loaded();
   const PredictorData* const from = loaded.predictor.has_value() ? &*loaded.predictor : nullptr;
   if (from != nullptr) {
-    predictor_info_ = {loaded.predictor_path, std::string(Name(from->tap)), from->tiers, 0};
+    predictor_info_ = {loaded.predictor_path, std::string(Name(from->tap)), from->tiers, group_->predictor().bytes()};
     shadow_logits_.resize(static_cast<size_t>(options_.max_batch) * config_.vocab);
   }
-  ASSIGN_OR_RETURN(predictor_,
-                   Predictor::Create(from, config_, loaded.shard, *backend_, options_.max_step_tokens,
-                                     options_.max_batch));
-  predictor_info_.bytes = predictor_->bytes();
-  sparsity_ = std::make_unique<SparsityControl>(config_, from, *predictor_, options_.shadow_fallback);
+  sparsity_ = std::make_unique<SparsityControl>(config_, from, group_->predictor(), options_.shadow_fallback);
+  group_->DropPredictorData();  // the devices have it
+  for (Flight& flight : flights_) {
+    flight.drawn.resize(batch_.max_logit_rows);
+    flight.counts = group_->predictor().MakeCounts();
+  }
   return absl::OkStatus();
 }
 
@@ -325,7 +348,8 @@ void StepEngine::WarmUp() {
   std::iota(batch_.block_table.begin(), batch_.block_table.begin() + batch_.blocks_per_slot, 0);
   const int32_t batch = std::min(options_.max_batch, config_.context);
   const int32_t chunk = std::min({options_.prefill_chunk_tokens, config_.context - 1, batch_.max_rows - 1});
-  WarmUpStep(0, std::max(batch, chunk), /*learn=*/false);
+  // Where prompts are cheap the largest step at once: its scratch is taken now, or never.
+  WarmUpStep(0, group_->RunsAhead() ? batch_.max_rows : std::max(batch, chunk), /*learn=*/false);
   for (int i = 0; i < 3; ++i) {
     WarmUpStep(1, 0, /*learn=*/true);
     WarmUpStep(batch, 0, /*learn=*/true);
@@ -344,10 +368,10 @@ void StepEngine::WarmUpStep(int32_t decode_rows, int32_t prefill_rows, bool lear
   for (int32_t i = 0; i < decode_rows; ++i) batch_.AddDecodeRow(0, i, config_.bos_token, /*wants_logits=*/true, exact);
   for (int32_t i = 0; i < prefill_rows; ++i) {
     const bool last = i + 1 == prefill_rows;
-    batch_.AddRow(0, decode_rows == 0 ? i : i + 1, config_.bos_token, last);
+    batch_.AddRow(0, (decode_rows == 0 ? i : i + 1) % config_.context, config_.bos_token, last);
   }
   const SteadyTime start = std::chrono::steady_clock::now();
-  model_->Forward(batch_, kv_, logits_.data());
+  group_->Forward(batch_, {logits_.data()});
   const int64_t context = int64_t{decode_rows} * (decode_rows - 1) / 2;
   if (learn) scheduler_.Learn({Tier::kExact, decode_rows, prefill_rows, context}, MsSince(start));
   batch_.Clear();
@@ -491,18 +515,26 @@ void StepEngine::Run() {
     while (TakeInbox()) {
       if (failed_) throw std::runtime_error("a step took longer than the watchdog allows");
       EndOverdue();
+      DropAhead();
       if (!scheduler_.running().empty() || !scheduler_.waiting().empty()) Step();
     }
     EndAll(FinishReason::kShutdown, absl::OkStatus());
+  } catch (const PeerLost& error) {
+    Fail(error.what(), absl::UnavailableError("the engine has lost one of its ranks; the server must be restarted"));
   } catch (const std::exception& error) {
-    spdlog::critical("the engine thread failed: {}", error.what());
-    failed_ = true;
-    steps_ended_.store(steps_begun_);
-    finished_.clear();
-    TakeInbox();
-    EndWaiting(absl::UnavailableError("the engine failed before the request ran; the server must be restarted"));
-    EndAll(FinishReason::kError, absl::InternalError("the engine failed; the server must be restarted"));
+    Fail(error.what(), absl::InternalError("the engine failed; the server must be restarted"));
   }
+}
+
+// The last thing that the engine thread does. `status` is for those that ran.
+void StepEngine::Fail(const char* reason, const absl::Status& status) {
+  spdlog::critical("the engine thread failed: {}", reason);
+  failed_ = true;
+  steps_ended_.store(steps_begun_);
+  finished_.clear();
+  TakeInbox();
+  EndWaiting(absl::UnavailableError("the engine failed before the request ran; the server must be restarted"));
+  EndAll(FinishReason::kError, status);
 }
 
 // A step that takes longer than any step should will not come back: whoever asks learns that the engine has failed.
@@ -532,16 +564,21 @@ void StepEngine::Watch() {
 bool StepEngine::TakeInbox() {
   const bool busy = !scheduler_.running().empty() || !scheduler_.waiting().empty();
   if (busy && !has_mail_.load(std::memory_order_acquire)) return true;
-  bool stopping, refuse_waiting;
+  bool stopping, refuse_waiting, ping = false;
   {
     MutexLock lock(mutex_);
-    while (!busy && !stopping_ && !failed_ && submitted_.empty() && cancelled_.empty()) work_.Wait(mutex_);
+    const auto nothing = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+      return !busy && !stopping_ && !failed_ && submitted_.empty() && cancelled_.empty();
+    };
+    while (nothing() && group_->ranks() == 1) work_.Wait(mutex_);
+    if (nothing() && !work_.WaitUntil(mutex_, std::chrono::steady_clock::now() + PingInterval())) ping = nothing();
     has_mail_.store(false, std::memory_order_release);
     arrived_.swap(submitted_);
     dismissed_.swap(cancelled_);
     stopping = stopping_;
     refuse_waiting = refuse_waiting_;
   }
+  if (ping) Ping();
   for (auto& sequence : arrived_) scheduler_.Enqueue(std::move(sequence));
   arrived_.clear();
   for (uint64_t id : dismissed_) {
@@ -558,6 +595,18 @@ bool StepEngine::TakeInbox() {
   dismissed_.clear();
   if (refuse_waiting) EndWaiting(absl::UnavailableError("the server is draining and the request had not run yet"));
   return !stopping;
+}
+
+// Tells the other ranks that there is still somebody, and finds out whether they are. The watchdog looks on.
+void StepEngine::Ping() {
+  steps_begun_.fetch_add(1);
+  group_->Ping();
+  steps_ended_.fetch_add(1);
+}
+
+SteadyTime::duration StepEngine::PingInterval() const {
+  const double seconds = options_.peer_timeout_s > 0.0 ? options_.peer_timeout_s / 4.0 : 1.0;
+  return std::chrono::duration_cast<SteadyTime::duration>(std::chrono::duration<double>(seconds));
 }
 
 // What has not run yet; who was sent back to the queue has.
@@ -588,25 +637,58 @@ void StepEngine::EndOverdue() {
 
 void StepEngine::Step() {
   const SteadyTime start = std::chrono::steady_clock::now();
-  scheduler_.Plan(start, batch_);
-  NoteAdmissions();
-  if (batch_.rows() == 0) return;
-  if (steps_begun_.fetch_add(1) + 1 == fault_.step) Break();
-  sparsity_->PlanShadow(scheduler_.running(), batch_, shadow_batch_);
-  if (shadow_batch_.rows() > 0) model_->Forward(shadow_batch_, kv_, shadow_logits_.data());
-  const SteadyTime forward = std::chrono::steady_clock::now();
-  PlanDraws();
-  model_->Forward(batch_, kv_, logits_.data(), &step_counts_, drawn_.data(), sampler_.candidates());
-  sparsity_->NoteStep(scheduler_.running(), batch_, step_counts_, logits_.data(), shadow_logits_.data());
+  if (std::exchange(ahead_, false)) {
+    current_ = 1 - current_;
+    steps_begun_.fetch_add(1);
+  } else {
+    scheduler_.Plan(start, batch_);
+    NoteAdmissions();
+    if (batch_.rows() == 0) return;
+    if (steps_begun_.fetch_add(1) + 1 == fault_.step) Break();
+    sparsity_->PlanShadow(scheduler_.running(), batch_, shadow_batch_);
+    if (shadow_batch_.rows() > 0) group_->Forward(shadow_batch_, {shadow_logits_.data()});
+    if (shadow_batch_.rows() == 0 && MayDraw()) PlanDraws(0);
+    since_ = std::chrono::steady_clock::now();
+    Launch(flights_[current_]);
+  }
+  RunAhead();
+  Flight& flight = flights_[current_];
+  group_->Await(flight.mark, batch_, OutputsOf(flight));
+  const SteadyTime done = std::chrono::steady_clock::now();
+  sparsity_->NoteStep(scheduler_.running(), batch_, flight.counts, logits_.data(), shadow_logits_.data());
   stat_steps_.fetch_add(1, std::memory_order_relaxed);
   for (const auto& s : scheduler_.running()) {
     if (s->step_rows > 0) HandOut(*s);
   }
-  scheduler_.NoteStep(MsSince(forward));
+  scheduler_.NoteStep(std::chrono::duration<double, std::milli>(done - since_).count());
+  since_ = done;
   steps_ended_.fetch_add(1);
   stat_cost_steps_.store(scheduler_.costs().steps(), std::memory_order_relaxed);
   for (Ending& ending : finished_) End(*ending.sequence, ending.reason, std::move(ending.status));
   finished_.clear();
+}
+
+// The step that has been launched ahead, where nobody is left who wants it.
+void StepEngine::DropAhead() {
+  if (!ahead_ || !scheduler_.running().empty()) return;
+  ahead_ = false;
+  Flight& flight = flights_[1 - current_];
+  group_->Await(flight.mark, batch_, OutputsOf(flight));
+}
+
+StepOutputs StepEngine::OutputsOf(Flight& flight) { return {logits_.data(), flight.drawn.data(), &flight.counts}; }
+
+void StepEngine::Launch(Flight& flight) { flight.mark = group_->Launch(batch_, OutputsOf(flight)); }
+
+// The step after the current one, if it can be had without knowing what the current one draws. Whoever ends by that is
+// computed once more for nothing.
+void StepEngine::RunAhead() {
+  if (!group_->RunsAhead() || batch_.draws.empty() || has_mail_.load(std::memory_order_acquire)) return;
+  if (steps_begun_ + 1 == fault_.step || sparsity_->ShadowFollows(scheduler_.running())) return;
+  if (!scheduler_.PlanAhead(batch_)) return;
+  PlanDraws(1);
+  Launch(flights_[1 - current_]);
+  ahead_ = true;
 }
 
 void StepEngine::Break() {
@@ -645,20 +727,22 @@ void StepEngine::TellTheDoor() {
 }
 
 // Where nothing in the step wants more than a token, the device chooses all of them and the logits stay there.
-void StepEngine::PlanDraws() {
-  if (shadow_batch_.rows() > 0) return;
-  for (const auto& s : scheduler_.running()) {
+bool StepEngine::MayDraw() const {
+  const auto wants_logits = [](const auto& s) {
     const Request& r = s->request;
-    if (s->step_logits > 0 &&
-        (r.score || r.logprobs || !Sampler::IsPlain(r.sampling) || s->generated_tokens() < r.min_new_tokens)) {
-      return;
-    }
-  }
+    return s->step_logits > 0 &&
+           (r.score || r.logprobs || !Sampler::IsPlain(r.sampling) || s->generated_tokens() < r.min_new_tokens);
+  };
+  return std::none_of(scheduler_.running().begin(), scheduler_.running().end(), wants_logits);
+}
+
+// For the tokens that follow the next `ahead` ones.
+void StepEngine::PlanDraws(int32_t ahead) {
   batch_.draws.resize(batch_.logit_rows.size());
   for (const auto& s : scheduler_.running()) {
     if (s->step_logits == 0) continue;
     const SamplingParams& p = s->request.sampling;
-    const uint64_t key = DrawKey(p.seed, static_cast<uint64_t>(s->generated_tokens()));
+    const uint64_t key = DrawKey(p.seed, static_cast<uint64_t>(s->generated_tokens() + ahead));
     auto& draw = batch_.draws[s->first_logit];
     draw[kDrawTemperature] = std::bit_cast<int32_t>(p.temperature);
     draw[kDrawKeyLow] = static_cast<int32_t>(static_cast<uint32_t>(key));
@@ -716,7 +800,7 @@ void StepEngine::HandOutToken(Sequence& s) {
   }
   TokenCounts& counts = counts_[s.slot];
   const Sampler::Choice choice = !batch_.draws.empty()
-                                     ? Sampler::Choice{drawn_[s.first_logit]}
+                                     ? Sampler::Choice{flights_[current_].drawn[s.first_logit]}
                                      : sampler_.Sample(logits, r.sampling, counts, banned_,
                                                        static_cast<uint64_t>(s.generated_tokens()), r.logprobs);
   if (choice.id < 0) {
@@ -802,14 +886,19 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
                                                        const LoadProgress& progress) {
   RETURN_IF_ERROR(CheckOptions(options));
   ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(options.model));
-  ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend,
-                   CreateDevice(options.device, options.threads, options.pin_threads));
-  ASSIGN_OR_RETURN(const MemoryPlan plan, PlanMemory(options, config, *backend));
-  spdlog::info("{}: {}", backend->Description(), plan.ToString());
-  auto engine = std::make_unique<StepEngine>(options, config, sampled_vocab, plan.kv_blocks, std::move(backend));
-  RETURN_IF_ERROR(engine->Load(progress));
+  ASSIGN_OR_RETURN(const GroupOptions group_options, ForGroup(options, config, sampled_vocab));
+  ASSIGN_OR_RETURN(std::unique_ptr<ModelGroup> group, ModelGroup::Create(group_options, config, progress));
+  auto engine = std::make_unique<StepEngine>(options, config, group_options.candidates, std::move(group));
+  RETURN_IF_ERROR(engine->Prepare());
   engine->Start();
   return engine;
+}
+
+absl::Status FollowEngine(const EngineOptions& options, int32_t sampled_vocab) {
+  RETURN_IF_ERROR(CheckOptions(options));
+  ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(options.model));
+  ASSIGN_OR_RETURN(const GroupOptions group_options, ForGroup(options, config, sampled_vocab));
+  return ModelGroup::Follow(group_options, config);
 }
 
 }  // namespace dejavu

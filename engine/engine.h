@@ -86,6 +86,11 @@ class Engine {
   virtual bool failed() const = 0;
 };
 
+// What a process of mpirun that is not rank 0 does: takes part in the steps of the engine there until it is stopped.
+// UNAVAILABLE with the reason where the group has failed: then nothing of it can be waited for, and _exit is the end.
+// `sampled_vocab` as above; the same in all processes.
+absl::Status FollowEngine(const EngineOptions& options, int32_t sampled_vocab);
+
 }  // namespace dejavu
 
 #endif  // ENGINE_ENGINE_H_

@@ -4,13 +4,32 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "engine/device.h"
+#include "engine/kv_cache.h"
+#include "engine/opt_config.h"
 #include "kernels/base/status_macros.h"
 
 namespace dejavu {
 namespace {
 
 constexpr int32_t kBlockTokens = 16;
+
+absl::StatusOr<GroupOptions> ForGroup(const ModelRunner::Options& options) {
+  GroupOptions group;
+  group.model = {options.model, options.weights, options.predictor};
+  group.device = options.device;
+  group.threads = options.threads;
+  group.pin = options.pin;
+  group.ranks = options.ranks;
+  group.max_rows = group.max_logit_rows = options.max_rows;
+  group.max_audits = options.max_audits;
+  group.slots = options.slots;
+  group.block_tokens = kBlockTokens;
+  group.blocks_per_slot = (options.window + kBlockTokens - 1) / kBlockTokens;
+  ASSIGN_OR_RETURN(group.kv_dtype, ParseKvType(options.kv_dtype));
+  group.plan_kv_blocks = [blocks = group.blocks_per_slot * options.slots](const Backend&, int, int) { return blocks; };
+  group.wrap_backend = options.wrap_backend;
+  return group;
+}
 
 }  // namespace
 
@@ -21,28 +40,24 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> ModelRunner::Create(const Options& 
                                                    config.context, ", the model's context"));
   }
   std::unique_ptr<ModelRunner> runner(new ModelRunner(options, config));
-  ASSIGN_OR_RETURN(runner->backend_, CreateDevice(options.device, options.threads, options.pin));
-  if (options.wrap_backend) runner->backend_ = options.wrap_backend(std::move(runner->backend_));
-  ASSIGN_OR_RETURN(runner->loaded_,
-                   LoadModel({options.model, options.weights, options.predictor}, config, *runner->backend_, progress));
-  const int32_t blocks = (options.window + kBlockTokens - 1) / kBlockTokens;
-  ASSIGN_OR_RETURN(const DType kv_dtype, ParseKvType(options.kv_dtype));
-  ASSIGN_OR_RETURN(runner->kv_, KvCache::Create(*runner->backend_, config, blocks * options.slots, kBlockTokens,
-                                                kv_dtype, config.heads));
-  runner->batch_ = std::make_unique<Batch>(options.max_rows, options.max_rows, options.slots, blocks);
+  ASSIGN_OR_RETURN(const GroupOptions group, ForGroup(options));
+  ASSIGN_OR_RETURN(runner->group_, ModelGroup::Create(group, config, progress));
+  runner->batch_ = std::make_unique<Batch>(group.max_rows, group.max_logit_rows, group.slots, group.blocks_per_slot);
   std::iota(runner->batch_->block_table.begin(), runner->batch_->block_table.end(), 0);
   runner->logits_.resize(static_cast<size_t>(options.max_rows) * config.vocab);
-  RETURN_IF_ERROR(runner->SetPredictor(runner->predictor_data()));
+  runner->counts_ = runner->group_->predictor().MakeCounts();
   return runner;
 }
 
+absl::Status ModelRunner::Follow(const Options& options) {
+  ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(options.model));
+  ASSIGN_OR_RETURN(const GroupOptions group, ForGroup(options));
+  return ModelGroup::Follow(group, config);
+}
+
 absl::Status ModelRunner::SetPredictor(const PredictorData* data) {
-  model_.reset();
-  predictor_.reset();
-  ASSIGN_OR_RETURN(predictor_,
-                   Predictor::Create(data, config_, loaded_.shard, *backend_, options_.max_rows, options_.max_audits));
-  ASSIGN_OR_RETURN(model_, OptModel::Create(config_, loaded_.weights, *backend_, *communicator_, *predictor_, *batch_));
-  counts_ = predictor_->MakeCounts();
+  RETURN_IF_ERROR(group_->SetPredictor(data));
+  counts_ = group_->predictor().MakeCounts();
   return absl::OkStatus();
 }
 
@@ -52,7 +67,7 @@ Batch& ModelRunner::StartBatch() {
 }
 
 absl::Span<const float> ModelRunner::Run() {
-  model_->Forward(*batch_, kv_, logits_.data(), &counts_);
+  group_->Forward(*batch_, {logits_.data(), nullptr, &counts_});
   return absl::MakeConstSpan(logits_.data(), batch_->logit_rows.size() * config_.vocab);
 }
 

@@ -14,13 +14,13 @@
 #include "engine/batch.h"
 #include "engine/kv_cache.h"
 #include "engine/loaded_model.h"
+#include "engine/model_group.h"
 #include "engine/opt_config.h"
 #include "engine/opt_model.h"
 #include "engine/opt_weights.h"
 #include "engine/predictor.h"
 #include "engine/predictor_file.h"
 #include "kernels/backend.h"
-#include "kernels/communicator.h"
 
 namespace dejavu {
 
@@ -33,6 +33,7 @@ class ModelRunner {
     std::string device = "cpu";      // as CreateDevice has it
     int threads = 0;                 // 0: one per CPU
     bool pin = false;                // one CPU per thread
+    int ranks = 1;                   // likewise, as GroupOptions has it
     int slots = 1;                   // sequences side by side
     int max_rows = 64;               // rows of a step
     int max_audits = 0;              // rows of a step whose selections are compared with everything
@@ -43,7 +44,10 @@ class ModelRunner {
   };
   static absl::StatusOr<std::unique_ptr<ModelRunner>> Create(const Options& options, const LoadProgress& progress);
 
-  // Replaces the predictor that was loaded; nullptr: none.
+  // What another process of mpirun does, with the same options: takes part until rank 0's runner is gone.
+  static absl::Status Follow(const Options& options);
+
+  // Replaces the predictor that was loaded, of a group of one; nullptr: none.
   absl::Status SetPredictor(const PredictorData* data);
 
   // Empties batch(); fill it with rows and call Run. Each slot has KV blocks for a whole window.
@@ -53,17 +57,20 @@ class ModelRunner {
 
   // What the decode rows of the last Run selected.
   const StepCounts& counts() const { return counts_; }
-  const std::string& weights_hash() const { return loaded_.weights_hash; }
+  const std::string& weights_hash() const { return group_->loaded().weights_hash; }
   // What Options::predictor named, whatever SetPredictor has done since; nullptr: none.
-  const PredictorData* predictor_data() const { return loaded_.predictor.has_value() ? &*loaded_.predictor : nullptr; }
-  const std::string& predictor_path() const { return loaded_.predictor_path; }
+  const PredictorData* predictor_data() const {
+    return group_->loaded().predictor.has_value() ? &*group_->loaded().predictor : nullptr;
+  }
+  const std::string& predictor_path() const { return group_->loaded().predictor_path; }
   // How the weights were generated, on one line; empty for real ones.
-  const std::string& synthetic() const { return loaded_.synthetic; }
+  const std::string& synthetic() const { return group_->loaded().synthetic; }
   const OptConfig& config() const { return config_; }
-  const OptWeights& weights() const { return loaded_.weights; }
-  Backend& backend() { return *backend_; }
-  OptModel& model() { return *model_; }
-  Predictor& predictor() { return *predictor_; }
+  const OptWeights& weights() const { return group_->loaded().weights; }  // of rank 0, as the next three
+  Backend& backend() { return group_->backend(); }
+  OptModel& model() { return group_->model(); }
+  Predictor& predictor() { return group_->predictor(); }
+  const ModelGroup& group() const { return *group_; }
   const Options& options() const { return options_; }
 
  private:
@@ -71,13 +78,8 @@ class ModelRunner {
 
   const Options options_;
   const OptConfig config_;
-  std::unique_ptr<Backend> backend_;
-  std::unique_ptr<Communicator> communicator_ = SingleRank();
-  LoadedModel loaded_;
-  KvCache kv_;
+  std::unique_ptr<ModelGroup> group_;
   std::unique_ptr<Batch> batch_;
-  std::unique_ptr<Predictor> predictor_;
-  std::unique_ptr<OptModel> model_;
   StepCounts counts_;
   std::vector<float> logits_;
 };

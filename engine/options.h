@@ -18,6 +18,11 @@ struct EngineOptions {
   int threads = 0;              // CPU threads of the step; 0: one per CPU that this process may use
   bool pin_threads = true;      // one CPU per thread
 
+  // Ranks that hold the model: threads of this process, each with its part of the CPUs or a GPU of its own, or the
+  // processes that mpirun started. 0: those, or one.
+  int tensor_parallel = 0;
+  double peer_timeout_s = 3.0;  // a rank that others wait for longer means that the engine has failed; 0: never
+
   int max_batch = 16;             // sequences that run at once
   int max_step_tokens = 256;      // rows of one step: decode rows and prefill chunks together
   int prefill_chunk_tokens = 64;  // the most prompt tokens of one sequence in a step

@@ -173,6 +173,26 @@ bool Predictor::HasNeuronPoint(int32_t layer, Tier tier) const {
   return layers_[layer].neurons.point_of_tier[Index(tier)] != kSelectEverything;
 }
 
+void Predictor::GetSwitches(std::vector<int32_t>* words) const {
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    int32_t word = 0;
+    for (size_t tier = 0; tier < kAllTiers.size(); ++tier) {
+      word |= (layers_[l].neurons.on[tier] << (2 * tier)) | (layers_[l].heads.on[tier] << (2 * tier + 1));
+    }
+    (*words)[l] = word;
+  }
+}
+
+void Predictor::SetSwitches(const std::vector<int32_t>& words) {
+  CHECK(words.size() == layers_.size()) << words.size() << " words for " << layers_.size() << " layers";
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    for (size_t tier = 0; tier < kAllTiers.size(); ++tier) {
+      layers_[l].neurons.on[tier] = (words[l] >> (2 * tier) & 1) != 0;
+      layers_[l].heads.on[tier] = (words[l] >> (2 * tier + 1) & 1) != 0;
+    }
+  }
+}
+
 // Rows of prefill compute everything. An audited row's own prediction is computed even where it is switched off, so
 // that a layer can be seen to recover.
 void Predictor::BeginStep(const Batch& batch) {
@@ -288,12 +308,18 @@ StepCounts Predictor::MakeCounts() const {
   counts.union_selected.resize(layers);
   counts.union_heads.resize(layers);
   counts.audits.resize(layers * max_audits_ * kAuditFields);
+  counts.chose_neurons.resize(layers);
+  counts.chose_heads.resize(layers);
   return counts;
 }
 
 void Predictor::EndStep(StepCounts* counts) {
   counts->decode_rows = decode_rows_;
   counts->audit_rows = audits_;
+  for (int32_t l = 0; l < config_.layers; ++l) {
+    counts->chose_neurons[l] = layers_[l].selects_neurons;
+    counts->chose_heads[l] = layers_[l].rank_heads > 0;
+  }
   if (decode_rows_ > 0) {
     dev_.Download(counts->active.data(), active_.Cols(0, decode_rows_ + 1));
     if (!selected_.empty()) {
@@ -304,14 +330,17 @@ void Predictor::EndStep(StepCounts* counts) {
       if (audits_ > 0) dev_.Download(counts->audits.data(), audit_results_.Cols(0, audits_ * kAuditFields));
     }
   }
-  dev_.Synchronize();
+}
+
+void Predictor::Complete(StepCounts* counts) const {
+  const int32_t rows = counts->decode_rows;
   for (int32_t l = 0; l < config_.layers; ++l) {
-    if (!layers_[l].selects_neurons) {
-      std::fill_n(counts->selected.begin() + int64_t{l} * decode_rows_, decode_rows_, neurons_);
+    if (!counts->chose_neurons[l]) {
+      std::fill_n(counts->selected.begin() + int64_t{l} * rows, rows, neurons_);
       counts->union_selected[l] = neurons_;
     }
-    if (layers_[l].rank_heads == 0) {
-      std::fill_n(counts->heads.begin() + int64_t{l} * decode_rows_, decode_rows_, heads_);
+    if (!counts->chose_heads[l]) {
+      std::fill_n(counts->heads.begin() + int64_t{l} * rows, rows, heads_);
       counts->union_heads[l] = heads_;
     }
   }

@@ -21,12 +21,14 @@ namespace dejavu {
 struct StepCounts {
   int32_t decode_rows = 0, audit_rows = 0;
   bool skipped_zeros = true;
+  double imbalance = 1.0;  // of a group of ranks: the largest count of active neurons over the mean, layers added up
   std::vector<int32_t> selected;        // [layers, decode rows] neurons that a row selected
   std::vector<int32_t> active;          // [layers, decode rows + 1] and not zero; in the last column: in any row
   std::vector<int32_t> heads;           // [layers, decode rows]
   std::vector<int32_t> union_selected;  // [layers] neurons that some row selected
   std::vector<int32_t> union_heads;     // [layers]
   std::vector<float> audits;            // [layers, audit rows, kAuditFields]; of layers with a predictor only
+  std::vector<uint8_t> chose_neurons, chose_heads;  // [layers] 0: nothing was selected, which means everything
 
   int32_t selected_of(int32_t layer, int32_t row) const {
     return selected[static_cast<size_t>(layer) * decode_rows + row];
@@ -59,6 +61,9 @@ class Predictor {
   void SwitchNeurons(int32_t layer, Tier tier, bool on) { layers_[layer].neurons.on[Index(tier)] = on; }
   void SwitchHeads(int32_t layer, Tier tier, bool on) { layers_[layer].heads.on[Index(tier)] = on; }
   bool HasNeuronPoint(int32_t layer, Tier tier) const;
+  // All switches, to be set at another rank: a word for each layer.
+  void GetSwitches(std::vector<int32_t>* words) const;
+  void SetSwitches(const std::vector<int32_t>& words);
 
   // In the order in which the model calls them. BeginStep uploads what each row wants. Ride: what is to be computed
   // from the vector that `at` stands for, in `layer`; may be nothing. Heads and Neurons run the second stage.
@@ -72,8 +77,10 @@ class Predictor {
   void Audit(int32_t layer, Tensor x, const LinearWeights& up);
   Tensor ActiveCounts(int32_t layer) const;  // for Backend::Mlp
   StepCounts MakeCounts() const;             // with room for the largest step
-  // After the last layer: waits for the step and fills in its counts.
+  // After the last layer: downloads the step's counts. When they have arrived, Complete fills in what no device knows;
+  // the next step may have begun by then.
   void EndStep(StepCounts* counts);
+  void Complete(StepCounts* counts) const;
 
   // A number for everything that BeginStep has decided and that the ops of the step depend on, beside what it has
   // uploaded: steps of one number run the same ops.

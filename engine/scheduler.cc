@@ -117,6 +117,19 @@ void Scheduler::Plan(SteadyTime now, Batch& batch) {
   }
 }
 
+bool Scheduler::PlanAhead(Batch& batch) {
+  const bool may_admit = !waiting_.empty() && !free_slots_.empty() && !nothing_fits_;
+  if (may_admit || shape_.prefill_rows > 0 || batch.decode_rows != static_cast<int32_t>(running_.size())) return false;
+  for (const auto& s : running_) {
+    const bool room = pool_.BlocksFor(s->computed + 2) <= static_cast<int32_t>(s->blocks.size());
+    if (s->step_rows != 1 || s->generated_tokens() + 1 >= s->request.max_new_tokens || !room) return false;
+  }
+  for (int32_t& position : batch.positions) ++position;
+  batch.follows_draws = true;
+  shape_.context_tokens += shape_.decode_rows;
+  return true;
+}
+
 // Of `all`, the prompt rows that leave the step within the target of the rows that decode and are as urgent. Where
 // there are none, or nothing is known, nothing limits them.
 int32_t Scheduler::PrefillBudget(const StepShape& decoding, Urgency urgency, int32_t all) const {

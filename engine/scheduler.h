@@ -59,6 +59,10 @@ class Scheduler {
   // Admits what fits and fills `batch` and each running sequence's step_* fields: one row for everything that decodes,
   // then prompts in chunks, the most urgent first, as far as the target allows.
   void Plan(SteadyTime now, Batch& batch);
+  // Turns `batch`, the last plan, which is being computed, into the step that follows it: the same rows, each a token
+  // further, whatever that token is. False, and `batch` as it was, where somebody's last token is on its way or Plan
+  // might have another idea. NoteStep is called for each of them, Plan when both are done.
+  bool PlanAhead(Batch& batch);
   // Since when Plan has last begun; valid until something is removed.
   const std::vector<Sequence*>& admitted() const { return admitted_; }
   const std::vector<Sequence*>& preempted() const { return preempted_; }

@@ -58,15 +58,23 @@ SparsityControl::SparsityControl(const OptConfig& config, const PredictorData* d
       monitor_(data, config.layers),
       layers_(config.layers) {}
 
+// Requests take turns, so that short ones are looked at too.
+bool SparsityControl::WantsShadow(const Sequence& s, int32_t generated_tokens) {
+  const SparsityParams& wanted = s.request.sparsity;
+  return s.step_rows > 0 && s.decodes() && IsPredicted(wanted.tier) && wanted.shadow_every > 0 &&
+         (static_cast<uint64_t>(generated_tokens) + s.id) % static_cast<uint64_t>(wanted.shadow_every) == 0;
+}
+
+bool SparsityControl::ShadowFollows(const std::vector<std::unique_ptr<Sequence>>& running) const {
+  return std::any_of(running.begin(), running.end(),
+                     [](const auto& s) { return WantsShadow(*s, s->generated_tokens() + 1); });
+}
+
 void SparsityControl::PlanShadow(const std::vector<std::unique_ptr<Sequence>>& running, Batch& batch,
                                  Batch& shadow) const {
   shadow.Clear();
   for (const auto& s : running) {
-    const SparsityParams& wanted = s->request.sparsity;
-    if (s->step_rows == 0 || !s->decodes() || !IsPredicted(wanted.tier) || wanted.shadow_every <= 0) continue;
-    // Requests take turns, so that short ones are looked at too.
-    const auto every = static_cast<uint64_t>(wanted.shadow_every);
-    if ((static_cast<uint64_t>(s->generated_tokens()) + s->id) % every != 0) continue;
+    if (!WantsShadow(*s, s->generated_tokens())) continue;
     if (static_cast<int32_t>(batch.audit_rows.size()) == predictor_.max_audits()) break;
     batch.audit_rows.push_back(s->first_row);
     shadow.AddRow(s->slot, batch.positions[s->first_row], batch.tokens[s->first_row], /*wants_logits=*/true,

@@ -32,6 +32,9 @@ class SparsityControl {
   // comes first: the keys and values that it writes are then overwritten by the real one.
   void PlanShadow(const std::vector<std::unique_ptr<Sequence>>& running, Batch& batch, Batch& shadow) const;
 
+  // Whether PlanShadow would mark a row of the step after the one that is planned.
+  bool ShadowFollows(const std::vector<std::unique_ptr<Sequence>>& running) const;
+
   // After the step; `logits` are the real ones, `shadow_logits` those of the rows of `shadow`.
   void NoteStep(const std::vector<std::unique_ptr<Sequence>>& running, const Batch& batch, const StepCounts& counts,
                 const float* logits, const float* shadow_logits);
@@ -59,6 +62,7 @@ class SparsityControl {
     std::atomic<uint32_t> exact_tiers{0};  // bit t: tier t runs EXACT here for now
   };
 
+  static bool WantsShadow(const Sequence& sequence, int32_t generated_tokens);
   void NoteRow(Sequence& sequence, int32_t row, const Batch& batch, const StepCounts& counts);
   void NoteAudit(Sequence& sequence, int32_t audit, const StepCounts& counts);
   void Change(ShadowMonitor::Change change, Tier tier, int32_t layer);

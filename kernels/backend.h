@@ -18,6 +18,7 @@
 
 #include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
+#include "kernels/communicator.h"
 #include "kernels/selection.h"
 #include "kernels/tensor.h"
 
@@ -72,6 +73,16 @@ enum DrawField {
   kDrawKeyLow,       // of DrawKey
   kDrawKeyHigh,
   kDrawFields,
+};
+
+// What Draw's choice for a row is worth beside those from other logits of the row, as columns of float32 [rows,
+// kBestFields]: the largest logit, and by how much the score of what was drawn differs from that one's.
+enum BestField { kBestLogit, kBestScore, kBestFields };
+
+// Which ids logits belong to, and which of them may be chosen.
+struct Candidates {
+  int64_t first = 0;  // the id of the first logit of a row
+  int64_t end = 0;    // ids from here on are not chosen
 };
 
 // A row for each token or position.
@@ -135,6 +146,16 @@ class Backend {
   virtual void Download(void* target, Tensor source) = 0;
   virtual void Synchronize() = 0;
 
+  // The group of `host` with an AllReduce for this backend's tensors; the rest is the host's. Takes all ranks.
+  virtual absl::StatusOr<std::unique_ptr<Communicator>> JoinGroup(std::unique_ptr<Communicator> host) { return host; }
+
+  // Whether ops are only queued: the caller may prepare the next step while this one runs. Mark names the place in the
+  // queue after all that was called so far, Await returns when that has been done: downloads before it are filled. The
+  // last two marks can be awaited.
+  virtual bool RunsAhead() const { return false; }
+  virtual uint64_t Mark() { return 0; }
+  virtual void Await(uint64_t /*mark*/) { Synchronize(); }
+
   // Runs `ops`, which calls ops below and neither copies nor allocates. With the same key but kOnce, ops are the same
   // with the same arguments, whatever lies in the memory: a device may keep what they launched and run it again without
   // calling them.
@@ -145,7 +166,8 @@ class Backend {
   virtual void Stamp(int event) = 0;
   virtual double ElapsedMs(int from, int to) = 0;
 
-  // y[r] = table[ids[r] + offset], widened, or y[r] += with `accumulate`. ids int32 [1, rows].
+  // y[r] = table[ids[r] + offset], widened, or y[r] += with `accumulate`. What lies outside the table is zero. ids
+  // int32 [1, rows].
   virtual void Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) = 0;
 
   // y = (x - mean) / sqrt(variance + epsilon) * weight + bias over the features of each row. y may be x.
@@ -184,9 +206,10 @@ class Backend {
   virtual void Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
                      Tensor hidden) = 0;
 
-  // tokens int32 [1, rows]: for each row of logits the most likely of the first `candidates`, the lowest of equals, or
-  // by `draws` the one drawn from them (kernels/draw.h); -1 where some logit of the row is not finite.
-  virtual void Draw(Tensor tokens, Tensor logits, Tensor draws, int64_t candidates) = 0;
+  // tokens int32 [1, rows]: for each row of logits the most likely of the candidates, the lowest of equals, or by
+  // `draws` the one drawn from them (kernels/draw.h); -1 where some logit of the row is not finite. With no candidate
+  // among the ids the token means nothing. `bests` [rows, kBestFields], unless empty.
+  virtual void Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates) = 0;
 
   // x += y.
   virtual void Add(Tensor x, Tensor y) = 0;
@@ -200,7 +223,12 @@ struct CpuBackendOptions {
   // One CPU per thread, as far as the affinity mask reaches. The thread that calls the ops counts: its first op pins
   // it, and threads that it starts afterwards inherit that. Two backends that pin share the same CPUs.
   bool pin = true;
+  int first_cpu = 0;  // with `pin`: of those that the process may use, the number of the first thread's
+  int sharers = 1;    // backends that share this machine's memory: FreeBytes is this one's part
 };
+
+// CPUs that this process may use.
+int CpuCount();
 
 absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const CpuBackendOptions& options);
 

@@ -104,11 +104,13 @@ void CheckAudit(const Tensor& result, const Tensor& x, const LinearWeights& up, 
   CHECK(neurons.all() || !neurons.masks.empty()) << "an audit wants to know what each row selected";
 }
 
-void CheckDraw(const Tensor& tokens, const Tensor& logits, const Tensor& draws, int64_t candidates) {
+void CheckDraw(const Tensor& tokens, const Tensor& bests, const Tensor& logits, const Tensor& draws,
+               Candidates candidates) {
   CheckShape("tokens of Draw", tokens, DType::kInt32, 1, logits.rows);
   CheckShape("draws of Draw", draws, DType::kInt32, logits.rows, kDrawFields);
-  CHECK(logits.dtype == DType::kFloat32 && candidates > 0 && candidates <= logits.cols)
-      << candidates << " candidates of " << logits.cols;
+  if (!bests.empty()) CheckShape("bests of Draw", bests, DType::kFloat32, logits.rows, kBestFields);
+  CHECK(logits.dtype == DType::kFloat32 && candidates.first >= 0 && candidates.end >= 0)
+      << "candidates from " << candidates.first << " to " << candidates.end;
 }
 
 void CheckAdd(const Tensor& x, const Tensor& y) {

@@ -27,7 +27,8 @@ void CheckMlp(const Tensor& y, const Tensor& x, const MlpWeights& w, const Selec
 void CheckAudit(const Tensor& result, const Tensor& x, const LinearWeights& up, const Tensor& worth,
                 const Selection& neurons, const Tensor& hidden);
 void CheckAdd(const Tensor& x, const Tensor& y);
-void CheckDraw(const Tensor& tokens, const Tensor& logits, const Tensor& draws, int64_t candidates);
+void CheckDraw(const Tensor& tokens, const Tensor& bests, const Tensor& logits, const Tensor& draws,
+               Candidates candidates);
 void CheckGatherRows(const Tensor& y, const Tensor& x, const Tensor& ids);
 
 }  // namespace dejavu

@@ -1,13 +1,14 @@
 // Communicator: the ranks that hold slices of one model. The model calls it unconditionally; a group of one is the
 // identity. Every rank must make the same calls in the same order. One thread per rank.
 //
-// A peer that does not come within the group's limit, or has failed, makes the call throw std::runtime_error that names
-// the call, the rank that waited and the limit: like a lost device, it has no status to be returned in.
+// A peer that does not come within the rank's limit, or has failed, makes the call throw PeerLost, which names the
+// call, the rank that waited and the limit: like a lost device, it has no status to be returned in.
 #ifndef KERNELS_COMMUNICATOR_H_
 #define KERNELS_COMMUNICATOR_H_
 
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 
 #include "kernels/tensor.h"
 
@@ -17,6 +18,12 @@ namespace dejavu {
 struct CommunicatorStats {
   int64_t all_reduces = 0;
   int64_t all_reduce_ns = 0;  // the calling thread's, waiting for the others included
+};
+
+// What a call throws whose peer does not come.
+class PeerLost : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
 };
 
 class Communicator {
@@ -36,6 +43,9 @@ class Communicator {
   // Host memory. On rank 0 `all` [size][bytes] receives everyone's `mine`, in the order of ranks; elsewhere it may be
   // nullptr.
   virtual void Gather(void* all, const void* mine, int64_t bytes) = 0;
+
+  // From now on this rank waits for others so long and no longer, in seconds; infinite: for ever.
+  virtual void SetLimit(double /*seconds*/) {}
 
   virtual CommunicatorStats stats() const = 0;
 };

@@ -133,8 +133,9 @@ int64_t NonZero(const float* h, const int32_t* neurons, int64_t first, int64_t l
 
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(int threads, bool pin)
-      : pool_(threads, pin),
+  CpuBackend(int threads, const CpuBackendOptions& options)
+      : pool_(threads, options.pin, options.first_cpu),
+        sharers_(options.sharers),
         scratch_(static_cast<float*>(std::aligned_alloc(64, threads * cpu::kScratchBytes)), std::free) {
     CHECK(scratch_ != nullptr);
   }
@@ -150,7 +151,7 @@ class CpuBackend final : public Backend {
     const int64_t limit = NumberIn("/sys/fs/cgroup/memory.max", "", machine);  // "max": none
     const int64_t used = NumberIn("/sys/fs/cgroup/memory.current", "", 0) -
                          NumberIn("/sys/fs/cgroup/memory.stat", "inactive_file", 0);  // the kernel gives these up
-    return std::clamp<int64_t>(limit - used, 0, machine);
+    return std::clamp<int64_t>(limit - used, 0, machine) / sharers_;
   }
   absl::StatusOr<Buffer> Allocate(int64_t bytes) override;
 
@@ -188,7 +189,7 @@ class CpuBackend final : public Backend {
            Tensor active) override;
   void Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
              Tensor hidden) override;
-  void Draw(Tensor tokens, Tensor logits, Tensor draws, int64_t candidates) override;
+  void Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates) override;
   void Add(Tensor x, Tensor y) override;
   void GatherRows(Tensor y, Tensor x, Tensor ids) override;
 
@@ -219,6 +220,7 @@ class CpuBackend final : public Backend {
   void GroupRows(const RowTable& rows);
 
   ThreadPool pool_;
+  const int sharers_;
   std::array<std::chrono::steady_clock::time_point, 64> stamps_;
   const std::unique_ptr<float, decltype(&std::free)> scratch_;  // [threads, kScratchBytes]
 
@@ -598,12 +600,12 @@ void CpuBackend::Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor 
   }
 }
 
-void CpuBackend::Draw(Tensor tokens, Tensor logits, Tensor draws, int64_t candidates) {
-  CheckDraw(tokens, logits, draws, candidates);
+void CpuBackend::Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates) {
+  CheckDraw(tokens, bests, logits, draws, candidates);
   ForRows(logits.rows, logits.cols, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
-      tokens.row<int32_t>(0)[r] =
-          cpu::Draw(logits.row<float>(r), logits.cols, static_cast<int32_t>(candidates), draws.row<int32_t>(r));
+      tokens.row<int32_t>(0)[r] = cpu::Draw(logits.row<float>(r), logits.cols, candidates, draws.row<int32_t>(r),
+                                            bests.empty() ? nullptr : bests.row<float>(r));
     }
   });
 }
@@ -629,8 +631,10 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const CpuBackendOption
     return absl::InvalidArgumentError(
         absl::StrCat("threads is ", options.threads, "; it must be 0 (all CPUs) or more"));
   }
-  const int threads = options.threads > 0 ? options.threads : static_cast<int>(ThreadPool::Cpus().size());
-  return std::make_unique<CpuBackend>(threads, options.pin);
+  const int threads = options.threads > 0 ? options.threads : CpuCount();
+  return std::make_unique<CpuBackend>(threads, options);
 }
+
+int CpuCount() { return static_cast<int>(ThreadPool::Cpus().size()); }
 
 }  // namespace dejavu

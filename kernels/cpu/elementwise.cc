@@ -34,8 +34,11 @@ void Embed(const Tensor& y, const Tensor& ids, const EmbeddingWeights& embedding
   const Tensor& table = embedding.weight;
   for (int64_t r = first; r < last; ++r) {
     const int64_t id = ids.row<int32_t>(0)[r] + offset;
-    CHECK(id >= 0 && id < table.rows) << "row " << id << " of " << table.rows;
     float* to = y.row<float>(r);
+    if (id < 0 || id >= table.rows) {
+      if (!accumulate) std::fill_n(to, y.cols, 0.0f);
+      continue;
+    }
     const float scale = embedding.scale.empty() ? 1.0f : embedding.scale.row<float>(0)[id];
     switch (table.dtype) {
       case DType::kFloat32:

@@ -113,7 +113,7 @@ void Embed(const Tensor& y, const Tensor& ids, const EmbeddingWeights& table, in
 void LayerNorm(const Tensor& y, const Tensor& x, const NormWeights& norm, int64_t first, int64_t last);
 void Add(const Tensor& x, const Tensor& y, int64_t first, int64_t last);
 // A row; `draw` has kDrawFields.
-int32_t Draw(const float* logits, int64_t count, int32_t candidates, const int32_t* draw);
+int32_t Draw(const float* logits, int64_t count, Candidates candidates, const int32_t* draw, float* best);
 
 }  // namespace dejavu::cpu
 

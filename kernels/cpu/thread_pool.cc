@@ -25,9 +25,9 @@ void RunOn(const std::vector<int>& cpus) {
   sched_setaffinity(0, sizeof(set), &set);
 }
 
-void Pin(int thread) {
+void Pin(int cpu) {
   const std::vector<int>& cpus = ThreadPool::Cpus();
-  if (thread < static_cast<int>(cpus.size())) RunOn({cpus[thread]});
+  if (cpu < static_cast<int>(cpus.size())) RunOn({cpus[cpu]});
 }
 
 }  // namespace
@@ -45,8 +45,11 @@ const std::vector<int>& ThreadPool::Cpus() {
   return cpus;
 }
 
-ThreadPool::ThreadPool(int threads, bool pin)
-    : threads_(threads), pin_(pin), spins_(threads <= static_cast<int>(Cpus().size()) ? kSpins : 0) {
+ThreadPool::ThreadPool(int threads, bool pin, int first_cpu)
+    : threads_(threads),
+      pin_(pin),
+      first_cpu_(first_cpu),
+      spins_(threads <= static_cast<int>(Cpus().size()) ? kSpins : 0) {
   CHECK(threads >= 1) << threads << " threads";
   for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { Work(i); });
 }
@@ -60,7 +63,7 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::RunBody(Body body, void* context) {
   if (pin_ && pinned_caller_ != std::this_thread::get_id()) {
-    Pin(0);
+    Pin(first_cpu_);
     pinned_caller_ = std::this_thread::get_id();
   }
   if (threads_ == 1) return body(context, 0);
@@ -78,7 +81,7 @@ void ThreadPool::RunBody(Body body, void* context) {
 
 void ThreadPool::Work(int thread) {
   RunOn(Cpus());  // the creator's own pin is inherited
-  if (pin_) Pin(thread);
+  if (pin_) Pin(first_cpu_ + thread);
   uint32_t epoch = 0;
   while (true) {
     epoch = AwaitChange(epoch_, epoch);

@@ -19,9 +19,9 @@ class ThreadPool {
   // The CPUs that this process could use when a pool was first made, ascending.
   static const std::vector<int>& Cpus();
 
-  // `pin` gives thread i the i-th of Cpus() as far as they reach. That includes the calling thread, pinned by its first
-  // run: threads which it starts later inherit the pin, so call from a thread that starts none.
-  ThreadPool(int threads, bool pin);
+  // `pin` gives thread i the i-th of Cpus() after `first_cpu`, as far as they reach. That includes the calling thread,
+  // pinned by its first run: threads which it starts later inherit the pin, so call from a thread that starts none.
+  ThreadPool(int threads, bool pin, int first_cpu = 0);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -66,6 +66,7 @@ class ThreadPool {
   // Constant after construction.
   const int threads_;
   const bool pin_;
+  const int first_cpu_;
   const int spins_;
   std::vector<std::thread> workers_;
 

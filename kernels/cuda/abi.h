@@ -5,7 +5,8 @@
 //
 // Every function but `error` and `close` returns 0, or another number and a message from `error` (of the calling
 // thread, valid until its next call; it names what was tried and CUDA's own error). One thread at a time uses a
-// context. Work is queued in order on the context's one stream; only `download`, `synchronize` and `elapsed_ms` wait.
+// context. Work is queued in order on the context's one stream; only `download`, `synchronize`, `wait` and `elapsed_ms`
+// wait.
 #ifndef KERNELS_CUDA_ABI_H_
 #define KERNELS_CUDA_ABI_H_
 
@@ -15,7 +16,7 @@
 extern "C" {
 #endif
 
-#define DEJAVU_CUDA_ABI_VERSION 1
+#define DEJAVU_CUDA_ABI_VERSION 2
 #define DEJAVU_CUDA_ENTRY "DejavuCudaEntry"  // const DejavuCudaModule* (*)(void); all that the module exports
 
 typedef struct DejavuCudaContext DejavuCudaContext;
@@ -84,14 +85,17 @@ typedef struct DejavuCudaModule {
   int (*gemm)(DejavuCudaContext* context, const DejavuCudaGemm* gemm);
   int (*kernel_info)(DejavuCudaContext* context, int32_t kernel, DejavuCudaKernel* info);
 
-  // What is launched in between is kept instead of run; replay runs it. No copies of pageable memory in between.
+  // What is launched in between is kept instead of run; replay runs it. No copies of pageable memory in between. A
+  // graph of nullptr: the device has no memory for it.
   int (*begin_capture)(DejavuCudaContext* context);
   int (*end_capture)(DejavuCudaContext* context, DejavuCudaGraph** graph);
   int (*replay)(DejavuCudaContext* context, DejavuCudaGraph* graph);
   void (*free_graph)(DejavuCudaContext* context, DejavuCudaGraph* graph);
 
-  // Time stamps in the queue, numbered by the caller, 0 ... 63.
+  // Time stamps in the queue, numbered by the caller, 0 ... 65. `wait` returns when the queue has passed the last stamp
+  // of that number: what was fetched before it has arrived.
   int (*stamp)(DejavuCudaContext* context, int32_t event);
+  int (*wait)(DejavuCudaContext* context, int32_t event);
   int (*elapsed_ms)(DejavuCudaContext* context, int32_t from, int32_t to, float* ms);
 } DejavuCudaModule;
 

@@ -5,7 +5,9 @@
 #include "kernels/cuda/cuda_backend.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <deque>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -34,6 +36,8 @@ constexpr int64_t kBlocksPerMultiprocessor = 2;
 constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kGemmRows = 33;  // from so many rows on a product is the library's
 constexpr size_t kMostRecordings = 128;
+constexpr uint64_t kMarks = 2;
+constexpr int kFirstMarkEvent = 64;  // of the module's; those before it are Stamp's
 
 int32_t Int(int64_t value) {
   CHECK(value >= INT32_MIN && value <= INT32_MAX) << value;
@@ -124,6 +128,9 @@ class CudaBackend final : public Backend {
   void Upload(Tensor target, const void* source) override;
   void Download(void* target, Tensor source) override;
   void Synchronize() override;
+  bool RunsAhead() const override { return true; }
+  uint64_t Mark() override;
+  void Await(uint64_t mark) override;
   void Run(uint64_t key, absl::FunctionRef<void()> ops) override;
   void Stamp(int event) override;
   double ElapsedMs(int from, int to) override;
@@ -140,7 +147,7 @@ class CudaBackend final : public Backend {
            Tensor active) override;
   void Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
              Tensor hidden) override;
-  void Draw(Tensor tokens, Tensor logits, Tensor draws, int64_t candidates) override;
+  void Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates) override;
   void Add(Tensor x, Tensor y) override;
   void GatherRows(Tensor y, Tensor x, Tensor ids) override;
 
@@ -161,6 +168,8 @@ class CudaBackend final : public Backend {
   void Grow(Buffer& buffer, int64_t bytes);
   void ForgetGraphs();
   void Wait();
+  void Fill(int64_t count);
+  static constexpr int MarkEvent(uint64_t mark) { return kFirstMarkEvent + static_cast<int>(mark % kMarks); }
   char* Stage(int64_t bytes);
 
   struct Products {
@@ -214,14 +223,18 @@ class CudaBackend final : public Backend {
     const void* place;
     int64_t bytes;
   };
-  std::vector<Fetched> fetched_;  // downloads that Wait completes
-  int64_t staged_ = 0;            // bytes of the staging memory that copies under way use
-  Buffer partial_;                // partial sums of a launch
-  Buffer tickets_;                // zero between launches
-  Buffer halves_;                 // x of a product that the library does
+  std::deque<Fetched> fetched_;  // downloads under way, in order
+  int64_t filled_ = 0;           // those that have arrived
+  uint64_t marks_ = 0;
+  std::array<int64_t, kMarks> fetched_at_ = {};  // by mark, modulo kMarks: downloads before it, since the beginning
+  int64_t staged_ = 0;                           // bytes of the staging memory that copies under way use
+  Buffer partial_;                               // partial sums of a launch
+  Buffer tickets_;                               // zero between launches
+  Buffer halves_;                                // x of a product that the library does
   bool capturing_ = false;
   struct Recording {
-    bool seen = false;  // run once: scratch has the size that it needs
+    bool seen = false;     // run once: scratch has the size that it needs
+    bool refused = false;  // the device has no memory for the graph
     DejavuCudaGraph* graph = nullptr;
   };
   std::unordered_map<uint64_t, Recording> recordings_;
@@ -283,9 +296,31 @@ absl::StatusOr<Buffer> CudaBackend::Allocate(int64_t bytes) {
 // Waits for the device: what was downloaded is there, and staging memory is free again.
 void CudaBackend::Wait() {
   Try(module_.synchronize(context_->context), "synchronize");
-  for (const Fetched& fetched : fetched_) std::memcpy(fetched.target, fetched.place, fetched.bytes);
-  fetched_.clear();
+  Fill(filled_ + static_cast<int64_t>(fetched_.size()));
   staged_ = 0;
+}
+
+// The first `count` downloads since the beginning have arrived.
+void CudaBackend::Fill(int64_t count) {
+  for (; filled_ < count; ++filled_) {
+    const Fetched& fetched = fetched_.front();
+    std::memcpy(fetched.target, fetched.place, fetched.bytes);
+    fetched_.pop_front();
+  }
+}
+
+uint64_t CudaBackend::Mark() {
+  Flush();
+  ++marks_;
+  fetched_at_[marks_ % kMarks] = filled_ + static_cast<int64_t>(fetched_.size());
+  Try(module_.stamp(context_->context, MarkEvent(marks_)), "mark");
+  return marks_;
+}
+
+void CudaBackend::Await(uint64_t mark) {
+  CHECK(mark <= marks_ && mark + kMarks > marks_) << "mark " << mark << " of " << marks_;
+  Try(module_.wait(context_->context, MarkEvent(mark)), "wait");
+  Fill(fetched_at_[mark % kMarks]);
 }
 
 // Staging memory until the next Wait.
@@ -383,13 +418,19 @@ void CudaBackend::Run(uint64_t key, absl::FunctionRef<void()> ops) {
     Flush();
     return;
   }
-  if (recording.graph == nullptr) {
+  if (recording.graph == nullptr && !recording.refused) {
     Try(module_.begin_capture(context_->context), "begin of a graph");
     capturing_ = true;
     ops();
     Flush();
     capturing_ = false;
     Try(module_.end_capture(context_->context, &recording.graph), "end of a graph");
+    recording.refused = recording.graph == nullptr;
+  }
+  if (recording.refused) {
+    ops();
+    Flush();
+    return;
   }
   Try(module_.replay(context_->context, recording.graph), "graph");
 }
@@ -442,6 +483,7 @@ void CudaBackend::Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int
   const cuda::EmbedParams p = {MatrixFrom<float>(y),
                                VectorFrom<int32_t>(ids),
                                table.weight.data,
+                               table.weight.rows,
                                table.weight.stride,
                                offset,
                                VectorFrom<float>(table.scale),
@@ -451,11 +493,16 @@ void CudaBackend::Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int
   Launch(cuda::kEmbed, RowGrid(y), 0, p);
 }
 
-void CudaBackend::Draw(Tensor tokens, Tensor logits, Tensor draws, int64_t candidates) {
-  CheckDraw(tokens, logits, draws, candidates);
+void CudaBackend::Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates) {
+  CheckDraw(tokens, bests, logits, draws, candidates);
   Flush();
-  const cuda::DrawParams p = {VectorFrom<int32_t>(tokens), MatrixFrom<const float>(logits),
-                              MatrixFrom<const int32_t>(draws), Int(logits.cols), Int(candidates)};
+  const cuda::DrawParams p = {VectorFrom<int32_t>(tokens),
+                              MatrixFrom<float>(bests),
+                              MatrixFrom<const float>(logits),
+                              MatrixFrom<const int32_t>(draws),
+                              Int(logits.cols),
+                              Int(candidates.first),
+                              Int(std::clamp<int64_t>(candidates.end - candidates.first, 0, logits.cols))};
   Launch(cuda::kDraw, {logits.rows}, 0, p);
 }
 

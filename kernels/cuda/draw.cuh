@@ -51,19 +51,24 @@ DJ_KERNEL(Draw, DrawParams, kBlockThreads) {
     if (Thread() == 0) p.tokens[row] = -1;
     return;
   }
-  double largest = most;
-  int token = BlockArgMax(largest, best);
+  double largest = most, score = 0.0;
+  int token = p.first + BlockArgMax(largest, best);
   const float temperature = __uint_as_float(static_cast<uint32_t>(draw[0]));  // in the order of DrawField
   if (temperature != 0.0f) {
     const double inverse = 1.0 / static_cast<double>(temperature);
     GumbelMax drawn(static_cast<uint32_t>(draw[1]) | static_cast<uint64_t>(static_cast<uint32_t>(draw[2])) << 32);
     for (int i = Thread(); i < p.candidates; i += kBlockThreads) {
-      drawn.Add(DrawScore(logits[i], static_cast<float>(largest), inverse), i);
+      drawn.Add(DrawScore(logits[i], static_cast<float>(largest), inverse), p.first + i);
     }
-    double sum = drawn.best();
-    token = BlockArgMax(sum, drawn.chosen() < 0 ? p.candidates : drawn.chosen());
+    score = drawn.best();
+    token = BlockArgMax(score, drawn.chosen() < 0 ? p.first + p.candidates : drawn.chosen());
   }
-  if (Thread() == 0) p.tokens[row] = token;
+  if (Thread() != 0) return;
+  p.tokens[row] = token;
+  if (p.bests.data == nullptr) return;
+  float* bests = Row(p.bests, row);  // in the order of BestField
+  bests[0] = static_cast<float>(largest);
+  bests[1] = static_cast<float>(score);
 }
 
 }  // namespace dejavu::cuda

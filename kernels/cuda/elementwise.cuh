@@ -10,12 +10,13 @@ namespace dejavu::cuda {
 template <typename W>
 DJ_DEVICE void EmbedRow(const EmbedParams& p, int row) {
   const int64_t id = p.ids[row] + p.offset;
-  const W* from = static_cast<const W*>(p.table) + id * p.stride;
-  const float scale = p.scale != nullptr ? p.scale[id] : 1.0f;
+  const bool known = id >= 0 && id < p.entries;
+  const W* from = static_cast<const W*>(p.table) + (known ? id : 0) * p.stride;
+  const float scale = known && p.scale != nullptr ? p.scale[id] : 1.0f;
   float* to = Row(p.y, row);
   for (int i = static_cast<int>(blockIdx.x) * kBlockThreads + Thread(); i < p.features;
        i += static_cast<int>(gridDim.x) * kBlockThreads) {
-    const float value = WidenElement(from + i) * scale;
+    const float value = known ? WidenElement(from + i) * scale : 0.0f;
     to[i] = p.accumulate ? to[i] + value : value;
   }
 }

@@ -30,7 +30,7 @@ namespace dejavu::cuda {
 namespace {
 
 constexpr int kArchitectures[] = {__CUDA_ARCH_LIST__};  // of this build, such as 800, in ascending order
-constexpr int kEvents = 64;
+constexpr int kEvents = 66;
 constexpr int64_t kBlasWorkspaceBytes = 32 << 20;
 
 thread_local char error_text[2048] = "";
@@ -473,11 +473,16 @@ int EndCapture(DejavuCudaContext* context, DejavuCudaGraph** graph) {
   cudaGraph_t captured = nullptr;
   RETURN_IF_FAILED(Check(*context, cudaStreamEndCapture(context->stream, &captured), "end capture"));
   auto made = std::make_unique<DejavuCudaGraph>();
-  const cudaError_t error = cudaGraphInstantiate(&made->graph, captured, 0);
+  cudaError_t error = cudaGraphInstantiate(&made->graph, captured, 0);
   cudaGraphDestroy(captured);
-  RETURN_IF_FAILED(Check(*context, error, "instantiate a graph"));
   // Now rather than within the first replay.
-  RETURN_IF_FAILED(Check(*context, cudaGraphUpload(made->graph, context->stream), "upload a graph"));
+  if (error == cudaSuccess) error = cudaGraphUpload(made->graph, context->stream);
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // it is not sticky
+    *graph = nullptr;
+    return 0;
+  }
+  RETURN_IF_FAILED(Check(*context, error, "instantiate a graph"));
   *graph = made.release();
   return 0;
 }
@@ -506,6 +511,15 @@ int Stamp(DejavuCudaContext* context, int32_t event) {
             cudaEventRecordWithFlags(context->events[event], context->stream,
                                      context->capturing ? cudaEventRecordExternal : cudaEventRecordDefault),
             "stamp"));
+  return 0;
+}
+
+int Wait(DejavuCudaContext* context, int32_t event) {
+  RETURN_IF_FAILED(Enter(*context, "wait"));
+  if (event < 0 || event >= kEvents || context->events[event] == nullptr) {
+    return Fail(cudaErrorInvalidValue, "wait: event %d was never stamped", event);
+  }
+  RETURN_IF_FAILED(Check(*context, cudaEventSynchronize(context->events[event]), "wait"));
   return 0;
 }
 
@@ -547,6 +561,7 @@ extern "C" __attribute__((visibility("default"))) const DejavuCudaModule* Dejavu
                                           Replay,
                                           FreeGraph,
                                           Stamp,
+                                          Wait,
                                           ElapsedMs};
   return &module;
 }

@@ -77,7 +77,7 @@ struct EmbedParams {
   MatrixOf<float> y;
   const int32_t* ids;  // [rows]
   const void* table;   // [entries, stride]
-  int64_t stride, offset;
+  int64_t entries, stride, offset;
   const float* scale;  // [entries], int8 alone
   int32_t features, accumulate;
   WeightType type;
@@ -208,9 +208,10 @@ constexpr int kMostHeadDim = 256;
 
 struct DrawParams {
   int32_t* tokens;
+  MatrixOf<float> bests;  // [rows, kBestFields], or nullptr
   MatrixOf<const float> logits;
-  MatrixOf<const int32_t> draws;  // [rows, kDrawFields]
-  int32_t count, candidates;      // logits of a row; the first of them that may be chosen
+  MatrixOf<const int32_t> draws;     // [rows, kDrawFields]
+  int32_t count, first, candidates;  // logits of a row; the id of the first; so many of them may be chosen
 };
 
 // sums[t] += the 64-bit words that thread t of the grid reads: all of data once.

@@ -103,8 +103,8 @@ void TimedBackend::Audit(Tensor result, Tensor x, const LinearWeights& up, Tenso
   Time(StepPart::kRest, [&] { timed_->Audit(result, x, up, worth, neurons, hidden); });
 }
 
-void TimedBackend::Draw(Tensor tokens, Tensor logits, Tensor draws, int64_t candidates) {
-  Time(StepPart::kRest, [&] { timed_->Draw(tokens, logits, draws, candidates); });
+void TimedBackend::Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates) {
+  Time(StepPart::kRest, [&] { timed_->Draw(tokens, bests, logits, draws, candidates); });
 }
 
 void TimedBackend::Add(Tensor x, Tensor y) {

@@ -48,6 +48,9 @@ class TimedBackend final : public Backend {
   void Upload(Tensor target, const void* source) override;
   void Download(void* target, Tensor source) override;
   void Synchronize() override { timed_->Synchronize(); }
+  bool RunsAhead() const override { return timed_->RunsAhead(); }
+  uint64_t Mark() override { return timed_->Mark(); }
+  void Await(uint64_t mark) override { timed_->Await(mark); }
   void Run(uint64_t key, absl::FunctionRef<void()> ops) override;
   void Stamp(int event) override { timed_->Stamp(event); }
   double ElapsedMs(int from, int to) override { return timed_->ElapsedMs(from, to); }
@@ -63,7 +66,7 @@ class TimedBackend final : public Backend {
            Tensor active) override;
   void Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
              Tensor hidden) override;
-  void Draw(Tensor tokens, Tensor logits, Tensor draws, int64_t candidates) override;
+  void Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates) override;
   void Add(Tensor x, Tensor y) override;
   void GatherRows(Tensor y, Tensor x, Tensor ids) override;
 

@@ -71,7 +71,7 @@ TEST(Sampler, ADeviceDrawsWhatTheSamplerDraws) {
   const Tensor tokens = memory.View(values.bytes() + wanted.bytes(), DType::kInt32, 1, kRows);
   backend->Upload(values, logits.data());
   backend->Upload(wanted, draws.data());
-  backend->Draw(tokens, values, wanted, kKnown);
+  backend->Draw(tokens, {}, values, wanted, {0, kKnown});
   std::vector<int32_t> drawn(kRows);
   backend->Download(drawn.data(), tokens);
   backend->Synchronize();

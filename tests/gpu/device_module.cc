@@ -25,6 +25,7 @@ struct Counts {
 std::map<DejavuCudaGraph*, Counts> graphs;
 Counts captured;
 bool capturing = false;
+int32_t last_event = -1;
 
 void Add(const Counts& counts) {
   Emulation& emulation = GetEmulation();
@@ -80,6 +81,16 @@ int EndCapture(DejavuCudaContext* context, DejavuCudaGraph** graph) {
   return 0;
 }
 
+int Stamp(DejavuCudaContext* context, int32_t event) {
+  last_event = event;
+  return real->stamp(context, event);
+}
+
+int Wait(DejavuCudaContext* context, int32_t event) {
+  GetEmulation().waits_behind += event != last_event;
+  return real->wait(context, event);
+}
+
 int Replay(DejavuCudaContext* context, DejavuCudaGraph* graph) {
   if (Fails("a graph")) return 1;
   Add(graphs[graph]);
@@ -116,6 +127,8 @@ const DejavuCudaModule* ModuleUnderTest() {
     counting.begin_capture = BeginCapture;
     counting.end_capture = EndCapture;
     counting.replay = Replay;
+    counting.stamp = Stamp;
+    counting.wait = Wait;
     counting.free_graph = FreeGraph;
     return counting;
   }();

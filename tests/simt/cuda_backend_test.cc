@@ -8,6 +8,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -334,7 +335,8 @@ TEST_P(CudaBackendTest, LayerNormAddEmbedAndGatherRowsAreThoseOfTheCpu) {
     for (const DType dtype : kWeightTypes) {
       const EmbeddingWeights table = {arena_.Put(Random(10, features, 1), dtype),
                                       dtype == DType::kInt8 ? arena_.Put(Random(1, 10, 2)) : Tensor()};
-      const Tensor ids = arena_.PutInts({7, 0, 3}), embedded = arena_.Put(Matrix(3, features, 0.5f));
+      // The last two lie outside the table.
+      const Tensor ids = arena_.PutInts({7, 0, -9, 8}), embedded = arena_.Put(Matrix(4, features, 0.5f));
       const Tensor on = Device(embedded);
       for (const bool accumulate : {false, true}) {
         cpu_->Embed(embedded, ids, table, 2, accumulate);
@@ -783,7 +785,7 @@ TEST_P(CudaAttentionTest, NotANumberInAKeyReachesTheRowsThatSeeIt) {
 }
 
 TEST_P(CudaBackendTest, DrawsTheTokensOfTheCpu) {
-  constexpr int kRows = 16, kVocab = 1003, kKnown = 1000;
+  constexpr int kRows = 16, kVocab = 1003, kKnown = 1000, kFirst = 5000;
   Matrix logits = Random(kRows, kVocab, 1);
   for (float& logit : logits.values) logit *= 5.0f;
   logits.at(3, 17) = logits.at(3, 900) = 40.0f;
@@ -799,14 +801,48 @@ TEST_P(CudaBackendTest, DrawsTheTokensOfTheCpu) {
   wanted.rows = kRows;
   wanted.cols = wanted.stride = kDrawFields;
   const Tensor on_device = Device(tokens);
-  cpu_->Draw(tokens, arena_.Put(logits), wanted, kKnown);
-  cuda_->Draw(on_device, Put(logits), Device(wanted), kKnown);
+  const Matrix no_bests = Random(kRows, kBestFields, 2);
+  const Tensor bests = arena_.Put(no_bests), bests_on_device = Put(no_bests);
+  constexpr Candidates kSome = {kFirst, kFirst + kKnown};
+  cpu_->Draw(tokens, bests, arena_.Put(logits), wanted, kSome);
+  cuda_->Draw(on_device, bests_on_device, Put(logits), Device(wanted), kSome);
   const std::vector<int32_t> expected(tokens.row<int32_t>(0), tokens.row<int32_t>(0) + kRows);
-  EXPECT_EQ(expected[3], 17);
+  EXPECT_EQ(expected[3], kFirst + 17);
   EXPECT_EQ(expected[4], -1);
   EXPECT_EQ(expected[5], -1);
-  EXPECT_LT(expected[6], kKnown);
+  EXPECT_LT(expected[6], kFirst + kKnown);
   EXPECT_EQ(Ints(on_device), expected);
+  const Matrix values = Got(bests_on_device);
+  for (int r = 0; r < kRows; ++r) {
+    if (expected[r] < 0) continue;
+    EXPECT_EQ(values.at(r, kBestLogit), bests.row<float>(r)[kBestLogit]) << r;
+    EXPECT_NEAR(values.at(r, kBestScore), bests.row<float>(r)[kBestScore], 1e-5) << r;
+  }
+}
+
+TEST_P(CudaBackendTest, DrawsFromSlicesWhatItDrawsFromAll) {
+  constexpr int kRows = 12, kVocab = 501, kEnd = 490, kCut = 200;
+  Matrix logits = Random(kRows, kVocab, 1);
+  std::vector<int32_t> draws;
+  for (int r = 0; r < kRows; ++r) {
+    draws.insert(draws.end(), {std::bit_cast<int32_t>(r % 2 == 0 ? 0.0f : 0.7f), 31 * r, 5 * r});
+  }
+  Tensor wanted = arena_.PutInts(draws);
+  wanted.rows = kRows;
+  wanted.cols = wanted.stride = kDrawFields;
+  const Tensor x = Put(logits), on_device = Device(wanted);
+  const auto draw = [&](Tensor part, int64_t first) {
+    const Tensor tokens = Device(arena_.PutInts(std::vector<int32_t>(kRows, -7)));
+    const Tensor bests = Put(Random(kRows, kBestFields, 2));
+    cuda_->Draw(tokens, bests, part, on_device, {first, kEnd});
+    return std::make_pair(Ints(tokens), Got(bests));
+  };
+  const auto all = draw(x, 0), left = draw(x.Cols(0, kCut), 0), right = draw(x.Cols(kCut, kVocab - kCut), kCut);
+  for (int r = 0; r < kRows; ++r) {
+    const double inverse = r % 2 == 0 ? 1.0 : 1.0 / 0.7f;
+    const auto worth = [&](const Matrix& b) { return b.at(r, kBestLogit) * inverse + b.at(r, kBestScore); };
+    EXPECT_EQ(all.first[r], worth(right.second) > worth(left.second) ? right.first[r] : left.first[r]) << r;
+  }
 }
 
 TEST_P(CudaBackendTest, UploadsAndDownloadsOfAnySizeAndStride) {
@@ -822,6 +858,21 @@ TEST_P(CudaBackendTest, UploadsAndDownloadsOfAnySizeAndStride) {
     cuda_->Synchronize();
     EXPECT_TRUE(SameBits(got, m)) << rows << " x " << cols;
   }
+  // What lies before a mark arrives with it, whatever has been queued since.
+  const Tensor number = Device(arena_.PutInts({0}));
+  std::array<int32_t, 5> seen = {};
+  std::array<uint64_t, 5> marks = {};
+  for (int32_t i = 0; i < 5; ++i) {
+    const int32_t value = 100 + i;
+    cuda_->Upload(number, &value);
+    cuda_->Download(&seen[i], number);
+    marks[i] = cuda_->Mark();
+    if (i == 0) continue;
+    cuda_->Await(marks[i - 1]);
+    EXPECT_EQ(seen[i - 1], 99 + i);
+  }
+  cuda_->Await(marks[4]);
+  EXPECT_EQ(seen[4], 104);
   // More small ones than staging memory holds.
   const Tensor small = Device(arena_.PutInts(std::vector<int32_t>(10'000)));
   for (int32_t i = 0; i < 300; ++i) cuda_->Upload(small, std::vector<int32_t>(10'000, i).data());

@@ -4,6 +4,7 @@
 #include <bit>
 #include <chrono>
 #include <cstdlib>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -42,14 +43,20 @@ struct DejavuCudaContext {
   Work held;             // the last launch, perhaps
   std::unique_ptr<DejavuCudaGraph> capture;
   bool has_blas = false;  // opened by the first gemm, which must not be captured
-  std::chrono::steady_clock::time_point stamps[64];
+  struct Event {
+    std::chrono::steady_clock::time_point time;
+    size_t fetched = 0, uploaded = 0;  // rows before it, since the beginning
+  };
+  Event events[66];
+  int32_t last_event = -1;
 
   // Until the host waits: rows on their way to pinned memory, and what pinned memory held when it was uploaded.
   struct Row {
     char* host;
     std::vector<char> bytes;
   };
-  std::vector<Row> fetched, uploaded;
+  std::deque<Row> fetched, uploaded;
+  size_t fetched_before = 0, uploaded_before = 0;  // rows that the host has waited for
 };
 
 namespace {
@@ -80,16 +87,27 @@ absl::Status RunHeld(DejavuCudaContext* context) {
   return context->failure;
 }
 
-// What the host finds once it has waited.
-absl::Status Wait(DejavuCudaContext* context) {
+// What the host finds once it has waited for so many rows.
+absl::Status Arrive(DejavuCudaContext* context, size_t fetched, size_t uploaded) {
   RETURN_IF_ERROR(RunHeld(context));
-  for (const auto& row : std::exchange(context->fetched, {})) std::ranges::copy(row.bytes, row.host);
-  for (const auto& row : std::exchange(context->uploaded, {})) {
+  for (; context->fetched_before < fetched; ++context->fetched_before) {
+    std::ranges::copy(context->fetched.front().bytes, context->fetched.front().host);
+    context->fetched.pop_front();
+  }
+  for (; context->uploaded_before < uploaded; ++context->uploaded_before) {
+    const auto row = std::move(context->uploaded.front());
+    context->uploaded.pop_front();
     if (!std::equal(row.bytes.begin(), row.bytes.end(), row.host)) {
       return Refuse("pinned memory was changed while an upload from it was under way");
     }
   }
   return context->failure;
+}
+
+absl::Status Wait(DejavuCudaContext* context) {
+  RETURN_IF_ERROR(RunHeld(context));
+  return Arrive(context, context->fetched_before + context->fetched.size(),
+                context->uploaded_before + context->uploaded.size());
 }
 
 // Calls that wait for the device, or allocate, have no place in a graph.
@@ -323,7 +341,9 @@ absl::Status EndCapture(DejavuCudaContext* context, DejavuCudaGraph** graph) {
   if (context->capture == nullptr) return Refuse("end_capture without begin_capture");
   GetEmulation().captured_launches = context->capture->launches;
   GetEmulation().captured_gemms = context->capture->gemms;
-  *graph = context->capture.release();
+  *graph = GetEmulation().refuse_graphs ? nullptr : context->capture.get();
+  auto captured = std::exchange(context->capture, nullptr);
+  if (*graph != nullptr) captured.release();
   return context->failure;
 }
 
@@ -334,20 +354,33 @@ absl::Status Replay(DejavuCudaContext* context, DejavuCudaGraph* graph) {
 }
 
 absl::Status Stamp(DejavuCudaContext* context, int32_t event) {
-  if (event < 0 || event >= 64) return Refuse("no event has the number ", event);
+  if (event < 0 || event >= std::ssize(context->events)) return Refuse("no event has the number ", event);
   RETURN_IF_ERROR(CheckNoCapture(context, "stamp"));
-  context->stamps[event] = std::chrono::steady_clock::now();
+  context->last_event = event;
+  context->events[event] = {std::chrono::steady_clock::now(), context->fetched_before + context->fetched.size(),
+                            context->uploaded_before + context->uploaded.size()};
   return absl::OkStatus();
 }
 
-absl::Status ElapsedMs(DejavuCudaContext* context, int32_t from, int32_t to, float* ms) {
-  for (const int32_t event : {from, to}) {
-    if (event < 0 || event >= 64 || context->stamps[event] == std::chrono::steady_clock::time_point{}) {
-      return Refuse("event ", event, " has no time stamp");
-    }
+absl::Status CheckStamped(const DejavuCudaContext* context, int32_t event) {
+  if (event >= 0 && event < std::ssize(context->events) &&
+      context->events[event].time.time_since_epoch().count() != 0) {
+    return absl::OkStatus();
   }
+  return Refuse("event ", event, " has no time stamp");
+}
+
+absl::Status WaitFor(DejavuCudaContext* context, int32_t event) {
+  RETURN_IF_ERROR(CheckStamped(context, event));
+  RETURN_IF_ERROR(CheckNoCapture(context, "wait"));
+  GetEmulation().waits_behind += event != context->last_event;
+  return Arrive(context, context->events[event].fetched, context->events[event].uploaded);
+}
+
+absl::Status ElapsedMs(DejavuCudaContext* context, int32_t from, int32_t to, float* ms) {
+  for (const int32_t event : {from, to}) RETURN_IF_ERROR(CheckStamped(context, event));
   RETURN_IF_ERROR(CheckNoCapture(context, "elapsed_ms"));
-  *ms = std::chrono::duration<float, std::milli>(context->stamps[to] - context->stamps[from]).count();
+  *ms = std::chrono::duration<float, std::milli>(context->events[to].time - context->events[from].time).count();
   return absl::OkStatus();
 }
 
@@ -379,6 +412,7 @@ constexpr DejavuCudaModule kModule = {
     .replay = Call<Replay>,
     .free_graph = [](DejavuCudaContext*, DejavuCudaGraph* graph) { delete graph; },
     .stamp = Call<Stamp>,
+    .wait = Call<WaitFor>,
     .elapsed_ms = Call<ElapsedMs>,
 };
 
@@ -395,7 +429,7 @@ Emulation& GetEmulation() {
 
 void Emulation::ResetCounts() {
   std::ranges::fill(launches, 0);
-  all_launches = gemms = 0;
+  all_launches = gemms = waits_behind = 0;
 }
 
 }  // namespace dejavu::simt

@@ -37,11 +37,13 @@ std::span<const ModuleKernel> ModuleKernels();
 struct Emulation {
   uint64_t order = 0;  // 0: natural; else every launch has an order of its own, drawn from this
   bool fail_next_launch = false;
+  bool refuse_graphs = false;               // the device has no memory for them
   int64_t memory_bytes = int64_t{4} << 30;  // of the device
 
   // Since the start or ResetCounts; what a replay runs counts like the rest.
   std::vector<int64_t> launches = std::vector<int64_t>(ModuleKernels().size());  // by kernel number
   int64_t all_launches = 0, gemms = 0;
+  int64_t waits_behind = 0;  // for an event that was not the last one: the queue went on meanwhile
 
   int64_t captured_launches = 0, captured_gemms = 0;  // of the last graph
 

@@ -170,6 +170,60 @@ TEST(RecordedStep, TakesAtMostSevenLaunchesALayer) {
   }
 }
 
+// The step after the one that the host waits for is under way by then, but nobody can tell by the tokens.
+TEST(RunsAhead, WhoComesStopsAndLeavesInBetweenChangesNoToken) {
+  const std::string name = "pre-norm-hd64";
+  const std::vector<Golden> goldens = LoadGoldens(name);
+  const auto tokens = [&](const std::string& device) {
+    const auto engine = MakeEngine(name, device);
+    std::vector<Request> requests;
+    for (int i = 0; i < 3; ++i) requests.push_back(Greedy(goldens[i].prompt, Tier::kExact));
+    requests[0].stop_token_ids = {goldens[0].greedy[6]};  // unforeseen
+    requests[1].max_new_tokens = 9;
+    requests[2].sampling.temperature = 0.8f;
+    requests[2].sampling.seed = 5;
+    std::vector<std::shared_ptr<CollectingSink>> sinks;
+    // Another one comes and one that runs goes when the last has some tokens.
+    const auto late = std::make_shared<CollectingSink>();
+    uint64_t leaver = 0;
+    const auto leaving = std::make_shared<CollectingSink>();
+    const auto last = std::make_shared<CollectingSink>([&](size_t count) {
+      if (count == 4) {
+        EXPECT_TRUE(engine->Submit(Greedy(goldens[0].prompt, Tier::kDense), late).ok());
+      }
+      if (count == 8) engine->Cancel(leaver);
+      return true;
+    });
+    sinks = {std::make_shared<CollectingSink>(), std::make_shared<CollectingSink>(), last};
+    Request long_one = Greedy(goldens[1].prompt, Tier::kExact);
+    long_one.max_new_tokens = 40;
+    leaver = *engine->Submit(long_one, leaving);
+    for (int i = 0; i < 3; ++i) EXPECT_TRUE(engine->Submit(requests[i], sinks[i]).ok());
+    sinks.push_back(late);
+    std::vector<std::vector<int32_t>> ids;
+    for (const auto& sink : sinks) {
+      EXPECT_TRUE(sink->WaitForFinish().status.ok());
+      ids.push_back(sink->ids());
+    }
+    EXPECT_EQ(leaving->WaitForFinish().reason, FinishReason::kCancelled);
+    EXPECT_TRUE(engine->WaitIdle(std::chrono::steady_clock::now() + std::chrono::seconds(60)));
+    EXPECT_EQ(engine->stats().kv_blocks_free, engine->stats().kv_blocks_total);
+    return ids;
+  };
+  simt::GetEmulation().ResetCounts();
+  const auto on_device = tokens("cuda");
+  EXPECT_GT(simt::GetEmulation().waits_behind, 10);
+  EXPECT_EQ(on_device, tokens("cpu"));
+}
+
+TEST(RecordedStep, RunsAsItIsWhereThereIsNoMemoryForIt) {
+  const std::vector<Golden> goldens = LoadGoldens("pre-norm-hd64");
+  simt::GetEmulation().refuse_graphs = true;
+  const auto engine = MakeEngine("pre-norm-hd64", "cuda");
+  ExpectGolden(Generate(*engine, {Greedy(goldens[0].prompt, Tier::kExact)})[0], goldens[0]);
+  simt::GetEmulation().refuse_graphs = false;
+}
+
 TEST(DeviceFault, FailsTheRequestsAndTheEngineWithItsReason) {
   const auto engine = MakeEngine("pre-norm-hd64", "cuda");
   ASSERT_NE(engine, nullptr);
