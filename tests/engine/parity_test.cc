@@ -34,7 +34,8 @@ class ModelUnderTest {
     for (int i = 0; i < blocks; ++i) batch_->block_table[i] = blocks - 1 - i;
     kv_ = *KvCache::Create(*backend_, config_, blocks, block_tokens, kv_dtype, config_.heads);
     predictor_ = *Predictor::Create(nullptr, config_, Shard::Whole(config_), *backend_, batch_->max_rows, 0);
-    model_ = *OptModel::Create(config_, weights_, *backend_, *communicator_, *predictor_, *batch_);
+    model_ = *OptModel::Create(config_, Shard::Whole(config_), weights_, *backend_, *communicator_, *predictor_,
+                               *batch_, config_.vocab);
   }
 
   // Logits after each of `tokens`, which stand at `position` and after, in chunks of `chunk`.
@@ -45,7 +46,7 @@ class ModelUnderTest {
       for (size_t i = done; i < std::min(tokens.size(), done + chunk); ++i) {
         batch_->AddRow(0, position + static_cast<int>(i), tokens[i], true);
       }
-      model_->Forward(*batch_, kv_, &logits[done * config_.vocab]);
+      model_->Forward(*batch_, kv_, {&logits[done * config_.vocab]});
     }
     return logits;
   }

@@ -106,6 +106,8 @@ class PredictorTest : public testing::Test {
     }
     result.counts = predictor_->MakeCounts();
     predictor_->EndStep(&result.counts);
+    backend_->Synchronize();
+    predictor_->Complete(&result.counts);
     return result;
   }
 

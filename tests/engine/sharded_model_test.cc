@@ -417,6 +417,7 @@ Chosen Choose(const PredictorData& data, const Shard& shard, Tensor x) {
   chosen.counts = predictor->MakeCounts();
   predictor->EndStep(&chosen.counts);
   Cpu().Synchronize();
+  predictor->Complete(&chosen.counts);
   return chosen;
 }
 
