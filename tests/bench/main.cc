@@ -7,6 +7,7 @@
 #include "CLI/CLI.hpp"
 #include "spdlog/sinks/stdout_sinks.h"
 #include "spdlog/spdlog.h"
+#include "tests/bench/allreduce.h"
 #include "tests/bench/bandwidth.h"
 #include "tests/bench/checkpoint.h"
 #include "tests/bench/decode.h"
@@ -124,6 +125,17 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(0.1, 3600.0))
       ->capture_default_str();
 
+  dejavu::AllReduceBenchOptions all_reduce;
+  command = app.add_subcommand("allreduce",
+                               "How long ranks take to add up their values: threads, or the processes of mpirun");
+  command->add_option("--ranks", all_reduce.ranks, "Threads; mpirun says how many there are")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
+  command->add_option("--repeats", all_reduce.repeats, "Measurements of everything; figures are their medians")
+      ->check(CLI::Range(1, 1000))
+      ->capture_default_str();
+  command->add_option("--json", all_reduce.json, "Also write the figures to this file");
+
   dejavu::CheckpointOptions checkpoint;
   command = app.add_subcommand("checkpoint", "Writes a synthetic model to disk, in Hugging Face layout");
   command->add_option("--model", checkpoint.model, "Such as synthetic:opt-1.3b")->required();
@@ -138,6 +150,7 @@ int main(int argc, char** argv) {
     return app.exit(error) == 0 ? 0 : 2;
   }
   try {
+    if (app.got_subcommand("allreduce")) return dejavu::RunAllReduceBench(all_reduce);
     if (app.got_subcommand("bandwidth")) return dejavu::RunBandwidthBench(bandwidth);
     if (app.got_subcommand("ops")) return dejavu::RunOpsBench(ops);
     if (app.got_subcommand("prefill")) return dejavu::RunPrefillBench(prefill);
