@@ -101,6 +101,14 @@ std::vector<Option> OptionTable(Config* config) {
       {"memory_share", "Compute", "share of the device's free memory that may be taken", &e.memory_share, 0.01, 1},
       {"threads", "Compute", "CPU threads of a step; 0: one per CPU that the process may use", &e.threads, 0, 1024},
       {"pin_threads", "Compute", "keep each thread on a CPU of its own", &e.pin_threads},
+      {"tensor_parallel", "Compute",
+       "ranks that hold the model, each a part of the threads or a GPU; under mpirun the processes are the ranks; 0: "
+       "those, "
+       "or one",
+       &e.tensor_parallel, 0, 64},
+      {"peer_timeout_s", "Compute",
+       "seconds after which a rank that others wait for means that the engine has failed; 0: never", &e.peer_timeout_s,
+       0, 1e6},
 
       {"scheduler.max_batch", "Scheduler", "sequences that run at once", &e.max_batch, 1, 1024},
       {"scheduler.max_step_tokens", "Scheduler", "most tokens of one step, prompts and outputs together",

@@ -36,6 +36,7 @@
 #include "kernels/base/mutex.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/draw.h"
+#include "kernels/mpi/open_mpi.h"
 #include "spdlog/spdlog.h"
 
 namespace dejavu {
@@ -894,11 +895,15 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   return engine;
 }
 
-absl::Status FollowEngine(const EngineOptions& options, int32_t sampled_vocab) {
+bool FollowsAnEngine(const EngineOptions& options) {
+  return UnderMpirun() && options.tensor_parallel != 1 && MpirunRank() > 0;
+}
+
+absl::Status FollowEngine(const EngineOptions& options, int32_t sampled_vocab, absl::FunctionRef<void()> on_loaded) {
   RETURN_IF_ERROR(CheckOptions(options));
   ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(options.model));
   ASSIGN_OR_RETURN(const GroupOptions group_options, ForGroup(options, config, sampled_vocab));
-  return ModelGroup::Follow(group_options, config);
+  return ModelGroup::Follow(group_options, config, on_loaded);
 }
 
 }  // namespace dejavu

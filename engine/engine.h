@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/cost_model.h"
@@ -87,9 +88,10 @@ class Engine {
 };
 
 // What a process of mpirun that is not rank 0 does: takes part in the steps of the engine there until it is stopped.
-// UNAVAILABLE with the reason where the group has failed: then nothing of it can be waited for, and _exit is the end.
-// `sampled_vocab` as above; the same in all processes.
-absl::Status FollowEngine(const EngineOptions& options, int32_t sampled_vocab);
+// ABORTED with the reason where the group has failed after it was loaded: then nothing of it can be waited for, and
+// _exit is the end. `sampled_vocab` as above; the same in all processes.
+bool FollowsAnEngine(const EngineOptions& options);
+absl::Status FollowEngine(const EngineOptions& options, int32_t sampled_vocab, absl::FunctionRef<void()> on_loaded);
 
 }  // namespace dejavu
 

@@ -207,7 +207,7 @@ absl::Status ModelGroup::Rank::Follow() {
       model_->Forward(batch, kv_, {.counts = received.wants_counts ? &counts : nullptr});
     }
   } catch (const std::exception& error) {
-    return absl::UnavailableError(error.what());
+    return absl::AbortedError(error.what());
   }
 }
 
@@ -274,10 +274,12 @@ absl::StatusOr<std::unique_ptr<ModelGroup>> ModelGroup::Create(const GroupOption
   return group;
 }
 
-absl::Status ModelGroup::Follow(const GroupOptions& options, const OptConfig& config) {
+absl::Status ModelGroup::Follow(const GroupOptions& options, const OptConfig& config,
+                                absl::FunctionRef<void()> on_loaded) {
   ASSIGN_OR_RETURN(std::unique_ptr<Communicator> communicator, JoinMpiGroup(kPatient));
   ASSIGN_OR_RETURN(const std::unique_ptr<Rank> rank,
                    Rank::Create(options, config, std::move(communicator), MpiDevice(options), nullptr));
+  on_loaded();
   return rank->Follow();
 }
 

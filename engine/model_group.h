@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/batch.h"
@@ -59,9 +60,9 @@ class ModelGroup {
   ModelGroup(const ModelGroup&) = delete;
   ModelGroup& operator=(const ModelGroup&) = delete;
 
-  // Of the other processes of mpirun: takes part until rank 0 stops the group. UNAVAILABLE with the reason where the
-  // group has failed: the process should then end at once, by _exit.
-  static absl::Status Follow(const GroupOptions& options, const OptConfig& config);
+  // Of the other processes of mpirun: takes part until rank 0 stops the group. ABORTED with the reason where the group
+  // has failed after it was loaded: the process should then end at once, by _exit.
+  static absl::Status Follow(const GroupOptions& options, const OptConfig& config, absl::FunctionRef<void()> on_loaded);
 
   // As OptModel has them, on all ranks. RunsAhead: whether a step may be launched before the last one is awaited.
   uint64_t Launch(const Batch& batch, const StepOutputs& out);

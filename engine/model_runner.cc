@@ -52,7 +52,7 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> ModelRunner::Create(const Options& 
 absl::Status ModelRunner::Follow(const Options& options) {
   ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(options.model));
   ASSIGN_OR_RETURN(const GroupOptions group, ForGroup(options));
-  return ModelGroup::Follow(group, config);
+  return ModelGroup::Follow(group, config, [] {});
 }
 
 absl::Status ModelRunner::SetPredictor(const PredictorData* data) {

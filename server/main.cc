@@ -1,6 +1,7 @@
 // dejavud. The main thread starts the server, lets another thread load the model, and waits for signals.
 // Exit codes: 0 stopped by a signal after draining (or while loading); 1 cannot start: configuration, model or port, or
 // the plan does not fit; 2 usage; 3 the engine failed; 4 a second signal cut off requests that were still running.
+// Under mpirun rank 0 does all that; the other processes follow its engine and end with it, by 0, 1 or 3.
 #include <poll.h>
 #include <signal.h>
 #include <sys/eventfd.h>
@@ -29,6 +30,8 @@
 
 namespace dejavu {
 namespace {
+
+constexpr int kEngineCheckMs = 500;
 
 enum ExitCode { kDrained = 0, kCannotStart = 1, kEngineFailed = 3, kCutOff = 4 };
 
@@ -66,21 +69,51 @@ LoadProgress LogProgress(Server* server) {
   };
 }
 
+// nullptr with a word in the log where the model has none.
+absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const EngineOptions& options) {
+  absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer = Tokenizer::Load(options.model);
+  if (!absl::IsNotFound(tokenizer.status())) return tokenizer;
+  spdlog::warn("{} holds no tokenizer: token ids only", options.model);
+  return nullptr;
+}
+
+int32_t SampledVocab(const Tokenizer* tokenizer) { return tokenizer == nullptr ? 0 : tokenizer->vocab_size(); }
+
 absl::StatusOr<LoadedModel> LoadModel(const EngineOptions& options, Server* server) {
   LoadedModel model;
-  absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer = Tokenizer::Load(options.model);
-  if (tokenizer.ok()) {
-    model.tokenizer = *std::move(tokenizer);
-  } else if (absl::IsNotFound(tokenizer.status())) {
-    spdlog::warn("{} holds no tokenizer: token ids only", options.model);
-  } else {
-    return tokenizer.status();
-  }
-  const int32_t sampled_vocab = model.tokenizer == nullptr ? 0 : model.tokenizer->vocab_size();
-  absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options, sampled_vocab, LogProgress(server));
-  if (!engine.ok()) return engine.status();
-  model.engine = *std::move(engine);
+  ASSIGN_OR_RETURN(model.tokenizer, LoadTokenizer(options));
+  ASSIGN_OR_RETURN(model.engine, Engine::Create(options, SampledVocab(model.tokenizer.get()), LogProgress(server)));
   return model;
+}
+
+void BlockSignals(const sigset_t& signals) {
+  CHECK(pthread_sigmask(SIG_BLOCK, &signals, nullptr) == 0) << "pthread_sigmask";
+}
+
+sigset_t StopSignals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  return signals;
+}
+
+// A process of mpirun that is not rank 0. Once it is loaded signals are rank 0's affair: mpirun sends them to all, and
+// who leaves before rank 0 has drained takes its model away.
+int Follow(const EngineOptions& options) {
+  for (const int number : {SIGTERM, SIGINT}) signal(number, [](int) { _exit(kDrained); });
+  const auto follow = [&]() -> absl::Status {
+    ASSIGN_OR_RETURN(const std::unique_ptr<Tokenizer> tokenizer, LoadTokenizer(options));
+    return FollowEngine(options, SampledVocab(tokenizer.get()), [] {
+      for (const int number : {SIGTERM, SIGINT}) signal(number, SIG_IGN);
+    });
+  };
+  const absl::Status status = follow();
+  if (status.ok()) return kDrained;
+  spdlog::critical("{}", std::string(status.message()));
+  if (!absl::IsAborted(status)) return kCannotStart;
+  spdlog::shutdown();
+  _exit(kEngineFailed);  // MPI cannot be ended without the others
 }
 
 class Daemon {
@@ -99,6 +132,7 @@ class Daemon {
   std::optional<int> Load(Server* server);
   int Serve(Server* server);
   int Drain(Server* server);
+  void EndIfFailed(Server* server);
 
   const Config config_;
   int signal_fd_ = -1;
@@ -107,11 +141,8 @@ class Daemon {
 
 int Daemon::Run() {
   // Before any thread exists: one that had them unblocked would die of the first signal.
-  sigset_t signals;
-  sigemptyset(&signals);
-  sigaddset(&signals, SIGTERM);
-  sigaddset(&signals, SIGINT);
-  CHECK(pthread_sigmask(SIG_BLOCK, &signals, nullptr) == 0) << "pthread_sigmask";
+  const sigset_t signals = StopSignals();
+  BlockSignals(signals);
   signal_fd_ = signalfd(-1, &signals, SFD_CLOEXEC);
   CHECK(signal_fd_ >= 0) << "signalfd";
   signal(SIGPIPE, SIG_IGN);
@@ -176,17 +207,18 @@ std::optional<int> Daemon::Load(Server* server) {
 }
 
 int Daemon::Serve(Server* server) {
-  constexpr int kEngineCheckMs = 500;
   const Event never;
-  while (!WaitFor(never, kEngineCheckMs).signal) {
-    if (!model_.engine->failed()) continue;
-    spdlog::critical("the engine has failed; exiting");
-    server->SetFailed();
-    server->Stop();
-    spdlog::shutdown();
-    _exit(kEngineFailed);  // the engine thread may hang in a step: nothing of it can be joined
-  }
+  while (!WaitFor(never, kEngineCheckMs).signal) EndIfFailed(server);
   return Drain(server);
+}
+
+void Daemon::EndIfFailed(Server* server) {
+  if (!model_.engine->failed()) return;
+  spdlog::critical("the engine has failed; exiting");
+  server->SetFailed();
+  server->Stop();
+  spdlog::shutdown();
+  _exit(kEngineFailed);  // the engine thread may hang in a step: nothing of it can be joined
 }
 
 int Daemon::Drain(Server* server) {
@@ -198,7 +230,10 @@ int Daemon::Drain(Server* server) {
     done.Set();
   });
   Woken woken;
-  while (!woken.event && !woken.signal) woken = WaitFor(done, -1);
+  while (!woken.event && !woken.signal) {
+    woken = WaitFor(done, kEngineCheckMs);
+    EndIfFailed(server);
+  }
   if (!woken.event) {
     const bool idle = server->idle();
     spdlog::warn("stopped by a second signal{}", idle ? "" : "; running requests are cut off");
@@ -239,5 +274,6 @@ int main(int argc, char** argv) {
   spdlog::set_default_logger(spdlog::stderr_logger_mt("dejavud"));
   spdlog::set_pattern("%Y-%m-%dT%H:%M:%S.%e%z %l %v");
   spdlog::set_level(spdlog::level::from_str(command_line.config.server.log_level));
+  if (dejavu::FollowsAnEngine(command_line.config.engine)) return dejavu::Follow(command_line.config.engine);
   return dejavu::Daemon(command_line.config).Run();
 }

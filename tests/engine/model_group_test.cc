@@ -267,6 +267,6 @@ int Follow() {
 
 int main(int argc, char** argv) {
   testing::InitGoogleTest(&argc, argv);
-  if (dejavu::UnderMpirun() && dejavu::GetMpirunPlace().rank > 0) return dejavu::Follow();
+  if (dejavu::MpirunRank() > 0) return dejavu::Follow();
   return RUN_ALL_TESTS();
 }

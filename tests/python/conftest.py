@@ -1,6 +1,7 @@
 """The daemon as its users meet it: the real binary, started as a process, and a real Python client (grpcio).
 
-DEJAVU_BIN names the folder with dejavud and dejavu-cli. Stubs are generated from proto/ into a temporary folder.
+DEJAVU_BIN names the folder with dejavud and dejavu-cli. With DEJAVU_PROCESSES every daemon is so many processes of
+mpirun. Stubs are generated from proto/ into a temporary folder.
 """
 import os
 import pathlib
@@ -20,6 +21,12 @@ MODEL = ROOT / "deploy/models/opt-8m-books"
 PARITY = ROOT / "tests/testdata/opt"
 # Bounds a hang; nothing is asserted about how long a step takes.
 PATIENCE_S = 120
+PROCESSES = int(os.environ.get("DEJAVU_PROCESSES", "1"))
+MPI_ENVIRONMENT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
+def mpirun(processes):
+    return ["mpirun", "-n", str(processes), "--oversubscribe"] if processes > 1 else []
 
 
 @pytest.fixture(scope="session")
@@ -39,14 +46,17 @@ def api(tmp_path_factory):
 
 
 class Daemon:
-    def __init__(self, api, folder, *flags, model=MODEL, wait=True, environment=None):
+    def __init__(self, api, folder, *flags, model=MODEL, wait=True, environment=None, processes=PROCESSES):
+        self.processes = processes
         self.api = api
         self.log_path = folder / "dejavud.log"
         port_file = folder / "port"
         port_file.unlink(missing_ok=True)
         self.process = subprocess.Popen(
-            [BIN / "dejavud", "--model", model, "--listen", "127.0.0.1:0", "--port-file", port_file, *flags],
-            stderr=open(self.log_path, "wb"), stdout=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
+            [*mpirun(processes), BIN / "dejavud", "--model", model, "--listen", "127.0.0.1:0", "--port-file", port_file,
+             *flags],
+            stderr=open(self.log_path, "wb"), stdout=subprocess.DEVNULL,
+            env={**os.environ, **MPI_ENVIRONMENT, **(environment or {})})
         self._await(lambda: port_file.exists())
         self.address = f"127.0.0.1:{int(port_file.read_text())}"
         self.channel = grpc.insecure_channel(self.address)
@@ -92,8 +102,20 @@ class Daemon:
             assert time.monotonic() < deadline, load
             time.sleep(0.01)
 
+    def pid(self, rank=0):
+        """Of the process that is that rank."""
+        if self.processes == 1:
+            return self.process.pid
+        children = pathlib.Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        wanted = f"OMPI_COMM_WORLD_RANK={rank}".encode()
+        return next(int(pid) for pid in children
+                    if wanted in pathlib.Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+
+    def signal(self, number, rank=0):
+        os.kill(self.pid(rank), number)
+
     def terminate(self):
-        self.process.send_signal(signal.SIGTERM)
+        self.signal(signal.SIGTERM)
 
     def wait(self):
         return self.process.wait(timeout=PATIENCE_S)
@@ -101,8 +123,8 @@ class Daemon:
     def stop(self):
         self.channel.close()
         if self.process.poll() is None:
-            self.terminate()
             try:
+                self.terminate()
                 self.wait()
             finally:
                 self.process.kill()
