@@ -203,6 +203,7 @@ void OptModel::GatherCounts(StepCounts* counts) {
     }
     slowest += most;
   }
+  counts->ranks = shard_.ranks;
   counts->imbalance = sum > 0.0 ? slowest * shard_.ranks / sum : 1.0;
   for (int rank = 1; rank < shard_.ranks; ++rank) {
     const int32_t* from = all_results_.data() + rank * words;

@@ -21,6 +21,7 @@ namespace dejavu {
 struct StepCounts {
   int32_t decode_rows = 0, audit_rows = 0;
   bool skipped_zeros = true;
+  int32_t ranks = 1;
   double imbalance = 1.0;  // of a group of ranks: the largest count of active neurons over the mean, layers added up
   std::vector<int32_t> selected;        // [layers, decode rows] neurons that a row selected
   std::vector<int32_t> active;          // [layers, decode rows + 1] and not zero; in the last column: in any row

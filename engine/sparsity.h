@@ -81,6 +81,8 @@ struct SparsityStats {
   int64_t shadow_tokens = 0;
   int64_t shadow_agreements = 0;  // of those, how many had the same most likely successor
   double shadow_kl_nats = 0.0;    // sum
+  int64_t group_steps = 0;        // steps with decode rows of a group of ranks
+  double imbalance = 0.0;         // sum over them of StepCounts::imbalance
   // What runs EXACT now because its shadow checks failed.
   struct Fallback {
     Tier tier;

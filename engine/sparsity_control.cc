@@ -86,6 +86,10 @@ void SparsityControl::PlanShadow(const std::vector<std::unique_ptr<Sequence>>& r
 void SparsityControl::NoteStep(const std::vector<std::unique_ptr<Sequence>>& running, const Batch& batch,
                                const StepCounts& counts, const float* logits, const float* shadow_logits) {
   if (batch.decode_rows == 0) return;
+  if (counts.ranks > 1) {
+    group_steps_.Add(1);
+    imbalance_.Add(counts.imbalance);
+  }
   // All rows first: what the audits then switch holds from the next step on.
   for (const auto& s : running) {
     if (s->step_rows > 0 && s->decodes()) NoteRow(*s, s->first_row, batch, counts);
@@ -232,6 +236,8 @@ SparsityStats SparsityControl::stats() const {
   stats.shadow_tokens = shadow_tokens_.value();
   stats.shadow_agreements = shadow_agreements_.value();
   stats.shadow_kl_nats = shadow_kl_.value();
+  stats.group_steps = group_steps_.value();
+  stats.imbalance = imbalance_.value();
   return stats;
 }
 

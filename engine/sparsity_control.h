@@ -74,6 +74,8 @@ class SparsityControl {
   std::vector<LayerCounters> layers_;
   Counter<int64_t> shadow_tokens_, shadow_agreements_;
   Counter<double> shadow_kl_;
+  Counter<int64_t> group_steps_;
+  Counter<double> imbalance_;
 };
 
 }  // namespace dejavu

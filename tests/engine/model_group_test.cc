@@ -198,7 +198,10 @@ std::vector<std::vector<int32_t>> Generate(const std::string& name, int ranks, c
   }
   std::vector<std::vector<int32_t>> ids;
   for (const auto& sink : sinks) ids.push_back(sink->ids());
-  EXPECT_GT((*engine)->sparsity_stats().shadow_tokens, 0);
+  const SparsityStats stats = (*engine)->sparsity_stats();
+  EXPECT_GT(stats.shadow_tokens, 0);
+  EXPECT_EQ(stats.group_steps > 0, ranks > 1);
+  EXPECT_GE(stats.imbalance, static_cast<double>(stats.group_steps));
   return ids;
 }
 
