@@ -30,25 +30,30 @@ const char* WeightsName(DType dtype) {
   }
 }
 
+absl::StatusOr<std::vector<int32_t>> BenchTokens(const std::string& model, const std::string& text, int64_t wanted) {
+  if (!text.empty()) {
+    ASSIGN_OR_RETURN(std::vector<int32_t> tokens, ReadTokens(model, text, 0));
+    if (static_cast<int64_t>(tokens.size()) < wanted) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(text, ": has ", tokens.size(), " tokens; the sequences need ", wanted));
+    }
+    tokens.resize(wanted);
+    return tokens;
+  }
+  ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(model));
+  std::mt19937 random(1);
+  std::uniform_int_distribution<int32_t> any(0, config.vocab - 1);
+  std::vector<int32_t> tokens(wanted);
+  for (int32_t& token : tokens) token = any(random);
+  return tokens;
+}
+
 absl::StatusOr<std::unique_ptr<BenchModel>> BenchModel::Create(ModelRunner::Options options, const std::string& text,
                                                                ProgressLine& progress) {
   std::unique_ptr<BenchModel> model(new BenchModel);
   model->synthetic_ = IsSynthetic(options.model);
   model->window_ = options.window;
-  const size_t wanted = static_cast<size_t>(options.window) * options.slots;
-  if (text.empty()) {
-    ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(options.model));
-    std::mt19937 random(1);
-    std::uniform_int_distribution<int32_t> any(0, config.vocab - 1);
-    model->tokens_.resize(wanted);
-    for (int32_t& token : model->tokens_) token = any(random);
-  } else {
-    ASSIGN_OR_RETURN(model->tokens_, ReadTokens(options.model, text, 0));
-    if (model->tokens_.size() < wanted) {
-      return absl::InvalidArgumentError(absl::StrCat(text, ": has ", model->tokens_.size(), " tokens; ", options.slots,
-                                                     " sequences of ", options.window, " need more"));
-    }
-  }
+  ASSIGN_OR_RETURN(model->tokens_, BenchTokens(options.model, text, int64_t{options.window} * options.slots));
   options.wrap_backend = [&model](std::unique_ptr<Backend> backend) {
     auto timed = std::make_unique<TimedBackend>(std::move(backend));
     model->timed_ = timed.get();

@@ -11,14 +11,17 @@
 #include "tests/bench/bandwidth.h"
 #include "tests/bench/checkpoint.h"
 #include "tests/bench/decode.h"
+#include "tests/bench/imbalance.h"
 #include "tests/bench/ops.h"
 #include "tests/bench/prefill.h"
+#include "tests/bench/ranks.h"
 #include "tests/bench/schedule.h"
 #include "tests/bench/serve.h"
 
 namespace {
 
 const std::vector<std::string> kTypes = {"bf16", "fp16", "fp32", "int8"};
+const std::vector<std::string> kTiers = {"dense", "exact", "high", "balanced", "fast"};
 
 // What all subcommands share.
 template <typename Options>
@@ -100,7 +103,7 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(1, 1 << 20));
   command->add_option("--tier", decode.tiers, "Such as exact,balanced; DENSE always runs beside them")
       ->delimiter(',')
-      ->check(CLI::IsMember({"dense", "exact", "high", "balanced", "fast"}));
+      ->check(CLI::IsMember(kTiers));
   command->add_option("--steps", decode.steps, "Decode steps of one measurement; 0: as many as take half a second")
       ->check(CLI::Range(0, 1 << 20));
 
@@ -136,6 +139,63 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   command->add_option("--json", all_reduce.json, "Also write the figures to this file");
 
+  dejavu::RanksBenchOptions ranks;
+  command =
+      Add(app, "ranks",
+          "A group of ranks beside one rank on the same CPUs: threads, or the processes of mpirun, which then needs "
+          "--bind-to none so that one rank alone can use all CPUs",
+          ranks);
+  AddModel(command, ranks);
+  command->add_option("--ranks", ranks.ranks, "Threads; mpirun says how many there are")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
+  command->add_option("--text", ranks.text, "Text that is decoded; without: random tokens");
+  command->add_option("--predictor", ranks.predictor, "Predictor file, or none; default: the model's own");
+  command->add_option("--batch", ranks.batches, "Sequences side by side, such as 1,4")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 256))
+      ->capture_default_str();
+  command->add_option("--context", ranks.context, "Tokens before the first decoded one")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command->add_option("--tier", ranks.tiers, "Such as exact,balanced")
+      ->delimiter(',')
+      ->check(CLI::IsMember(kTiers))
+      ->capture_default_str();
+  command->add_option("--steps", ranks.steps, "Decode steps of one measurement; 0: as many as take half a second")
+      ->check(CLI::Range(0, 1 << 20));
+
+  dejavu::ImbalanceBenchOptions imbalance;
+  command =
+      app.add_subcommand("imbalance", "How evenly active neurons fall on ranks, by how neurons are dealt to them");
+  command->add_option("--model", imbalance.model, "Model directory, or a synthetic model such as synthetic:opt-6.7b")
+      ->required();
+  command->add_option("--dtype", imbalance.weights, "Type of the matrices in memory")
+      ->check(CLI::IsMember({"bf16", "fp16", "fp32", "int8", "stored"}))
+      ->capture_default_str();
+  command->add_option("--predictor", imbalance.predictor, "Predictor file, or none; default: the model's own");
+  command->add_option("--text", imbalance.text, "Text that is decoded; without: random tokens");
+  command->add_option("--ranks", imbalance.ranks, "Such as 2,4,8")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
+  command->add_option("--batch", imbalance.batches, "Sequences side by side, such as 1,4")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 256))
+      ->capture_default_str();
+  command->add_option("--tier", imbalance.tiers, "Such as exact,balanced")
+      ->delimiter(',')
+      ->check(CLI::IsMember(kTiers))
+      ->capture_default_str();
+  command->add_option("--steps", imbalance.steps, "Decode steps of each tier and batch")
+      ->check(CLI::Range(1, 1 << 24))
+      ->capture_default_str();
+  command->add_option("--window", imbalance.window, "Positions after which a sequence begins anew")
+      ->check(CLI::Range(2, 1 << 20))
+      ->capture_default_str();
+  command->add_option("--threads", imbalance.threads, "CPU threads; 0: all")->check(CLI::Range(0, 1024));
+  command->add_option("--json", imbalance.json, "Also write the figures to this file");
+
   dejavu::CheckpointOptions checkpoint;
   command = app.add_subcommand("checkpoint", "Writes a synthetic model to disk, in Hugging Face layout");
   command->add_option("--model", checkpoint.model, "Such as synthetic:opt-1.3b")->required();
@@ -152,9 +212,11 @@ int main(int argc, char** argv) {
   try {
     if (app.got_subcommand("allreduce")) return dejavu::RunAllReduceBench(all_reduce);
     if (app.got_subcommand("bandwidth")) return dejavu::RunBandwidthBench(bandwidth);
+    if (app.got_subcommand("imbalance")) return dejavu::RunImbalanceBench(imbalance);
     if (app.got_subcommand("ops")) return dejavu::RunOpsBench(ops);
     if (app.got_subcommand("prefill")) return dejavu::RunPrefillBench(prefill);
     if (app.got_subcommand("decode")) return dejavu::RunDecodeBench(decode);
+    if (app.got_subcommand("ranks")) return dejavu::RunRanksBench(ranks);
     if (app.got_subcommand("schedule")) return dejavu::RunScheduleBench(schedule);
     if (app.got_subcommand("serve")) return dejavu::RunServeBench(serve);
     return dejavu::RunCheckpoint(checkpoint);

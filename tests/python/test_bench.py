@@ -1,10 +1,12 @@
 """dejavu-bench as scripts use it: what it writes, and its exit codes. Nothing is asserted about how long anything takes."""
 import json
+import os
+import shutil
 import subprocess
 
 import pytest
 
-from conftest import BIN, MODEL, PATIENCE_S
+from conftest import BIN, MODEL, MPI_ENVIRONMENT, PATIENCE_S, mpirun
 
 SYNTHETIC = "synthetic:opt-tiny"
 ROW_KEYS = {"model", "synthetic", "dtype", "batch", "context", "tier", "ms_per_step", "weight_bytes_per_step", "gb_per_s",
@@ -138,6 +140,53 @@ def test_serve(tmp_path):
     assert {"added_us_per_token", "added_share"} <= set(result) and "adds" in text
 
 
+def check_ranks(result, ranks):
+    assert result["ranks"] == ranks and 0 <= result["others_cpu_share"] and isinstance(result["noisy"], bool)
+    assert [(r["batch"], r["tier"]) for r in result["rows"]] == [(b, t) for b in (1, 3) for t in ("dense", "balanced")]
+    for row in result["rows"]:
+        assert row["context"] == 8 and not row["synthetic"]
+        assert row["ratio_least"] <= row["ratio"] <= row["ratio_most"] and row["one_rank_ms"] > 0 and row["group_ms"] > 0
+        assert row["all_reduces_per_step"] == 1 + 2 * 8  # the embedding, and two in each layer
+        assert 0 < row["all_reduce_share"] < 1 and row["all_reduce_us"] > 0 and 1 <= row["imbalance"] <= ranks
+
+
+RANKS = ["ranks", "--model", MODEL, "--batch", "1,3", "--context", 8, "--tier", "dense,balanced", "--steps", 2, "--repeats", 2]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_as_threads(tmp_path, ranks):
+    result, text = measure(tmp_path, *RANKS, "--ranks", ranks)
+    check_ranks(result, ranks)
+    assert result["group"] == "threads" and f"{ranks} ranks" in text
+
+
+@pytest.mark.skipif(not (BIN / "libdejavu_mpi.so").exists() or not shutil.which("mpirun"), reason="without Open MPI")
+def test_ranks_as_processes(tmp_path):
+    report = tmp_path / "report.json"
+    done = subprocess.run([*mpirun(2), "--bind-to", "none", BIN / "dejavu-bench", *map(str, RANKS), "--json", report],
+                          capture_output=True, text=True, timeout=PATIENCE_S, env={**os.environ, **MPI_ENVIRONMENT})
+    assert done.returncode == 0, done.stderr
+    result = json.loads(report.read_text())
+    check_ranks(result, 2)
+    assert result["group"] == "Open MPI" and done.stdout.count("2 processes") == 1
+
+
+def test_imbalance(tmp_path):
+    result, text = measure(tmp_path, "imbalance", "--model", SYNTHETIC, "--ranks", "2,3", "--batch", "1,4", "--steps", 20,
+                           "--window", 8, "--tier", "exact,balanced")
+    assert [(r["tier"], r["batch"], r["ranks"], r["dealing"]) for r in result["rows"]] == [
+        (tier, batch, ranks, dealing) for tier in ("exact", "balanced") for batch in (1, 4) for ranks in (2, 3)
+        for dealing in ("frequency", "in turn", "contiguous")]
+    for row in result["rows"]:
+        assert row["steps"] == 20 and 0 < row["active_share"] < 1
+        assert 1 <= row["imbalance"] <= row["imbalance_by_layer"] <= row["step_most"]
+        assert row["step_p50"] <= row["step_p99"] <= row["step_most"] <= row["ranks"]
+    # A predictor computes fewer neurons; what a step before has left behind is not among them.
+    share = lambda tier, batch: next(r["active_share"] for r in result["rows"] if (r["tier"], r["batch"]) == (tier, batch))
+    assert share("balanced", 1) < share("exact", 1) < share("exact", 4)
+    assert "SYNTHETIC" in text
+
+
 @pytest.mark.parametrize("arguments, reason", [
     ([], "subcommand"),
     (["decode"], "--model"),
@@ -152,6 +201,11 @@ def test_serve(tmp_path):
     (["bandwidth", "--threads", "-1"], "--threads"),
     (["checkpoint", "--model", "/nowhere", "--out", "/tmp/x"], "/nowhere"),
     (["serve", "--model", SYNTHETIC, "--tokens", "1"], "--tokens"),
+    (["ranks", "--model", SYNTHETIC, "--ranks", "0"], "--ranks"),
+    (["ranks", "--model", SYNTHETIC, "--context", "99999"], "99999"),
+    (["ranks", "--model", SYNTHETIC, "--predictor", "none"], "balanced"),
+    (["imbalance", "--model", MODEL, "--predictor", "none"], "balanced"),
+    (["imbalance", "--model", SYNTHETIC, "--window", "99999"], "99999"),
 ])
 def test_nonsense_is_refused(arguments, reason):
     done = run(*arguments)
