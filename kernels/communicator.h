@@ -32,8 +32,8 @@ class Communicator {
   virtual int rank() const = 0;
   virtual int size() const = 0;
 
-  // x = sum of x over the ranks, in place, to the same bits on every rank and in every run. float32, any view. Queued
-  // on the rank's backend where that has a queue.
+  // x = sum of x over the ranks, in place, to the same bits on every rank and in every run. float32; what lies
+  // between its rows may be added up, too. Queued on the rank's backend where that has a queue.
   virtual void AllReduce(Tensor x) = 0;
 
   // Host memory. Everyone ends with rank 0's bytes. A follower may wait here for long: its processor goes to others

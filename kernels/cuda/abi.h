@@ -5,8 +5,8 @@
 //
 // Every function but `error` and `close` returns 0, or another number and a message from `error` (of the calling
 // thread, valid until its next call; it names what was tried and CUDA's own error). One thread at a time uses a
-// context. Work is queued in order on the context's one stream; only `download`, `synchronize`, `wait` and `elapsed_ms`
-// wait.
+// context. Work is queued in order on the context's one stream; only `download`, `synchronize`, `wait`, `elapsed_ms`,
+// `join_group` and `leave_group` wait.
 #ifndef KERNELS_CUDA_ABI_H_
 #define KERNELS_CUDA_ABI_H_
 
@@ -16,8 +16,10 @@
 extern "C" {
 #endif
 
-#define DEJAVU_CUDA_ABI_VERSION 2
+#define DEJAVU_CUDA_ABI_VERSION 3
 #define DEJAVU_CUDA_ENTRY "DejavuCudaEntry"  // const DejavuCudaModule* (*)(void); all that the module exports
+#define DEJAVU_CUDA_GROUP_ID_BYTES 128
+#define DEJAVU_CUDA_PEER_LOST 1000000  // what a call returns because another rank did not come; the context is lost
 
 typedef struct DejavuCudaContext DejavuCudaContext;
 typedef struct DejavuCudaGraph DejavuCudaGraph;
@@ -97,6 +99,22 @@ typedef struct DejavuCudaModule {
   int (*stamp)(DejavuCudaContext* context, int32_t event);
   int (*wait)(DejavuCudaContext* context, int32_t event);
   int (*elapsed_ms)(DejavuCudaContext* context, int32_t from, int32_t to, float* ms);
+
+  // Groups of contexts on different devices, in one process or in several, by NCCL. Rank 0 makes an id, which all ranks
+  // get by other means and join with. group_id with nullptr only says whether there can be groups. join_group gives up
+  // after so many seconds, and tells what memory the group has left free. leave_group: when no graph holds an
+  // all_reduce of it any more. A context is in one group at a time.
+  int (*group_id)(char* id);
+  int (*join_group)(DejavuCudaContext* context, const char* id, int32_t rank, int32_t size, double seconds,
+                    int64_t* memory_free_bytes);
+  void (*leave_group)(DejavuCudaContext* context);
+
+  // data = the sum over the ranks, in place, by the stream. May be captured, by all ranks at once. Every rank queues
+  // the same ones in the same order.
+  int (*all_reduce)(DejavuCudaContext* context, float* data, int64_t count);
+
+  // From now on whatever waits for the device in a group of several gives up after so many seconds. At first infinite.
+  int (*limit_group)(DejavuCudaContext* context, double seconds);
 } DejavuCudaModule;
 
 #ifdef __cplusplus

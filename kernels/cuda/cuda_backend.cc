@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdio>
 #include <cstring>
 #include <deque>
 #include <optional>
@@ -38,6 +39,8 @@ constexpr int64_t kGemmRows = 33;  // from so many rows on a product is the libr
 constexpr size_t kMostRecordings = 128;
 constexpr uint64_t kMarks = 2;
 constexpr int kFirstMarkEvent = 64;  // of the module's; those before it are Stamp's
+constexpr double kJoinLimitS = 120;  // for NCCL to find all ranks, which are known to be there
+constexpr int64_t kMostGap = 32;     // floats between rows that lie in memory of their own (kernels/layout.h)
 
 int32_t Int(int64_t value) {
   CHECK(value >= INT32_MIN && value <= INT32_MAX) << value;
@@ -107,6 +110,34 @@ struct Context {
   }
 };
 
+// What the ranks tell each other while they become a group, and rank 0's answer to all.
+struct JoinWord {
+  int32_t failed = 0;
+  char id[DEJAVU_CUDA_GROUP_ID_BYTES] = {};  // rank 0's
+  char message[380] = {};
+};
+
+// OK on every rank, with rank 0's id, or on none, with the reason of the first that failed.
+absl::Status Agree(Communicator& host, const absl::Status& mine, char* id) {
+  JoinWord word;
+  word.failed = mine.ok() ? 0 : 1;
+  std::memcpy(word.id, id, sizeof word.id);
+  std::snprintf(word.message, sizeof word.message, "%s", std::string(mine.message()).c_str());
+  std::vector<JoinWord> all(host.rank() == 0 ? host.size() : 0);
+  host.Gather(all.data(), &word, sizeof word);
+  const auto failed = std::find_if(all.begin(), all.end(), [](const JoinWord& of_rank) { return of_rank.failed != 0; });
+  if (failed != all.end()) {
+    word.failed = 1;
+    std::snprintf(word.message, sizeof word.message, "rank %d: %.360s", static_cast<int>(failed - all.begin()),
+                  failed->message);
+  }
+  host.Broadcast(&word, sizeof word);
+  std::memcpy(id, word.id, sizeof word.id);
+  if (word.failed == 0) return absl::OkStatus();
+  word.message[sizeof word.message - 1] = '\0';
+  return mine.ok() ? absl::UnavailableError(word.message) : mine;
+}
+
 class CudaBackend final : public Backend {
  public:
   explicit CudaBackend(std::shared_ptr<Context> context)
@@ -128,6 +159,7 @@ class CudaBackend final : public Backend {
   void Upload(Tensor target, const void* source) override;
   void Download(void* target, Tensor source) override;
   void Synchronize() override;
+  absl::StatusOr<std::unique_ptr<Communicator>> JoinGroup(std::unique_ptr<Communicator> host) override;
   bool RunsAhead() const override { return true; }
   uint64_t Mark() override;
   void Await(uint64_t mark) override;
@@ -152,6 +184,7 @@ class CudaBackend final : public Backend {
   void GatherRows(Tensor y, Tensor x, Tensor ids) override;
 
  private:
+  class DeviceGroup;
   struct Grid {
     int64_t x = 1, y = 1, z = 1;
   };
@@ -162,6 +195,9 @@ class CudaBackend final : public Backend {
 
   // Launches what is held back.
   void Flush();
+
+  void AllReduce(Tensor x);
+  void LeaveGroup();
 
   float* Partial(int64_t floats);
   uint32_t* Tickets(int64_t count);
@@ -198,13 +234,14 @@ class CudaBackend final : public Backend {
   static cuda::AttentionParams ParamsOf(const Keys& keys, int64_t first_row);
   Grid RowGrid(const Tensor& y) const { return {DivideUp(y.cols, cuda::kBlockThreads), y.rows}; }
 
-  // Constant after construction.
+  // Constant after construction, but for what a group takes of the device's memory.
   const std::shared_ptr<Context> context_;
   const DejavuCudaModule& module_;
   const DejavuCudaDevice& device_;
   char* staging_ = nullptr;  // pinned, two parts of kStagingBytes
 
-  std::string failure_;  // the first one; the device does nothing more after it
+  std::string failure_;     // the first one; the device does nothing more after it
+  bool peer_lost_ = false;  // that is what failed
 
   // Held back, at most one of them.
   struct HeldAdd {
@@ -231,14 +268,74 @@ class CudaBackend final : public Backend {
   Buffer partial_;                               // partial sums of a launch
   Buffer tickets_;                               // zero between launches
   Buffer halves_;                                // x of a product that the library does
+  CommunicatorStats group_stats_;                // what was replayed included
+  bool follows_all_reduce_ = false;              // the next launch
   bool capturing_ = false;
   struct Recording {
     bool seen = false;     // run once: scratch has the size that it needs
     bool refused = false;  // the device has no memory for the graph
     DejavuCudaGraph* graph = nullptr;
+    int64_t all_reduces = 0;
   };
   std::unordered_map<uint64_t, Recording> recordings_;
 };
+
+// Its all-reduces are queued on the device, where they cost the host nothing that could be measured; the rest is the
+// host's. NCCL gives all ranks the same bits, in every run the same. With three ranks and more a row's last bits may
+// depend on how many rows are added up with it: its place in the array decides in which order the ranks come.
+class CudaBackend::DeviceGroup final : public Communicator {
+ public:
+  DeviceGroup(CudaBackend& backend, std::unique_ptr<Communicator> host) : backend_(backend), host_(std::move(host)) {}
+  ~DeviceGroup() override { backend_.LeaveGroup(); }
+
+  int rank() const override { return host_->rank(); }
+  int size() const override { return host_->size(); }
+  void AllReduce(Tensor x) override { backend_.AllReduce(x); }
+  void Broadcast(void* data, int64_t bytes) override { host_->Broadcast(data, bytes); }
+  void Gather(void* all, const void* mine, int64_t bytes) override { host_->Gather(all, mine, bytes); }
+  void SetLimit(double seconds) override {
+    host_->SetLimit(seconds);
+    backend_.Try(backend_.module_.limit_group(backend_.context_->context, seconds), "limit of the group");
+  }
+  CommunicatorStats stats() const override { return backend_.group_stats_; }
+
+ private:
+  CudaBackend& backend_;
+  const std::unique_ptr<Communicator> host_;
+};
+
+absl::StatusOr<std::unique_ptr<Communicator>> CudaBackend::JoinGroup(std::unique_ptr<Communicator> host) {
+  if (host->size() == 1) return host;
+  const auto status_of = [&](int result) {
+    return result == 0 ? absl::OkStatus() : absl::UnavailableError(absl::StrCat("cuda: ", module_.error()));
+  };
+  char id[DEJAVU_CUDA_GROUP_ID_BYTES] = {};
+  RETURN_IF_ERROR(Agree(*host, status_of(module_.group_id(host->rank() == 0 ? id : nullptr)), id));
+  int64_t free_bytes = 0;
+  const absl::Status joined =
+      status_of(module_.join_group(context_->context, id, host->rank(), host->size(), kJoinLimitS, &free_bytes));
+  auto group = std::make_unique<DeviceGroup>(*this, std::move(host));
+  RETURN_IF_ERROR(Agree(*group, joined, id));
+  context_->device.memory_free_bytes = free_bytes + context_->taken_bytes;
+  return group;
+}
+
+void CudaBackend::LeaveGroup() {
+  ForgetGraphs();
+  module_.leave_group(context_->context);
+}
+
+// What lies between the rows of x is added up with them: nobody reads it, and one span is faster than many.
+void CudaBackend::AllReduce(Tensor x) {
+  CHECK(x.dtype == DType::kFloat32) << Name(x.dtype);
+  CHECK(x.rows <= 1 || x.stride - x.cols <= kMostGap) << "AllReduce of columns of something wider";
+  Flush();
+  if (x.rows == 0 || x.cols == 0) return;
+  const int64_t count = (x.rows - 1) * x.stride + x.cols;
+  Try(module_.all_reduce(context_->context, VectorFrom<float>(x), count), "all-reduce");
+  follows_all_reduce_ = true;
+  ++group_stats_.all_reduces;
+}
 
 absl::Status CudaBackend::Prepare() {
   void* memory = nullptr;
@@ -251,7 +348,11 @@ absl::Status CudaBackend::Prepare() {
 
 // Failures of the device have no status to be returned in; the caller of an op, the engine, ends by them.
 void CudaBackend::Try(int result, const char* what) {
-  if (failure_.empty() && result != 0) failure_ = absl::StrCat("cuda: ", what, ": ", module_.error());
+  if (failure_.empty() && result != 0) {
+    failure_ = absl::StrCat("cuda: ", what, ": ", module_.error());
+    peer_lost_ = result == DEJAVU_CUDA_PEER_LOST;
+  }
+  if (peer_lost_) throw PeerLost(failure_);
   if (!failure_.empty()) throw std::runtime_error(failure_);
 }
 
@@ -273,7 +374,8 @@ void CudaBackend::Launch(cuda::Kernel kernel, Grid grid, int64_t shared_bytes, c
   launch.block[0] = cuda::kBlockThreads;
   launch.block[1] = launch.block[2] = 1;
   launch.shared_bytes = static_cast<uint32_t>(shared_bytes);
-  launch.overlaps = device_.compute_major >= 9;
+  // NCCL does not say whether another launch may begin beside its own.
+  launch.overlaps = device_.compute_major >= 9 && !std::exchange(follows_all_reduce_, false);
   launch.params = &params;
   launch.params_bytes = sizeof params;
   Try(module_.launch(context_->context, &launch), kNames[kernel]);
@@ -421,8 +523,11 @@ void CudaBackend::Run(uint64_t key, absl::FunctionRef<void()> ops) {
   if (recording.graph == nullptr && !recording.refused) {
     Try(module_.begin_capture(context_->context), "begin of a graph");
     capturing_ = true;
+    const int64_t all_reduces = group_stats_.all_reduces;
     ops();
     Flush();
+    recording.all_reduces = group_stats_.all_reduces - all_reduces;
+    group_stats_.all_reduces = all_reduces;
     capturing_ = false;
     Try(module_.end_capture(context_->context, &recording.graph), "end of a graph");
     recording.refused = recording.graph == nullptr;
@@ -433,6 +538,7 @@ void CudaBackend::Run(uint64_t key, absl::FunctionRef<void()> ops) {
     return;
   }
   Try(module_.replay(context_->context, recording.graph), "graph");
+  group_stats_.all_reduces += recording.all_reduces;
 }
 
 void CudaBackend::ForgetGraphs() {

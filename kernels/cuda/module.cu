@@ -1,10 +1,12 @@
 // The CUDA module: the table of abi.h over the CUDA runtime, and the kernels. It knows nothing of the model: a launch
 // names a kernel by its number and brings its parameters. cudart and the C++ library are linked statically; cuBLAS is
-// loaded at the first gemm, so that the module starts without it.
+// loaded at the first gemm and NCCL for the first group, so that the module starts without them.
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 
+#include <chrono>
+#include <cmath>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
@@ -12,11 +14,13 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
 #include "kernels/cuda/abi.h"
 #include "kernels/cuda/kernels.cuh"
+#include "kernels/cuda/nccl_group.h"
 #include "kernels/cuda/params.h"
 
 struct DejavuCudaGraph {
@@ -32,6 +36,8 @@ namespace {
 constexpr int kArchitectures[] = {__CUDA_ARCH_LIST__};  // of this build, such as 800, in ascending order
 constexpr int kEvents = 66;
 constexpr int64_t kBlasWorkspaceBytes = 32 << 20;
+constexpr double kSpinS = 0.05;  // longer than a step that decodes
+constexpr std::chrono::microseconds kPoll(100);
 
 thread_local char error_text[2048] = "";
 
@@ -78,6 +84,8 @@ struct DejavuCudaContext {
   void* blas_workspace = nullptr;
   bool can_overlap = false;
   bool capturing = false;
+  std::unique_ptr<dejavu::cuda::NcclGroup> group;
+  double group_limit_s = INFINITY;
   const char* last_launch = "nothing";
   // The first error after which nothing works any more, as CUDA's sticky errors are. Reported for ever.
   int failure = 0;
@@ -285,6 +293,53 @@ bool IsPinned(const DejavuCudaContext& context, const void* memory) {
   return block != context.pinned.end() && at < block->first + block->second;
 }
 
+// After which the ranks no longer do the same.
+int LoseGroup(DejavuCudaContext& context, int code, const std::string& why) {
+  context.failure = code;
+  context.failure_text = why + "; launched last: " + context.last_launch;
+  context.group->Abort();
+  return Fail(code, "%s", context.failure_text.c_str());
+}
+
+// Until `query` says something else than cudaErrorNotReady. In a group what is under way may be an all-reduce that some
+// rank never comes to, so the device is asked again and again.
+template <typename Query>
+int AwaitGroup(DejavuCudaContext& context, const Query& query, const char* tried) {
+  using Clock = std::chrono::steady_clock;
+  const auto start = Clock::now();
+  while (true) {
+    const cudaError_t error = query();
+    if (error != cudaErrorNotReady) return Check(context, error, tried);
+    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    if (seconds < kSpinS) continue;
+    const int rank = context.group->rank(), size = context.group->size();
+    const std::string trouble = context.group->Trouble();
+    char why[1024] = "";
+    if (!trouble.empty()) {
+      snprintf(why, sizeof(why), "%s: rank %d of %d: %s", tried, rank, size, trouble.c_str());
+    } else if (seconds > context.group_limit_s) {
+      snprintf(why, sizeof(why), "%s: rank %d of %d waited %g s for its GPU and the other ranks", tried, rank, size,
+               context.group_limit_s);
+    }
+    if (why[0] != '\0') return LoseGroup(context, DEJAVU_CUDA_PEER_LOST, why);
+    std::this_thread::sleep_for(kPoll);
+  }
+}
+
+bool HasPeers(const DejavuCudaContext& context) { return context.group != nullptr && context.group->size() > 1; }
+
+int AwaitStream(DejavuCudaContext& context, const char* tried) {
+  if (!HasPeers(context)) return Check(context, cudaStreamSynchronize(context.stream), tried);
+  return AwaitGroup(
+      context, [&] { return cudaStreamQuery(context.stream); }, tried);
+}
+
+int AwaitEvent(DejavuCudaContext& context, cudaEvent_t event, const char* tried) {
+  if (!HasPeers(context)) return Check(context, cudaEventSynchronize(event), tried);
+  return AwaitGroup(
+      context, [&] { return cudaEventQuery(event); }, tried);
+}
+
 int Copy(DejavuCudaContext* context, void* to, int64_t to_stride, const void* from, int64_t from_stride,
          int64_t row_bytes, int64_t rows, cudaMemcpyKind kind, const char* tried) {
   RETURN_IF_FAILED(Enter(*context, tried));
@@ -300,7 +355,7 @@ int Copy(DejavuCudaContext* context, void* to, int64_t to_stride, const void* fr
                    : cudaMemcpy2DAsync(to, to_stride, from, from_stride, row_bytes, rows, kind, context->stream),
             tried));
   // Whether CUDA has read pageable memory when the copy returns depends on the machine.
-  if (!pinned) RETURN_IF_FAILED(Check(*context, cudaStreamSynchronize(context->stream), tried));
+  if (!pinned) RETURN_IF_FAILED(AwaitStream(*context, tried));
   return 0;
 }
 
@@ -308,8 +363,17 @@ int Copy(DejavuCudaContext* context, void* to, int64_t to_stride, const void* fr
 
 const char* Error() { return error_text; }
 
+void LeaveGroup(DejavuCudaContext* context) {
+  if (context->group == nullptr) return;
+  cudaSetDevice(context->device);
+  if (context->failure == 0) AwaitStream(*context, "leaving a group");
+  if (context->failure != 0) context->group->Abort();
+  context->group.reset();
+}
+
 void Close(DejavuCudaContext* context) {
   if (context == nullptr) return;
+  LeaveGroup(context);
   cudaSetDevice(context->device);
   if (context->stream != nullptr) cudaStreamSynchronize(context->stream);
   if (context->blas != nullptr) GetBlas().destroy(context->blas);
@@ -386,7 +450,7 @@ int Fetch(DejavuCudaContext* context, void* to, int64_t to_stride, const void* f
 
 int Synchronize(DejavuCudaContext* context) {
   RETURN_IF_FAILED(Enter(*context, "synchronize"));
-  RETURN_IF_FAILED(Check(*context, cudaStreamSynchronize(context->stream), "synchronize"));
+  RETURN_IF_FAILED(AwaitStream(*context, "synchronize"));
   return 0;
 }
 
@@ -519,7 +583,7 @@ int Wait(DejavuCudaContext* context, int32_t event) {
   if (event < 0 || event >= kEvents || context->events[event] == nullptr) {
     return Fail(cudaErrorInvalidValue, "wait: event %d was never stamped", event);
   }
-  RETURN_IF_FAILED(Check(*context, cudaEventSynchronize(context->events[event]), "wait"));
+  RETURN_IF_FAILED(AwaitEvent(*context, context->events[event], "wait"));
   return 0;
 }
 
@@ -530,9 +594,41 @@ int ElapsedMs(DejavuCudaContext* context, int32_t from, int32_t to, float* ms) {
       return Fail(cudaErrorInvalidValue, "elapsed time: event %d was never stamped", event);
     }
   }
-  RETURN_IF_FAILED(Check(*context, cudaEventSynchronize(context->events[to]), "elapsed time"));
+  RETURN_IF_FAILED(AwaitEvent(*context, context->events[to], "elapsed time"));
   RETURN_IF_FAILED(
       Check(*context, cudaEventElapsedTime(ms, context->events[from], context->events[to]), "elapsed time"));
+  return 0;
+}
+
+int GroupId(char* id) {
+  const std::string why = NcclGroup::MakeId(id);
+  return why.empty() ? 0 : Fail(cudaErrorUnknown, "%s", why.c_str());
+}
+
+int JoinGroup(DejavuCudaContext* context, const char* id, int32_t rank, int32_t size, double seconds,
+              int64_t* memory_free_bytes) {
+  RETURN_IF_FAILED(Enter(*context, "joining a group"));
+  if (context->group != nullptr) return Fail(cudaErrorInvalidValue, "joining a group: the context is in one");
+  const std::string why = NcclGroup::Join(context->device, id, rank, size, seconds, &context->group);
+  if (!why.empty()) return Fail(cudaErrorUnknown, "%s", why.c_str());
+  size_t available = 0, total = 0;
+  RETURN_IF_FAILED(Check(*context, cudaMemGetInfo(&available, &total), "joining a group"));
+  *memory_free_bytes = static_cast<int64_t>(available);
+  return 0;
+}
+
+int AllReduce(DejavuCudaContext* context, float* data, int64_t count) {
+  RETURN_IF_FAILED(Enter(*context, "all-reduce"));
+  if (context->group == nullptr) return Fail(cudaErrorInvalidValue, "all-reduce: the context is in no group");
+  bool peer_lost = false;
+  const std::string why = context->group->AllReduce(data, count, context->stream, &peer_lost);
+  if (!why.empty()) return LoseGroup(*context, peer_lost ? DEJAVU_CUDA_PEER_LOST : cudaErrorUnknown, why);
+  context->last_launch = "an all-reduce";
+  return 0;
+}
+
+int LimitGroup(DejavuCudaContext* context, double seconds) {
+  context->group_limit_s = seconds;
   return 0;
 }
 
@@ -562,6 +658,11 @@ extern "C" __attribute__((visibility("default"))) const DejavuCudaModule* Dejavu
                                           FreeGraph,
                                           Stamp,
                                           Wait,
-                                          ElapsedMs};
+                                          ElapsedMs,
+                                          GroupId,
+                                          JoinGroup,
+                                          LeaveGroup,
+                                          AllReduce,
+                                          LimitGroup};
   return &module;
 }

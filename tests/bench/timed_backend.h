@@ -48,6 +48,9 @@ class TimedBackend final : public Backend {
   void Upload(Tensor target, const void* source) override;
   void Download(void* target, Tensor source) override;
   void Synchronize() override { timed_->Synchronize(); }
+  absl::StatusOr<std::unique_ptr<Communicator>> JoinGroup(std::unique_ptr<Communicator> host) override {
+    return timed_->JoinGroup(std::move(host));
+  }
   bool RunsAhead() const override { return timed_->RunsAhead(); }
   uint64_t Mark() override { return timed_->Mark(); }
   void Await(uint64_t mark) override { timed_->Await(mark); }

@@ -1,5 +1,6 @@
 // The real module as the tests' one: a table that counts what is launched, as Emulation has it, in front of the loaded
-// one. And the program's main, which says what is missing where there is no module or no GPU.
+// one. Contexts may have threads of their own. And the program's main, which says what is missing where there is no
+// module or no GPU.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -8,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "kernels/base/mutex.h"
 #include "kernels/cuda/load_module.h"
 #include "kernels/cuda/params.h"
 #include "module_under_test.h"
@@ -16,89 +18,148 @@ namespace dejavu::simt {
 namespace {
 
 const DejavuCudaModule* real = nullptr;  // since main
-std::string failure;                     // as a test asked for; the real module knows nothing of it
+thread_local std::string failure;        // as a test asked for; the real module knows nothing of it
 
 struct Counts {
   std::vector<int64_t> launches = std::vector<int64_t>(cuda::kKernels);
-  int64_t all_launches = 0, gemms = 0;
+  int64_t all_launches = 0, gemms = 0, all_reduces = 0;
 };
+struct Device {
+  int32_t number = 0;
+  bool capturing = false;
+  Counts captured;
+  int32_t last_event = -1;
+};
+Mutex mutex;  // for these and for Emulation's counts
+std::map<DejavuCudaContext*, Device> devices;
 std::map<DejavuCudaGraph*, Counts> graphs;
-Counts captured;
-bool capturing = false;
-int32_t last_event = -1;
 
 void Add(const Counts& counts) {
   Emulation& emulation = GetEmulation();
   for (size_t i = 0; i < counts.launches.size(); ++i) emulation.launches[i] += counts.launches[i];
   emulation.all_launches += counts.all_launches;
   emulation.gemms += counts.gemms;
+  emulation.all_reduces += counts.all_reduces;
 }
 
-bool Fails(const char* what) {
-  if (!std::exchange(GetEmulation().fail_next_launch, false)) return false;
+bool Fails(const Device& device, const char* what) {
+  Emulation& emulation = GetEmulation();
+  if (device.number != emulation.failing_device || !std::exchange(emulation.fail_next_launch, false)) return false;
   failure = std::string(what) + ": failed as the test asked for";
   return true;
 }
 
 const char* Error() { return failure.empty() ? real->error() : failure.c_str(); }
 
-int Open(int32_t device, DejavuCudaContext** context, DejavuCudaDevice* info) {
+int Open(int32_t number, DejavuCudaContext** context, DejavuCudaDevice* info) {
   failure.clear();
-  return real->open(device, context, info);
+  const int result = real->open(number, context, info);
+  if (result != 0) return result;
+  MutexLock lock(mutex);
+  devices[*context].number = number;
+  return 0;
+}
+
+void Close(DejavuCudaContext* context) {
+  {
+    MutexLock lock(mutex);
+    devices.erase(context);
+  }
+  real->close(context);
 }
 
 int LaunchCounted(DejavuCudaContext* context, const DejavuCudaLaunch* launch) {
-  if (!capturing && Fails(ModuleKernels()[launch->kernel].name)) return 1;
-  Counts one;
-  one.launches[launch->kernel] = one.all_launches = 1;
-  if (!capturing) {
-    Add(one);
-  } else {
-    ++captured.launches[launch->kernel];
-    ++captured.all_launches;
+  {
+    MutexLock lock(mutex);
+    Device& device = devices[context];
+    if (!device.capturing && Fails(device, ModuleKernels()[launch->kernel].name)) return 1;
+    if (device.capturing) {
+      ++device.captured.launches[launch->kernel];
+      ++device.captured.all_launches;
+    } else {
+      ++GetEmulation().launches[launch->kernel];
+      ++GetEmulation().all_launches;
+    }
   }
   return real->launch(context, launch);
 }
 
 int Gemm(DejavuCudaContext* context, const DejavuCudaGemm* gemm) {
-  ++(capturing ? captured.gemms : GetEmulation().gemms);
+  {
+    MutexLock lock(mutex);
+    Device& device = devices[context];
+    ++(device.capturing ? device.captured.gemms : GetEmulation().gemms);
+  }
   return real->gemm(context, gemm);
 }
 
+int GroupId(char* id) {
+  if (!GetEmulation().refuse_groups) return real->group_id(id);
+  failure = "groups of GPUs need NCCL, which the test took away";
+  return 1;
+}
+
+int AllReduce(DejavuCudaContext* context, float* data, int64_t count) {
+  {
+    MutexLock lock(mutex);
+    Device& device = devices[context];
+    ++(device.capturing ? device.captured.all_reduces : GetEmulation().all_reduces);
+  }
+  return real->all_reduce(context, data, count);
+}
+
 int BeginCapture(DejavuCudaContext* context) {
-  captured = {};
-  capturing = true;
+  {
+    MutexLock lock(mutex);
+    devices[context].captured = {};
+    devices[context].capturing = true;
+  }
   return real->begin_capture(context);
 }
 
 int EndCapture(DejavuCudaContext* context, DejavuCudaGraph** graph) {
-  capturing = false;
   const int result = real->end_capture(context, graph);
+  MutexLock lock(mutex);
+  Device& device = devices[context];
+  device.capturing = false;
   if (result != 0) return result;
-  GetEmulation().captured_launches = captured.all_launches;
-  GetEmulation().captured_gemms = captured.gemms;
-  graphs[*graph] = captured;
+  GetEmulation().captured_launches = device.captured.all_launches;
+  GetEmulation().captured_gemms = device.captured.gemms;
+  GetEmulation().captured_all_reduces = device.captured.all_reduces;
+  graphs[*graph] = device.captured;
   return 0;
 }
 
 int Stamp(DejavuCudaContext* context, int32_t event) {
-  last_event = event;
+  {
+    MutexLock lock(mutex);
+    devices[context].last_event = event;
+  }
   return real->stamp(context, event);
 }
 
 int Wait(DejavuCudaContext* context, int32_t event) {
-  GetEmulation().waits_behind += event != last_event;
+  {
+    MutexLock lock(mutex);
+    GetEmulation().waits_behind += event != devices[context].last_event;
+  }
   return real->wait(context, event);
 }
 
 int Replay(DejavuCudaContext* context, DejavuCudaGraph* graph) {
-  if (Fails("a graph")) return 1;
-  Add(graphs[graph]);
+  {
+    MutexLock lock(mutex);
+    if (Fails(devices[context], "a graph")) return 1;
+    Add(graphs[graph]);
+  }
   return real->replay(context, graph);
 }
 
 void FreeGraph(DejavuCudaContext* context, DejavuCudaGraph* graph) {
-  graphs.erase(graph);
+  {
+    MutexLock lock(mutex);
+    graphs.erase(graph);
+  }
   real->free_graph(context, graph);
 }
 
@@ -122,6 +183,7 @@ const DejavuCudaModule* ModuleUnderTest() {
     DejavuCudaModule counting = *real;
     counting.error = Error;
     counting.open = Open;
+    counting.close = Close;
     counting.launch = LaunchCounted;
     counting.gemm = Gemm;
     counting.begin_capture = BeginCapture;
@@ -130,9 +192,19 @@ const DejavuCudaModule* ModuleUnderTest() {
     counting.stamp = Stamp;
     counting.wait = Wait;
     counting.free_graph = FreeGraph;
+    counting.group_id = GroupId;
+    counting.all_reduce = AllReduce;
     return counting;
   }();
   return &module;
+}
+
+bool HasDevices(int count) {
+  DejavuCudaContext* context = nullptr;
+  DejavuCudaDevice device;
+  if (real->open(count - 1, &context, &device) != 0) return false;
+  real->close(context);
+  return true;
 }
 
 std::span<const ModuleKernel> ModuleKernels() {
@@ -149,7 +221,7 @@ Emulation& GetEmulation() {
 
 void Emulation::ResetCounts() {
   launches.assign(ModuleKernels().size(), 0);
-  all_launches = gemms = 0;
+  all_launches = gemms = all_reduces = waits_behind = 0;
 }
 
 }  // namespace dejavu::simt

@@ -3,6 +3,7 @@
   ops        every op of the CUDA backend against the CPU backend
   replay     recorded steps against launched ones, twice, bit by bit
   model      the engine against the goldens, alone and in batches, all tiers
+  group      NCCL: a group of one GPU; and of all, where there are more, with their speed, and the engine over them
   daemon     1,000 requests to dejavud --device cuda; then its memory is what it was before
   sanitizer  compute-sanitizer over the ops
 Exits with 1 where a part fails, or where there is no GPU."""
@@ -21,8 +22,8 @@ import time
 
 import machine
 
-PARTS = ("ops", "replay", "model", "daemon", "sanitizer")
-OPS, REPLAY = "*Cuda*:DeviceProbe*", "*Replay*"
+PARTS = ("ops", "replay", "model", "group", "daemon", "sanitizer")
+OPS, REPLAY, GROUP = "*Cuda*:DeviceProbe*", "*Replay*", "*Group*"
 REQUESTS, WARM_UP, AT_ONCE = 1000, 200, 8
 # Beyond the noise of the allocators; a leak of 32 KiB a request would show.
 SLACK_MIB = 32
@@ -43,7 +44,11 @@ def replay():
 
 
 def model():
-    run_gpu_test(f"--gtest_filter=*-{OPS}:{REPLAY}")  # whatever is in no other part
+    run_gpu_test(f"--gtest_filter=*-{OPS}:{REPLAY}:{GROUP}")  # whatever is in no other part
+
+
+def group():
+    run_gpu_test(f"--gtest_filter={GROUP}")
 
 
 def sanitizer():

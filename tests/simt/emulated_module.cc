@@ -1,21 +1,30 @@
 #include "emulated_module.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <chrono>
+#include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <deque>
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/check.h"
+#include "kernels/base/mutex.h"
 #include "kernels/base/status_macros.h"
 
 namespace {
 
+using dejavu::CondVar;
+using dejavu::Mutex;
+using dejavu::MutexLock;
 using dejavu::simt::GetEmulation;
 using dejavu::simt::ModuleKernel;
 using dejavu::simt::ModuleKernels;
@@ -29,11 +38,68 @@ struct Copy {
 using Memory = std::map<const char*, int64_t>;  // bytes by begin
 using Work = std::function<absl::Status()>;
 
+// Contexts that add up.
+class Group {
+ public:
+  // Returns when all have joined.
+  absl::Status Join(int32_t device, int32_t rank, int32_t size, double seconds) {
+    MutexLock lock(mutex_);
+    if (!devices_.insert(device).second) {
+      return absl::FailedPreconditionError(absl::StrCat("rank ", rank, ": another rank has device ", device));
+    }
+    parts_.resize(size);
+    changed_.NotifyAll();
+    return Wait(seconds, [&] { return std::ssize(devices_) == size; });
+  }
+
+  // In the order of ranks.
+  absl::Status AllReduce(int32_t rank, float* data, int64_t count, double seconds) {
+    MutexLock lock(mutex_);
+    const int64_t before = done_;
+    parts_[rank].assign(data, data + count);
+    if (++come_ == parts_.size()) {
+      sum_ = parts_[0];
+      for (size_t i = 1; i < parts_.size(); ++i) {
+        CHECK(parts_[i].size() == sum_.size()) << "ranks add up " << sum_.size() << " and " << parts_[i].size();
+        std::ranges::transform(sum_, parts_[i], sum_.begin(), std::plus<>());
+      }
+      come_ = 0;
+      ++done_;
+      changed_.NotifyAll();
+    }
+    RETURN_IF_ERROR(Wait(seconds, [&] { return done_ > before; }));
+    std::ranges::copy(sum_, data);  // the next one is not done before this rank has come to it
+    return absl::OkStatus();
+  }
+
+ private:
+  template <typename Come>
+  absl::Status Wait(double seconds, const Come& come) {
+    using Clock = std::chrono::steady_clock;
+    const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                                             std::chrono::duration<double>(std::min(seconds, 1e6)));
+    while (!come()) {
+      if (!changed_.WaitUntil(mutex_, deadline) && !come()) {
+        return absl::DeadlineExceededError(absl::StrCat("a rank did not come within ", seconds, " s"));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  Mutex mutex_;  // guards the rest
+  CondVar changed_;
+  std::set<int32_t> devices_;
+  std::vector<std::vector<float>> parts_;  // [rank] of the all-reduce under way
+  size_t come_ = 0;                        // to it
+  int64_t done_ = 0;
+  std::vector<float> sum_;  // of the last one
+};
+
 }  // namespace
 
 struct DejavuCudaGraph {
   std::vector<Work> work;
-  int64_t launches = 0, gemms = 0;
+  int64_t launches = 0, gemms = 0, all_reduces = 0;
 };
 
 struct DejavuCudaContext {
@@ -43,6 +109,11 @@ struct DejavuCudaContext {
   Work held;             // the last launch, perhaps
   std::unique_ptr<DejavuCudaGraph> capture;
   bool has_blas = false;  // opened by the first gemm, which must not be captured
+  int32_t number = 0;     // of the device
+  std::shared_ptr<Group> group;
+  int32_t rank = 0;
+  double group_limit_s = INFINITY;
+  int64_t graphs_in_group = 0;  // that hold all-reduces
   struct Event {
     std::chrono::steady_clock::time_point time;
     size_t fetched = 0, uploaded = 0;  // rows before it, since the beginning
@@ -62,10 +133,11 @@ struct DejavuCudaContext {
 namespace {
 
 thread_local std::string last_error;
+Mutex emulation_mutex;  // for Emulation's counts and fail_next_launch, where contexts have threads of their own
 
 int Result(const absl::Status& status) {
   if (!status.ok()) last_error = std::string(status.message());
-  return status.ok() ? 0 : 1;
+  return status.ok() ? 0 : status.code() == absl::StatusCode::kDeadlineExceeded ? DEJAVU_CUDA_PEER_LOST : 1;
 }
 
 absl::Status Refuse(const auto&... message) { return absl::FailedPreconditionError(absl::StrCat(message...)); }
@@ -123,8 +195,11 @@ absl::Status Submit(DejavuCudaContext* context, Work work) {
 }
 
 int Open(int32_t device, DejavuCudaContext** context, DejavuCudaDevice* info) {
-  if (device != 0) return Result(Refuse("no device ", device, ": the emulator has one"));
+  if (device < 0 || device >= GetEmulation().devices) {
+    return Result(Refuse("no device ", device, ": the emulator has ", GetEmulation().devices));
+  }
   *context = new DejavuCudaContext;
+  (*context)->number = device;
   *info = {.name = "emulated device",
            .compute_major = 9,
            .compute_minor = 0,
@@ -252,13 +327,16 @@ absl::Status RunKernel(DejavuCudaContext* context, int32_t number, const std::ve
                        dejavu::simt::Launch launch) {
   auto& emulation = GetEmulation();
   const ModuleKernel& kernel = ModuleKernels()[number];
-  if (std::exchange(emulation.fail_next_launch, false)) {
-    return context->failure =
-               absl::InternalError(absl::StrCat("kernel ", kernel.name, ": failed as the test asked for"));
+  {
+    MutexLock lock(emulation_mutex);
+    if (emulation.failing_device == context->number && std::exchange(emulation.fail_next_launch, false)) {
+      return context->failure =
+                 absl::InternalError(absl::StrCat("kernel ", kernel.name, ": failed as the test asked for"));
+    }
+    ++emulation.launches[number];
+    ++emulation.all_launches;
+    if (emulation.order != 0) launch.order = emulation.order * 1'000'003 + emulation.all_launches;
   }
-  ++emulation.launches[number];
-  ++emulation.all_launches;
-  if (emulation.order != 0) launch.order = emulation.order * 1'000'003 + emulation.all_launches;
   const bool hold = std::popcount(launch.order) % 2 == 1;
   if (launch.overlaps && context->held != nullptr) {
     launch.before = std::exchange(context->held, nullptr);
@@ -313,7 +391,10 @@ absl::Status Gemm(DejavuCudaContext* context, const DejavuCudaGemm& gemm) {
   if (context->capture != nullptr) ++context->capture->gemms;
   return Submit(context, [context, gemm] {
     RETURN_IF_ERROR(RunHeld(context));
-    ++GetEmulation().gemms;
+    {
+      MutexLock lock(emulation_mutex);
+      ++GetEmulation().gemms;
+    }
     RunGemm(gemm);
     return absl::OkStatus();
   });
@@ -339,11 +420,18 @@ absl::Status BeginCapture(DejavuCudaContext* context) {
 
 absl::Status EndCapture(DejavuCudaContext* context, DejavuCudaGraph** graph) {
   if (context->capture == nullptr) return Refuse("end_capture without begin_capture");
-  GetEmulation().captured_launches = context->capture->launches;
-  GetEmulation().captured_gemms = context->capture->gemms;
+  {
+    MutexLock lock(emulation_mutex);
+    GetEmulation().captured_launches = context->capture->launches;
+    GetEmulation().captured_gemms = context->capture->gemms;
+    GetEmulation().captured_all_reduces = context->capture->all_reduces;
+  }
   *graph = GetEmulation().refuse_graphs ? nullptr : context->capture.get();
   auto captured = std::exchange(context->capture, nullptr);
-  if (*graph != nullptr) captured.release();
+  if (*graph != nullptr) {
+    context->graphs_in_group += captured->all_reduces > 0;
+    captured.release();
+  }
   return context->failure;
 }
 
@@ -373,7 +461,10 @@ absl::Status CheckStamped(const DejavuCudaContext* context, int32_t event) {
 absl::Status WaitFor(DejavuCudaContext* context, int32_t event) {
   RETURN_IF_ERROR(CheckStamped(context, event));
   RETURN_IF_ERROR(CheckNoCapture(context, "wait"));
-  GetEmulation().waits_behind += event != context->last_event;
+  {
+    MutexLock lock(emulation_mutex);
+    GetEmulation().waits_behind += event != context->last_event;
+  }
   return Arrive(context, context->events[event].fetched, context->events[event].uploaded);
 }
 
@@ -382,6 +473,61 @@ absl::Status ElapsedMs(DejavuCudaContext* context, int32_t from, int32_t to, flo
   RETURN_IF_ERROR(CheckNoCapture(context, "elapsed_ms"));
   *ms = std::chrono::duration<float, std::milli>(context->events[to].time - context->events[from].time).count();
   return absl::OkStatus();
+}
+
+// Those that somebody may join yet, by id.
+std::shared_ptr<Group> GroupOf(const std::string& id) {
+  static Mutex mutex;
+  static std::map<std::string, std::weak_ptr<Group>> groups;
+  MutexLock lock(mutex);
+  std::shared_ptr<Group> group = groups[id].lock();
+  if (group == nullptr) groups[id] = group = std::make_shared<Group>();
+  return group;
+}
+
+int GroupId(char* id) {
+  static std::atomic<int> last = 0;
+  if (GetEmulation().refuse_groups) return Result(Refuse("groups of GPUs need NCCL, which the test took away"));
+  if (id != nullptr) std::snprintf(id, DEJAVU_CUDA_GROUP_ID_BYTES, "emulated group %d", ++last);
+  return 0;
+}
+
+absl::Status JoinGroup(DejavuCudaContext* context, const char* id, int32_t rank, int32_t size, double seconds,
+                       int64_t* memory_free_bytes) {
+  RETURN_IF_ERROR(CheckNoCapture(context, "join_group"));
+  if (context->group != nullptr) return Refuse("join_group: the context is in a group");
+  const auto group = GroupOf(id);
+  RETURN_IF_ERROR(group->Join(context->number, rank, size, seconds));
+  context->group = group;
+  context->rank = rank;
+  *memory_free_bytes = GetEmulation().memory_bytes - context->device_bytes;
+  return absl::OkStatus();
+}
+
+void LeaveGroup(DejavuCudaContext* context) {
+  CHECK(context->graphs_in_group == 0) << "a group is left while a graph holds its all-reduces: NCCL would wait for it";
+  context->group = nullptr;
+}
+
+absl::Status AllReduce(DejavuCudaContext* context, float* data, int64_t count) {
+  if (context->group == nullptr) return Refuse("all_reduce: the context is in no group");
+  if (!Within(context->device, reinterpret_cast<const char*>(data), count * int64_t{sizeof(float)})) {
+    return Refuse("all_reduce of what is not device memory");
+  }
+  if (context->capture != nullptr) ++context->capture->all_reduces;
+  return Submit(context, [=] {
+    RETURN_IF_ERROR(RunHeld(context));
+    {
+      MutexLock lock(emulation_mutex);
+      ++GetEmulation().all_reduces;
+    }
+    return context->failure = context->group->AllReduce(context->rank, data, count, context->group_limit_s);
+  });
+}
+
+void FreeGraph(DejavuCudaContext* context, DejavuCudaGraph* graph) {
+  context->graphs_in_group -= graph->all_reduces > 0;
+  delete graph;
 }
 
 // A function of the table: calls kFunction and keeps its message.
@@ -410,10 +556,19 @@ constexpr DejavuCudaModule kModule = {
     .begin_capture = Call<BeginCapture>,
     .end_capture = Call<EndCapture>,
     .replay = Call<Replay>,
-    .free_graph = [](DejavuCudaContext*, DejavuCudaGraph* graph) { delete graph; },
+    .free_graph = FreeGraph,
     .stamp = Call<Stamp>,
     .wait = Call<WaitFor>,
     .elapsed_ms = Call<ElapsedMs>,
+    .group_id = GroupId,
+    .join_group = Call<JoinGroup>,
+    .leave_group = LeaveGroup,
+    .all_reduce = Call<AllReduce>,
+    .limit_group =
+        [](DejavuCudaContext* context, double seconds) {
+          context->group_limit_s = seconds;
+          return 0;
+        },
 };
 
 }  // namespace
@@ -429,7 +584,7 @@ Emulation& GetEmulation() {
 
 void Emulation::ResetCounts() {
   std::ranges::fill(launches, 0);
-  all_launches = gemms = waits_behind = 0;
+  all_launches = gemms = all_reduces = waits_behind = 0;
 }
 
 }  // namespace dejavu::simt

@@ -2,7 +2,9 @@
 // real one. Device memory lies on the heap in exact sizes, where AddressSanitizer sees overruns, use after free and
 // leaks. Work is done at once, but what the host may not rely on before it has waited is withheld: a fetch fills its
 // target with NaN until then, and the source of an upload from pinned memory is checked for changes. As with CUDA, a
-// kernel that fails leaves a context in which everything else fails, too.
+// kernel that fails leaves a context in which everything else fails, too. Each context may have a thread of its own; in
+// a group they add up in the order of ranks, and a rank that waits for another does so where an all-reduce is queued,
+// or its graph replayed.
 #ifndef TESTS_SIMT_EMULATED_MODULE_H_
 #define TESTS_SIMT_EMULATED_MODULE_H_
 
@@ -37,15 +39,18 @@ std::span<const ModuleKernel> ModuleKernels();
 struct Emulation {
   uint64_t order = 0;  // 0: natural; else every launch has an order of its own, drawn from this
   bool fail_next_launch = false;
-  bool refuse_graphs = false;               // the device has no memory for them
-  int64_t memory_bytes = int64_t{4} << 30;  // of the device
+  int failing_device = 0;
+  bool refuse_graphs = false;  // the device has no memory for them
+  bool refuse_groups = false;  // there is no NCCL
+  int devices = 1;
+  int64_t memory_bytes = int64_t{4} << 30;  // of each
 
   // Since the start or ResetCounts; what a replay runs counts like the rest.
   std::vector<int64_t> launches = std::vector<int64_t>(ModuleKernels().size());  // by kernel number
-  int64_t all_launches = 0, gemms = 0;
+  int64_t all_launches = 0, gemms = 0, all_reduces = 0;
   int64_t waits_behind = 0;  // for an event that was not the last one: the queue went on meanwhile
 
-  int64_t captured_launches = 0, captured_gemms = 0;  // of the last graph
+  int64_t captured_launches = 0, captured_gemms = 0, captured_all_reduces = 0;  // of the last graph
 
   void ResetCounts();
 };

@@ -1,3 +1,12 @@
 #include "module_under_test.h"
 
-const DejavuCudaModule* dejavu::simt::ModuleUnderTest() { return EmulatedModule(); }
+namespace dejavu::simt {
+
+const DejavuCudaModule* ModuleUnderTest() { return EmulatedModule(); }
+
+bool HasDevices(int count) {
+  GetEmulation().devices = count;
+  return true;
+}
+
+}  // namespace dejavu::simt

@@ -9,6 +9,9 @@ namespace dejavu::simt {
 
 const DejavuCudaModule* ModuleUnderTest();
 
+// Whether there are so many devices. The emulated module has them from then on.
+bool HasDevices(int count);
+
 }  // namespace dejavu::simt
 
 #endif  // TESTS_SIMT_MODULE_UNDER_TEST_H_

@@ -2,7 +2,6 @@
 // golden tokens of Hugging Face Transformers and against the engine on the CPU. Some thread orders; AddressSanitizer
 // looks on.
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
 #include <string>
 #include <vector>
@@ -12,76 +11,15 @@
 #include "engine/predictor_file.h"
 #include "gtest/gtest.h"
 #include "module_under_test.h"
+#include "served_model.h"
 #include "tests/engine/collecting_sink.h"
 #include "tests/engine/golden.h"
 #include "tests/engine/made_predictor.h"
 #include "tests/engine/random_predictor.h"
 #include "tests/scratch_directory.h"
 
-// The loader finds the module in this very program.
-extern "C" __attribute__((visibility("default"))) const DejavuCudaModule* DejavuCudaEntry(void) {
-  return dejavu::simt::ModuleUnderTest();
-}
-
 namespace dejavu {
 namespace {
-
-constexpr int kTokens = 16;
-constexpr float kClose = 2e-3f;  // a gap between the two best logits that rounding may close
-
-std::unique_ptr<Engine> MakeEngine(const std::string& checkpoint, const std::string& device,
-                                   const std::string& predictor = "none") {
-  setenv("DEJAVU_CUDA_MODULE", "", 1);  // dlopen's name for the program itself
-  EngineOptions options;
-  options.model = CheckpointPath(checkpoint);
-  options.device = device;
-  options.predictor = predictor;
-  options.threads = 1;
-  options.pin_threads = false;
-  options.max_batch = 4;
-  options.max_step_tokens = 32;
-  options.prefill_share = 1e6;  // what is in a step shall not depend on how long it takes
-  auto engine = Engine::Create(options, 0, nullptr);
-  EXPECT_TRUE(engine.ok()) << engine.status();
-  return engine.ok() ? *std::move(engine) : nullptr;
-}
-
-Request Greedy(const std::vector<int32_t>& prompt, Tier tier, bool deterministic = false) {
-  Request request;
-  request.prompt = prompt;
-  request.max_new_tokens = kTokens;
-  request.ignore_eos = true;
-  request.sparsity.tier = tier;
-  request.sparsity.deterministic = deterministic;
-  return request;
-}
-
-// Submitted together.
-std::vector<std::vector<int32_t>> Generate(Engine& engine, const std::vector<Request>& requests) {
-  std::vector<std::shared_ptr<CollectingSink>> sinks;
-  for (const Request& request : requests) {
-    sinks.push_back(std::make_shared<CollectingSink>());
-    const auto id = engine.Submit(request, sinks.back());
-    EXPECT_TRUE(id.ok()) << id.status();
-  }
-  std::vector<std::vector<int32_t>> ids;
-  for (const auto& sink : sinks) {
-    const Finish finish = sink->WaitForFinish();
-    EXPECT_EQ(finish.reason, FinishReason::kLength) << finish.status;
-    ids.push_back(sink->ids());
-  }
-  return ids;
-}
-
-// Up to a step whose two best logits lie so close that rounding may decide.
-void ExpectGolden(const std::vector<int32_t>& ids, const Golden& golden) {
-  ASSERT_EQ(ids.size(), static_cast<size_t>(kTokens));
-  ASSERT_GE(golden.greedy.size(), ids.size());
-  for (int i = 0; i < kTokens; ++i) {
-    if (golden.margin[i] <= kClose) return;
-    ASSERT_EQ(ids[i], golden.greedy[i]) << "token " << i;
-  }
-}
 
 class ServedModel : public testing::TestWithParam<std::string> {
  protected:
@@ -119,10 +57,7 @@ class PredictedModel : public ServedModel {};
 TEST_P(PredictedModel, GivesWhatItGivesOnTheCpu) {
   const std::vector<Golden> goldens = LoadGoldens(GetParam());
   const ScratchDirectory scratch;
-  const OptConfig config = *OptConfig::Load(CheckpointPath(GetParam()));
-  const std::string predictor =
-      WritePredictorFor(CheckpointPath(GetParam()),
-                        RandomPredictor(config, WeightsHashOf(CheckpointPath(GetParam())), 3), scratch.Path("p"));
+  const std::string predictor = WriteRandomPredictor(GetParam(), scratch.Path("p"));
   const auto engine = MakeEngine(GetParam(), "cuda", predictor), cpu = MakeEngine(GetParam(), "cpu", predictor);
   ASSERT_NE(engine, nullptr);
   ASSERT_NE(cpu, nullptr);
@@ -140,13 +75,9 @@ TEST_P(PredictedModel, GivesWhatItGivesOnTheCpu) {
   }
 }
 
-std::string NameOf(const testing::TestParamInfo<std::string>& info) {
-  std::string name = info.param;
-  std::replace(name.begin(), name.end(), '-', '_');
-  return name;
-}
-INSTANTIATE_TEST_SUITE_P(AllForms, ServedModel, testing::ValuesIn(GoldenCheckpoints()), NameOf);
-INSTANTIATE_TEST_SUITE_P(BothNorms, PredictedModel, testing::Values("pre-norm-hd80", "post-norm-350m-form"), NameOf);
+INSTANTIATE_TEST_SUITE_P(AllForms, ServedModel, testing::ValuesIn(GoldenCheckpoints()), CheckpointTestName);
+INSTANTIATE_TEST_SUITE_P(BothNorms, PredictedModel, testing::Values("pre-norm-hd80", "post-norm-350m-form"),
+                         CheckpointTestName);
 
 TEST(RecordedStep, TakesAtMostSevenLaunchesALayer) {
   const std::string name = "pre-norm-hd64";
