@@ -14,6 +14,7 @@
 #include "absl/strings/str_format.h"
 #include "engine/checkpoint.h"
 #include "engine/kv_cache.h"
+#include "engine/memory_plan.h"
 #include "engine/loaded_model.h"
 #include "engine/opt_weights.h"
 #include "engine/weight_bytes.h"
@@ -112,15 +113,6 @@ RankPredictor PredictorBytes(const PredictorData& predictor, const OptConfig& co
     if (layer.heads.rank + layer.neurons.rank > 0) bytes.split += shard.neuron_count * int64_t{sizeof(float)};  // worth
   }
   return bytes;
-}
-
-// As PlanMemory has it: of OptModel, the predictor's masks and the logits.
-int64_t ActivationBytes(const EngineOptions& options, const OptConfig& config, const Shard& shard) {
-  const int64_t features = int64_t{shard.heads.count} * config.head_dim;
-  const int64_t row = int64_t{4} * config.hidden + 4 * features + int64_t{2} * shard.neuron_count;
-  const int64_t logits = int64_t{shard.vocab.count} + config.hidden;
-  return static_cast<int64_t>(sizeof(float)) *
-         (options.max_step_tokens * row + (options.max_batch + options.score_rows) * logits + options.max_batch * row);
 }
 
 // ---- What fits

@@ -90,6 +90,8 @@ class Door {
 
   const Account& account() const { return account_; }
   int64_t waiting() const { return waiting_; }
+  int64_t waiting(Urgency urgency) const { return waiting_of_[static_cast<size_t>(urgency)]; }
+  int64_t waiting_prompt_tokens() const { return waiting_prompt_tokens_; }
 
  private:
   struct Queued {

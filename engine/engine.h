@@ -3,6 +3,7 @@
 #ifndef ENGINE_ENGINE_H_
 #define ENGINE_ENGINE_H_
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -14,11 +15,14 @@
 #include "absl/status/statusor.h"
 #include "engine/cost_model.h"
 #include "engine/door.h"
+#include "engine/metrics.h"
 #include "engine/opt_config.h"
 #include "engine/opt_weights.h"
 #include "engine/options.h"
 #include "engine/request.h"
 #include "engine/sparsity.h"
+#include "engine/step_trace.h"
+#include "kernels/communicator.h"
 
 namespace dejavu {
 
@@ -35,6 +39,11 @@ struct EngineStats {
   int64_t cached_prompt_tokens = 0;  // not computed: their blocks were there
   int64_t preemptions = 0;
   Account account;
+  std::array<int32_t, kUrgencies> waiting_of = {};
+  int64_t waiting_tokens = 0;  // of their prompts
+  double oldest_wait_s = 0.0;
+  CommunicatorStats communication;  // of rank 0, when a step last ended
+  int32_t ranks = 1;
   CostParameters costs;
   int64_t cost_steps = 0;  // that the costs were learned from
 };
@@ -78,8 +87,18 @@ class Engine {
   virtual void Drain(bool refuse_waiting) = 0;
   virtual bool WaitIdle(SteadyTime deadline) = 0;
 
+  // Reads the predictor's file again and puts it in the place of the loaded one between two steps, without taking
+  // memory; returns when that is done. FAILED_PRECONDITION where there is no such file, or what it holds does not fit
+  // where the old one is (Predictor::Reload) or serves other tiers; UNIMPLEMENTED for several ranks; UNAVAILABLE where
+  // the engine has failed. Then the old one stays.
+  virtual absl::Status ReloadPredictor() = 0;
+
+  // Of the last steps.
+  virtual const StepTrace& trace() const = 0;
+
   virtual EngineStats stats() const = 0;
   virtual SparsityStats sparsity_stats() const = 0;
+  virtual const EngineMetrics& metrics() const = 0;
 
   // True once the engine thread has died of an error of its own, or hangs in a step. New requests are refused with
   // UNAVAILABLE; only a restart helps. After an error every request has finished with kError; one that hangs tells

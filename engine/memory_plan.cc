@@ -13,7 +13,8 @@ namespace {
 
 std::string Gib(int64_t bytes) { return absl::StrFormat("%.2f GiB", static_cast<double>(bytes) / (1 << 30)); }
 
-// OptModel's, the predictor's masks and the logits on the device, for steps of the largest size.
+}  // namespace
+
 int64_t ActivationBytes(const EngineOptions& options, const OptConfig& config, const Shard& shard) {
   const int64_t features = int64_t{shard.heads.count} * config.head_dim;
   const int64_t row = 4 * (config.hidden + features) + int64_t{2} * shard.neuron_count;
@@ -21,8 +22,6 @@ int64_t ActivationBytes(const EngineOptions& options, const OptConfig& config, c
   return static_cast<int64_t>(sizeof(float)) *
          (options.max_step_tokens * row + (options.max_batch + options.score_rows) * logits + options.max_batch * row);
 }
-
-}  // namespace
 
 std::string MemoryPlan::ToString() const {
   return absl::StrCat("weights ", Gib(weight_bytes), ", predictor ", Gib(predictor_bytes), ", activations ",

@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "engine/opt_config.h"
 #include "engine/options.h"
+#include "engine/shard.h"
 #include "kernels/backend.h"
 
 namespace dejavu {
@@ -25,6 +26,9 @@ struct MemoryPlan {
   // One line for people, in GiB.
   std::string ToString() const;
 };
+
+// Of OptModel, the predictor's masks and the logits, for steps of the largest size.
+int64_t ActivationBytes(const EngineOptions& options, const OptConfig& config, const Shard& shard);
 
 // What rank `rank` of `ranks` takes of its device. RESOURCE_EXHAUSTED with the sizes where the model, or with it one
 // sequence of the full context, does not fit.

@@ -62,6 +62,8 @@ class OptWeights {
   LinearWeights head;      // kOutputRows [tokens, embed]: the token embedding again
 
   int64_t bytes() const { return storage_.bytes(); }
+  // All of them, as bytes.
+  Tensor memory() const { return storage_.View(0, DType::kInt8, 1, storage_.bytes()); }
   DType dtype() const { return token_embedding.weight.dtype; }
 
  private:

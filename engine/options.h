@@ -42,6 +42,11 @@ struct EngineOptions {
   std::string tenant_weights;  // such as "free=1,paying=3": shares of what tenants are served; 1 for others
   bool prefix_cache = true;
 
+  // What is counted of the engine (engine/metrics.h). Targets of a request, in ms; 0: none.
+  std::string metric_edges;  // as MetricEdgesFrom has it
+  double slo_ttft_ms = 0.0;  // to its first token
+  double slo_itl_ms = 0.0;   // between its tokens, on average
+
   double watchdog_s = 300.0;  // a step that takes longer means that the engine has failed; 0: never
   std::string fault;          // for tests: throw@STEP or hang@STEP
 

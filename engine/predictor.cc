@@ -4,6 +4,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "absl/strings/str_cat.h"
 #include "kernels/base/float16.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/draw.h"
@@ -80,11 +81,7 @@ absl::Status Predictor::Load(const PredictorData& data, const Shard& shard) {
     const auto reserve = [&](const SelectorData& selector, Selector* to) {
       to->weights.outputs = to->outputs;
       if (to->rank == 0) return;
-      for (size_t tier = 0; tier < kAllTiers.size(); ++tier) {
-        if (!selector.points[tier].has_value()) continue;
-        to->point_of_tier[tier] = static_cast<int32_t>(to->point_ranks.size());
-        to->point_ranks.push_back(selector.points[tier]->rank);
-      }
+      to->SetPoints(selector);
       if (to->point_ranks.empty()) return;
       layout.Reserve(&to->weights.b, DType::kInt8, selector.rank, Padded(to->outputs));
       layout.Reserve(&to->weights.thresholds, DType::kFloat16, PointsOf(selector), Padded(to->outputs));
@@ -94,6 +91,58 @@ absl::Status Predictor::Load(const PredictorData& data, const Shard& shard) {
     reserve(from.neurons, &layer.neurons);
   }
   ASSIGN_OR_RETURN(storage_, layout.Allocate(dev_));
+  Fill(data, shard);
+  return absl::OkStatus();
+}
+
+void Predictor::Selector::SetPoints(const SelectorData& data) {
+  point_of_tier.fill(kSelectEverything);
+  point_ranks.clear();
+  for (size_t tier = 0; tier < kAllTiers.size(); ++tier) {
+    if (!data.points[tier].has_value()) continue;
+    point_of_tier[tier] = static_cast<int32_t>(point_ranks.size());
+    point_ranks.push_back(data.points[tier]->rank);
+  }
+}
+
+absl::Status Predictor::Reload(const PredictorData& data, const Shard& shard) {
+  CHECK(data.layers.size() == layers_.size()) << data.layers.size() << " layers for " << layers_.size();
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    const Layer& layer = layers_[l];
+    const LayerPredictorData& from = data.layers[l];
+    if (from.tap != layer.tap) {
+      return absl::FailedPreconditionError(absl::StrCat("layer ", l, " reads ", Name(from.tap), "; the loaded one ",
+                                                        Name(layer.tap)));
+    }
+    const auto fits = [&](const char* what, const SelectorData& selector, const Selector& to) {
+      if (to.outputs == 0) return absl::OkStatus();
+      if (selector.rank > to.rank) {
+        return absl::FailedPreconditionError(absl::StrCat("layer ", l, " has ", selector.rank, " components for ", what,
+                                                          "; there is room for ", to.rank));
+      }
+      const int32_t points = selector.rank > 0 ? PointsOf(selector) : 0;
+      if (points <= to.weights.thresholds.rows) return absl::OkStatus();
+      return absl::FailedPreconditionError(absl::StrCat("layer ", l, " has ", points, " operating points for ", what,
+                                                        "; there is room for ", to.weights.thresholds.rows));
+    };
+    RETURN_IF_ERROR(fits("neurons", from.neurons, layer.neurons));
+    RETURN_IF_ERROR(fits("heads", from.heads, layer.heads));
+  }
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    const auto set = [](const SelectorData& selector, Selector* to) {
+      to->on.fill(true);
+      if (to->rank > 0) to->SetPoints(selector.rank > 0 ? selector : SelectorData());
+    };
+    set(data.layers[l].neurons, &layers_[l].neurons);
+    set(data.layers[l].heads, &layers_[l].heads);
+  }
+  dev_.Synchronize();
+  Fill(data, shard);
+  return absl::OkStatus();
+}
+
+// What there is room for and `data` does not fill is never read.
+void Predictor::Fill(const PredictorData& data, const Shard& shard) {
   std::vector<int8_t> b;
   std::vector<uint16_t> thresholds;
   std::vector<int32_t> own_heads(heads_), own_neurons(neurons_);
@@ -102,7 +151,7 @@ absl::Status Predictor::Load(const PredictorData& data, const Shard& shard) {
   for (size_t l = 0; l < layers_.size(); ++l) {
     const Layer& layer = layers_[l];
     const LayerPredictorData& from = data.layers[l];
-    if (layer.a.empty()) continue;
+    if (layer.a.empty() || from.heads.rank + from.neurons.rank == 0) continue;
     int64_t row = 0;
     for (int32_t j = 0; j < neurons_; ++j) {
       own_neurons[j] = shard.neuron(static_cast<int32_t>(l), j);
@@ -112,20 +161,22 @@ absl::Status Predictor::Load(const PredictorData& data, const Shard& shard) {
     const auto upload = [&](const SelectorData& selector, int32_t all, const std::vector<int32_t>& own,
                             const Selector& to) {
       if (to.rank == 0) return;
-      dev_.Upload(layer.a.Rows(row, to.rank), selector.a.data());
-      dev_.Upload(layer.a_scale.Cols(row, to.rank), selector.a_scale.data());
+      const int64_t first = row;
       row += to.rank;
-      if (to.weights.b.empty()) return;
+      if (selector.rank == 0) return;
+      dev_.Upload(layer.a.Rows(first, selector.rank), selector.a.data());
+      dev_.Upload(layer.a_scale.Cols(first, selector.rank), selector.a_scale.data());
+      if (to.point_ranks.empty()) return;
+      const auto points = static_cast<int64_t>(to.point_ranks.size());
       PackSelector(selector, all, own, &b, &thresholds);
-      dev_.Upload(to.weights.b, b.data());
-      dev_.Upload(to.weights.thresholds, thresholds.data());
-      dev_.Upload(to.weights.ranks, to.point_ranks.data());
+      dev_.Upload(to.weights.b.Rows(0, selector.rank), b.data());
+      dev_.Upload(to.weights.thresholds.Rows(0, points), thresholds.data());
+      dev_.Upload(to.weights.ranks.Cols(0, points), to.point_ranks.data());
     };
     upload(from.heads, config_.heads, own_heads, layer.heads);
     upload(from.neurons, config_.ffn, own_neurons, layer.neurons);
   }
   dev_.Synchronize();
-  return absl::OkStatus();
 }
 
 absl::Status Predictor::AllocateStep(int32_t max_rows, int32_t max_audits) {
@@ -201,6 +252,7 @@ void Predictor::BeginStep(const Batch& batch) {
   audits_ = static_cast<int32_t>(batch.audit_rows.size());
   CHECK(rows_ <= max_rows_ && audits_ <= max_audits_) << rows_ << " rows, " << audits_ << " audits";
   bool any = false;
+  step_bytes_ = 0;
   step_key_ = HashOf(0, rows_, decode_rows_, audits_);
   for (size_t l = 0; l < layers_.size(); ++l) {
     Layer& layer = layers_[l];
@@ -232,6 +284,8 @@ void Predictor::BeginStep(const Batch& batch) {
     const int32_t first = layer.rank_heads > 0 ? 0 : layer.heads.rank;
     const int32_t count = layer.rank_neurons > 0 ? layer.heads.rank + layer.rank_neurons - first : layer.rank_heads;
     layer.ride.weight = layer.a.Rows(first, count);
+    step_bytes_ += layer.ride.weight.bytes() + layer.rank_neurons * layer.neurons.weights.b.cols +
+                   layer.rank_heads * layer.heads.weights.b.cols;
     layer.ride.scale = layer.a_scale.Cols(first, count);
   }
   if (!any) return;

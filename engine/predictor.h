@@ -56,6 +56,11 @@ class Predictor {
                                                            const Shard& shard, Backend& backend, int32_t max_rows,
                                                            int32_t max_audits);
 
+  // Puts `data` in the place of what was loaded, between two steps, all switched on: the same taps, and for each layer
+  // no more components, operating points and selecting tiers than there is room for. FAILED_PRECONDITION for the
+  // first that differs, with everything as it was.
+  absl::Status Reload(const PredictorData& data, const Shard& shard);
+
   // Whether `tier` selects neurons (heads) in `layer`; with `on` false the layer runs EXACT for the tier (computes
   // every head) until it is switched on again. Switching takes effect with the next step. No effect where the file has
   // no operating point.
@@ -86,6 +91,8 @@ class Predictor {
   // A number for everything that BeginStep has decided and that the ops of the step depend on, beside what it has
   // uploaded: steps of one number run the same ops.
   uint64_t step_key() const { return step_key_; }
+  // Weights of this rank's predictor that the step reads.
+  int64_t step_bytes() const { return step_bytes_; }
 
   int32_t max_audits() const { return max_audits_; }
   int64_t bytes() const { return storage_.bytes(); }
@@ -101,6 +108,7 @@ class Predictor {
     std::vector<int32_t> point_ranks;                     // [points]
     std::array<int32_t, kAllTiers.size()> point_of_tier;  // kSelectEverything: none
     std::array<bool, kAllTiers.size()> on;
+    void SetPoints(const SelectorData& data);
     int32_t PointFor(Tier tier) const { return on[Index(tier)] ? point_of_tier[Index(tier)] : kSelectEverything; }
   };
   struct Layer {
@@ -119,6 +127,7 @@ class Predictor {
   Predictor(const OptConfig& config, const Shard& shard, Backend& backend)
       : config_(config), heads_(shard.heads.count), neurons_(shard.neuron_count), dev_(backend) {}
   absl::Status Load(const PredictorData& data, const Shard& shard);
+  void Fill(const PredictorData& data, const Shard& shard);
   absl::Status AllocateStep(int32_t max_rows, int32_t max_audits);
   Tensor Coordinates(const Layer& layer, bool heads, int64_t rows) const;
 
@@ -133,6 +142,7 @@ class Predictor {
   // This step.
   int32_t rows_ = 0, decode_rows_ = 0, audits_ = 0;
   uint64_t step_key_ = 0;
+  int64_t step_bytes_ = 0;
   std::vector<int32_t> host_neuron_points_, host_head_points_;  // [layers, rows]
   std::vector<int32_t> host_audit_points_;                      // [layers, audits]
   std::vector<int32_t> host_strict_;                            // [rows]

@@ -62,6 +62,8 @@ struct Sequence {
 
   Expectation expected;  // the door's
   SparsitySums sparsity;
+  SteadyTime last_token;
+  int64_t last_token_step = 0;
   Finish finish;
 
   int32_t prompt_tokens() const { return static_cast<int32_t>(request.prompt.size()); }

@@ -50,10 +50,14 @@ LogitsComparison CompareLogits(const float* p, const float* q, int32_t count) {
   return comparison;
 }
 
-SparsityControl::SparsityControl(const OptConfig& config, const PredictorData* data, Predictor& predictor,
-                                 bool fall_back)
+SparsityControl::SparsityControl(const OptConfig& config, const PredictorData* data, const OptWeights& weights,
+                                 Predictor& predictor, bool fall_back, EngineMetrics& metrics)
     : config_(config),
       predictor_(predictor),
+      metrics_(metrics),
+      layer_bytes_(weights.layers.front(), config),
+      head_bytes_(BytesAfterLayers(weights)),
+      embedding_bytes_(EmbeddingBytes(weights)),
       fall_back_(fall_back),
       monitor_(data, config.layers),
       layers_(config.layers) {}
@@ -85,10 +89,13 @@ void SparsityControl::PlanShadow(const std::vector<std::unique_ptr<Sequence>>& r
 
 void SparsityControl::NoteStep(const std::vector<std::unique_ptr<Sequence>>& running, const Batch& batch,
                                const StepCounts& counts, const float* logits, const float* shadow_logits) {
+  NoteBytes(batch, counts);
   if (batch.decode_rows == 0) return;
+  NoteUnion(batch, counts);
   if (counts.ranks > 1) {
     group_steps_.Add(1);
     imbalance_.Add(counts.imbalance);
+    metrics_.imbalance.Observe(counts.imbalance);
   }
   // All rows first: what the audits then switch holds from the next step on.
   for (const auto& s : running) {
@@ -108,6 +115,10 @@ void SparsityControl::NoteStep(const std::vector<std::unique_ptr<Sequence>>& run
       shadow_tokens_.Add(1);
       shadow_agreements_.Add(comparison.same_top);
       shadow_kl_.Add(comparison.kl_nats);
+      const auto tier = static_cast<size_t>(s->request.sparsity.tier);
+      metrics_.shadow_tokens[tier].Add(1);
+      metrics_.shadow_disagreements[tier].Add(!comparison.same_top);
+      metrics_.shadow_kl[tier].Observe(comparison.kl_nats);
       NoteAudit(*s, audit, counts);
     }
     ++audit;
@@ -118,6 +129,53 @@ void SparsityControl::NoteStep(const std::vector<std::unique_ptr<Sequence>>& run
     layers_[l].union_selected.Add(counts.union_selected[l]);
     layers_[l].union_active.Add(counts.active_of(l, batch.decode_rows));
   }
+}
+
+// What of each quarter of the layers the step read, and how much more that was than what its rows wanted.
+void SparsityControl::NoteUnion(const Batch& batch, const StepCounts& counts) {
+  double of_all = 0.0, of_rows = 0.0;
+  for (int group = 0; group < kLayerGroups; ++group) {
+    const int32_t first = config_.layers * group / kLayerGroups, end = config_.layers * (group + 1) / kLayerGroups;
+    if (first == end) continue;
+    int64_t neurons = 0, heads = 0;
+    for (int32_t l = first; l < end; ++l) {
+      neurons += counts.union_selected[l] + counts.union_down_of(l);
+      heads += counts.union_heads[l];
+      of_all += counts.union_selected[l];
+      for (int32_t r = 0; r < batch.decode_rows; ++r) of_rows += counts.selected_of(l, r);
+    }
+    const double layers = end - first;
+    metrics_.union_mlp_density[group].Observe(static_cast<double>(neurons) / (2.0 * layers * config_.ffn));
+    metrics_.union_head_density[group].Observe(static_cast<double>(heads) / (layers * config_.heads));
+  }
+  size_t size = 0;
+  while (size + 1 < kBatchSizes.size() && kBatchSizes[size] < batch.decode_rows) ++size;
+  if (of_rows > 0.0) metrics_.union_inflation[size].Observe(of_all * batch.decode_rows / of_rows);
+}
+
+// Of a group, rank 0's shapes stand for all ranks'. Where no row decodes everything is read.
+void SparsityControl::NoteBytes(const Batch& batch, const StepCounts& counts) {
+  const int64_t ranks = counts.ranks, layers = config_.layers;
+  const LayerBytes& of = layer_bytes_;
+  const int64_t dense_mlp = config_.ffn * (of.up_row + of.down_row) + of.down_bias;
+  const int64_t dense_attention = of.rest * ranks + config_.heads * of.head;
+  int64_t mlp = layers * dense_mlp, attention = layers * dense_attention;
+  if (batch.decode_rows > 0) {
+    mlp = attention = 0;
+    for (int32_t l = 0; l < config_.layers; ++l) {
+      mlp += counts.union_selected[l] * of.up_row + counts.union_down_of(l) * of.down_row + of.down_bias;
+      attention += of.rest * ranks + counts.union_heads[l] * of.head;
+    }
+    metrics_.weight_bytes_saved.Add(layers * (dense_mlp + dense_attention) - mlp - attention);
+  }
+  const int64_t predictor = predictor_.step_bytes() * ranks, embedding = batch.rows() * embedding_bytes_;
+  const int64_t head = batch.logit_rows.empty() ? 0 : head_bytes_ * ranks;
+  metrics_.weight_bytes_read[kMlpWeights].Add(mlp);
+  metrics_.weight_bytes_read[kAttentionWeights].Add(attention);
+  metrics_.weight_bytes_read[kPredictorWeights].Add(predictor);
+  metrics_.weight_bytes_read[kEmbeddingWeights].Add(embedding);
+  metrics_.weight_bytes_read[kHeadWeights].Add(head);
+  step_bytes_ = batch.decode_rows > 0 ? mlp + attention + predictor + embedding + head : 0;
 }
 
 void SparsityControl::NoteRow(Sequence& s, int32_t row, const Batch& batch, const StepCounts& counts) {
@@ -142,6 +200,9 @@ void SparsityControl::NoteRow(Sequence& s, int32_t row, const Batch& batch, cons
 }
 
 void SparsityControl::NoteAudit(Sequence& s, int32_t audit, const StepCounts& counts) {
+  struct {
+    double selected = 0, active = 0, hits = 0, mass = 0, missed = 0;
+  } groups[kLayerGroups];
   const Tier tier = s.request.sparsity.tier;
   SparsitySums& sums = s.sparsity;
   for (int32_t l = 0; l < config_.layers; ++l) {
@@ -159,8 +220,20 @@ void SparsityControl::NoteAudit(Sequence& s, int32_t audit, const StepCounts& co
     layer.shadow_hits.Add(static_cast<int64_t>(found[kAuditHits]));
     layer.shadow_mass.Add(found[kAuditMass]);
     layer.shadow_missed_mass.Add(found[kAuditMissedMass]);
+    auto& group = groups[l * kLayerGroups / config_.layers];
+    group.selected += found[kAuditSelected];
+    group.active += found[kAuditActive];
+    group.hits += found[kAuditHits];
+    group.mass += found[kAuditMass];
+    group.missed += found[kAuditMissedMass];
     if (!fall_back_) continue;
     Change(monitor_.Observe(tier, l, found[kAuditMass], found[kAuditMissedMass]), tier, l);
+  }
+  for (int i = 0; i < kLayerGroups; ++i) {
+    if (groups[i].active == 0.0) continue;
+    metrics_.recall[i].Observe(groups[i].hits / groups[i].active);
+    metrics_.precision[i].Observe(Ratio(groups[i].hits, groups[i].selected));
+    metrics_.missed_mass[i].Observe(Ratio(groups[i].missed, groups[i].mass));
   }
 }
 
@@ -180,6 +253,11 @@ void SparsityControl::Change(ShadowMonitor::Change change, Tier tier, int32_t l)
     layer.exact_tiers.fetch_and(~bit, std::memory_order_relaxed);
     spdlog::info("tier {}, layer {}: shadow checks pass again; it is predicted", std::string(Name(tier)), l);
   }
+}
+
+void SparsityControl::Reset(const PredictorData& data) {
+  monitor_ = ShadowMonitor(&data, config_.layers);
+  for (LayerCounters& layer : layers_) layer.exact_tiers.store(0, std::memory_order_relaxed);
 }
 
 SparsityReport SparsityControl::Report(const Sequence& s) const {

@@ -10,9 +10,11 @@
 #include <vector>
 
 #include "engine/batch.h"
+#include "engine/metrics.h"
 #include "engine/predictor.h"
 #include "engine/sequence.h"
 #include "engine/shadow_monitor.h"
+#include "engine/weight_bytes.h"
 
 namespace dejavu {
 
@@ -25,8 +27,10 @@ LogitsComparison CompareLogits(const float* p, const float* q, int32_t count);
 
 class SparsityControl {
  public:
-  // `data` may be nullptr. With `fall_back` false, failed shadow checks change nothing. All must outlive the control.
-  SparsityControl(const OptConfig& config, const PredictorData* data, Predictor& predictor, bool fall_back);
+  // `data` may be nullptr. With `fall_back` false, failed shadow checks change nothing. What is counted goes to
+  // `metrics`, too; `weights` says how many bytes that is. All but `data` must outlive the control.
+  SparsityControl(const OptConfig& config, const PredictorData* data, const OptWeights& weights, Predictor& predictor,
+                  bool fall_back, EngineMetrics& metrics);
 
   // Marks the rows of `batch` that are to be compared in this step and puts them, DENSE, into `shadow`. The dense step
   // comes first: the keys and values that it writes are then overwritten by the real one.
@@ -39,22 +43,17 @@ class SparsityControl {
   void NoteStep(const std::vector<std::unique_ptr<Sequence>>& running, const Batch& batch, const StepCounts& counts,
                 const float* logits, const float* shadow_logits);
 
+  // After the predictor was reloaded with `data`: no layer has fallen back.
+  void Reset(const PredictorData& data);
+
   SparsityReport Report(const Sequence& sequence) const;
+  // Bytes of weights that the last step with decode rows read, on all ranks; 0 of other steps.
+  int64_t step_bytes() const { return step_bytes_; }
 
   // Any thread.
   SparsityStats stats() const;
 
  private:
-  // A counter with one writer.
-  template <typename T>
-  class Counter {
-   public:
-    void Add(T amount) { value_.store(value_.load(std::memory_order_relaxed) + amount, std::memory_order_relaxed); }
-    T value() const { return value_.load(std::memory_order_relaxed); }
-
-   private:
-    std::atomic<T> value_{};
-  };
   struct LayerCounters {
     Counter<int64_t> steps, union_selected, union_active, rows, selected, active, heads;
     Counter<int64_t> shadow_rows, shadow_selected, shadow_active, shadow_hits, fallbacks, recoveries;
@@ -64,11 +63,17 @@ class SparsityControl {
 
   static bool WantsShadow(const Sequence& sequence, int32_t generated_tokens);
   void NoteRow(Sequence& sequence, int32_t row, const Batch& batch, const StepCounts& counts);
+  void NoteUnion(const Batch& batch, const StepCounts& counts);
+  void NoteBytes(const Batch& batch, const StepCounts& counts);
   void NoteAudit(Sequence& sequence, int32_t audit, const StepCounts& counts);
   void Change(ShadowMonitor::Change change, Tier tier, int32_t layer);
 
   const OptConfig& config_;
   Predictor& predictor_;
+  EngineMetrics& metrics_;
+  const LayerBytes layer_bytes_;  // of one layer of rank 0: all layers have one shape
+  const int64_t head_bytes_, embedding_bytes_;
+  int64_t step_bytes_ = 0;
   const bool fall_back_;
   ShadowMonitor monitor_;
   std::vector<LayerCounters> layers_;

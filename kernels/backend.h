@@ -211,6 +211,9 @@ class Backend {
   // among the ids the token means nothing. `bests` [rows, kBestFields], unless empty.
   virtual void Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates) = 0;
 
+  // Reads all of `memory`, one row of bytes, as fast as the device can: to be timed by Stamp.
+  virtual void ReadAll(Tensor memory) = 0;
+
   // x += y.
   virtual void Add(Tensor x, Tensor y) = 0;
 

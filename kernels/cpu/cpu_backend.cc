@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <chrono>
 #include <cstdlib>
@@ -131,6 +132,16 @@ int64_t NonZero(const float* h, const int32_t* neurons, int64_t first, int64_t l
   return count;
 }
 
+uint64_t SumWords(const char* bytes, int64_t count) {
+  uint64_t sum = 0;
+  for (int64_t i = 0; i + 8 <= count; i += 8) {
+    uint64_t word;
+    std::memcpy(&word, bytes + i, sizeof word);
+    sum += word;
+  }
+  return sum;
+}
+
 class CpuBackend final : public Backend {
  public:
   CpuBackend(int threads, const CpuBackendOptions& options)
@@ -190,6 +201,7 @@ class CpuBackend final : public Backend {
   void Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
              Tensor hidden) override;
   void Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates) override;
+  void ReadAll(Tensor memory) override;
   void Add(Tensor x, Tensor y) override;
   void GatherRows(Tensor y, Tensor x, Tensor ids) override;
 
@@ -608,6 +620,16 @@ void CpuBackend::Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, 
                                             bests.empty() ? nullptr : bests.row<float>(r));
     }
   });
+}
+
+void CpuBackend::ReadAll(Tensor memory) {
+  CHECK(memory.rows == 1) << memory.rows << " rows";
+  constexpr int64_t kPiece = 1 << 20;
+  std::atomic<uint64_t> sum = 0;  // so that nothing is left out
+  pool_.ParallelFor(memory.bytes(), kPiece, [&](int64_t first, int64_t last, int) {
+    sum.fetch_add(SumWords(static_cast<const char*>(memory.data) + first, last - first), std::memory_order_relaxed);
+  });
+  if (sum == 1) Synchronize();
 }
 
 void CpuBackend::Add(Tensor x, Tensor y) {
