@@ -212,26 +212,31 @@ nlohmann::json Describe(const RanksBenchOptions& options, DType dtype, const Mea
           {"tier", std::string(Name(m.tier))},
           {"one_rank_ms", Median(one_ms)},
           {"group_ms", Median(group_ms)},
+          {"one_rank_ms_least", Least(one_ms)},
+          {"group_ms_least", Least(group_ms)},
           {"one_rank_samples_ms", one_ms},
           {"group_samples_ms", group_ms},
           {"ratio", Median(ratios)},
           {"ratio_least", Least(ratios)},
           {"ratio_most", Most(ratios)},
           {"all_reduce_share", Median(All(m.group, [](const Cost& c) { return c.all_reduce_ms / c.ms; }))},
+          {"all_reduce_share_least", Least(All(m.group, [](const Cost& c) { return c.all_reduce_ms / c.ms; }))},
           {"all_reduces_per_step", all_reduces},
           {"all_reduce_us", Median(All(m.group, [&](const Cost& c) { return 1e3 * c.all_reduce_ms / all_reduces; }))},
           {"imbalance", Median(All(m.group, [](const Cost& c) { return c.imbalance; }))}};
 }
 
 void Print(const nlohmann::json& rows) {
-  std::printf("%5s %7s %-9s %9s %9s %7s %15s %10s %6s %8s %9s\n", "batch", "context", "tier", "one, ms", "group, ms",
-              "ratio", "least to most", "allreduce", "calls", "us each", "imbalance");
+  std::printf("%5s %7s %-9s %9s %9s %9s %9s %7s %15s %10s %7s %6s %8s %9s\n", "batch", "context", "tier", "one, ms",
+              "least", "group, ms", "least", "ratio", "least to most", "allreduce", "least", "calls", "us each",
+              "imbalance");
   for (const nlohmann::json& row : rows) {
     const auto number = [&](const char* key) { return row.at(key).get<double>(); };
-    std::printf("%5d %7d %-9s %9.3f %9.3f %7.3f %7.3f %7.3f %9.2f%% %6.0f %8.1f %9.3f\n", row.at("batch").get<int>(),
-                row.at("context").get<int>(), row.at("tier").get<std::string>().c_str(), number("one_rank_ms"),
-                number("group_ms"), number("ratio"), number("ratio_least"), number("ratio_most"),
-                100 * number("all_reduce_share"), number("all_reduces_per_step"), number("all_reduce_us"),
+    std::printf("%5d %7d %-9s %9.3f %9.3f %9.3f %9.3f %7.3f %7.3f %7.3f %9.2f%% %6.2f%% %6.0f %8.1f %9.3f\n",
+                row.at("batch").get<int>(), row.at("context").get<int>(), row.at("tier").get<std::string>().c_str(),
+                number("one_rank_ms"), number("one_rank_ms_least"), number("group_ms"), number("group_ms_least"),
+                number("ratio"), number("ratio_least"), number("ratio_most"), 100 * number("all_reduce_share"),
+                100 * number("all_reduce_share_least"), number("all_reduces_per_step"), number("all_reduce_us"),
                 number("imbalance"));
   }
 }
