@@ -6,10 +6,12 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
 #include "grpcpp/generic/async_generic_service.h"
+#include "server/call_ends.h"
 #include "server/gate.h"
 #include "server/rpc.h"
 #include "server/writer.h"
@@ -20,7 +22,8 @@ class Dispatcher final : public grpc::CallbackGenericService {
  public:
   using HandlerFactory = std::function<std::unique_ptr<RpcHandler>()>;
 
-  Dispatcher(const Gate* gate, Writer* writer) : gate_(gate), writer_(writer) {}
+  Dispatcher(const Gate* gate, Writer* writer, std::shared_ptr<CallEnds> ends)
+      : gate_(gate), writer_(writer), ends_(std::move(ends)) {}
 
   // Before the server starts. `service` is the full name, "dejavu.v1.GenerationService".
   void Register(const std::string& service, const std::string& method, HandlerFactory factory);
@@ -38,9 +41,15 @@ class Dispatcher final : public grpc::CallbackGenericService {
   grpc::ServerGenericBidiReactor* CreateReactor(grpc::GenericCallbackServerContext* context) override;
 
  private:
+  struct Method {
+    std::string service, name;
+    HandlerFactory factory;
+  };
+
   const Gate* const gate_;
   Writer* const writer_;
-  absl::flat_hash_map<std::string, HandlerFactory> methods_;  // by path; constant once the server runs
+  const std::shared_ptr<CallEnds> ends_;
+  absl::flat_hash_map<std::string, Method> methods_;  // by path; constant once the server runs
   std::vector<std::string> services_;
 };
 

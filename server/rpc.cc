@@ -16,6 +16,13 @@ class RefusedRpc final : public grpc::ServerGenericBidiReactor {
   void OnDone() override { delete this; }
 };
 
+// Null: the client sent no such metadata.
+std::optional<absl::string_view> Metadata(const grpc::CallbackServerContext& context, const char* key) {
+  const auto found = context.client_metadata().find(key);
+  if (found == context.client_metadata().end()) return std::nullopt;
+  return absl::string_view(found->second.data(), found->second.size());
+}
+
 // gRPC keeps deadlines as system time; the engine's clock is the steady one.
 SteadyTime SteadyDeadline(const grpc::CallbackServerContext& context) {
   const auto deadline = context.deadline();
@@ -31,36 +38,58 @@ void Serialize(const google::protobuf::MessageLite& message, grpc::ByteBuffer* b
 
 }  // namespace
 
-grpc::ServerGenericBidiReactor* Rpc::Refuse(const absl::Status& status) { return new RefusedRpc(status); }
+RequestRecord Rpc::Describe(const grpc::CallbackServerContext& context, double trace_ratio) {
+  RequestRecord record;
+  record.arrival = std::chrono::steady_clock::now();
+  record.tenant = std::string(Metadata(context, "x-tenant").value_or(""));
+  record.peer = context.peer();
+  record.trace = ContextFor(Metadata(context, "traceparent"), trace_ratio);
+  return record;
+}
+
+grpc::ServerGenericBidiReactor* Rpc::Refuse(const absl::Status& status, RequestRecord record, const CallEnds& ends) {
+  record.code = static_cast<grpc::StatusCode>(status.code());
+  record.ended = std::chrono::steady_clock::now();
+  ends.Report(record);
+  return new RefusedRpc(status);
+}
 
 grpc::ServerGenericBidiReactor* Rpc::Start(grpc::CallbackServerContext* context, Writer* writer,
+                                           std::shared_ptr<CallEnds> ends, RequestRecord record,
                                            std::unique_ptr<RpcHandler> handler) {
-  const auto tenant = context->client_metadata().find("x-tenant");
-  const std::shared_ptr<Rpc> rpc(new Rpc(
-      writer, SteadyDeadline(*context),
-      tenant == context->client_metadata().end() ? "" : std::string(tenant->second.data(), tenant->second.size()),
-      std::move(handler)));
+  const SteadyTime deadline = SteadyDeadline(*context);
   // gRPC runs a handler even when the deadline has passed before it started.
-  if (rpc->deadline_ <= rpc->arrival_) {
-    return Refuse(absl::DeadlineExceededError("the deadline passed before the request arrived"));
+  if (deadline <= record.arrival) {
+    return Refuse(absl::DeadlineExceededError("the deadline passed before the request arrived"), std::move(record),
+                  *ends);
   }
+  const std::shared_ptr<Rpc> rpc(new Rpc(writer, std::move(ends), deadline, std::move(record), std::move(handler)));
   rpc->self_ = rpc;
   rpc->StartRead(&rpc->request_);
   return rpc.get();
 }
 
-Rpc::Rpc(Writer* writer, SteadyTime deadline, std::string tenant, std::unique_ptr<RpcHandler> handler)
+Rpc::Rpc(Writer* writer, std::shared_ptr<CallEnds> ends, SteadyTime deadline, RequestRecord record,
+         std::unique_ptr<RpcHandler> handler)
     : writer_(writer),
-      arrival_(std::chrono::steady_clock::now()),
+      ends_(std::move(ends)),
       deadline_(deadline),
-      tenant_(std::move(tenant)),
+      record_(std::move(record)),
       handler_(std::move(handler)) {}
 
 void Rpc::Wake() {
+  std::shared_ptr<RecordSource> lost;  // its sinks hold this object
   MutexLock lock(mutex_);
-  if (finished_ || queued_) return;
+  if (queued_) return;
+  if (source_ != nullptr) {  // the server may be gone
+    queued_ = true;
+    if (!ends_->Post(shared_from_this())) lost = std::move(source_);
+    return;
+  }
+  if (finished_) return;
   if (busy_) {
     again_ = true;
+    if (stalled_since_ == SteadyTime()) stalled_since_ = std::chrono::steady_clock::now();
     return;
   }
   queued_ = true;
@@ -69,11 +98,17 @@ void Rpc::Wake() {
 }
 
 void Rpc::RunInWriter() {
+  bool over = false;
   {
     MutexLock lock(mutex_);
     queued_ = false;
+    over = source_ != nullptr;
   }
-  Pump();
+  if (over) {
+    Report();
+  } else {
+    Pump();
+  }
 }
 
 void Rpc::Pump() {
@@ -93,6 +128,8 @@ void Rpc::Pump() {
         return;
       }
       again_ = false;
+      if (stalled_since_ != SteadyTime()) stall_ += std::chrono::steady_clock::now() - stalled_since_;
+      stalled_since_ = SteadyTime();
       end = forced_end_;
     }
     const google::protobuf::MessageLite* const message = end.has_value() ? nullptr : handler_->NextReply(&end);
@@ -101,6 +138,7 @@ void Rpc::Pump() {
       {
         MutexLock lock(mutex_);
         finished_ = true;
+        code_ = static_cast<grpc::StatusCode>(end->code());
       }
       // Nothing of this object may be touched after either call.
       if (message != nullptr) {
@@ -160,9 +198,39 @@ void Rpc::OnCancel() {
 }
 
 void Rpc::OnDone() {
+  std::shared_ptr<RecordSource> source = handler_->record_source();
   handler_.reset();
-  { MutexLock lock(mutex_); }  // a Wake that had begun is through
+  {
+    MutexLock lock(mutex_);  // a Wake that had begun is through
+    source_ = std::move(source);
+    record_.code = code_;
+    record_.client_stall_seconds = std::chrono::duration<double>(stall_).count();
+  }
+  Report();
   self_.reset();
+}
+
+void Rpc::Report() {
+  std::shared_ptr<RecordSource> source;
+  bool expected = false;
+  {
+    MutexLock lock(mutex_);
+    if (reported_) return;
+    if (source_ != nullptr && !source_->Fill(&record_)) {
+      if (!expected_) ends_->Expect();
+      expected_ = true;
+      return;
+    }
+    source = std::move(source_);
+    expected = expected_;
+    reported_ = true;
+  }
+  record_.ended = std::chrono::steady_clock::now();
+  if (expected) {
+    ends_->ReportLate(record_);
+  } else {
+    ends_->Report(record_);
+  }
 }
 
 }  // namespace dejavu

@@ -14,12 +14,22 @@
 #include "google/protobuf/message.h"
 #include "grpcpp/generic/async_generic_service.h"
 #include "kernels/base/mutex.h"
+#include "server/call_ends.h"
 #include "server/parse.h"
+#include "server/request_record.h"
 #include "server/writer.h"
 
 namespace dejavu {
 
 class Rpc;
+
+// What a handler knows of its call. It may outlive the handler.
+class RecordSource {
+ public:
+  virtual ~RecordSource() = default;
+  // False while the engine still works for the call: a Wake says when to ask again. Any thread but the engine's.
+  virtual bool Fill(RequestRecord* record) = 0;
+};
 
 // Destroyed when the call is over and no callback runs any more.
 class RpcHandler {
@@ -39,24 +49,33 @@ class RpcHandler {
 
   // True: a further request is read after each reply, and the client's half-close ends the call.
   virtual bool streams_requests() const { return false; }
+
+  // Asked for when the call is over. Null: there is nothing to add to what the call itself knows.
+  virtual std::shared_ptr<RecordSource> record_source() { return nullptr; }
 };
 
 class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, public std::enable_shared_from_this<Rpc> {
  public:
-  // Answers a call without looking at it further.
-  static grpc::ServerGenericBidiReactor* Refuse(const absl::Status& status);
+  // Answers a call without looking at it further, and reports it.
+  static grpc::ServerGenericBidiReactor* Refuse(const absl::Status& status, RequestRecord record, const CallEnds& ends);
+  // `record` holds what Describe says.
   static grpc::ServerGenericBidiReactor* Start(grpc::CallbackServerContext* context, Writer* writer,
+                                               std::shared_ptr<CallEnds> ends, RequestRecord record,
                                                std::unique_ptr<RpcHandler> handler);
+
+  // What is known of a call when it arrives: now.
+  static RequestRecord Describe(const grpc::CallbackServerContext& context, double trace_ratio);
 
   // Tells that NextReply has something now. Any thread, the engine's too: the write is issued by another one.
   void Wake();
 
-  SteadyTime arrival() const { return arrival_; }
-  SteadyTime deadline() const { return deadline_; }      // SteadyTime::max(): none
-  const std::string& tenant() const { return tenant_; }  // metadata x-tenant, as the client sent it
+  SteadyTime arrival() const { return record_.arrival; }
+  SteadyTime deadline() const { return deadline_; }             // SteadyTime::max(): none
+  const std::string& tenant() const { return record_.tenant; }  // metadata x-tenant, as the client sent it
 
  private:
-  Rpc(Writer* writer, SteadyTime deadline, std::string tenant, std::unique_ptr<RpcHandler> handler);
+  Rpc(Writer* writer, std::shared_ptr<CallEnds> ends, SteadyTime deadline, RequestRecord record,
+      std::unique_ptr<RpcHandler> handler);
 
   void OnReadDone(bool ok) override;
   void OnWriteDone(bool ok) override;
@@ -68,11 +87,13 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   void Pump();
   // Ends the call with `status` as soon as no write is outstanding.
   void End(absl::Status status);
+  // After OnDone: reports the call unless the engine still works for it; then a Wake leads here again.
+  void Report();
 
   Writer* const writer_;
-  const SteadyTime arrival_;
+  const std::shared_ptr<CallEnds> ends_;
   const SteadyTime deadline_;
-  const std::string tenant_;
+  RequestRecord record_;  // as it was at the arrival, until Report; one thread at a time
   std::unique_ptr<RpcHandler> handler_;
   std::shared_ptr<Rpc> self_;  // until OnDone
   grpc::ByteBuffer request_;   // of the read that is outstanding
@@ -84,6 +105,12 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   bool queued_ ABSL_GUARDED_BY(mutex_) = false;    // in the writer's queue
   bool finished_ ABSL_GUARDED_BY(mutex_) = false;  // gRPC has been told the end: it may call OnDone at any moment
   std::optional<absl::Status> forced_end_ ABSL_GUARDED_BY(mutex_);
+  grpc::StatusCode code_ ABSL_GUARDED_BY(mutex_) = grpc::StatusCode::UNKNOWN;  // that gRPC has been told
+  SteadyTime stalled_since_ ABSL_GUARDED_BY(mutex_);  // a reply is ready and a write outstanding; SteadyTime(): not so
+  SteadyTime::duration stall_ ABSL_GUARDED_BY(mutex_) = {};
+  std::shared_ptr<RecordSource> source_ ABSL_GUARDED_BY(mutex_);  // after OnDone, until Report has what it needs
+  bool expected_ ABSL_GUARDED_BY(mutex_) = false;                 // `ends_` has been told that Report comes late
+  bool reported_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 // A method with one request and one reply, answered at once.

@@ -23,6 +23,30 @@ void FillTimings(const Finish& finish, SteadyTime arrival, v1::Timings* timings)
   }
 }
 
+absl::string_view ReasonName(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::kLength:
+      return "length";
+    case FinishReason::kTime:
+      return "time";
+    case FinishReason::kEos:
+      return "eos";
+    case FinishReason::kStopToken:
+      return "stop_token";
+    case FinishReason::kSink:
+      return "stop_string";
+    case FinishReason::kCancelled:
+      return "cancelled";
+    case FinishReason::kDeadline:
+      return "deadline";
+    case FinishReason::kShutdown:
+      return "shutdown";
+    case FinishReason::kError:
+      return "error";
+  }
+  return "error";
+}
+
 // Works for TokenLogprobs and ScoredToken.
 template <typename Message>
 void FillLogprobs(const Token& token, Message* message) {
@@ -42,6 +66,11 @@ void FillLogprobs(const Token& token, Message* message) {
 void ReplySink::SetCancelReason(absl::Status reason) {
   MutexLock lock(mutex_);
   if (cancel_reason_.ok()) cancel_reason_ = std::move(reason);
+}
+
+std::optional<EngineOutcome> ReplySink::outcome() {
+  MutexLock lock(mutex_);
+  return outcome_;
 }
 
 absl::Status ReplySink::EndStatus(const Finish& finish) {
@@ -118,6 +147,8 @@ void TokenStream::OnFinish(const dejavu::Finish& finish) {
       FillFinish(finish);
       has_pending_ = true;
     }
+    // A last token may have completed a stop string in FlushText.
+    outcome_ = {finish, overflowed_ ? "error" : matched_stop_ >= 0 ? "stop_string" : ReasonName(finish.reason)};
     end_ = std::move(status);
   }
   wake_();
@@ -198,6 +229,7 @@ void ScoreCollector::OnFinish(const dejavu::Finish& finish) {
   {
     MutexLock lock(mutex_);
     end_ = EndStatus(finish);
+    outcome_ = {finish, ReasonName(finish.reason)};
     if (end_->ok()) FillTimings(finish, arrival_, response_.mutable_timings());
   }
   wake_();

@@ -19,6 +19,12 @@
 
 namespace dejavu {
 
+// How the engine's work on a request ended, for the record.
+struct EngineOutcome {
+  dejavu::Finish finish;
+  absl::string_view reason;  // as RequestRecord::finish_reason
+};
+
 // A sink whose replies an RPC pulls. OnToken, OnPromptToken and OnFinish come from the engine thread, the rest from
 // others.
 class ReplySink : public TokenSink {
@@ -29,11 +35,15 @@ class ReplySink : public TokenSink {
   // With what the call ends if the engine reports the request as cancelled; the first caller's reason stays.
   void SetCancelReason(absl::Status reason);
 
+  // Nothing before OnFinish. `wake` is called after it has changed.
+  std::optional<EngineOutcome> outcome();
+
  protected:
   // The status that an RPC ends with after the engine has finished so: OK for every regular end.
   absl::Status EndStatus(const Finish& finish) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   Mutex mutex_;
+  std::optional<EngineOutcome> outcome_ ABSL_GUARDED_BY(mutex_);
 
  private:
   absl::Status cancel_reason_ ABSL_GUARDED_BY(mutex_);

@@ -1,0 +1,16 @@
+// AccessLog: one line about every call (server/logging.h), those of probes and reflection at level debug. Any thread.
+#ifndef SERVER_ACCESS_LOG_H_
+#define SERVER_ACCESS_LOG_H_
+
+#include "server/request_record.h"
+
+namespace dejavu {
+
+class AccessLog final : public RequestObserver {
+ public:
+  void OnRequestEnd(const RequestRecord& record) override;
+};
+
+}  // namespace dejavu
+
+#endif  // SERVER_ACCESS_LOG_H_

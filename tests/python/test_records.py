@@ -1,0 +1,480 @@
+"""What the daemon says of its calls: the access log, the engine's line, and spans for an OpenTelemetry collector."""
+import concurrent.futures
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import threading
+import time
+
+import grpc
+import pytest
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+from conftest import BIN, MODEL, PATIENCE_S, PROCESSES, ROOT, Daemon
+
+pytestmark = pytest.mark.skipif(PROCESSES > 1, reason="the log of mpirun's processes is mpirun's")
+
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+PARENT_ID = "b7ad6b7169203331"
+TRACEPARENT = f"00-{TRACE_ID}-{PARENT_ID}-01"
+LINE = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d (\w+) (.*)$")
+
+
+def parse_text(line):
+    """A line of the text format: its level, event and fields, or its message."""
+    level, rest = LINE.match(line).groups()
+    words = shlex.split(rest) if rest.startswith(("request ", "engine ")) else []
+    if words:
+        return {"level": level, "event": words[0], **dict(word.split("=", 1) for word in words[1:])}
+    return {"level": level, "message": rest}
+
+
+def parse(line):
+    return json.loads(line) if line.startswith("{") else parse_text(line)
+
+
+def poll(condition, what):
+    """For what gives no signal: a file that grows."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.01)
+
+
+def lines_of(daemon):
+    text = daemon.log()
+    return [parse(line) for line in text[:text.rfind("\n") + 1].splitlines()]
+
+
+def line_of(daemon, request_id):
+    """A call's line is written after its client has heard the end."""
+    return poll(lambda: [line for line in lines_of(daemon)
+                         if line.get("event") == "request" and line.get("request_id") == request_id], daemon.log)[0]
+
+
+def attributes(span):
+    return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in span.attributes}
+
+
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+    """Takes spans; or, with `hang`, takes calls and never answers them."""
+
+    def __init__(self, hang=False):
+        self.spans = []
+        self.resources = []
+        self.calls = threading.Semaphore(0)
+        self.release = threading.Event()
+        self.hang = hang
+        self.server = grpc.server(concurrent.futures.ThreadPoolExecutor(4))
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self.server)
+        self.endpoint = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        self.server.start()
+
+    def Export(self, request, context):
+        self.calls.release()
+        if self.hang:
+            self.release.wait(PATIENCE_S)
+        for resource in request.resource_spans:
+            self.resources.append(resource.resource)
+            for scope in resource.scope_spans:
+                self.spans.extend(scope.spans)
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+    def wait(self, count):
+        return poll(lambda: len(self.spans) >= count and list(self.spans), lambda: self.spans)
+
+    def stop(self):
+        self.release.set()
+        self.server.stop(0).wait()
+
+
+@pytest.fixture
+def collectors():
+    made = []
+
+    def make(**options):
+        made.append(Collector(**options))
+        return made[-1]
+
+    yield make
+    for collector in made:
+        collector.stop()
+
+
+def traced(daemon, request, traceparent=TRACEPARENT):
+    return list(daemon.stub.GenerateStream(request, timeout=PATIENCE_S, metadata=[("traceparent", traceparent)]))
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_the_access_line_says_what_the_client_saw(start, api, log_format):
+    daemon = start("--log-format", log_format)
+    request = daemon.request([2, 100, 200], 20, request_id="first")
+    metadata = [("x-tenant", "acme"), ("traceparent", TRACEPARENT)]
+    finish = list(daemon.stub.GenerateStream(request, timeout=PATIENCE_S, metadata=metadata))[-1].finish
+    line = line_of(daemon, "first")
+    assert (line["level"], line["method"], line["code"], line["finish_reason"]) == ("info", "GenerateStream", "OK", "length")
+    assert (line["tenant"], line["trace_id"]) == ("acme", TRACE_ID)
+    assert (line["tier"], line["priority"]) == ("exact", "normal")
+    assert (int(line["prompt_tokens"]), int(line["generated_tokens"])) == (3, 20)
+    assert line["peer"].startswith("ipv4:127.0.0.1:")
+    for key in ("queue_ms", "ttft_ms", "mean_itl_ms", "total_ms"):
+        assert float(line[key]) == pytest.approx(getattr(finish.timings, key), abs=0.0006)
+    assert float(line["density"]) == pytest.approx(finish.sparsity.mlp_density, abs=0.00006)
+    assert isinstance(line["prompt_tokens"], int if log_format == "json" else str)
+
+    # Several samples: sums, and the unary method.
+    request.request_id = "samples"
+    request.sampling.samples = 3
+    request.sampling.temperature = 1.0
+    reply = daemon.stub.Generate(request, timeout=PATIENCE_S)
+    line = line_of(daemon, "samples")
+    generated = [reply.finish, *(sample.finish for sample in reply.more_samples)]
+    assert (line["method"], int(line["samples"])) == ("Generate", 3)
+    assert int(line["prompt_tokens"]) == 9 and int(line["generated_tokens"]) == 60
+    assert int(line["cached_tokens"]) == sum(f.cached_prompt_tokens for f in generated)
+
+    # A request that names no id has the drawn one; a call that makes no tokens has none.
+    reply = daemon.stub.Generate(daemon.request([2], 1), timeout=PATIENCE_S)
+    assert line_of(daemon, reply.prompt.request_id)["generated_tokens"] in (1, "1")
+    daemon.stub.Tokenize(api.pb.TokenizeRequest(text="It was"), timeout=PATIENCE_S)
+    line = poll(lambda: [l for l in lines_of(daemon) if l.get("method") == "Tokenize"], daemon.log)[0]
+    assert line["finish_reason"] == "none" and "request_id" not in line and "prompt_tokens" not in line
+
+    # Its other lines are of the same form, and probes are not worth one.
+    assert any("serving" in l.get("message", "") for l in lines_of(daemon))
+    assert not any(l.get("method") in ("Check", "Watch") for l in lines_of(daemon))
+
+
+def test_every_end_has_its_line(start, api):
+    daemon = start("--scheduler-max-batch", "2", "--scheduler-deadline-slack", "0")
+    stream = daemon.stub.GenerateStream(daemon.request([2, 100], 500, request_id="left"), timeout=PATIENCE_S)
+    for chunk in stream:
+        if chunk.token_ids:
+            break
+    stream.cancel()
+    line = line_of(daemon, "left")
+    assert (line["code"], line["finish_reason"]) == ("CANCELLED", "cancelled")
+    assert int(line["generated_tokens"]) >= 1  # the engine's count, though it let go after the call was over
+
+    stream = daemon.stub.GenerateStream(daemon.request([2, 100], 500, request_id="aborted"), timeout=PATIENCE_S)
+    next(stream)
+    daemon.stub.Abort(api.pb.AbortRequest(request_id="aborted"), timeout=PATIENCE_S)
+    with pytest.raises(grpc.RpcError):
+        list(stream)
+    assert line_of(daemon, "aborted")["code"] == "CANCELLED"
+
+    streams = [daemon.stub.GenerateStream(daemon.request([2, i], 500, request_id=f"late-{i}"), timeout=0.5) for i in range(16)]
+    for i, stream in enumerate(streams):
+        try:
+            list(stream)
+        except grpc.RpcError:
+            pass
+        if stream.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+            line = line_of(daemon, f"late-{i}")
+            assert (line["code"], line["finish_reason"]) == ("DEADLINE_EXCEEDED", "deadline")
+    assert streams[-1].code() == grpc.StatusCode.DEADLINE_EXCEEDED
+
+    # The end token, a stop token, a stop string.
+    request = daemon.request([2, 100, 200], 20)
+    ids = daemon.stub.Generate(request, timeout=PATIENCE_S).token_ids
+    request.request_id = "stop-token"
+    request.stopping.stop_token_ids.append(ids[5])
+    daemon.stub.Generate(request, timeout=PATIENCE_S)
+    assert line_of(daemon, "stop-token")["finish_reason"] == "stop_token"
+    request = api.pb.GenerateRequest(text="It was a dark night, and", request_id="free")
+    request.stopping.max_new_tokens = 40
+    text = daemon.stub.Generate(request, timeout=PATIENCE_S).text
+    request.request_id = "stop-string"
+    request.stopping.stop_strings.append(text[10:17])
+    daemon.stub.Generate(request, timeout=PATIENCE_S)
+    assert line_of(daemon, "stop-string")["finish_reason"] == "stop_string"
+    score = api.pb.ScoreRequest(request_id="score")
+    score.token_ids.ids.extend([2, 100, 200])
+    daemon.stub.Score(score, timeout=PATIENCE_S)
+    line = line_of(daemon, "score")
+    assert (line["method"], line["finish_reason"], int(line["prompt_tokens"])) == ("Score", "length", 3)
+
+    # Refused before and at the door.
+    with pytest.raises(grpc.RpcError):
+        daemon.stub.Generate(daemon.request([2, 9999], 1, request_id="wrong"), timeout=PATIENCE_S)
+    line = line_of(daemon, "wrong")
+    assert (line["code"], line["finish_reason"]) == ("INVALID_ARGUMENT", "none") and "prompt_tokens" not in line
+    with pytest.raises(grpc.RpcError):
+        daemon.channel.unary_unary("/dejavu.v1.GenerationService/Nothing")(b"", timeout=PATIENCE_S)
+    line = poll(lambda: [l for l in lines_of(daemon) if l.get("code") == "UNIMPLEMENTED"], daemon.log)[0]
+    assert line["method"] == "unknown"
+
+    daemon.stop()
+    ids = [l["request_id"] for l in lines_of(daemon) if l.get("event") == "request" and "request_id" in l]
+    assert len(ids) == len(set(ids)), "a call has two lines"
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_hostile_strings_stay_within_their_line(start, api, log_format):
+    daemon = start("--log-format", log_format)
+    before = len(lines_of(daemon))
+    hostile = 'a"b\\c\nfake line\r\x1b[31m\x00\x7f\u0085\u2028\u202e{"level":"error"}'
+    with pytest.raises(grpc.RpcError) as raised:
+        daemon.stub.Generate(daemon.request([2], 1, request_id=hostile), timeout=PATIENCE_S)
+    assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    tenant = 'x" code=OK level="error" {"a":1}'
+    with pytest.raises(grpc.RpcError):
+        daemon.stub.Generate(daemon.request([2], 1, request_id="t"), timeout=PATIENCE_S, metadata=[("x-tenant", tenant)])
+    with pytest.raises(grpc.RpcError):
+        daemon.stub.Generate(daemon.request([2], 1, request_id="y" * 100_000), timeout=PATIENCE_S)
+    lines = poll(lambda: len(found := lines_of(daemon)) >= before + 3 and found, daemon.log)[before:]
+    assert len(lines) == 3 and all(l["event"] == "request" and l["code"] == "INVALID_ARGUMENT" for l in lines)
+    if log_format == "json":
+        assert lines[0]["request_id"] == hostile
+    assert lines[1]["tenant"] == tenant
+    assert len(lines[2]["request_id"]) == 256
+    raw = daemon.log_path.read_bytes()
+    assert not re.search(rb"[\x00-\x09\x0b-\x1f\x7f]|\xc2\x85|\xe2\x80[\xa8\xae]", raw)
+
+
+def test_prompt_text_is_written_only_where_asked_for(start, api):
+    request = api.pb.GenerateRequest(text="Das Geheimnis: \u00e4\u00f6\u00fc \n and more of it", request_id="r")
+    request.stopping.max_new_tokens = 3
+    silent = start("--log-level", "trace")
+    text = silent.stub.Generate(request, timeout=PATIENCE_S).text
+    line_of(silent, "r")
+    silent.stop()
+    assert "Geheimnis" not in silent.log() and text.strip() not in silent.log()
+
+    telling = start("--log-prompt-chars", "17", "--log-format", "json")
+    telling.stub.Generate(request, timeout=PATIENCE_S)
+    assert line_of(telling, "r")["prompt"] == "Das Geheimnis: \u00e4\u00f6"
+
+
+def test_access_lines_can_be_turned_off(start):
+    daemon = start("--no-log-access")
+    daemon.stub.Generate(daemon.request([2], 3), timeout=PATIENCE_S)
+    daemon.stop()
+    assert not any(line.get("event") == "request" for line in lines_of(daemon))
+    assert "drained" in daemon.log()  # the last lines are there
+
+
+def test_the_engine_speaks_while_it_works_and_is_silent_else(start):
+    daemon = start("--log-engine-every-s", "0.2", "--log-format", "json")
+
+    def engine_lines():
+        return [line for line in lines_of(daemon) if line.get("event") == "engine"]
+
+    request = daemon.request([2, *range(100, 150)], 100, request_id="r")
+    request.sparsity.tier = 4
+    poll(lambda: daemon.stub.Generate(request, timeout=PATIENCE_S) and
+         any(line["running"] == 1 for line in engine_lines()), daemon.log)
+    lines = engine_lines()
+    assert any(line["generated_tokens_per_s"] > 0 for line in lines)
+    assert any(0 < line["kv_use"] <= 1 for line in lines)
+    assert any(0 < line.get("prefix_hits", 0) <= 1 for line in lines)
+    assert any(0 < line.get("density", 0) < 1 for line in lines)
+
+    # Idle: after at most one more line nothing comes, for many times as long.
+    daemon.expect_idle()
+    time.sleep(0.5)
+    count = len(engine_lines())
+    time.sleep(2)
+    assert len(engine_lines()) == count
+
+
+def daemon_with_stderr(api, tmp_path, stderr, *flags, close=False):
+    """A daemon whose standard error is that descriptor, or is closed."""
+    port_file = tmp_path / "port"
+    command = [str(BIN / "dejavud"), "--model", str(MODEL), "--listen", "127.0.0.1:0", "--port-file", str(port_file),
+               "--metrics-listen", "", *flags]
+    if close:
+        command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
+    process = subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL)
+    poll(port_file.exists, lambda: process.poll())
+    stub = api.rpc.GenerationServiceStub(grpc.insecure_channel(f"127.0.0.1:{port_file.read_text().strip()}"))
+    poll(lambda: stub.GetServerInfo(api.pb.GetServerInfoRequest(), timeout=PATIENCE_S).state == api.pb.SERVER_STATE_SERVING,
+         lambda: process.poll())
+    return process, stub
+
+
+def some_request(api):
+    request = api.pb.GenerateRequest()
+    request.token_ids.ids.extend([2, 100])
+    request.stopping.max_new_tokens = 2
+    return request
+
+
+@pytest.mark.parametrize("kind", ["gone", "full", "closed"])
+def test_a_log_that_nobody_reads_stops_nothing(api, tmp_path, kind):
+    reader, writer = os.pipe()
+    process, stub = daemon_with_stderr(api, tmp_path, writer, "--log-level", "trace", close=kind == "closed")
+    try:
+        os.close(writer)
+        if kind == "gone":
+            os.close(reader)
+        # More lines than a pipe (64 KiB) and the queue (1 MiB) hold: refusals are cheap, and a line is 400 bytes with
+        # such an id.
+        wrong = some_request(api)
+        wrong.request_id = "z" * 200
+        wrong.token_ids.ids[1] = 10**6
+        calls = [stub.Generate.future(wrong, timeout=PATIENCE_S) for _ in range(4000)]
+        assert {call.code() for call in calls} == {grpc.StatusCode.INVALID_ARGUMENT}
+        for _ in range(20):
+            assert len(stub.Generate(some_request(api), timeout=PATIENCE_S).token_ids) == 2
+        if kind == "full":
+            # Who reads again hears how much there is missing.
+            text = b""
+            while b"log lines were dropped" not in text:
+                text = text[-100:] + os.read(reader, 1 << 16)
+                if not text.endswith(b"\n"):
+                    continue
+                stub.GetServerInfo(api.pb.GetServerInfoRequest(), timeout=PATIENCE_S)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=PATIENCE_S) == 0
+        if kind != "gone":
+            os.close(reader)
+
+
+def test_a_full_pipe_does_not_hold_up_the_exit(api, tmp_path):
+    reader, writer = os.pipe()
+    process, stub = daemon_with_stderr(api, tmp_path, writer)
+    os.close(writer)
+    wrong = some_request(api)
+    wrong.request_id = "z" * 200
+    wrong.token_ids.ids[1] = 10**6
+    for call in [stub.Generate.future(wrong, timeout=PATIENCE_S) for _ in range(500)]:
+        call.code()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 0
+    os.close(reader)
+
+
+def test_spans_hang_under_the_clients_span(start, api, collectors):
+    collector = collectors()
+    daemon = start("--trace-otlp-endpoint", collector.endpoint)
+    request = daemon.request([2, 100, 200], 20, request_id="r")
+    before = time.time_ns()
+    finish = traced(daemon, request)[-1].finish
+    after = time.time_ns()
+    spans = {span.name: span for span in collector.wait(4)}
+    top = spans[f"text_completion {MODEL.name}"]
+    assert set(spans) == {top.name, "queue", "prefill", "decode"}
+    assert {span.trace_id.hex() for span in spans.values()} == {TRACE_ID}
+    assert top.parent_span_id.hex() == PARENT_ID and top.kind == top.SPAN_KIND_SERVER
+    assert all(spans[name].parent_span_id == top.span_id for name in ("queue", "prefill", "decode"))
+    assert len({span.span_id for span in spans.values()}) == 4 and all(len(s.span_id) == 8 for s in spans.values())
+    times = [spans["queue"].start_time_unix_nano, spans["queue"].end_time_unix_nano, spans["prefill"].end_time_unix_nano,
+             spans["decode"].end_time_unix_nano]
+    assert times == sorted(times)
+    assert spans["prefill"].start_time_unix_nano == times[1] and spans["decode"].start_time_unix_nano == times[2]
+    slack = 10**9  # of the two clocks, and of the end after the client's
+    assert before - slack <= top.start_time_unix_nano <= times[0] and times[3] <= top.end_time_unix_nano <= after + slack
+
+    said = attributes(top)
+    assert said["gen_ai.operation.name"] == "text_completion" and said["gen_ai.request.model"] == MODEL.name
+    assert (said["gen_ai.usage.input_tokens"], said["gen_ai.usage.output_tokens"]) == (3, 20)
+    assert said["gen_ai.response.id"] == "r" and said["dejavu.tier"] == "exact"
+    assert [v.string_value for v in said["gen_ai.response.finish_reasons"].values] == ["length"]
+    assert said["dejavu.density"] == pytest.approx(finish.sparsity.mlp_density)
+    assert said["gen_ai.latency.time_to_first_token"] == pytest.approx(finish.timings.ttft_ms / 1e3)
+    assert said["gen_ai.latency.time_in_queue"] == pytest.approx(finish.timings.queue_ms / 1e3)
+    assert (said["rpc.method"], said["rpc.grpc.status_code"]) == ("GenerateStream", 0)
+    assert top.status.code == top.status.STATUS_CODE_UNSET
+    assert {a.key: a.value.string_value for a in collector.resources[0].attributes}["service.name"] == "dejavud"
+
+    # Unsampled, malformed and missing contexts give no spans; an error gives one that says so.
+    for traceparent in (TRACEPARENT[:-1] + "0", "00-" + "0" * 32 + f"-{PARENT_ID}-01", "nonsense"):
+        request.request_id = ""
+        traced(daemon, request, traceparent)
+    daemon.stub.Generate(request, timeout=PATIENCE_S)
+    request.token_ids.ids[1] = 10**6
+    with pytest.raises(grpc.RpcError):
+        traced(daemon, request)
+    daemon.stop()  # sends what it has
+    assert len(collector.spans) == 5
+    error = collector.spans[-1]
+    assert error.status.code == error.status.STATUS_CODE_ERROR and attributes(error)["error.type"] == "INVALID_ARGUMENT"
+    assert "5 spans went to" in daemon.log() and "0 were dropped" in daemon.log()
+    trace_ids = [line.get("trace_id") for line in lines_of(daemon) if line.get("event") == "request"]
+    assert trace_ids == [TRACE_ID, TRACE_ID, None, None, None, TRACE_ID]
+
+
+def test_a_share_of_the_other_calls_is_traced(start, collectors):
+    collector = collectors()
+    daemon = start("--trace-otlp-endpoint", collector.endpoint, "--trace-sample-ratio", "1")
+    daemon.stub.Generate(daemon.request([2, 100], 3, request_id="r"), timeout=PATIENCE_S)
+    roots = [span for span in collector.wait(4) if not span.parent_span_id]
+    assert [span.name for span in roots] == [f"text_completion {MODEL.name}"]
+    assert line_of(daemon, "r")["trace_id"] == roots[0].trace_id.hex()
+
+
+def seconds_for(daemon, count):
+    """Processor-bound requests, one after another."""
+    begin = time.monotonic()
+    for _ in range(count):
+        assert len(traced(daemon, daemon.request([2, 100], 30))) >= 1
+    return time.monotonic() - begin
+
+
+@pytest.mark.parametrize("kind", ["hanging", "dead"])
+def test_a_collector_that_does_not_answer_costs_spans_and_nothing_else(start, api, tmp_path_factory, collectors, kind):
+    if kind == "hanging":
+        collector = collectors(hang=True)
+        endpoint = collector.endpoint
+    else:
+        with socket.socket() as taken:  # bound, and nobody listens
+            taken.bind(("127.0.0.1", 0))
+            endpoint = f"127.0.0.1:{taken.getsockname()[1]}"
+    plain = Daemon(api, tmp_path_factory.mktemp("plain"))
+    daemon = start("--trace-otlp-endpoint", endpoint, "--trace-max-queue", "16")
+    seconds_for(daemon, 1)
+    if kind == "hanging":
+        assert collector.calls.acquire(timeout=PATIENCE_S)  # from here on the exporter is stuck in a call
+    # In turns, for the machine has other things to do. One wait for the collector would be five seconds.
+    rounds = [(seconds_for(plain, 10), seconds_for(daemon, 10)) for _ in range(6)]
+    plain.stop()
+    assert min(with_it for _, with_it in rounds) < 1.5 * min(without for without, _ in rounds) + 0.1, rounds
+    daemon.stop()
+    assert daemon.process.returncode == 0
+    said = re.search(r"traces: (\d+) spans went to \S+, (\d+) were dropped", daemon.log())
+    assert said and (int(said[1]), int(said[2])) == (0, 4 * 61)
+    warnings = [line for line in lines_of(daemon) if line["level"] == "warning" and "took no spans" in line["message"]]
+    assert warnings
+
+
+def test_the_collectors_messages_are_the_public_ones():
+    """Our subset has the public names' numbers and types."""
+    from google.protobuf import descriptor_pb2, descriptor_pool
+    from grpc_tools import protoc
+    import tempfile
+    with tempfile.NamedTemporaryFile() as out:
+        assert protoc.main(["protoc", f"-I{ROOT / 'proto'}", f"--descriptor_set_out={out.name}",
+                            "opentelemetry/trace_service.proto"]) == 0
+        files = descriptor_pb2.FileDescriptorSet.FromString(out.read())
+    pool = descriptor_pool.DescriptorPool()
+    for file in files.file:
+        pool.Add(file)
+    package = "opentelemetry.proto.collector.trace.v1"
+
+    def compare(ours, public, seen):
+        if ours.full_name in seen:
+            return
+        seen.add(ours.full_name)
+        for field in ours.fields:
+            same = public.fields_by_name[field.name]
+            assert (field.number, field.type, field.is_repeated) == (same.number, same.type, same.is_repeated), field.full_name
+            if field.message_type:
+                compare(field.message_type, same.message_type, seen)
+            if field.enum_type:
+                assert {v.name: v.number for v in field.enum_type.values}.items() <= {
+                    v.name: v.number for v in same.enum_type.values}.items()
+
+    seen = set()
+    for name in ("ExportTraceServiceRequest", "ExportTraceServiceResponse"):
+        compare(pool.FindMessageTypeByName(f"{package}.{name}"),
+                getattr(trace_service_pb2, name).DESCRIPTOR, seen)
+    assert len(seen) == len(files.file[0].message_type)
