@@ -84,7 +84,7 @@ absl::StatusOr<LoadedModel> LoadModel(const ModelOptions& options, const OptConf
     ASSIGN_OR_RETURN(model.weights_hash, WeightsHash(*checkpoint, config));
   }
   const bool generated = synthetic.has_value() && options.predictor.empty();
-  model.predictor_path = generated ? "generated" : PredictorPath(options);
+  model.predictor_path = generated ? kGeneratedPredictor : PredictorPath(options);
   if (generated) {
     model.predictor = StartPredictor(*synthetic);
   } else if (!model.predictor_path.empty()) {

@@ -24,13 +24,15 @@ struct ModelOptions {
   int rank = 0, ranks = 1;  // which part is loaded; see MakeShard
 };
 
+inline constexpr char kGeneratedPredictor[] = "generated";
+
 struct LoadedModel {
   Shard shard;
   OptWeights weights;  // the shard's
   // Of the whole model, as every rank reads it; of a synthetic model's own, stage B, thresholds and worth of neurons
   // that the shard does not own are zero.
   std::optional<PredictorData> predictor;
-  std::string predictor_path;  // empty: none; "generated" for a synthetic model's own
+  std::string predictor_path;  // empty: none; kGeneratedPredictor for a synthetic model's own
   std::string weights_hash;    // of the weights as stored
   std::string synthetic;       // empty for real weights, else how they were generated, on one line
 };

@@ -9,6 +9,7 @@ namespace dejavu {
 namespace {
 
 constexpr absl::string_view kGeneration = "/dejavu.v1.GenerationService/";
+constexpr absl::string_view kAdmin = "/dejavu.v1.AdminService/";
 
 enum class Needs {
   kNothing,   // answers in every phase: probes, reflection, what the server is
@@ -16,7 +17,12 @@ enum class Needs {
   kCapacity,  // new work for the engine
 };
 
+Needs NeedsOfAdmin(absl::string_view method) {
+  return method == "GetEngineState" || method == "Drain" || method == "AbortRequest" ? Needs::kNothing : Needs::kModel;
+}
+
 Needs NeedsOf(absl::string_view method) {
+  if (absl::StartsWith(method, kAdmin)) return NeedsOfAdmin(method.substr(kAdmin.size()));
   if (!absl::StartsWith(method, kGeneration)) return Needs::kNothing;
   method.remove_prefix(kGeneration.size());
   if (method == "GetServerInfo" || method == "Abort") return Needs::kNothing;

@@ -39,6 +39,16 @@ void LiveRequests::StopAll(const absl::Status& reason) {
   for (const auto& [id, request] : requests_) request->Stop(reason);
 }
 
+std::vector<std::string> LiveRequests::Ids(size_t limit) {
+  MutexLock lock(mutex_);
+  std::vector<std::string> ids;
+  for (const auto& [id, request] : requests_) {
+    if (ids.size() == limit) break;
+    ids.push_back(id);
+  }
+  return ids;
+}
+
 bool LiveRequests::idle() {
   MutexLock lock(mutex_);
   return calls_ == 0;

@@ -3,6 +3,7 @@
 #define SERVER_LIVE_REQUESTS_H_
 
 #include <string>
+#include <vector>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
@@ -29,6 +30,9 @@ class LiveRequests {
   // False: no such request.
   bool Stop(const std::string& id, const absl::Status& reason);
   void StopAll(const absl::Status& reason);
+
+  // Of those that can be stopped, at most `limit`.
+  std::vector<std::string> Ids(size_t limit);
 
   // No call is left.
   bool idle();

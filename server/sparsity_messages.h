@@ -14,6 +14,15 @@ namespace dejavu {
 v1::Tier ToMessage(Tier tier);
 std::optional<Tier> FromMessage(v1::Tier tier);  // nothing for TIER_UNSPECIFIED and for numbers that the API lacks
 
+// Means of a layer since the start, shares of its neurons and heads; 0 where nothing was counted.
+struct LayerShares {
+  double mlp_density = 0.0;  // MLP weight rows that a decode row's own selection reads, up and down together
+  double head_density = 0.0;
+  double union_density = 0.0;  // neurons that a step computes for all its rows
+  double recall = 0.0, precision = 0.0, missed_mass = 0.0;
+};
+LayerShares SharesOf(const LayerSparsityStats& layer, const OptConfig& config);
+
 // The tiers that `options` lets requests ask for.
 bool IsAllowed(Tier tier, const ServerOptions& options);
 

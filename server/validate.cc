@@ -158,23 +158,6 @@ absl::Status CheckPenalties(const v1::Penalties& penalties, const ServerOptions&
   return absl::OkStatus();
 }
 
-// Never another tier than the one that was asked for.
-absl::StatusOr<Tier> CheckTier(v1::Tier wanted, const ServerOptions& options, const ServedModel& model) {
-  const std::optional<Tier> known = FromMessage(wanted);
-  if (!known.has_value() && wanted != v1::TIER_UNSPECIFIED) {
-    return InvalidField("sparsity.tier", absl::StrCat("is ", static_cast<int>(wanted), "; it must be 0 to ",
-                                                      static_cast<int>(v1::Tier_MAX)));
-  }
-  const Tier tier = known.value_or(options.default_tier);
-  if (!IsAllowed(tier, options)) {
-    return InvalidField("sparsity.tier", absl::StrCat("is ", Name(tier), "; this server allows ",
-                                                      Name(options.highest_tier), " to ", Name(options.lowest_tier)));
-  }
-  const absl::Status servable = model.engine->CheckTier(tier);
-  if (!servable.ok()) return MissingFeature("predictor", servable.message());
-  return tier;
-}
-
 absl::Status CheckSparsity(const v1::Sparsity& sparsity, const ServerOptions& options, const ServedModel& model,
                            SparsityParams* params) {
   params->deterministic = sparsity.deterministic();
@@ -288,6 +271,23 @@ absl::Status CheckStopping(const v1::Stopping& stopping, const ServerOptions& op
 }
 
 }  // namespace
+
+// Never another tier than the one that was asked for.
+absl::StatusOr<Tier> CheckTier(v1::Tier wanted, const ServerOptions& options, const ServedModel& model) {
+  const std::optional<Tier> known = FromMessage(wanted);
+  if (!known.has_value() && wanted != v1::TIER_UNSPECIFIED) {
+    return InvalidField("sparsity.tier", absl::StrCat("is ", static_cast<int>(wanted), "; it must be 0 to ",
+                                                      static_cast<int>(v1::Tier_MAX)));
+  }
+  const Tier tier = known.value_or(options.default_tier);
+  if (!IsAllowed(tier, options)) {
+    return InvalidField("sparsity.tier", absl::StrCat("is ", Name(tier), "; this server allows ",
+                                                      Name(options.highest_tier), " to ", Name(options.lowest_tier)));
+  }
+  const absl::Status servable = model.engine->CheckTier(tier);
+  if (!servable.ok()) return MissingFeature("predictor", servable.message());
+  return tier;
+}
 
 absl::Status CheckModelName(const std::string& name, const ServedModel& model) {
   if (name.empty() || name == model.name) return absl::OkStatus();

@@ -40,6 +40,9 @@ absl::StatusOr<std::string> CheckDetokenize(const v1::DetokenizeRequest& request
 // What the metadata `x-tenant` says, nothing if empty: at most 64 of [A-Za-z0-9._-].
 absl::StatusOr<std::string> CheckTenant(const std::string& tenant);
 
+// The tier that a request which wants `wanted` gets; of TIER_UNSPECIFIED the default of `options`.
+absl::StatusOr<Tier> CheckTier(v1::Tier wanted, const ServerOptions& options, const ServedModel& model);
+
 absl::Status CheckModelName(const std::string& name, const ServedModel& model);
 // At most 128 of [A-Za-z0-9._:-]; empty is fine.
 absl::Status CheckRequestId(const std::string& request_id);

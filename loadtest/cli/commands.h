@@ -23,6 +23,7 @@ class Command {
 
 std::unique_ptr<Command> MakeGenerateCommand(CLI::App* program);
 std::unique_ptr<Command> MakeCompareCommand(CLI::App* program);
+std::unique_ptr<Command> MakeAdminCommand(CLI::App* program);
 std::vector<std::unique_ptr<Command>> MakeOtherCommands(CLI::App* program);
 
 }  // namespace dejavu

@@ -85,6 +85,7 @@ Connection::Connection(const ConnectionOptions& options) : options_(options) {
   const std::shared_ptr<grpc::Channel> channel = MakeChannel(options.server);
   generation_ = v1::GenerationService::NewStub(channel);
   health_ = grpc::health::v1::Health::NewStub(channel);
+  admin_ = v1::AdminService::NewStub(MakeChannel(options.admin_server));
 }
 
 grpc::Status Connection::Try(const std::function<grpc::Status(Attempt*)>& call, bool* answered) {

@@ -12,6 +12,7 @@
 #include <string>
 #include <thread>
 
+#include "dejavu/v1/admin.grpc.pb.h"
 #include "dejavu/v1/generation.grpc.pb.h"
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "grpcpp/client_context.h"
@@ -22,6 +23,7 @@ namespace dejavu {
 
 struct ConnectionOptions {
   std::string server = "127.0.0.1:50051";
+  std::string admin_server = "127.0.0.1:50052";
   double timeout_s = 0;  // for a command, waiting included; 0: none
   double wait_s = 10;    // how long to wait for a server that is still loading
 };
@@ -62,6 +64,7 @@ class Connection {
 
   v1::GenerationService::Stub& generation() { return *generation_; }
   grpc::health::v1::Health::Stub& health() { return *health_; }
+  v1::AdminService::Stub& admin() { return *admin_; }
   bool interrupted() const { return interrupt_.raised(); }
 
   // Makes the call, again and again while the server is starting, for at most wait_s.
@@ -80,6 +83,7 @@ class Connection {
   Interrupt interrupt_;
   std::unique_ptr<v1::GenerationService::Stub> generation_;
   std::unique_ptr<grpc::health::v1::Health::Stub> health_;
+  std::unique_ptr<v1::AdminService::Stub> admin_;
 };
 
 }  // namespace dejavu

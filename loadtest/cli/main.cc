@@ -41,6 +41,9 @@ int main(int argc, char** argv) {
   program.add_option("--server", options.server, "HOST:PORT of the server")
       ->envname("DEJAVU_SERVER")
       ->capture_default_str();
+  program.add_option("--admin-server", options.admin_server, "HOST:PORT of its admin.listen, for the command admin")
+      ->envname("DEJAVU_ADMIN_SERVER")
+      ->capture_default_str();
   program.add_option("--timeout", options.timeout_s, "Seconds that the command may take; 0: no limit")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
@@ -51,6 +54,7 @@ int main(int argc, char** argv) {
   std::vector<std::unique_ptr<dejavu::Command>> commands = dejavu::MakeOtherCommands(&program);
   commands.push_back(dejavu::MakeGenerateCommand(&program));
   commands.push_back(dejavu::MakeCompareCommand(&program));
+  commands.push_back(dejavu::MakeAdminCommand(&program));
   try {
     program.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -1,10 +1,11 @@
 // Clients outlive servers: whatever has been published keeps its name, number, type and meaning. published.binpb holds
 // the published API; new fields are added to it on purpose, by
-//   protoc -Iproto --descriptor_set_out=tests/proto/published.binpb dejavu/v1/generation.proto
+//   protoc -Iproto --descriptor_set_out=tests/proto/published.binpb dejavu/v1/generation.proto dejavu/v1/admin.proto
 #include <fstream>
 #include <sstream>
 #include <string>
 
+#include "dejavu/v1/admin.pb.h"
 #include "dejavu/v1/generation.pb.h"
 #include "google/protobuf/descriptor.h"
 #include "google/protobuf/descriptor.pb.h"
@@ -15,7 +16,8 @@ namespace {
 
 namespace pb = google::protobuf;
 
-class PublishedApi : public testing::Test {
+// Of each file.
+class PublishedApi : public testing::TestWithParam<const pb::FileDescriptor*> {
  protected:
   PublishedApi() {
     std::ifstream in(PUBLISHED_API, std::ios::binary);
@@ -23,13 +25,17 @@ class PublishedApi : public testing::Test {
     bytes << in.rdbuf();
     pb::FileDescriptorSet set;
     if (!set.ParseFromString(bytes.str())) return;
-    for (const auto& file : set.file()) published_ = pool_.BuildFile(file);
+    for (const auto& file : set.file()) pool_.BuildFile(file);
+    published_ = pool_.FindFileByName(current_.name());
   }
 
-  const pb::FileDescriptor& current_ = *v1::GenerateRequest::descriptor()->file();
+  const pb::FileDescriptor& current_ = *GetParam();
   pb::DescriptorPool pool_;
   const pb::FileDescriptor* published_ = nullptr;
 };
+INSTANTIATE_TEST_SUITE_P(Files, PublishedApi,
+                         testing::Values(v1::GenerateRequest::descriptor()->file(),
+                                         v1::ProfileRequest::descriptor()->file()));
 
 void ExpectSameField(const pb::FieldDescriptor& published, const pb::Descriptor& message) {
   const pb::FieldDescriptor* field = message.FindFieldByNumber(published.number());
@@ -59,7 +65,7 @@ void ExpectSameMessage(const pb::Descriptor& published, const pb::Descriptor& me
   }
 }
 
-TEST_F(PublishedApi, KeepsEveryMessageFieldAndEnumValue) {
+TEST_P(PublishedApi, KeepsEveryMessageFieldAndEnumValue) {
   ASSERT_NE(published_, nullptr) << PUBLISHED_API;
   ASSERT_GT(published_->message_type_count(), 0);
   for (int m = 0; m < published_->message_type_count(); ++m) {
@@ -80,7 +86,7 @@ TEST_F(PublishedApi, KeepsEveryMessageFieldAndEnumValue) {
   }
 }
 
-TEST_F(PublishedApi, KeepsEveryMethod) {
+TEST_P(PublishedApi, KeepsEveryMethod) {
   ASSERT_NE(published_, nullptr) << PUBLISHED_API;
   ASSERT_EQ(published_->service_count(), 1);
   const pb::ServiceDescriptor& published = *published_->service(0);
@@ -110,7 +116,7 @@ void ExpectPublished(const pb::Descriptor& message, const pb::Descriptor& publis
 }
 
 // What the server understands but nobody published could change unnoticed.
-TEST_F(PublishedApi, HoldsEveryFieldAndEnumValueOfTheCurrentApi) {
+TEST_P(PublishedApi, HoldsEveryFieldAndEnumValueOfTheCurrentApi) {
   ASSERT_NE(published_, nullptr) << PUBLISHED_API;
   for (int m = 0; m < current_.message_type_count(); ++m) {
     const pb::Descriptor& message = *current_.message_type(m);
