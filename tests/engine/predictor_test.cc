@@ -356,6 +356,57 @@ TEST_F(PredictorTest, ThresholdsOfInfinitySelectAllOrNone) {
   EXPECT_EQ(result.counts.selected_of(1, 1), 0);
 }
 
+// What the smaller one does not fill holds the old one's numbers: they must not be seen.
+TEST_F(PredictorTest, AnotherIsPutInItsPlaceWhereThereIsRoom) {
+  const Shard whole = Shard::Whole(config_);
+  const PredictorData loaded = MakePredictor(config_, Tap::kAttentionNorm, 9);
+  Create(&loaded);
+  PredictorData smaller = MakePredictor(config_, Tap::kAttentionNorm, 10);
+  smaller.layers[0].neurons.points[static_cast<size_t>(Tier::kHigh)].reset();
+  smaller.layers[1].heads = {};
+  smaller.layers[2] = {Tap::kAttentionNorm, {}, {}, {}, {}};
+  {
+    SelectorData& neurons = smaller.layers[1].neurons;
+    --neurons.rank;
+    neurons.a.resize(static_cast<size_t>(neurons.rank) * config_.hidden);
+    neurons.a_scale.resize(neurons.rank);
+    neurons.b.resize(static_cast<size_t>(neurons.rank) * config_.ffn);
+    for (auto& point : neurons.points) {
+      if (point.has_value()) point->rank = std::min(point->rank, neurons.rank);
+    }
+  }
+  predictor_->SwitchNeurons(0, Tier::kFast, false);
+  const int64_t bytes = predictor_->bytes();
+  ASSERT_TRUE(predictor_->Reload(smaller, whole).ok());
+  for (const Tier tier : {Tier::kFast, Tier::kHigh, Tier::kBalanced}) {
+    AddRow(tier);
+    ExpectPlain(smaller, Step());
+  }
+  EXPECT_FALSE(predictor_->HasNeuronPoint(0, Tier::kHigh));
+  ASSERT_TRUE(predictor_->Reload(loaded, whole).ok());
+  ExpectPlain(loaded, Step());
+  EXPECT_EQ(predictor_->bytes(), bytes);
+}
+
+TEST_F(PredictorTest, AnotherThatHasNoRoomChangesNothing) {
+  const Shard whole = Shard::Whole(config_);
+  PredictorData loaded = MakePredictor(config_, Tap::kAttentionNorm, 11);
+  loaded.layers[2].neurons.points[static_cast<size_t>(Tier::kHigh)].reset();
+  Create(&loaded);
+  AddRow(Tier::kFast);
+  const auto expect_refused = [&](const PredictorData& other, const std::string& reason) {
+    const absl::Status status = predictor_->Reload(other, whole);
+    EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+    EXPECT_THAT(std::string(status.message()), testing::HasSubstr(reason));
+    ExpectPlain(loaded, Step());
+  };
+  expect_refused(MakePredictor(config_, Tap::kMlpNorm, 12), "layer 0 reads mlp-norm");
+  expect_refused(MakePredictor(config_, Tap::kAttentionNorm, 12), "layer 2 has 3 operating points for neurons");
+  PredictorData larger = loaded;
+  ++larger.layers[1].heads.rank;
+  expect_refused(larger, "layer 1 has 4 components for heads; there is room for 3");
+}
+
 TEST_F(PredictorTest, WithoutDataEverythingIsSelectedAndNothingIsStored) {
   Create(nullptr);
   EXPECT_EQ(predictor_->bytes(), 0);
