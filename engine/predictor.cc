@@ -111,8 +111,8 @@ absl::Status Predictor::Reload(const PredictorData& data, const Shard& shard) {
     const Layer& layer = layers_[l];
     const LayerPredictorData& from = data.layers[l];
     if (from.tap != layer.tap) {
-      return absl::FailedPreconditionError(absl::StrCat("layer ", l, " reads ", Name(from.tap), "; the loaded one ",
-                                                        Name(layer.tap)));
+      return absl::FailedPreconditionError(
+          absl::StrCat("layer ", l, " reads ", Name(from.tap), "; the loaded one ", Name(layer.tap)));
     }
     const auto fits = [&](const char* what, const SelectorData& selector, const Selector& to) {
       if (to.outputs == 0) return absl::OkStatus();
