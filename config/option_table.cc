@@ -30,6 +30,10 @@ absl::Status CheckListen(absl::string_view value) {
   return absl::InvalidArgumentError("must be HOST:PORT with a port from 0 to 65535, an IPv6 address in brackets");
 }
 
+absl::Status CheckAddressIfAny(absl::string_view value) {
+  return value.empty() ? absl::OkStatus() : CheckListen(value);
+}
+
 std::string NumberText(double value) {
   char text[32];
   const auto [end, error] = std::to_chars(text, text + sizeof text, value, std::chars_format::fixed);
@@ -181,6 +185,20 @@ std::vector<Option> OptionTable(Config* config) {
       {"transport.memory_mib", "Transport", "memory of gRPC in MiB, for all connections together", &s.max_transport_mib,
        16, 1 << 20},
 
+      {"metrics.listen", "Metrics", "HOST:PORT of Prometheus' /metrics and a status page, plain HTTP; empty: none",
+       &s.metrics_listen},
+      {"metrics.port_file", "Metrics", "file to write that port to; empty: none", &s.metrics_port_file},
+      {"metrics.edges", "Metrics", "edges of histograms, such as inter_token_latency_seconds=0.001,0.01,0.1;batch_size=1,4,16",
+       &e.metric_edges},
+      {"metrics.per_layer", "Metrics", "two gauges for every layer", &s.metrics_per_layer},
+      {"metrics.slo_ttft_ms", "Metrics", "requests whose first token takes longer miss their target; 0: no target",
+       &e.slo_ttft_ms, 0, 1e9},
+      {"metrics.slo_itl_ms", "Metrics", "the same of the mean time between two tokens; 0: no target", &e.slo_itl_ms, 0, 1e9},
+
+      {"admin.listen", "Operators", "HOST:PORT of the operators' AdminService, which whoever reaches it may use; empty: off",
+       &s.admin_listen, 0, 0, {}, CheckAddressIfAny},
+      {"admin.port_file", "Operators", "file to write that port number to; empty: none", &s.admin_port_file},
+
       {"drain.timeout_s", "Stopping", "seconds after SIGTERM that running requests may still take", &s.drain_timeout_s,
        0, 86400},
       {"drain.linger_ms", "Stopping", "milliseconds after SIGTERM in which new requests are still taken",
@@ -194,6 +212,20 @@ std::vector<Option> OptionTable(Config* config) {
        0,
        0,
        {"trace", "debug", "info", "warn", "error"}},
+      {"log.format", "Logs", "form of the lines on standard error", &s.log_format, 0, 0, {"text", "json"}},
+      {"log.access", "Logs", "write a line about every request", &s.log_access},
+      {"log.prompt_chars", "Logs", "characters of a prompt's text in that line; 0: never any", &s.log_prompt_chars, 0,
+       100000},
+      {"log.engine_every_s", "Logs", "seconds between two lines about the engine while it works; 0: none",
+       &s.log_engine_every_s, 0, 86400},
+
+      {"trace.otlp_endpoint", "Traces", "HOST:PORT of a collector that takes OTLP over plain gRPC; empty: no traces",
+       &s.trace_otlp_endpoint, 0, 0, {}, CheckAddressIfAny},
+      {"trace.sample_ratio", "Traces",
+       "share of the requests without a traceparent that are traced; those with one say it themselves",
+       &s.trace_sample_ratio, 0, 1},
+      {"trace.max_queue", "Traces", "spans that may wait for the collector; more are dropped", &s.trace_max_queue, 1,
+       1000000},
   };
 }
 

@@ -10,6 +10,7 @@
 #include <bit>
 #include <exception>
 #include <future>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <stdexcept>
@@ -80,6 +81,7 @@ absl::Status CheckOptions(const EngineOptions& o) {
   RETURN_IF_ERROR(check_time("peer_timeout_s", o.peer_timeout_s));
   RETURN_IF_ERROR(check("tensor_parallel", o.tensor_parallel, 0, 64));
   RETURN_IF_ERROR(ParseTenantWeights(o.tenant_weights).status());
+  RETURN_IF_ERROR(MetricEdgesFrom(o.metric_edges).status());
   RETURN_IF_ERROR(check("kv block_tokens", o.kv_block_tokens, 1, 4096));
   if (!(o.memory_share > 0.0 && o.memory_share <= 1.0)) {
     return absl::InvalidArgumentError(absl::StrCat("memory_share is ", o.memory_share, "; it must be in (0, 1]"));
@@ -156,6 +158,8 @@ absl::StatusOr<Fault> ParseFault(const std::string& text) {
   return fault;
 }
 
+double Seconds(SteadyTime from, SteadyTime to) { return std::chrono::duration<double>(to - from).count(); }
+
 double MsSince(SteadyTime start) {
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
 }
@@ -166,6 +170,7 @@ class StepEngine final : public Engine {
              std::unique_ptr<ModelGroup> group)
       : options_(options),
         config_(config),
+        metrics_(*MetricEdgesFrom(options.metric_edges)),
         group_(std::move(group)),
         pool_(group_->kv_blocks(), options.kv_block_tokens),
         scheduler_(pool_, ForScheduler(options)),
@@ -184,7 +189,7 @@ class StepEngine final : public Engine {
   ~StepEngine() override;
 
   // Once, in this order. Start returns when the engine thread has run its warm-up step.
-  absl::Status Prepare();
+  absl::Status Prepare(double load_seconds);
   void Start();
 
   const OptConfig& model() const override { return config_; }
@@ -198,8 +203,11 @@ class StepEngine final : public Engine {
   void Cancel(uint64_t id) override;
   void Drain(bool refuse_waiting) override;
   bool WaitIdle(SteadyTime deadline) override;
+  absl::Status ReloadPredictor() override;
+  const StepTrace& trace() const override { return trace_; }
   EngineStats stats() const override;
   SparsityStats sparsity_stats() const override { return sparsity_->stats(); }
+  const EngineMetrics& metrics() const override { return metrics_; }
   bool failed() const override { return failed_.load(); }
 
  private:
@@ -210,13 +218,25 @@ class StepEngine final : public Engine {
     StepCounts counts;
   };
 
+  // A predictor that waits to be swapped in, and what became of it.
+  struct Reload {
+    PredictorData data;
+    std::optional<absl::Status> result;  // guarded by mutex_
+  };
+
   absl::Status CheckRequest(const Request& request) const;
+  absl::StatusOr<PredictorData> ReadPredictorAgain() const;
 
   // Engine thread.
   void WarmUp();
+  void MeasureBandwidth();
+  void NoteStepMetrics(SteadyTime start, SteadyTime planned, SteadyTime shadowed, SteadyTime done);
+  void NoteEnd(const Sequence& s, bool waiting);
   void WarmUpStep(int32_t decode_rows, int32_t prefill_rows, bool learn);
   void Run();
   bool TakeInbox();
+  void SwapPredictor(Reload& reload);
+  void TraceStep(SteadyTime start, SteadyTime planned, SteadyTime shadowed, SteadyTime done);
   void Ping();
   SteadyTime::duration PingInterval() const;
   void EndOverdue();
@@ -244,6 +264,7 @@ class StepEngine final : public Engine {
   // Constant after Load.
   const EngineOptions options_;
   const OptConfig config_;
+  EngineMetrics metrics_;
   const std::unique_ptr<ModelGroup> group_;
   PredictorInfo predictor_info_;
   Fault fault_;
@@ -258,9 +279,10 @@ class StepEngine final : public Engine {
   Batch shadow_batch_;
   std::vector<float> shadow_logits_;  // [max batch, vocab], where there is a predictor
   std::array<Flight, 2> flights_;
-  size_t current_ = 0;  // the flight that is awaited next
-  bool ahead_ = false;  // and the step after it has been launched
-  SteadyTime since_;    // the device has nothing else to do than the current step
+  size_t current_ = 0;    // the flight that is awaited next
+  bool ahead_ = false;    // and the step after it has been launched
+  SteadyTime step_done_;  // when the current step's results had come
+  SteadyTime since_;      // the device has nothing else to do than the current step
   std::unique_ptr<SparsityControl> sparsity_;
   std::vector<int32_t> banned_;                     // scratch
   std::vector<std::unique_ptr<Sequence>> arrived_;  // taken out of the inbox
@@ -274,8 +296,10 @@ class StepEngine final : public Engine {
 
   // The inbox.
   mutable Mutex mutex_;
-  CondVar work_;  // something for the engine thread
-  CondVar idle_;  // unfinished_ became 0
+  CondVar work_;     // something for the engine thread
+  CondVar idle_;     // unfinished_ became 0
+  CondVar swapped_;  // reload_ was taken, or has its result
+  std::shared_ptr<Reload> reload_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::unique_ptr<Sequence>> submitted_ ABSL_GUARDED_BY(mutex_);
   std::vector<uint64_t> cancelled_ ABSL_GUARDED_BY(mutex_);
   Door door_ ABSL_GUARDED_BY(mutex_);
@@ -295,8 +319,11 @@ class StepEngine final : public Engine {
   CondVar watch_;  // stopping_ became true
 
   // Written by the engine thread.
+  StepTrace trace_;
   std::atomic<int32_t> stat_running_ = 0, stat_free_blocks_ = 0, stat_cached_blocks_ = 0;
   std::atomic<int64_t> stat_cost_steps_ = 0, stat_cached_prompt_tokens_ = 0, stat_preemptions_ = 0;
+  std::atomic<int64_t> stat_oldest_arrival_ = 0;  // of those that wait, as the clock counts; 0: nobody
+  Counter<int64_t> stat_all_reduces_, stat_all_reduce_ns_;
   std::atomic<int64_t> stat_steps_ = 0, stat_prompt_tokens_ = 0, stat_generated_tokens_ = 0;
 
   std::thread thread_;
@@ -314,7 +341,8 @@ StepEngine::~StepEngine() {
   if (thread_.joinable()) thread_.join();
 }
 
-absl::Status StepEngine::Prepare() {
+absl::Status StepEngine::Prepare(double load_seconds) {
+  metrics_.load_seconds.Set(load_seconds);
   ASSIGN_OR_RETURN(fault_, ParseFault(options_.fault));
   const LoadedModel& loaded = group_->loaded();
   const PredictorData* const from = loaded.predictor.has_value() ? &*loaded.predictor : nullptr;
@@ -322,7 +350,8 @@ absl::Status StepEngine::Prepare() {
     predictor_info_ = {loaded.predictor_path, std::string(Name(from->tap)), from->tiers, group_->predictor().bytes()};
     shadow_logits_.resize(static_cast<size_t>(options_.max_batch) * config_.vocab);
   }
-  sparsity_ = std::make_unique<SparsityControl>(config_, from, group_->predictor(), options_.shadow_fallback);
+  sparsity_ = std::make_unique<SparsityControl>(config_, from, loaded.weights, group_->predictor(),
+                                                options_.shadow_fallback, metrics_);
   group_->DropPredictorData();  // the devices have it
   for (Flight& flight : flights_) {
     flight.drawn.resize(batch_.max_logit_rows);
@@ -346,6 +375,8 @@ void StepEngine::Start() {
 // Steps of the kinds that will come, so that scratch has grown, weights and threads have been touched, and their times
 // are known, before the first request. Whoever takes these blocks later overwrites them.
 void StepEngine::WarmUp() {
+  const SteadyTime start = std::chrono::steady_clock::now();
+  MeasureBandwidth();
   std::iota(batch_.block_table.begin(), batch_.block_table.begin() + batch_.blocks_per_slot, 0);
   const int32_t batch = std::min(options_.max_batch, config_.context);
   const int32_t chunk = std::min({options_.prefill_chunk_tokens, config_.context - 1, batch_.max_rows - 1});
@@ -357,9 +388,26 @@ void StepEngine::WarmUp() {
     if (chunk > 0) WarmUpStep(1, chunk, /*learn=*/true);
   }
   stat_cost_steps_ = scheduler_.costs().steps();
+  metrics_.warm_up_seconds.Set(MsSince(start) / 1e3);
   PublishStats();
   MutexLock lock(mutex_);
   TellTheDoor();
+}
+
+// How fast rank 0's device reads what it holds of the weights, or a part of a large model.
+void StepEngine::MeasureBandwidth() {
+  constexpr int64_t kMostBytes = int64_t{1} << 30;
+  constexpr int kPasses = 3;
+  Backend& device = group_->backend();
+  const Tensor all = group_->loaded().weights.memory(), memory = all.Cols(0, std::min(all.cols, kMostBytes));
+  double best_ms = std::numeric_limits<double>::infinity();
+  for (int i = 0; i < kPasses; ++i) {
+    device.Stamp(0);
+    device.ReadAll(memory);
+    device.Stamp(1);
+    best_ms = std::min(best_ms, device.ElapsedMs(0, 1));
+  }
+  metrics_.measured_bandwidth.Set(static_cast<double>(memory.bytes()) * group_->ranks() / (best_ms / 1e3));
 }
 
 void StepEngine::WarmUpStep(int32_t decode_rows, int32_t prefill_rows, bool learn) {
@@ -495,10 +543,19 @@ EngineStats StepEngine::stats() const {
   {
     MutexLock lock(mutex_);
     stats.waiting = static_cast<int32_t>(door_.waiting());
+    stats.waiting_tokens = door_.waiting_prompt_tokens();
+    for (int u = 0; u < kUrgencies; ++u) {
+      stats.waiting_of[u] = static_cast<int32_t>(door_.waiting(static_cast<Urgency>(u)));
+    }
     stats.account = door_.account();
     stats.costs = costs_;
   }
   stats.cost_steps = stat_cost_steps_;
+  if (const int64_t oldest = stat_oldest_arrival_.load(std::memory_order_relaxed); oldest != 0) {
+    stats.oldest_wait_s = MsSince(SteadyTime(SteadyTime::duration(oldest))) / 1e3;
+  }
+  stats.ranks = group_->ranks();
+  stats.communication = {stat_all_reduces_.value(), stat_all_reduce_ns_.value()};
   stats.kv_blocks_cached = stat_cached_blocks_;
   stats.cached_prompt_tokens = stat_cached_prompt_tokens_;
   stats.preemptions = stat_preemptions_;
@@ -509,6 +566,55 @@ EngineStats StepEngine::stats() const {
   stats.prompt_tokens = stat_prompt_tokens_;
   stats.generated_tokens = stat_generated_tokens_;
   return stats;
+}
+
+absl::StatusOr<PredictorData> StepEngine::ReadPredictorAgain() const {
+  const std::string& path = predictor_info_.path;
+  if (group_->ranks() > 1) {
+    return absl::UnimplementedError("a model on several ranks keeps the predictor that was loaded; restart it");
+  }
+  if (path.empty()) {
+    return absl::FailedPreconditionError("no predictor is loaded, and no memory is planned for one; restart with it");
+  }
+  if (path == kGeneratedPredictor) {
+    return absl::FailedPreconditionError("the predictor belongs to the synthetic model; there is no file to read");
+  }
+  ASSIGN_OR_RETURN(PredictorData data, ReadPredictor(path, config_, group_->loaded().weights_hash));
+  if (data.tiers != predictor_info_.tiers) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("the predictor ", path, " serves other tiers than the loaded one; restart with it"));
+  }
+  return data;
+}
+
+absl::Status StepEngine::ReloadPredictor() {
+  const auto reload = std::make_shared<Reload>();
+  ASSIGN_OR_RETURN(reload->data, ReadPredictorAgain());
+  // A failed engine tells nobody.
+  constexpr std::chrono::milliseconds kLook(200);
+  MutexLock lock(mutex_);
+  while (!reload->result.has_value()) {
+    if (failed_ || stopping_) return absl::UnavailableError("the engine has failed; the server must be restarted");
+    if (reload_ == nullptr) {
+      reload_ = reload;
+      has_mail_ = true;
+      work_.NotifyOne();
+    }
+    swapped_.WaitUntil(mutex_, std::chrono::steady_clock::now() + kLook);
+  }
+  return *reload->result;
+}
+
+void StepEngine::SwapPredictor(Reload& reload) {
+  const absl::Status status = group_->predictor().Reload(reload.data, group_->loaded().shard);
+  if (status.ok()) {
+    sparsity_->Reset(reload.data);
+    spdlog::info("the predictor {} was read again", predictor_info_.path);
+  }
+  MutexLock lock(mutex_);
+  reload.result = status;
+  reload_.reset();
+  swapped_.NotifyAll();
 }
 
 void StepEngine::Run() {
@@ -566,20 +672,23 @@ bool StepEngine::TakeInbox() {
   const bool busy = !scheduler_.running().empty() || !scheduler_.waiting().empty();
   if (busy && !has_mail_.load(std::memory_order_acquire)) return true;
   bool stopping, refuse_waiting, ping = false;
+  std::shared_ptr<Reload> reload;
   {
     MutexLock lock(mutex_);
     const auto nothing = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-      return !busy && !stopping_ && !failed_ && submitted_.empty() && cancelled_.empty();
+      return !busy && !stopping_ && !failed_ && submitted_.empty() && cancelled_.empty() && reload_ == nullptr;
     };
     while (nothing() && group_->ranks() == 1) work_.Wait(mutex_);
     if (nothing() && !work_.WaitUntil(mutex_, std::chrono::steady_clock::now() + PingInterval())) ping = nothing();
-    has_mail_.store(false, std::memory_order_release);
+    if (!ahead_) reload = reload_;
+    has_mail_.store(reload_ != reload, std::memory_order_release);
     arrived_.swap(submitted_);
     dismissed_.swap(cancelled_);
     stopping = stopping_;
     refuse_waiting = refuse_waiting_;
   }
   if (ping) Ping();
+  if (reload != nullptr) SwapPredictor(*reload);
   for (auto& sequence : arrived_) scheduler_.Enqueue(std::move(sequence));
   arrived_.clear();
   for (uint64_t id : dismissed_) {
@@ -638,6 +747,7 @@ void StepEngine::EndOverdue() {
 
 void StepEngine::Step() {
   const SteadyTime start = std::chrono::steady_clock::now();
+  SteadyTime planned = start, shadowed = start;
   if (std::exchange(ahead_, false)) {
     current_ = 1 - current_;
     steps_begun_.fetch_add(1);
@@ -647,21 +757,24 @@ void StepEngine::Step() {
     if (batch_.rows() == 0) return;
     if (steps_begun_.fetch_add(1) + 1 == fault_.step) Break();
     sparsity_->PlanShadow(scheduler_.running(), batch_, shadow_batch_);
+    planned = std::chrono::steady_clock::now();
     if (shadow_batch_.rows() > 0) group_->Forward(shadow_batch_, {shadow_logits_.data()});
     if (shadow_batch_.rows() == 0 && MayDraw()) PlanDraws(0);
-    since_ = std::chrono::steady_clock::now();
+    since_ = shadowed = std::chrono::steady_clock::now();
     Launch(flights_[current_]);
   }
   RunAhead();
   Flight& flight = flights_[current_];
   group_->Await(flight.mark, batch_, OutputsOf(flight));
-  const SteadyTime done = std::chrono::steady_clock::now();
+  const SteadyTime done = step_done_ = std::chrono::steady_clock::now();
   sparsity_->NoteStep(scheduler_.running(), batch_, flight.counts, logits_.data(), shadow_logits_.data());
   stat_steps_.fetch_add(1, std::memory_order_relaxed);
   for (const auto& s : scheduler_.running()) {
     if (s->step_rows > 0) HandOut(*s);
   }
   scheduler_.NoteStep(std::chrono::duration<double, std::milli>(done - since_).count());
+  NoteStepMetrics(start, planned, shadowed, done);
+  TraceStep(start, planned, shadowed, done);
   since_ = done;
   steps_ended_.fetch_add(1);
   stat_cost_steps_.store(scheduler_.costs().steps(), std::memory_order_relaxed);
@@ -677,6 +790,52 @@ void StepEngine::DropAhead() {
   group_->Await(flight.mark, batch_, OutputsOf(flight));
 }
 
+void StepEngine::NoteStepMetrics(SteadyTime start, SteadyTime planned, SteadyTime shadowed, SteadyTime done) {
+  const StepShape& shape = scheduler_.shape();
+  const StepPhase phase = shape.prefill_rows == 0 ? kDecodeStep : shape.decode_rows == 0 ? kPrefillStep : kMixedStep;
+  const SteadyTime end = std::chrono::steady_clock::now();
+  metrics_.step_duration[phase].Observe(Seconds(start, end));
+  metrics_.step_component[kPlanPart].Observe(Seconds(start, planned));
+  if (shadow_batch_.rows() > 0) metrics_.step_component[kShadowPart].Observe(Seconds(planned, shadowed));
+  metrics_.step_component[kForwardPart].Observe(Seconds(shadowed, done));
+  metrics_.step_component[kHandOutPart].Observe(Seconds(done, end));
+  if (shape.decode_rows > 0) metrics_.batch_size.Observe(shape.decode_rows);
+  metrics_.step_tokens.Observe(batch_.rows());
+  if (phase != kDecodeStep || shadow_batch_.rows() > 0) return;
+  constexpr double kNew = 0.1;
+  const double now = static_cast<double>(sparsity_->step_bytes()) / Seconds(since_, done);
+  const double before = metrics_.bandwidth.value();
+  metrics_.bandwidth.Set(before == 0.0 ? now : before + kNew * (now - before));
+}
+
+// `s` has left, with its Finish filled in.
+void StepEngine::NoteEnd(const Sequence& s, bool waiting) {
+  const Finish& f = s.finish;
+  const int32_t tokens = f.generated_tokens;
+  const RequestStage stage = waiting && tokens == 0 ? kQueuedStage : tokens == 0 ? kPrefillStage : kDecodeStage;
+  if (f.reason == FinishReason::kCancelled) metrics_.cancelled[stage].Add(1);
+  if (f.reason == FinishReason::kDeadline) metrics_.deadline_exceeded[stage].Add(1);
+  metrics_.prefix_query_tokens.Add(s.keys.empty() || stage == kQueuedStage ? 0 : f.prompt_tokens);
+  if (f.reason == FinishReason::kError || f.reason == FinishReason::kShutdown || stage == kQueuedStage) return;
+  EngineMetrics::Latencies& latencies = metrics_.latencies_of(s.request.sparsity.tier, s.request.urgency);
+  latencies.duration.Observe(Seconds(f.queued, f.finished));
+  latencies.queue.Observe(Seconds(f.queued, f.scheduled));
+  if (tokens == 0) return;
+  latencies.prefill.Observe(Seconds(f.scheduled, f.first_token));
+  latencies.decode.Observe(Seconds(f.first_token, f.finished));
+  const double per_token_s = tokens > 1 ? Seconds(f.first_token, s.last_token) / (tokens - 1) : 0.0;
+  if (tokens > 1) latencies.time_per_output_token.Observe(per_token_s);
+  if (f.sparsity.decode_tokens > 0) {
+    metrics_.request_mlp_density.Observe(f.sparsity.mlp_density);
+    metrics_.request_head_density.Observe(f.sparsity.head_density);
+  }
+  const auto note_slo = [&](Slo slo, double target_ms, double seconds) {
+    if (target_ms > 0.0) (seconds * 1e3 <= target_ms ? metrics_.slo_attained : metrics_.slo_missed)[slo].Add(1);
+  };
+  note_slo(kTtftSlo, options_.slo_ttft_ms, Seconds(f.queued, f.first_token));
+  if (tokens > 1) note_slo(kItlSlo, options_.slo_itl_ms, per_token_s);
+}
+
 StepOutputs StepEngine::OutputsOf(Flight& flight) { return {logits_.data(), flight.drawn.data(), &flight.counts}; }
 
 void StepEngine::Launch(Flight& flight) { flight.mark = group_->Launch(batch_, OutputsOf(flight)); }
@@ -690,6 +849,26 @@ void StepEngine::RunAhead() {
   PlanDraws(1);
   Launch(flights_[1 - current_]);
   ahead_ = true;
+}
+
+void StepEngine::TraceStep(SteadyTime start, SteadyTime planned, SteadyTime shadowed, SteadyTime done) {
+  const auto ms = [](SteadyTime from, SteadyTime to) {
+    return std::chrono::duration<float, std::milli>(to - from).count();
+  };
+  const SteadyTime end = std::chrono::steady_clock::now();
+  StepRecord record;
+  record.step = steps_begun_;
+  record.start = start;
+  record.total_ms = ms(start, end);
+  record.plan_ms = ms(start, planned);
+  record.shadow_ms = shadow_batch_.rows() > 0 ? ms(planned, shadowed) : 0.0f;
+  record.forward_ms = ms(shadowed, done);
+  record.handout_ms = ms(done, end);
+  record.decode_rows = scheduler_.shape().decode_rows;
+  record.prefill_rows = scheduler_.shape().prefill_rows;
+  record.shadow_rows = shadow_batch_.rows();
+  record.weight_bytes = sparsity_->step_bytes();
+  trace_.NoteStep(record);
 }
 
 void StepEngine::Break() {
@@ -820,7 +999,17 @@ void StepEngine::HandOutToken(Sequence& s) {
   token.rank = choice.rank;
   if (r.top_logprobs > 0) token.top = sampler_.Top(logits, r.top_logprobs);
   token.stop = IsStop(s, choice.id);
-  if (s.generated_tokens() == 0) s.finish.first_token = std::chrono::steady_clock::now();
+  EngineMetrics::Latencies& latencies = metrics_.latencies_of(r.sparsity.tier, r.urgency);
+  if (s.generated_tokens() == 0) {
+    s.finish.first_token = step_done_;
+    latencies.time_to_first_token.Observe(Seconds(s.finish.queued, step_done_));
+  } else {
+    latencies.inter_token.Observe(Seconds(s.last_token, step_done_));
+    trace_.NoteToken(s.id, step_done_, s.last_token, static_cast<int32_t>(steps_begun_ - s.last_token_step),
+                     s.generated_tokens());
+  }
+  s.last_token = step_done_;
+  s.last_token_step = steps_begun_;
   s.tokens.push_back(choice.id);
   counts.AddOutput(choice.id);
   stat_generated_tokens_.fetch_add(1, std::memory_order_relaxed);
@@ -855,6 +1044,7 @@ void StepEngine::End(const Sequence& sequence, FinishReason reason, absl::Status
   finish.finished = std::chrono::steady_clock::now();
   if (finish.first_token == SteadyTime()) finish.first_token = finish.finished;
   if (finish.scheduled == SteadyTime()) finish.scheduled = finish.finished;
+  NoteEnd(*s, waiting);
   {
     MutexLock lock(mutex_);
     door_.Ended(s->request, reason, waiting);
@@ -879,18 +1069,27 @@ void StepEngine::PublishStats() {
   stat_running_.store(static_cast<int32_t>(scheduler_.running().size()), std::memory_order_relaxed);
   stat_free_blocks_.store(pool_.free(), std::memory_order_relaxed);
   stat_cached_blocks_.store(pool_.cached(), std::memory_order_relaxed);
+  const auto& waiting = scheduler_.waiting();
+  const auto oldest = std::min_element(waiting.begin(), waiting.end(),
+                                       [](const auto& a, const auto& b) { return a->arrival < b->arrival; });
+  stat_oldest_arrival_.store(oldest == waiting.end() ? 0 : (*oldest)->arrival.time_since_epoch().count(),
+                             std::memory_order_relaxed);
+  const CommunicatorStats communication = group_->communication();
+  stat_all_reduces_.Set(communication.all_reduces);
+  stat_all_reduce_ns_.Set(communication.all_reduce_ns);
 }
 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options, int32_t sampled_vocab,
                                                        const LoadProgress& progress) {
+  const SteadyTime start = std::chrono::steady_clock::now();
   RETURN_IF_ERROR(CheckOptions(options));
   ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(options.model));
   ASSIGN_OR_RETURN(const GroupOptions group_options, ForGroup(options, config, sampled_vocab));
   ASSIGN_OR_RETURN(std::unique_ptr<ModelGroup> group, ModelGroup::Create(group_options, config, progress));
   auto engine = std::make_unique<StepEngine>(options, config, group_options.candidates, std::move(group));
-  RETURN_IF_ERROR(engine->Prepare());
+  RETURN_IF_ERROR(engine->Prepare(MsSince(start) / 1e3));
   engine->Start();
   return engine;
 }

@@ -8,6 +8,7 @@
 #include "absl/strings/str_format.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/base/utf8.h"
 #include "server/error_details.h"
 #include "server/parse.h"
 #include "server/sparsity_messages.h"
@@ -22,6 +23,66 @@ absl::Status RefusedByEngine(const absl::Status& status) {
   const std::optional<RefusalInfo> refusal = RefusalOf(status);
   if (!refusal.has_value() || refusal->retry_after.count() == 0) return absl::Status(status.code(), status.message());
   return RefusedWithRetry(status.code(), status.message(), refusal->reason, refusal->retry_after);
+}
+
+// The first `characters` of a prompt in text, which is valid UTF-8.
+std::string Beginning(absl::string_view text, int characters) {
+  size_t at = 0;
+  for (; at < text.size() && characters > 0; --characters) at += FirstUtf8Step(text.substr(at)).length;
+  return std::string(text.substr(0, at));
+}
+
+// What the record of such a call says. Written in OnRequest, read once the call is over.
+class EngineRecord final : public RecordSource {
+ public:
+  bool Fill(RequestRecord* record) override;
+
+  std::string request_id;
+  std::string prompt_text;
+  std::optional<Tier> tier;
+  std::optional<Urgency> urgency;
+  int samples = 0;
+  std::vector<std::shared_ptr<ReplySink>> sinks;  // that the engine has taken
+
+ private:
+  bool Finished() {
+    return std::all_of(sinks.begin(), sinks.end(), [](const auto& sink) { return sink->outcome().has_value(); });
+  }
+};
+
+bool EngineRecord::Fill(RequestRecord* record) {
+  if (!Finished()) return false;
+  record->request_id = request_id;
+  record->prompt_text = prompt_text;
+  record->tier = tier;
+  record->urgency = urgency;
+  record->samples = samples;
+  double density_sum = 0.0;
+  int64_t decode_tokens = 0;
+  for (const auto& sink : sinks) {
+    const EngineOutcome outcome = *sink->outcome();
+    const Finish& finish = outcome.finish;
+    const bool first = !record->engine();
+    record->prompt_tokens += finish.prompt_tokens;
+    record->generated_tokens += finish.generated_tokens;
+    record->cached_tokens += finish.cached_prompt_tokens;
+    density_sum += finish.sparsity.mlp_density * static_cast<double>(finish.sparsity.decode_tokens);
+    decode_tokens += finish.sparsity.decode_tokens;
+    record->queued = first ? finish.queued : std::min(record->queued, finish.queued);
+    record->scheduled = first ? finish.scheduled : std::min(record->scheduled, finish.scheduled);
+    record->first_token = first ? finish.first_token : std::min(record->first_token, finish.first_token);
+    if (first || finish.finished >= record->finished) {
+      record->finished = finish.finished;
+      record->finish_reason = std::string(outcome.reason);
+    }
+  }
+  if (decode_tokens > 0) record->density = density_sum / static_cast<double>(decode_tokens);
+  // Whoever ended the call told the engine no more than to cancel.
+  if (record->finish_reason == "cancelled") {
+    if (record->code == grpc::StatusCode::DEADLINE_EXCEEDED) record->finish_reason = "deadline";
+    if (record->code == grpc::StatusCode::UNAVAILABLE) record->finish_reason = "shutdown";
+  }
+  return true;
 }
 
 // A call that the engine works on: Generate, GenerateStream and Score.
@@ -58,6 +119,8 @@ class EngineCall : public RpcHandler, public LiveRequest {
 
   void OnCancel() override { StopEngine(); }
 
+  std::shared_ptr<RecordSource> record_source() override { return record_; }
+
   void Stop(const absl::Status& reason) override {
     for (const auto& sink : sinks_) sink->SetCancelReason(reason);
     StopEngine();
@@ -76,13 +139,22 @@ class EngineCall : public RpcHandler, public LiveRequest {
     const absl::StatusOr<uint64_t> engine_id =
         service_->model().engine->SubmitSamples(std::move(request), {sinks_.begin(), sinks_.end()});
     if (!engine_id.ok()) return RefusedByEngine(engine_id.status());
+    record_->sinks = sinks_;
     MutexLock lock(mutex_);
     engine_id_ = *engine_id;
     if (stop_) CancelAll();
     return absl::OkStatus();
   }
 
+  // A request that has been parsed; the checks come after it.
+  template <typename ProtoRequest>
+  void Note(const ProtoRequest& request) {
+    record_->request_id = request.request_id().empty() ? service_->MakeRequestId() : request.request_id();
+    record_->prompt_text = Beginning(request.text(), service_->options().log_prompt_chars);
+  }
+
   GenerationService* const service_;
+  const std::shared_ptr<EngineRecord> record_ = std::make_shared<EngineRecord>();
 
  private:
   // Beside OnRequest, possibly before the engine has given an id.
@@ -114,17 +186,24 @@ class GenerateCall final : public EngineCall {
   absl::Status OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) override {
     v1::GenerateRequest request;
     RETURN_IF_ERROR(ParseMessage(bytes, &request));
+    Note(request);
+    if (request.sparsity().tier() == v1::TIER_UNSPECIFIED) {
+      request.mutable_sparsity()->set_tier(ToMessage(service_->default_tier()));
+    }
     const ServedModel& model = service_->model();
     ASSIGN_OR_RETURN(CheckedGenerate checked,
                      CheckGenerate(request, service_->options(), model, service_->DrawSeed(), streaming_));
     TokenStreamOptions options;
-    options.prompt.set_request_id(request.request_id().empty() ? service_->MakeRequestId() : request.request_id());
+    options.prompt.set_request_id(record_->request_id);
     options.prompt.set_model(model.name);
     options.prompt.set_prompt_tokens(static_cast<uint32_t>(checked.request.prompt.size()));
     options.prompt.set_seed(checked.request.sampling.seed);
     options.prompt.set_max_new_tokens(static_cast<uint32_t>(checked.request.max_new_tokens));
     options.prompt.set_tier(ToMessage(checked.request.sparsity.tier));
     options.streaming = streaming_;
+    record_->tier = checked.request.sparsity.tier;
+    record_->urgency = checked.request.urgency;
+    record_->samples = checked.samples;
     options.tokenizer = model.tokenizer;
     options.stop_strings = std::move(checked.stop_strings);
     options.include_stop_string = checked.include_stop_string;
@@ -173,13 +252,15 @@ class ScoreCall final : public EngineCall {
   absl::Status OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) override {
     v1::ScoreRequest request;
     RETURN_IF_ERROR(ParseMessage(bytes, &request));
+    Note(request);
     ASSIGN_OR_RETURN(Request checked, CheckScore(request, service_->options(), service_->model()));
     v1::ScoreResponse response;
-    response.set_request_id(request.request_id().empty() ? service_->MakeRequestId() : request.request_id());
+    response.set_request_id(record_->request_id);
     response.set_model(service_->model().name);
-    const std::string request_id = response.request_id();
+    record_->urgency = checked.urgency;
+    record_->samples = 1;
     auto collector = std::make_shared<ScoreCollector>(std::move(response), rpc->arrival(), [rpc] { rpc->Wake(); });
-    return Submit(request_id, std::move(checked), {std::move(collector)}, *rpc);
+    return Submit(record_->request_id, std::move(checked), {std::move(collector)}, *rpc);
   }
 };
 
@@ -214,6 +295,7 @@ absl::Status CheckReplySize(const google::protobuf::MessageLite& reply) {
 GenerationService::GenerationService(const ServerOptions& options, const EngineOptions& engine_options,
                                      std::string model_name, const Lifecycle* lifecycle)
     : options_(options),
+      default_tier_(options.default_tier),
       engine_options_(engine_options),
       model_name_(std::move(model_name)),
       lifecycle_(lifecycle),
@@ -252,6 +334,12 @@ void GenerationService::SetModel(Engine* engine, const Tokenizer* tokenizer) {
   CHECK(model_.load() == nullptr) << "the model is set once";
   model_storage_ = {model_name_, engine->model().vocab, engine->model().context, tokenizer, engine};
   model_.store(&model_storage_, std::memory_order_release);
+}
+
+absl::Status GenerationService::SetDefaultTier(Tier tier) {
+  RETURN_IF_ERROR(CheckTier(ToMessage(tier), options_, model()).status());
+  default_tier_.store(tier, std::memory_order_relaxed);
+  return absl::OkStatus();
 }
 
 std::string GenerationService::MakeRequestId() {
@@ -308,6 +396,7 @@ absl::Status GenerationService::GetServerInfo(v1::GetServerInfoResponse* respons
 
   const ServedModel* const model = model_.load(std::memory_order_acquire);
   FillInfo(options_, model == nullptr ? nullptr : model->engine, response->mutable_sparsity());
+  response->mutable_sparsity()->set_default_tier(ToMessage(default_tier()));
   if (model == nullptr) return absl::OkStatus();  // still loading: no backend and no load to speak of
   response->set_backend(model->engine->backend_description());
   response->set_synthetic(model->engine->synthetic());

@@ -33,18 +33,26 @@ class GenerationService {
 
   LiveRequests& live_requests() { return live_requests_; }
 
+  // Of requests that name none. SetDefaultTier holds for those that arrive from now on; it fails as a request that asks
+  // for the tier would.
+  Tier default_tier() const { return default_tier_.load(std::memory_order_relaxed); }
+  absl::Status SetDefaultTier(Tier tier);
+
+  absl::Status GetServerInfo(v1::GetServerInfoResponse* response) const;
+  absl::Status Abort(const v1::AbortRequest& request, v1::AbortResponse* response);
+
   // For the handlers.
   const ServerOptions& options() const { return options_; }
-  const ServedModel& model() const { return *model_.load(std::memory_order_acquire); }
+  const ServedModel& model() const { return *model_if_loaded(); }
+  const ServedModel* model_if_loaded() const { return model_.load(std::memory_order_acquire); }
   std::string MakeRequestId();
   uint64_t DrawSeed();  // below 2^32, so that every JSON client can hold it
 
  private:
   absl::Status GetModelInfo(const v1::GetModelInfoRequest& request, v1::GetModelInfoResponse* response) const;
-  absl::Status GetServerInfo(v1::GetServerInfoResponse* response) const;
-  absl::Status Abort(const v1::AbortRequest& request, v1::AbortResponse* response);
 
   const ServerOptions options_;
+  std::atomic<Tier> default_tier_;
   const EngineOptions engine_options_;
   const std::string model_name_;
   const Lifecycle* const lifecycle_;

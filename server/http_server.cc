@@ -80,7 +80,7 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const std::string&
   const std::string address = colon == 0 ? listen.substr(1) : listen;  // ":9464" is every address
   const std::vector<std::string> options = {"listening_ports",       address, "num_threads",       "2",
                                             "request_timeout_ms",    "10000", "enable_keep_alive", "yes",
-                                            "keep_alive_timeout_ms", "5000",  "linger_timeout_ms", "0"};
+                                            "keep_alive_timeout_ms", "5000"};
   try {
     return std::make_unique<CivetHttpServer>(std::make_unique<CivetServer>(options));
   } catch (const CivetException& error) {

@@ -24,8 +24,8 @@
 #include "engine/text/tokenizer.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status_macros.h"
+#include "server/logging.h"
 #include "server/server.h"
-#include "spdlog/sinks/stdout_sinks.h"
 #include "spdlog/spdlog.h"
 
 namespace dejavu {
@@ -112,7 +112,7 @@ int Follow(const EngineOptions& options) {
   if (status.ok()) return kDrained;
   spdlog::critical("{}", std::string(status.message()));
   if (!absl::IsAborted(status)) return kCannotStart;
-  spdlog::shutdown();
+  StopLogging();
   _exit(kEngineFailed);  // MPI cannot be ended without the others
 }
 
@@ -145,14 +145,17 @@ int Daemon::Run() {
   BlockSignals(signals);
   signal_fd_ = signalfd(-1, &signals, SFD_CLOEXEC);
   CHECK(signal_fd_ >= 0) << "signalfd";
-  signal(SIGPIPE, SIG_IGN);
 
-  absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(config_.server, config_.engine);
+  absl::StatusOr<std::unique_ptr<Server>> server =
+      Server::Start(config_.server, config_.engine, [] { kill(getpid(), SIGTERM); });
   if (!server.ok()) {
     spdlog::error("cannot start: {}", std::string(server.status().message()));
     return kCannotStart;
   }
   spdlog::info("listening on {} (port {}), loading {}", config_.server.listen, (*server)->port(), config_.engine.model);
+  if ((*server)->admin_port() != 0) {
+    spdlog::info("operators are listened to on {} (port {})", config_.server.admin_listen, (*server)->admin_port());
+  }
   if (const std::optional<int> exit_code = Load(server->get())) return *exit_code;
   return Serve(server->get());
 }
@@ -183,7 +186,7 @@ std::optional<int> Daemon::Load(Server* server) {
   if (woken.signal) {
     spdlog::info("stopped by a signal while loading");
     server->Stop();
-    spdlog::shutdown();
+    StopLogging();
     _exit(kDrained);  // the loader may be deep in a read; nothing of it is worth waiting for
   }
   loader.join();
@@ -217,7 +220,7 @@ void Daemon::EndIfFailed(Server* server) {
   spdlog::critical("the engine has failed; exiting");
   server->SetFailed();
   server->Stop();
-  spdlog::shutdown();
+  StopLogging();
   _exit(kEngineFailed);  // the engine thread may hang in a step: nothing of it can be joined
 }
 
@@ -237,7 +240,7 @@ int Daemon::Drain(Server* server) {
   if (!woken.event) {
     const bool idle = server->idle();
     spdlog::warn("stopped by a second signal{}", idle ? "" : "; running requests are cut off");
-    spdlog::shutdown();
+    StopLogging();
     _exit(idle ? kDrained : kCutOff);
   }
   drainer.join();
@@ -271,9 +274,11 @@ int main(int argc, char** argv) {
   const dejavu::ParsedCommandLine command_line = dejavu::ParseCommandLine(argc, argv);
   if (command_line.exit_code.has_value()) return *command_line.exit_code;
   if (command_line.plan.has_value()) return dejavu::Plan(command_line.config, *command_line.plan);
-  spdlog::set_default_logger(spdlog::stderr_logger_mt("dejavud"));
-  spdlog::set_pattern("%Y-%m-%dT%H:%M:%S.%e%z %l %v");
-  spdlog::set_level(spdlog::level::from_str(command_line.config.server.log_level));
-  if (dejavu::FollowsAnEngine(command_line.config.engine)) return dejavu::Follow(command_line.config.engine);
-  return dejavu::Daemon(command_line.config).Run();
+  const dejavu::ServerOptions& server = command_line.config.server;
+  dejavu::StartLogging(server.log_level,
+                       server.log_format == "json" ? dejavu::LogFormat::kJson : dejavu::LogFormat::kText);
+  const int exit_code = dejavu::FollowsAnEngine(command_line.config.engine) ? dejavu::Follow(command_line.config.engine)
+                                                                            : dejavu::Daemon(command_line.config).Run();
+  dejavu::StopLogging();
+  return exit_code;
 }

@@ -158,11 +158,10 @@ void Metrics::AddCounter(const std::string& name, const std::string& help, std::
   borrowed_[name] = {help, std::move(value)};
 }
 
-void Metrics::NoteCall(absl::string_view method, absl::string_view code, absl::string_view finish_reason,
-                       double stall_seconds) {
+void Metrics::OnRequestEnd(const RequestRecord& record) {
   MutexLock lock(mutex_);
-  ++calls_[{std::string(method), std::string(code), std::string(finish_reason)}];
-  if (stall_seconds > 0.0) stalls_.Observe(stall_seconds);
+  ++calls_[{record.method, std::string(CodeName(record.code)), record.finish_reason}];
+  if (record.client_stall_seconds > 0.0) stalls_.Observe(record.client_stall_seconds);
 }
 
 std::string Metrics::Text() const {

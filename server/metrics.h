@@ -11,15 +11,15 @@
 #include <string>
 #include <tuple>
 
-#include "absl/strings/string_view.h"
 #include "engine/engine.h"
 #include "engine/metrics.h"
 #include "kernels/base/mutex.h"
 #include "server/lifecycle.h"
+#include "server/request_record.h"
 
 namespace dejavu {
 
-class Metrics {
+class Metrics final : public RequestObserver {
  public:
   // `edges` as EngineOptions::metric_edges, known to be valid; `lifecycle` must outlive the object.
   Metrics(std::string model_name, const std::string& edges, bool per_layer, const Lifecycle* lifecycle);
@@ -30,9 +30,7 @@ class Metrics {
   // A number that others keep: a counter that is asked for its value. Before anybody asks for the text.
   void AddCounter(const std::string& name, const std::string& help, std::function<int64_t()> value);
 
-  // A call has ended. `method` without its service, `code` and `finish_reason` as the metric has them.
-  void NoteCall(absl::string_view method, absl::string_view code, absl::string_view finish_reason,
-                double stall_seconds);
+  void OnRequestEnd(const RequestRecord& record) override;
 
   // Prometheus' text format, version 0.0.4.
   std::string Text() const;

@@ -17,6 +17,10 @@ struct ServerOptions {
   std::string served_model_name;           // the name that requests may give; empty: last part of the model directory
   bool reflection = true;                  // grpc.reflection.v1 and v1alpha, for grpcurl and its like
 
+  // AdminService is served there and nowhere else; empty: it is not. Whoever can reach it may use it.
+  std::string admin_listen;
+  std::string admin_port_file;  // as port_file
+
   // What one request may ask for. GetServerInfo tells clients.
   int default_max_new_tokens = 128;
   int max_top_logprobs = 100;
@@ -46,7 +50,20 @@ struct ServerOptions {
   int drain_linger_ms = 0;
   bool drain_queue = true;  // what waits then still runs; else it ends with UNAVAILABLE and retry advice
 
-  std::string log_level = "info";  // trace, debug, info, warn, error
+  // HTTP, for Prometheus (/metrics) and people (/).
+  std::string metrics_listen = "127.0.0.1:9464";  // host:port; port 0: any free one; empty: nowhere
+  std::string metrics_port_file;
+  bool metrics_per_layer = false;  // two gauges for every layer
+
+  std::string log_level = "info";   // trace, debug, info, warn, error
+  std::string log_format = "text";  // text, json
+  bool log_access = true;           // a line per request
+  int log_prompt_chars = 0;         // of a prompt's text in that line; 0: nothing of it, ever
+  double log_engine_every_s = 10;   // a line about the engine, while it works; 0: never
+
+  std::string trace_otlp_endpoint;  // host:port of a collector that takes OTLP over gRPC, in plain text; empty: none
+  double trace_sample_ratio = 0;    // share of the calls without a traceparent that are traced
+  int trace_max_queue = 4096;       // spans that may wait for the collector; more are dropped
 };
 
 }  // namespace dejavu

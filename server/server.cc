@@ -18,8 +18,10 @@
 #include "kernels/base/check.h"
 #include "kernels/base/status_macros.h"
 #include "server/error_details.h"
+#include "server/logging.h"
 #include "server/parse.h"
 #include "server/reflection.h"
+#include "server/status_page.h"
 #include "spdlog/spdlog.h"
 
 namespace dejavu {
@@ -32,6 +34,16 @@ constexpr int kMinClientPingIntervalMs = 10'000;
 // How long calls may take to send their last words after they were told to end.
 constexpr std::chrono::milliseconds kLastWords(500);
 
+std::unique_ptr<TraceExporter> MakeTraceExporter(const ServerOptions& options, const std::string& model_name) {
+  if (options.trace_otlp_endpoint.empty()) return nullptr;
+  TraceExporterOptions exporter;
+  exporter.endpoint = options.trace_otlp_endpoint;
+  exporter.model = model_name;
+  exporter.version = DEJAVU_VERSION;
+  exporter.max_queue = options.trace_max_queue;
+  return std::make_unique<TraceExporter>(std::move(exporter));
+}
+
 // gRPC writes to stderr by itself, even what any client can provoke: its lines go to our log, where they are usually
 // off.
 void OnGrpcLog(gpr_log_func_args* args) {
@@ -39,13 +51,13 @@ void OnGrpcLog(gpr_log_func_args* args) {
               args->message);
 }
 
-absl::Status CheckListen(const std::string& listen) {
+absl::Status CheckListen(const char* name, const std::string& listen) {
   const size_t colon = listen.rfind(':');
   int port = -1;
   if (colon == std::string::npos || colon == 0 || !absl::SimpleAtoi(listen.substr(colon + 1), &port) || port < 0 ||
       port > 65535) {
     return absl::InvalidArgumentError(
-        absl::StrCat("listen is ", Printable(listen, 256), "; it must be host:port with a port of 0 to 65535"));
+        absl::StrCat(name, " is ", Printable(listen, 256), "; it must be host:port with a port of 0 to 65535"));
   }
   return absl::OkStatus();
 }
@@ -68,6 +80,32 @@ void Configure(const ServerOptions& options, grpc::ServerBuilder* builder) {
   builder->SetResourceQuota(quota);
 }
 
+// What `dispatcher` knows, at that address.
+absl::StatusOr<std::unique_ptr<grpc::Server>> Serve(const ServerOptions& options, const std::string& address,
+                                                    Dispatcher* dispatcher, int* port) {
+  grpc::ServerBuilder builder;
+  Configure(options, &builder);
+  builder.AddListeningPort(address, grpc::InsecureServerCredentials(), port);
+  builder.RegisterCallbackGenericService(dispatcher);
+  std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
+  if (server != nullptr && *port != 0) return server;
+  return absl::UnavailableError(
+      absl::StrCat("cannot listen on ", address, ": the port is in use, or the address is not this machine's"));
+}
+
+// Whoever sees the file sees the whole number: it is written aside and renamed.
+absl::Status WritePortFile(const std::string& path, int port) {
+  if (path.empty()) return absl::OkStatus();
+  const std::string aside = path + ".new";
+  std::ofstream file(aside);
+  file << port << "\n";
+  file.close();
+  if (!file || std::rename(aside.c_str(), path.c_str()) != 0) {
+    return absl::UnavailableError(absl::StrCat("cannot write port file ", path, ": ", std::strerror(errno)));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 std::string ServedModelName(const ServerOptions& options, const std::string& model_directory) {
@@ -79,61 +117,74 @@ std::string ServedModelName(const ServerOptions& options, const std::string& mod
   return path.filename().string();
 }
 
-absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& options,
-                                                      const EngineOptions& engine_options) {
-  RETURN_IF_ERROR(CheckListen(options.listen));
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& options, const EngineOptions& engine_options,
+                                                      std::function<void()> drain) {
+  RETURN_IF_ERROR(CheckListen("listen", options.listen));
+  if (!options.admin_listen.empty()) RETURN_IF_ERROR(CheckListen("admin.listen", options.admin_listen));
   gpr_set_log_function(OnGrpcLog);
   RouteProtobufLog();
-  std::unique_ptr<Server> server(new Server(options, engine_options, ServedModelName(options, engine_options.model)));
+  std::unique_ptr<Server> server(
+      new Server(options, engine_options, ServedModelName(options, engine_options.model), std::move(drain)));
   RETURN_IF_ERROR(server->Listen());
-  RETURN_IF_ERROR(server->WritePortFile());
+  RETURN_IF_ERROR(WritePortFile(options.metrics_port_file, server->metrics_port()));
+  if (server->admin_port() != 0) RETURN_IF_ERROR(WritePortFile(options.admin_port_file, server->admin_port()));
+  RETURN_IF_ERROR(WritePortFile(options.port_file, server->port()));
   return server;
 }
 
-Server::Server(const ServerOptions& options, const EngineOptions& engine_options, std::string model_name)
+Server::Server(const ServerOptions& options, const EngineOptions& engine_options, std::string model_name,
+               std::function<void()> drain)
     : options_(options),
       model_name_(std::move(model_name)),
       gate_(&lifecycle_),
-      dispatcher_(&gate_, &writer_),
+      trace_exporter_(MakeTraceExporter(options, model_name_)),
+      ends_(std::make_shared<CallEnds>(&writer_, trace_exporter_ == nullptr ? 0.0 : options.trace_sample_ratio)),
+      dispatcher_(&gate_, &writer_, ends_),
+      admin_dispatcher_(&gate_, &writer_, ends_),
       generation_(options, engine_options, model_name_, &lifecycle_),
-      health_(&lifecycle_) {
+      health_(&lifecycle_),
+      admin_(&generation_, &lifecycle_, std::move(drain)),
+      metrics_(model_name_, engine_options.metric_edges, options.metrics_per_layer, &lifecycle_) {
+  ends_->Add(&metrics_);
+  metrics_.AddCounter("log_lines_dropped_total", "Lines of the log that nobody took in time.", LogLinesDropped);
+  const TraceExporter* const traces = trace_exporter_.get();
+  metrics_.AddCounter("trace_spans_exported_total", "Spans that the collector took.",
+                      [traces] { return traces == nullptr ? 0 : traces->exported(); });
+  metrics_.AddCounter("trace_spans_dropped_total", "Spans that it did not: the queue was full, or no answer came.",
+                      [traces] { return traces == nullptr ? 0 : traces->dropped(); });
+  if (options_.log_access) ends_->Add(&access_log_);
+  if (trace_exporter_ != nullptr) ends_->Add(trace_exporter_.get());
   generation_.Register(&dispatcher_);
   health_.Register(&dispatcher_);
-  if (options_.reflection) RegisterReflection(&dispatcher_);
+  admin_.Register(&admin_dispatcher_);
+  if (!options_.reflection) return;
+  RegisterReflection(&dispatcher_);
+  RegisterReflection(&admin_dispatcher_);
 }
 
 Server::~Server() { Stop(); }
 
 absl::Status Server::Listen() {
-  grpc::ServerBuilder builder;
-  Configure(options_, &builder);
-  builder.AddListeningPort(options_.listen, grpc::InsecureServerCredentials(), &port_);
-  builder.RegisterCallbackGenericService(&dispatcher_);
-  grpc_server_ = builder.BuildAndStart();
-  if (grpc_server_ == nullptr || port_ == 0) {
-    return absl::UnavailableError(absl::StrCat("cannot listen on ", options_.listen,
-                                               ": the port is in use, or the address is not this machine's"));
+  if (!options_.metrics_listen.empty()) {
+    ASSIGN_OR_RETURN(http_, HttpServer::Start(options_.metrics_listen));
+    http_->Handle("/metrics", "text/plain; version=0.0.4; charset=utf-8", [this] { return metrics_.Text(); });
+    http_->Handle("/", "text/html; charset=utf-8", StatusPage);
+    http_->Handle("/status.json", "application/json", [this] { return StatusJson(generation_); });
   }
-  return absl::OkStatus();
-}
-
-// Whoever sees the file sees the whole number: it is written aside and renamed.
-absl::Status Server::WritePortFile() const {
-  if (options_.port_file.empty()) return absl::OkStatus();
-  const std::string aside = options_.port_file + ".new";
-  std::ofstream file(aside);
-  file << port_ << "\n";
-  file.close();
-  if (!file || std::rename(aside.c_str(), options_.port_file.c_str()) != 0) {
-    return absl::UnavailableError(
-        absl::StrCat("cannot write port file ", options_.port_file, ": ", std::strerror(errno)));
+  if (!options_.admin_listen.empty()) {
+    ASSIGN_OR_RETURN(admin_server_, Serve(options_, options_.admin_listen, &admin_dispatcher_, &admin_port_));
   }
+  ASSIGN_OR_RETURN(grpc_server_, Serve(options_, options_.listen, &dispatcher_, &port_));
   return absl::OkStatus();
 }
 
 void Server::SetReady(Engine* engine, const Tokenizer* tokenizer) {
   engine_ = engine;
   generation_.SetModel(engine, tokenizer);
+  metrics_.SetEngine(engine);
+  if (options_.log_engine_every_s > 0.0) {
+    engine_log_ = std::make_unique<EngineLog>(engine, std::chrono::duration<double>(options_.log_engine_every_s));
+  }
   lifecycle_.Advance(Phase::kServing);
 }
 
@@ -157,11 +208,18 @@ bool Server::Drain() {
 void Server::Stop() {
   if (grpc_server_ == nullptr) return;
   lifecycle_.Advance(Phase::kStopped);  // ends Watch calls
+  admin_.Stop();
   generation_.live_requests().StopAll(
       UnavailableRetry("the server stopped before the request was done", std::chrono::seconds(1)));
-  grpc_server_->Shutdown(std::chrono::system_clock::now() + kLastWords);
-  grpc_server_->Wait();
-  grpc_server_.reset();
+  for (std::unique_ptr<grpc::Server>* server : {&grpc_server_, &admin_server_}) {
+    if (*server == nullptr) continue;
+    (*server)->Shutdown(std::chrono::system_clock::now() + kLastWords);
+    (*server)->Wait();
+    server->reset();
+  }
+  ends_->Close(std::chrono::steady_clock::now() + kLastWords);
+  if (trace_exporter_ != nullptr) trace_exporter_->Stop();
+  engine_log_.reset();
 }
 
 }  // namespace dejavu

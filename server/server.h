@@ -4,6 +4,7 @@
 #ifndef SERVER_SERVER_H_
 #define SERVER_SERVER_H_
 
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -12,26 +13,38 @@
 #include "engine/options.h"
 #include "engine/text/tokenizer.h"
 #include "grpcpp/server.h"
+#include "server/access_log.h"
+#include "server/admin_service.h"
+#include "server/call_ends.h"
 #include "server/dispatcher.h"
+#include "server/engine_log.h"
 #include "server/gate.h"
 #include "server/generation_service.h"
 #include "server/health.h"
+#include "server/http_server.h"
 #include "server/lifecycle.h"
+#include "server/metrics.h"
 #include "server/options.h"
+#include "server/trace_exporter.h"
 #include "server/writer.h"
 
 namespace dejavu {
 
 class Server {
  public:
-  // Binds the address and writes the port file. UNAVAILABLE when the port is taken, INVALID_ARGUMENT for a bad address.
+  // Binds the addresses and writes the port files. UNAVAILABLE when a port is taken, INVALID_ARGUMENT for a bad
+  // address. `drain` is called when an operator asks to drain: it tells whoever owns the server, and returns at once.
   static absl::StatusOr<std::unique_ptr<Server>> Start(const ServerOptions& options,
-                                                       const EngineOptions& engine_options);
+                                                       const EngineOptions& engine_options,
+                                                       std::function<void()> drain = nullptr);
   // As Stop.
   ~Server();
 
   int port() const { return port_; }
+  int admin_port() const { return admin_port_; }  // 0: there is none
+  int metrics_port() const { return http_ == nullptr ? 0 : http_->port(); }
   const std::string& model_name() const { return model_name_; }
+  const TraceExporter* trace_exporter() const { return trace_exporter_.get(); }  // null: off
 
   // Begins to serve. `tokenizer` may be null; it and the engine must outlive the server.
   void SetReady(Engine* engine, const Tokenizer* tokenizer);
@@ -51,22 +64,30 @@ class Server {
   bool idle() { return generation_.live_requests().idle(); }
 
  private:
-  Server(const ServerOptions& options, const EngineOptions& engine_options, std::string model_name);
+  Server(const ServerOptions& options, const EngineOptions& engine_options, std::string model_name,
+         std::function<void()> drain);
 
   absl::Status Listen();
-  absl::Status WritePortFile() const;
 
   const ServerOptions options_;
   const std::string model_name_;
   Lifecycle lifecycle_;
   Gate gate_;
+  AccessLog access_log_;
+  std::unique_ptr<TraceExporter> trace_exporter_;  // null: off
   Writer writer_;
-  Dispatcher dispatcher_;
+  const std::shared_ptr<CallEnds> ends_;  // calls hold it too
+  Dispatcher dispatcher_, admin_dispatcher_;
   GenerationService generation_;
   Health health_;
-  int port_ = 0;
+  AdminService admin_;
+  Metrics metrics_;
+  int port_ = 0, admin_port_ = 0;
   Engine* engine_ = nullptr;
-  std::unique_ptr<grpc::Server> grpc_server_;  // null once stopped; after its Shutdown no call is left
+  std::unique_ptr<EngineLog> engine_log_;       // while it serves
+  std::unique_ptr<HttpServer> http_;            // nullptr: off, or stopped
+  std::unique_ptr<grpc::Server> grpc_server_;   // null once stopped; after its Shutdown no call is left
+  std::unique_ptr<grpc::Server> admin_server_;  // likewise; null where it is off, too
 };
 
 // The name of the model in requests and replies: what the options say, or the last part of the model's directory.

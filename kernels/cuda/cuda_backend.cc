@@ -180,6 +180,7 @@ class CudaBackend final : public Backend {
   void Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
              Tensor hidden) override;
   void Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates) override;
+  void ReadAll(Tensor memory) override;
   void Add(Tensor x, Tensor y) override;
   void GatherRows(Tensor y, Tensor x, Tensor ids) override;
 
@@ -610,6 +611,16 @@ void CudaBackend::Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws,
                               Int(candidates.first),
                               Int(std::clamp<int64_t>(candidates.end - candidates.first, 0, logits.cols))};
   Launch(cuda::kDraw, {logits.rows}, 0, p);
+}
+
+void CudaBackend::ReadAll(Tensor memory) {
+  CHECK(memory.rows == 1) << memory.rows << " rows";
+  Flush();
+  constexpr int64_t kBlocks = 4;  // per multiprocessor, all of them at once
+  const int64_t blocks = kBlocks * device_.multiprocessors;
+  Grow(partial_, blocks * cuda::kBlockThreads * int64_t{sizeof(uint64_t)});
+  const cuda::ReadSumParams p = {memory.data, memory.bytes() / kVectorBytes, static_cast<uint64_t*>(partial_.data())};
+  Launch(cuda::kReadSum, {blocks}, 0, p);
 }
 
 void CudaBackend::Add(Tensor x, Tensor y) {

@@ -182,6 +182,7 @@ absl::Status Bench(const ServeBenchOptions& options) {
   auto engine = Engine::Create(engine_options, 0, nullptr);
   if (!engine.ok()) return engine.status();
   ServerOptions server_options;
+  server_options.metrics_listen = "127.0.0.1:0";
   server_options.listen = "127.0.0.1:0";
   auto server = Server::Start(server_options, engine_options);
   if (!server.ok()) return server.status();

@@ -31,16 +31,19 @@ def mpirun(processes):
 
 @pytest.fixture(scope="session")
 def api(tmp_path_factory):
-    """The generated modules: api.pb (messages) and api.rpc (stubs)."""
+    """The generated modules: api.pb (messages) and api.rpc (stubs), and those of AdminService."""
     out = tmp_path_factory.mktemp("stubs")
-    args = ["protoc", f"-I{ROOT / 'proto'}", f"--python_out={out}", f"--grpc_python_out={out}", "dejavu/v1/generation.proto"]
+    args = ["protoc", f"-I{ROOT / 'proto'}", f"--python_out={out}", f"--grpc_python_out={out}", "dejavu/v1/generation.proto",
+            "dejavu/v1/admin.proto"]
     assert protoc.main(args) == 0
     sys.path.insert(0, str(out))
-    from dejavu.v1 import generation_pb2, generation_pb2_grpc
+    from dejavu.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
 
     class Api:
         pb = generation_pb2
         rpc = generation_pb2_grpc
+        admin_pb = admin_pb2
+        admin_rpc = admin_pb2_grpc
 
     return Api
 
@@ -52,9 +55,11 @@ class Daemon:
         self.log_path = folder / "dejavud.log"
         port_file = folder / "port"
         port_file.unlink(missing_ok=True)
+        self.metrics_port_file = folder / "metrics_port"
+        self.metrics_port_file.unlink(missing_ok=True)
         self.process = subprocess.Popen(
             [*mpirun(processes), BIN / "dejavud", "--model", model, "--listen", "127.0.0.1:0", "--port-file", port_file,
-             *flags],
+             "--metrics-listen", "127.0.0.1:0", "--metrics-port-file", self.metrics_port_file, *flags],
             stderr=open(self.log_path, "wb"), stdout=subprocess.DEVNULL,
             env={**os.environ, **MPI_ENVIRONMENT, **(environment or {})})
         self._await(lambda: port_file.exists())
@@ -72,6 +77,10 @@ class Daemon:
             assert self.process.poll() is None, self.log()
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.01)
+
+    @property
+    def metrics_address(self):
+        return f"127.0.0.1:{int(self.metrics_port_file.read_text())}"
 
     def log(self):
         return self.log_path.read_text(errors="replace")

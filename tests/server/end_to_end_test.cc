@@ -54,6 +54,7 @@ class EndToEnd : public testing::Test {
   void Start(ServerOptions options) {
     server_.reset();
     options.listen = "127.0.0.1:0";
+    options.metrics_listen = "";
     EngineOptions engine_options;
     engine_options.model = EMBEDDED_MODEL;
     server_ = Server::Start(options, engine_options).value();

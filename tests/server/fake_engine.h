@@ -26,7 +26,9 @@ class FakeEngine final : public Engine {
   PredictorInfo predictor_info;
   std::string synthetic_description;
   SparsityStats stats_of_sparsity;
+  EngineMetrics counted{*MetricEdgesFrom("")};
   Finish finish;
+  StepTrace steps;
   // What it heard.
   Request request;
 
@@ -49,8 +51,11 @@ class FakeEngine final : public Engine {
   void Cancel(uint64_t /*id*/) override {}
   void Drain(bool /*refuse_waiting*/) override {}
   bool WaitIdle(SteadyTime /*deadline*/) override { return true; }
+  absl::Status ReloadPredictor() override { return absl::UnimplementedError("the test has none"); }
+  const StepTrace& trace() const override { return steps; }
   EngineStats stats() const override { return {}; }
   SparsityStats sparsity_stats() const override { return stats_of_sparsity; }
+  const EngineMetrics& metrics() const override { return counted; }
   bool failed() const override { return false; }
 };
 

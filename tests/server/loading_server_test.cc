@@ -29,6 +29,7 @@ class LoadingServer : public testing::Test {
  protected:
   LoadingServer() {
     ServerOptions options;
+    options.metrics_listen = "";
     options.listen = "127.0.0.1:0";
     EngineOptions engine_options;
     engine_options.model = EMBEDDED_MODEL "/";
@@ -222,6 +223,7 @@ TEST_F(LoadingServer, DescribesItselfThroughTheOldReflection) {
 
 TEST_F(LoadingServer, SharesItsPortWithNobody) {
   ServerOptions options;
+  options.metrics_listen = "";
   options.listen = "127.0.0.1:" + std::to_string(server_->port());
   const absl::Status status = Server::Start(options, {}).status();
   EXPECT_TRUE(absl::IsUnavailable(status));
@@ -232,6 +234,7 @@ TEST_F(LoadingServer, StopsAtOnceWhenNothingRuns) { EXPECT_TRUE(server_->Drain()
 
 TEST(ServerStart, WritesThePortFile) {
   ServerOptions options;
+  options.metrics_listen = "";
   options.listen = "127.0.0.1:0";
   options.port_file = (std::filesystem::temp_directory_path() / ("dejavud-port-" + std::to_string(getpid()))).string();
   const auto server = Server::Start(options, {}).value();
@@ -246,6 +249,7 @@ TEST(ServerStart, WritesThePortFile) {
 
 TEST(ServerStart, RefusesAPortFileThatCannotBeWritten) {
   ServerOptions options;
+  options.metrics_listen = "";
   options.listen = "127.0.0.1:0";
   options.port_file = "/nonexistent/port";
   EXPECT_THAT(std::string(Server::Start(options, {}).status().message()), HasSubstr("/nonexistent/port"));
@@ -255,6 +259,7 @@ TEST(ServerStart, RefusesAddressesWithoutAPort) {
   for (const char* listen :
        {"", "localhost", ":50051", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:65536", "127.0.0.1:-1"}) {
     ServerOptions options;
+    options.metrics_listen = "";
     options.listen = listen;
     EXPECT_TRUE(absl::IsInvalidArgument(Server::Start(options, {}).status())) << listen;
   }

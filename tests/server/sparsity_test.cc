@@ -20,6 +20,7 @@ class Sparsity : public testing::Test {
  protected:
   void Start(ServerOptions options = {}) {
     options.listen = "127.0.0.1:0";
+    options.metrics_listen = "";
     server_ = Server::Start(options, {}).value();
     stub_ = v1::GenerationService::NewStub(
         grpc::CreateChannel("127.0.0.1:" + std::to_string(server_->port()), grpc::InsecureChannelCredentials()));
