@@ -188,6 +188,7 @@ std::vector<Option> OptionTable(Config* config) {
       {"metrics.listen", "Metrics", "HOST:PORT of Prometheus' /metrics and a status page, plain HTTP; empty: none",
        &s.metrics_listen},
       {"metrics.port_file", "Metrics", "file to write that port to; empty: none", &s.metrics_port_file},
+      {"metrics.count", "Metrics", "count what the engine does; false only to see what that costs", &e.count_metrics},
       {"metrics.edges", "Metrics", "edges of histograms, such as inter_token_latency_seconds=0.001,0.01,0.1;batch_size=1,4,16",
        &e.metric_edges},
       {"metrics.per_layer", "Metrics", "two gauges for every layer", &s.metrics_per_layer},

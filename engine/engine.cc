@@ -351,7 +351,7 @@ absl::Status StepEngine::Prepare(double load_seconds) {
     shadow_logits_.resize(static_cast<size_t>(options_.max_batch) * config_.vocab);
   }
   sparsity_ = std::make_unique<SparsityControl>(config_, from, loaded.weights, group_->predictor(),
-                                                options_.shadow_fallback, metrics_);
+                                                options_.shadow_fallback, metrics_, options_.count_metrics);
   group_->DropPredictorData();  // the devices have it
   for (Flight& flight : flights_) {
     flight.drawn.resize(batch_.max_logit_rows);
@@ -791,6 +791,7 @@ void StepEngine::DropAhead() {
 }
 
 void StepEngine::NoteStepMetrics(SteadyTime start, SteadyTime planned, SteadyTime shadowed, SteadyTime done) {
+  if (!options_.count_metrics) return;
   const StepShape& shape = scheduler_.shape();
   const StepPhase phase = shape.prefill_rows == 0 ? kDecodeStep : shape.decode_rows == 0 ? kPrefillStep : kMixedStep;
   const SteadyTime end = std::chrono::steady_clock::now();
@@ -999,12 +1000,13 @@ void StepEngine::HandOutToken(Sequence& s) {
   token.rank = choice.rank;
   if (r.top_logprobs > 0) token.top = sampler_.Top(logits, r.top_logprobs);
   token.stop = IsStop(s, choice.id);
-  EngineMetrics::Latencies& latencies = metrics_.latencies_of(r.sparsity.tier, r.urgency);
-  if (s.generated_tokens() == 0) {
-    s.finish.first_token = step_done_;
-    latencies.time_to_first_token.Observe(Seconds(s.finish.queued, step_done_));
-  } else {
-    latencies.inter_token.Observe(Seconds(s.last_token, step_done_));
+  if (s.generated_tokens() == 0) s.finish.first_token = step_done_;
+  if (options_.count_metrics) {
+    EngineMetrics::Latencies& latencies = metrics_.latencies_of(r.sparsity.tier, r.urgency);
+    s.generated_tokens() == 0 ? latencies.time_to_first_token.Observe(Seconds(s.finish.queued, step_done_))
+                              : latencies.inter_token.Observe(Seconds(s.last_token, step_done_));
+  }
+  if (s.generated_tokens() > 0) {
     trace_.NoteToken(s.id, step_done_, s.last_token, static_cast<int32_t>(steps_begun_ - s.last_token_step),
                      s.generated_tokens());
   }

@@ -43,7 +43,8 @@ struct EngineOptions {
   bool prefix_cache = true;
 
   // What is counted of the engine (engine/metrics.h). Targets of a request, in ms; 0: none.
-  std::string metric_edges;  // as MetricEdgesFrom has it
+  bool count_metrics = true;  // false only to see what counting costs
+  std::string metric_edges;   // as MetricEdgesFrom has it
   double slo_ttft_ms = 0.0;  // to its first token
   double slo_itl_ms = 0.0;   // between its tokens, on average
 

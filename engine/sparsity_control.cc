@@ -51,10 +51,11 @@ LogitsComparison CompareLogits(const float* p, const float* q, int32_t count) {
 }
 
 SparsityControl::SparsityControl(const OptConfig& config, const PredictorData* data, const OptWeights& weights,
-                                 Predictor& predictor, bool fall_back, EngineMetrics& metrics)
+                                 Predictor& predictor, bool fall_back, EngineMetrics& metrics, bool count)
     : config_(config),
       predictor_(predictor),
       metrics_(metrics),
+      count_(count),
       layer_bytes_(weights.layers.front(), config),
       head_bytes_(BytesAfterLayers(weights)),
       embedding_bytes_(EmbeddingBytes(weights)),
@@ -89,9 +90,9 @@ void SparsityControl::PlanShadow(const std::vector<std::unique_ptr<Sequence>>& r
 
 void SparsityControl::NoteStep(const std::vector<std::unique_ptr<Sequence>>& running, const Batch& batch,
                                const StepCounts& counts, const float* logits, const float* shadow_logits) {
-  NoteBytes(batch, counts);
+  if (count_) NoteBytes(batch, counts);
   if (batch.decode_rows == 0) return;
-  NoteUnion(batch, counts);
+  if (count_) NoteUnion(batch, counts);
   if (counts.ranks > 1) {
     group_steps_.Add(1);
     imbalance_.Add(counts.imbalance);

@@ -28,9 +28,10 @@ LogitsComparison CompareLogits(const float* p, const float* q, int32_t count);
 class SparsityControl {
  public:
   // `data` may be nullptr. With `fall_back` false, failed shadow checks change nothing. What is counted goes to
-  // `metrics`, too; `weights` says how many bytes that is. All but `data` must outlive the control.
+  // `metrics`, too, but with `count` false what every step would add; `weights` says how many bytes that is. All but
+  // `data` must outlive the control.
   SparsityControl(const OptConfig& config, const PredictorData* data, const OptWeights& weights, Predictor& predictor,
-                  bool fall_back, EngineMetrics& metrics);
+                  bool fall_back, EngineMetrics& metrics, bool count);
 
   // Marks the rows of `batch` that are to be compared in this step and puts them, DENSE, into `shadow`. The dense step
   // comes first: the keys and values that it writes are then overwritten by the real one.
@@ -71,6 +72,7 @@ class SparsityControl {
   const OptConfig& config_;
   Predictor& predictor_;
   EngineMetrics& metrics_;
+  const bool count_;
   const LayerBytes layer_bytes_;  // of one layer of rank 0: all layers have one shape
   const int64_t head_bytes_, embedding_bytes_;
   int64_t step_bytes_ = 0;

@@ -2,8 +2,15 @@
 // process, as server and client would on one machine; the client is the generated synchronous one.
 #include "tests/bench/serve.h"
 
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
+#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
@@ -172,6 +179,91 @@ Row Describe(const char* name, const std::vector<double>& values) {
   return {name, Median(values), Least(values), Most(values)};
 }
 
+// Asks for /metrics as often as that while it lives.
+class Scraper {
+ public:
+  Scraper(int port, int per_second)
+      : thread_([=, this] { Scrape(port, std::chrono::milliseconds(1000 / per_second)); }) {}
+  ~Scraper() {
+    {
+      MutexLock lock(mutex_);
+      stop_ = true;
+      changed_.NotifyAll();
+    }
+    thread_.join();
+  }
+
+ private:
+  void Scrape(int port, Clock::duration interval) {
+    SteadyTime next = Clock::now();
+    MutexLock lock(mutex_);
+    while (!stop_) {
+      Fetch(port);
+      next += interval;
+      while (!stop_ && Clock::now() < next) changed_.WaitUntil(mutex_, next);
+    }
+  }
+
+  static void Fetch(int port) {
+    const int fd = socket(AF_INET, SOCK_STREAM, 0);
+    sockaddr_in to = {};
+    to.sin_family = AF_INET;
+    to.sin_port = htons(static_cast<uint16_t>(port));
+    to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    constexpr char kRequest[] = "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    char buffer[1 << 16];
+    if (connect(fd, reinterpret_cast<sockaddr*>(&to), sizeof to) == 0 && write(fd, kRequest, sizeof kRequest - 1) > 0) {
+      while (read(fd, buffer, sizeof buffer) > 0) continue;
+    }
+    close(fd);
+  }
+
+  Mutex mutex_;
+  CondVar changed_;
+  bool stop_ = false;
+  std::thread thread_;
+};
+
+// What the second of two ways costs, in pairs of runs: the median of the ratios less 1, with an interval that holds the
+// true median in 95 of 100 cases.
+absl::Status PrintPairs(const char* what, int pairs, const std::function<absl::StatusOr<Run>()>& first,
+                        const std::function<absl::StatusOr<Run>()>& second, nlohmann::json* json) {
+  std::vector<double> shares;
+  for (int i = 0; i < pairs; ++i) {
+    // Which of both goes first alternates, too.
+    absl::StatusOr<Run> a = i % 2 == 0 ? first() : second(), b = i % 2 == 0 ? second() : first();
+    if (!a.ok()) return a.status();
+    if (!b.ok()) return b.status();
+    if (i % 2 == 1) std::swap(*a, *b);
+    shares.push_back(b->per_token_us / a->per_token_us - 1.0);
+  }
+  std::sort(shares.begin(), shares.end());
+  const auto reach = static_cast<int>(0.98 * std::sqrt(pairs));
+  const double low = shares[std::max(0, pairs / 2 - reach)], high = shares[std::min(pairs - 1, pairs / 2 + reach)];
+  std::printf("%-52s %+6.2f %%  (95 %%: %+.2f to %+.2f; %d pairs)\n", what, 100 * Median(shares), 100 * low, 100 * high,
+              pairs);
+  (*json)[what] = {{"share", Median(shares)}, {"low", low}, {"high", high}, {"pairs", pairs}};
+  return absl::OkStatus();
+}
+
+absl::Status Watched(const ServeBenchOptions& options, Engine& engine, int metrics_port, EngineOptions engine_options,
+                     nlohmann::json* json) {
+  constexpr int kPairs = 60, kScrapesPerSecond = 20;
+  engine_options.count_metrics = false;
+  auto uncounted = Engine::Create(engine_options, 0, nullptr);
+  if (!uncounted.ok()) return uncounted.status();
+  const auto plain = [&] { return RunEngine(engine, options.tokens); };
+  const auto scraped = [&] {
+    const Scraper scraper(metrics_port, kScrapesPerSecond);
+    return RunEngine(engine, options.tokens);
+  };
+  std::printf("\nTime per token with the second against the first:\n");
+  RETURN_IF_ERROR(PrintPairs("nobody asks / 20 scrapes a second", kPairs, plain, scraped, json));
+  return PrintPairs(
+      "the engine counts nothing / it counts", kPairs, [&] { return RunEngine(**uncounted, options.tokens); }, plain,
+      json);
+}
+
 absl::Status Bench(const ServeBenchOptions& options) {
   RETURN_IF_ERROR(CheckWritable(options.json));
   EngineOptions engine_options;
@@ -224,6 +316,7 @@ absl::Status Bench(const ServeBenchOptions& options) {
   json["added_share"] = Median(shares);
   std::printf("\nThe server adds %.1f us, %.2f %%, to a token.\n", Median(added_us), 100 * Median(shares));
   RETURN_IF_ERROR(BesideSlowReader(options, *stub, address, &json));
+  RETURN_IF_ERROR(Watched(options, **engine, (*server)->metrics_port(), engine_options, &json));
   if (options.json.empty()) return absl::OkStatus();
   return WriteText(options.json, json.dump(1) + "\n");
 }

@@ -391,7 +391,6 @@ def test_the_status_page_says_that_the_model_is_loading(operated):
     daemon.wait()
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="Debian's chromium is not installed (./run setup test)")
 def test_the_status_page_renders_without_errors(operated, api, tmp_path):
     daemon, _ = operated()
     done = threading.Event()
