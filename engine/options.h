@@ -45,8 +45,8 @@ struct EngineOptions {
   // What is counted of the engine (engine/metrics.h). Targets of a request, in ms; 0: none.
   bool count_metrics = true;  // false only to see what counting costs
   std::string metric_edges;   // as MetricEdgesFrom has it
-  double slo_ttft_ms = 0.0;  // to its first token
-  double slo_itl_ms = 0.0;   // between its tokens, on average
+  double slo_ttft_ms = 0.0;   // to its first token
+  double slo_itl_ms = 0.0;    // between its tokens, on average
 
   double watchdog_s = 300.0;  // a step that takes longer means that the engine has failed; 0: never
   std::string fault;          // for tests: throw@STEP or hang@STEP

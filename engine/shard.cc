@@ -8,15 +8,21 @@
 namespace dejavu {
 namespace {
 
-// Back and forth through the ranks, so that none always gets the more frequent of its round. The last round, if it is
-// not full, goes forth: the first ranks have the longer lists, as RangeOf has it.
-std::vector<int32_t> Deal(const std::vector<int32_t>& order, int rank, int ranks) {
-  std::vector<int32_t> own;
+// Each neuron of `order` goes to the rank that expects the least so far and still has room; without frequencies all
+// weigh the same. The rank's own, ascending.
+std::vector<int32_t> Deal(const std::vector<int32_t>& order, const std::vector<float>& frequency, int rank, int ranks) {
   const auto count = static_cast<int32_t>(order.size());
-  for (int32_t round = 0; round * ranks < count; ++round) {
-    const bool full = (round + 1) * ranks <= count;
-    const int32_t place = round * ranks + (full && round % 2 == 1 ? ranks - 1 - rank : rank);
-    if (place < count) own.push_back(order[place]);
+  std::vector<double> expected(ranks);
+  std::vector<int32_t> room, own;
+  for (int r = 0; r < ranks; ++r) room.push_back(Shard::RangeOf(count, r, ranks).count);
+  for (const int32_t neuron : order) {
+    int least = -1;
+    for (int r = 0; r < ranks; ++r) {
+      if (room[r] > 0 && (least < 0 || expected[r] < expected[least])) least = r;
+    }
+    --room[least];
+    expected[least] += frequency.empty() ? 1.0 : frequency[neuron];
+    if (least == rank) own.push_back(neuron);
   }
   std::sort(own.begin(), own.end());
   return own;
@@ -64,12 +70,12 @@ absl::StatusOr<Shard> MakeShard(const OptConfig& config, const PredictorData* pr
   shard.neuron_count = Shard::RangeOf(config.ffn, rank, ranks).count;
   std::vector<int32_t> order(config.ffn);
   for (int32_t l = 0; l < config.layers; ++l) {
+    const std::vector<float> frequency = predictor != nullptr ? predictor->layers[l].frequency : std::vector<float>();
     std::iota(order.begin(), order.end(), 0);
-    if (predictor != nullptr && !predictor->layers[l].frequency.empty()) {
-      const std::vector<float>& frequency = predictor->layers[l].frequency;
-      std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return frequency[a] > frequency[b]; });
+    if (!frequency.empty()) {
+      std::stable_sort(order.begin(), order.end(), [&](int32_t x, int32_t y) { return frequency[x] > frequency[y]; });
     }
-    shard.neurons.push_back(Deal(order, rank, ranks));
+    shard.neurons.push_back(Deal(order, frequency, rank, ranks));
   }
   return shard;
 }
