@@ -178,7 +178,9 @@ def test_every_end_has_its_line(start, api):
             pass
         if stream.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
             line = line_of(daemon, f"late-{i}")
-            assert (line["code"], line["finish_reason"]) == ("DEADLINE_EXCEEDED", "deadline")
+            # The client's clock may run out first: then all that the server hears is that it has gone.
+            ends = {("DEADLINE_EXCEEDED", "deadline"), ("CANCELLED", "cancelled")}
+            assert (line["code"], line["finish_reason"]) in ends
     assert streams[-1].code() == grpc.StatusCode.DEADLINE_EXCEEDED
 
     # The end token, a stop token, a stop string.
