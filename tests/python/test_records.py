@@ -1,5 +1,6 @@
 """What the daemon says of its calls: the access log, the engine's line, and spans for an OpenTelemetry collector."""
 import concurrent.futures
+import contextlib
 import json
 import os
 import re
@@ -172,16 +173,15 @@ def test_every_end_has_its_line(start, api):
 
     streams = [daemon.stub.GenerateStream(daemon.request([2, i], 500, request_id=f"late-{i}"), timeout=0.5) for i in range(16)]
     for i, stream in enumerate(streams):
-        try:
+        with contextlib.suppress(grpc.RpcError):
             list(stream)
-        except grpc.RpcError:
-            pass
-        if stream.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-            line = line_of(daemon, f"late-{i}")
-            # The client's clock may run out first: then all that the server hears is that it has gone.
-            ends = {("DEADLINE_EXCEEDED", "deadline"), ("CANCELLED", "cancelled")}
-            assert (line["code"], line["finish_reason"]) in ends
-    assert streams[-1].code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        if i < 8:
+            continue  # may have ended by itself, even while its client's clock ran out; the rest is thousands of steps away
+        assert stream.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        line = line_of(daemon, f"late-{i}")
+        # The client's clock may run out first: then all that the server hears is that it has gone.
+        ends = {("DEADLINE_EXCEEDED", "deadline"), ("CANCELLED", "cancelled")}
+        assert (line["code"], line["finish_reason"]) in ends
 
     # The end token, a stop token, a stop string.
     request = daemon.request([2, 100, 200], 20)
