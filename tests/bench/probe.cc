@@ -137,7 +137,7 @@ BandwidthProbe::~BandwidthProbe() {
 // Words that no constant folds and whose sum tells a missing chunk: Knuth's multiplicative sequence.
 void BandwidthProbe::Fill() {
   const int64_t slice_words = chunks_per_slice_ * kChunk / 8;
-  auto* words = reinterpret_cast<uint64_t*>((reinterpret_cast<uintptr_t>(data_) + kHugePage - 1) & -kHugePage);
+  auto* words = const_cast<uint64_t*>(reinterpret_cast<const uint64_t*>(data()));
   pool_.Run([&](int thread) {
     uint64_t sum = 0;
     for (int64_t i = thread * slice_words; i < (thread + 1) * slice_words; ++i) {
@@ -163,7 +163,6 @@ double BandwidthProbe::MeasureWay(const Way& way, double seconds) {
 }
 
 void BandwidthProbe::Pass(const Way& way) {
-  const uint8_t* data = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(data_) + kHugePage - 1) & -kHugePage);
   for (Slice& slice : slices_) slice.next.store(0, std::memory_order_relaxed);
   const auto sum_function = HWY_DYNAMIC_DISPATCH(Sum);
   pool_.Run([&](int thread) {
@@ -171,7 +170,7 @@ void BandwidthProbe::Pass(const Way& way) {
     for (int i = 0; i < threads(); ++i) {
       const int s = (thread + i) % threads();
       for (int64_t c; (c = slices_[s].next.fetch_add(1, std::memory_order_relaxed)) < chunks_per_slice_;) {
-        sum += sum_function(data + (s * chunks_per_slice_ + c) * kChunk, kChunk, way.streams, way.prefetch_bytes);
+        sum += sum_function(data() + (s * chunks_per_slice_ + c) * kChunk, kChunk, way.streams, way.prefetch_bytes);
       }
     }
     slices_[thread].sum = sum;
@@ -179,6 +178,28 @@ void BandwidthProbe::Pass(const Way& way) {
   uint64_t sum = 0;
   for (const Slice& slice : slices_) sum += slice.sum;
   CHECK(sum == expected_) << "the bandwidth probe summed " << sum << " instead of " << expected_;
+}
+
+double BandwidthProbe::MeasureWaiting(int64_t bytes, double seconds) {
+  const int64_t chunks = std::clamp<int64_t>(bytes / kChunk, 1, chunks_per_slice_);
+  const auto sum_function = HWY_DYNAMIC_DISPATCH(Sum);
+  Pass(way_);  // wakes the threads
+  double busy_s = 0.0, all_s = 0.0;
+  for (int64_t first = 0; all_s < seconds; first = (first + chunks) % (chunks_per_slice_ - chunks + 1)) {
+    const Clock::time_point start = Clock::now();
+    pool_.Run([&](int thread) {
+      const uint8_t* const own = data() + (thread * chunks_per_slice_ + first) * kChunk;
+      slices_[thread].sum = sum_function(own, chunks * kChunk, way_.streams, way_.prefetch_bytes);
+      slices_[thread].busy_s = SecondsSince(start);
+    });
+    all_s += SecondsSince(start);
+    for (const Slice& slice : slices_) busy_s += slice.busy_s / threads();
+  }
+  return 1.0 - busy_s / all_s;
+}
+
+const uint8_t* BandwidthProbe::data() const {
+  return reinterpret_cast<const uint8_t*>((reinterpret_cast<uintptr_t>(data_) + kHugePage - 1) & -kHugePage);
 }
 
 std::string BandwidthProbe::Description() const {

@@ -32,6 +32,10 @@ class BandwidthProbe {
   // neighbours leave changes within seconds, and what is compared with it shall meet the same.
   double Measure(double seconds = 0.06);
 
+  // The share of its time that a thread waits for the slowest where each reads `bytes` of its own and then all meet,
+  // again and again for `seconds`: what a fixed division of the work costs on CPUs that are not equally fast.
+  double MeasureWaiting(int64_t bytes, double seconds = 0.06);
+
   int threads() const { return pool_.threads(); }
   std::string Description() const;  // how it reads: "4 streams, prefetch 1024 bytes ahead"
 
@@ -44,12 +48,14 @@ class BandwidthProbe {
   struct alignas(64) Slice {
     std::atomic<int64_t> next{0};
     uint64_t sum = 0;  // what its thread read in this pass, from whatever slice
+    double busy_s = 0.0;
   };
 
   BandwidthProbe(int threads, int64_t bytes);
   void Fill();
   double MeasureWay(const Way& way, double seconds);
   void Pass(const Way& way);
+  const uint8_t* data() const;  // on a huge page
 
   ThreadPool pool_;
   const int64_t chunks_per_slice_;

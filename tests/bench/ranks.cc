@@ -134,9 +134,16 @@ class OtherProcesses {
 
 class RanksBench {
  public:
-  RanksBench(const RanksBenchOptions& options, int window, Decoder& one, Decoder& group, BandwidthProbe& probe,
-             ProgressLine& progress)
-      : options_(options), window_(window), one_(one), group_(group), probe_(probe), progress_(progress) {}
+  // `piece_bytes`: the weights that a rank reads between two all-reduces of a dense step.
+  RanksBench(const RanksBenchOptions& options, int window, int64_t piece_bytes, Decoder& one, Decoder& group,
+             BandwidthProbe& probe, ProgressLine& progress)
+      : options_(options),
+        window_(window),
+        piece_bytes_(piece_bytes),
+        one_(one),
+        group_(group),
+        probe_(probe),
+        progress_(progress) {}
 
   std::vector<Measured> Run(const std::vector<Tier>& tiers, int batch) {
     std::vector<Measured> measured;
@@ -153,6 +160,7 @@ class RanksBench {
         const double gb_per_s = probe_.Measure();
         if (repeat < 0) continue;
         bandwidth_.push_back(gb_per_s);
+        waiting_.push_back(probe_.MeasureWaiting(piece_bytes_));
         m.one.push_back(one);
         m.group.push_back(group);
       }
@@ -162,6 +170,8 @@ class RanksBench {
   }
 
   const std::vector<double>& bandwidth() const { return bandwidth_; }
+  // BandwidthProbe::MeasureWaiting
+  const std::vector<double>& waiting() const { return waiting_; }
   // While the one rank was measured, the group's other processes included.
   double others_share() const { return others_.share(); }
 
@@ -191,10 +201,11 @@ class RanksBench {
 
   const RanksBenchOptions& options_;
   const int window_;
+  const int64_t piece_bytes_;
   Decoder &one_, &group_;
   BandwidthProbe& probe_;
   ProgressLine& progress_;
-  std::vector<double> bandwidth_;
+  std::vector<double> bandwidth_, waiting_;
   OtherProcesses others_;
 };
 
@@ -311,8 +322,9 @@ absl::Status Bench(const RanksBenchOptions& options) {
   one.FillContext(options.context, progress);
   group.FillContext(options.context, progress);
 
-  RanksBench bench(options, window, one, group, *probe, progress);
   const LoadedModel& loaded = one.group().loaded();
+  const int64_t piece_bytes = loaded.weights.bytes() / (2 * config.layers * group.group().ranks());
+  RanksBench bench(options, window, piece_bytes, one, group, *probe, progress);
   nlohmann::json rows = nlohmann::json::array();
   for (const int batch : options.batches) {
     const std::vector<Measured> measured = bench.Run(tiers, batch);
@@ -329,11 +341,18 @@ absl::Status Bench(const RanksBenchOptions& options) {
   Print(rows);
   std::printf("\nOther processes took %.1f %% of the CPUs while one rank alone was measured%s\n",
               100 * bench.others_share(), bench.others_share() > kNoisyOthers ? ". NOISY" : "");
+  std::printf(
+      "CPUs that each read %.1f MB and then meet, as ranks do between all-reduces, waited %.1f %% of the time (%.1f to "
+      "%.1f): what a fixed division of the work costs here\n",
+      1e-6 * static_cast<double>(piece_bytes), 100 * Median(bench.waiting()), 100 * Least(bench.waiting()),
+      100 * Most(bench.waiting()));
   PrintBandwidth(bench.bandwidth());
   if (options.json.empty()) return absl::OkStatus();
   const nlohmann::json json = {
       {"bandwidth_gb_per_s", Median(bench.bandwidth())},
       {"bandwidth_spread", Spread(bench.bandwidth())},
+      {"waiting_piece_bytes", piece_bytes},
+      {"waiting_share", Median(bench.waiting())},
       {"noisy", Spread(bench.bandwidth()) > kNoisySpread || bench.others_share() > kNoisyOthers},
       {"others_cpu_share", bench.others_share()},
       {"group", form},
