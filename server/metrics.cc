@@ -1,7 +1,6 @@
 #include "server/metrics.h"
 
 #include <prometheus/metric_family.h>
-#include <prometheus/text_serializer.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -15,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
 #include "server/gpu_counters.h"
+#include "server/metrics_text.h"
 
 namespace dejavu {
 namespace {
@@ -98,21 +98,12 @@ class Metrics::Page {
     Add(name, help, prometheus::MetricType::Gauge, labels).gauge.value = value;
   }
   void Distribution(const std::string& name, const char* help, const Histogram& histogram, const Labels& labels = {}) {
-    const Histogram::Snapshot snapshot = histogram.snapshot();
-    auto& to = Add(name, help, prometheus::MetricType::Histogram, labels).histogram;
-    const std::vector<double>& edges = histogram.edges();
-    uint64_t count = 0;
-    for (size_t i = 0; i < snapshot.counts.size(); ++i) {
-      count += static_cast<uint64_t>(snapshot.counts[i]);
-      const double edge = i < edges.size() ? edges[i] : std::numeric_limits<double>::infinity();
-      to.bucket.push_back({count, edge});
-    }
-    to.sample_count = count;
-    to.sample_sum = snapshot.sum;
+    AddDistribution(name, help, histogram.snapshot(), histogram.edges(), labels);
   }
   // What nobody has observed yet says nothing: labels' combinations come with their first observation.
   void IfSeen(const std::string& name, const char* help, const Histogram& histogram, const Labels& labels) {
-    if (histogram.snapshot().count() > 0) Distribution(name, help, histogram, labels);
+    const Histogram::Snapshot snapshot = histogram.snapshot();
+    if (snapshot.count() > 0) AddDistribution(name, help, snapshot, histogram.edges(), labels);
   }
   void Process(const std::string& name, const char* help, double value, bool counts) {
     auto& family = families_.emplace_back();
@@ -123,9 +114,23 @@ class Metrics::Page {
     (counts ? metric.counter.value : metric.gauge.value) = value;
   }
 
-  std::string Text() const { return prometheus::TextSerializer().Serialize(families_); }
+  std::string Text() const { return MetricsText().Serialize(families_); }
 
  private:
+  void AddDistribution(const std::string& name, const char* help, const Histogram::Snapshot& snapshot,
+                       const std::vector<double>& edges, const Labels& labels) {
+    auto& to = Add(name, help, prometheus::MetricType::Histogram, labels).histogram;
+    to.bucket.reserve(snapshot.counts.size());
+    uint64_t count = 0;
+    for (size_t i = 0; i < snapshot.counts.size(); ++i) {
+      count += static_cast<uint64_t>(snapshot.counts[i]);
+      const double edge = i < edges.size() ? edges[i] : std::numeric_limits<double>::infinity();
+      to.bucket.push_back({count, edge});
+    }
+    to.sample_count = count;
+    to.sample_sum = snapshot.sum;
+  }
+
   prometheus::ClientMetric& Add(const std::string& name, const char* help, prometheus::MetricType type,
                                 const Labels& labels) {
     const std::string full = "dejavu_" + name;
