@@ -23,6 +23,7 @@ struct ChannelOptions {
   std::string tls_server_name;         // the name in the server's certificate, where it is not the one that is dialled
   std::string token_file;              // a bearer token, sent with every call; white space around it is ignored
   bool allow_plaintext_token = false;  // to a server that is not on this machine, without TLS
+  bool retry = true;                   // what was refused before its first reply; a load test must see refusals
 };
 
 // deploy/client/service-config.json.
