@@ -183,6 +183,7 @@ class StepEngine final : public Engine {
     counts_.reserve(options.max_batch);
     for (int i = 0; i < options.max_batch; ++i)
       counts_.emplace_back(config.vocab);  // copies would lose what is reserved
+    metrics_.counting = options.count_metrics;
     banned_.reserve(64);
     finished_.reserve(options.max_batch);
   }
@@ -208,6 +209,7 @@ class StepEngine final : public Engine {
   EngineStats stats() const override;
   SparsityStats sparsity_stats() const override { return sparsity_->stats(); }
   const EngineMetrics& metrics() const override { return metrics_; }
+  void SetCounting(bool counting) override { metrics_.counting = counting; }
   bool failed() const override { return failed_.load(); }
 
  private:
@@ -351,7 +353,7 @@ absl::Status StepEngine::Prepare(double load_seconds) {
     shadow_logits_.resize(static_cast<size_t>(options_.max_batch) * config_.vocab);
   }
   sparsity_ = std::make_unique<SparsityControl>(config_, from, loaded.weights, group_->predictor(),
-                                                options_.shadow_fallback, metrics_, options_.count_metrics);
+                                                options_.shadow_fallback, metrics_);
   group_->DropPredictorData();  // the devices have it
   for (Flight& flight : flights_) {
     flight.drawn.resize(batch_.max_logit_rows);
@@ -791,7 +793,7 @@ void StepEngine::DropAhead() {
 }
 
 void StepEngine::NoteStepMetrics(SteadyTime start, SteadyTime planned, SteadyTime shadowed, SteadyTime done) {
-  if (!options_.count_metrics) return;
+  if (!metrics_.counting.load(std::memory_order_relaxed)) return;
   const StepShape& shape = scheduler_.shape();
   const StepPhase phase = shape.prefill_rows == 0 ? kDecodeStep : shape.decode_rows == 0 ? kPrefillStep : kMixedStep;
   const SteadyTime end = std::chrono::steady_clock::now();
@@ -1001,7 +1003,7 @@ void StepEngine::HandOutToken(Sequence& s) {
   if (r.top_logprobs > 0) token.top = sampler_.Top(logits, r.top_logprobs);
   token.stop = IsStop(s, choice.id);
   if (s.generated_tokens() == 0) s.finish.first_token = step_done_;
-  if (options_.count_metrics) {
+  if (metrics_.counting.load(std::memory_order_relaxed)) {
     EngineMetrics::Latencies& latencies = metrics_.latencies_of(r.sparsity.tier, r.urgency);
     s.generated_tokens() == 0 ? latencies.time_to_first_token.Observe(Seconds(s.finish.queued, step_done_))
                               : latencies.inter_token.Observe(Seconds(s.last_token, step_done_));

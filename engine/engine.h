@@ -99,6 +99,8 @@ class Engine {
   virtual EngineStats stats() const = 0;
   virtual SparsityStats sparsity_stats() const = 0;
   virtual const EngineMetrics& metrics() const = 0;
+  // EngineMetrics::counting, from now on.
+  virtual void SetCounting(bool counting) = 0;
 
   // True once the engine thread has died of an error of its own, or hangs in a step. New requests are refused with
   // UNAVAILABLE; only a restart helps. After an error every request has finished with kError; one that hangs tells

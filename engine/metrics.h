@@ -76,6 +76,7 @@ struct EngineMetrics {
   explicit EngineMetrics(MetricEdges edges);
 
   const MetricEdges edges;
+  std::atomic<bool> counting{true};  // false: nothing below moves, so that one can see what counting costs
 
   // Of requests, by tier and urgency. Seconds.
   struct Latencies {

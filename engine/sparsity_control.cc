@@ -51,11 +51,10 @@ LogitsComparison CompareLogits(const float* p, const float* q, int32_t count) {
 }
 
 SparsityControl::SparsityControl(const OptConfig& config, const PredictorData* data, const OptWeights& weights,
-                                 Predictor& predictor, bool fall_back, EngineMetrics& metrics, bool count)
+                                 Predictor& predictor, bool fall_back, EngineMetrics& metrics)
     : config_(config),
       predictor_(predictor),
       metrics_(metrics),
-      count_(count),
       layer_bytes_(weights.layers.front(), config),
       head_bytes_(BytesAfterLayers(weights)),
       embedding_bytes_(EmbeddingBytes(weights)),
@@ -90,9 +89,10 @@ void SparsityControl::PlanShadow(const std::vector<std::unique_ptr<Sequence>>& r
 
 void SparsityControl::NoteStep(const std::vector<std::unique_ptr<Sequence>>& running, const Batch& batch,
                                const StepCounts& counts, const float* logits, const float* shadow_logits) {
-  if (count_) NoteBytes(batch, counts);
+  const bool count = metrics_.counting.load(std::memory_order_relaxed);
+  if (count) NoteBytes(batch, counts);
   if (batch.decode_rows == 0) return;
-  if (count_) NoteUnion(batch, counts);
+  if (count) NoteUnion(batch, counts);
   if (counts.ranks > 1) {
     group_steps_.Add(1);
     imbalance_.Add(counts.imbalance);

@@ -31,7 +31,7 @@ class SparsityControl {
   // `metrics`, too, but with `count` false what every step would add; `weights` says how many bytes that is. All but
   // `data` must outlive the control.
   SparsityControl(const OptConfig& config, const PredictorData* data, const OptWeights& weights, Predictor& predictor,
-                  bool fall_back, EngineMetrics& metrics, bool count);
+                  bool fall_back, EngineMetrics& metrics);
 
   // Marks the rows of `batch` that are to be compared in this step and puts them, DENSE, into `shadow`. The dense step
   // comes first: the keys and values that it writes are then overwritten by the real one.
@@ -72,7 +72,6 @@ class SparsityControl {
   const OptConfig& config_;
   Predictor& predictor_;
   EngineMetrics& metrics_;
-  const bool count_;
   const LayerBytes layer_bytes_;  // of one layer of rank 0: all layers have one shape
   const int64_t head_bytes_, embedding_bytes_;
   int64_t step_bytes_ = 0;

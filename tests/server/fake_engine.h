@@ -55,6 +55,7 @@ class FakeEngine final : public Engine {
   const StepTrace& trace() const override { return steps; }
   EngineStats stats() const override { return {}; }
   SparsityStats sparsity_stats() const override { return stats_of_sparsity; }
+  void SetCounting(bool) override {}
   const EngineMetrics& metrics() const override { return counted; }
   bool failed() const override { return false; }
 };
