@@ -128,7 +128,7 @@ void AdminService::Register(Dispatcher* dispatcher) {
       kName, "Drain", [this](const v1::DrainRequest&, v1::DrainResponse* response) { return Drain(response); });
   dispatcher->RegisterUnary<v1::AbortRequest, v1::AbortResponse>(
       kName, "AbortRequest", [this](const v1::AbortRequest& request, v1::AbortResponse* response) {
-        return generation_->Abort(request, response);
+        return generation_->Abort(request, /*caller=*/std::nullopt, response);
       });
   dispatcher->RegisterUnary<v1::SetDefaultTierRequest, v1::SetDefaultTierResponse>(
       kName, "SetDefaultTier", [this](const v1::SetDefaultTierRequest& request, v1::SetDefaultTierResponse* response) {

@@ -82,6 +82,13 @@ absl::Status RefusedWithRetry(absl::StatusCode code, absl::string_view message, 
   return WithErrorInfo(std::move(status), reason);
 }
 
+std::optional<std::chrono::milliseconds> RetryDelay(const absl::Status& status) {
+  const absl::optional<absl::Cord> detail = status.GetPayload(TypeUrl("RetryInfo"));
+  rpc::RetryInfo retry;
+  if (!detail.has_value() || !retry.ParseFromString(std::string(*detail))) return std::nullopt;
+  return std::chrono::milliseconds(retry.retry_delay().seconds() * 1000 + retry.retry_delay().nanos() / 1'000'000);
+}
+
 absl::Status MissingFeature(absl::string_view subject, absl::string_view message) {
   absl::Status status = absl::FailedPreconditionError(message);
   rpc::PreconditionFailure failure;

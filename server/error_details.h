@@ -4,6 +4,7 @@
 #define SERVER_ERROR_DETAILS_H_
 
 #include <chrono>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -33,6 +34,9 @@ absl::Status QuotaExceeded(absl::string_view subject, absl::string_view message,
 // `code` with ErrorInfo, RetryInfo and, for RESOURCE_EXHAUSTED, QuotaFailure.
 absl::Status RefusedWithRetry(absl::StatusCode code, absl::string_view message, absl::string_view reason,
                               std::chrono::milliseconds delay);
+
+// What RetryInfo of such a status says; nothing without one.
+std::optional<std::chrono::milliseconds> RetryDelay(const absl::Status& status);
 
 // FAILED_PRECONDITION with PreconditionFailure: the server as it was started cannot do that.
 absl::Status MissingFeature(absl::string_view subject, absl::string_view message);

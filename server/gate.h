@@ -3,22 +3,36 @@
 #ifndef SERVER_GATE_H_
 #define SERVER_GATE_H_
 
+#include <string>
+#include <utility>
+
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
 #include "grpcpp/server_context.h"
 #include "server/lifecycle.h"
+#include "server/request_record.h"
+#include "server/tokens.h"
 
 namespace dejavu {
 
 class Gate {
  public:
-  explicit Gate(const Lifecycle* lifecycle) : lifecycle_(lifecycle) {}
+  // Null tokens: everybody may call. `admin_tenant`: whose tokens AdminService takes.
+  Gate(const Lifecycle* lifecycle, const Tokens* tokens, std::string admin_tenant)
+      : lifecycle_(lifecycle), tokens_(tokens), admin_tenant_(std::move(admin_tenant)) {}
 
-  // `method` as on the wire: "/dejavu.v1.GenerationService/Generate".
-  absl::Status Admit(absl::string_view method, const grpc::CallbackServerContext& context) const;
+  // `method` as on the wire: "/dejavu.v1.GenerationService/Generate". With tokens, the caller's tenant is written into
+  // `record`.
+  absl::Status Admit(absl::string_view method, const grpc::CallbackServerContext& context, RequestRecord* record) const;
 
  private:
+  absl::Status CheckToken(absl::string_view method, const grpc::CallbackServerContext& context,
+                          RequestRecord* record) const;
+  absl::Status CheckPhase(absl::string_view method) const;
+
   const Lifecycle* const lifecycle_;
+  const Tokens* const tokens_;
+  const std::string admin_tenant_;
 };
 
 }  // namespace dejavu

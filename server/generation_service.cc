@@ -134,7 +134,7 @@ class EngineCall : public RpcHandler, public LiveRequest {
     ASSIGN_OR_RETURN(request.tenant, CheckTenant(rpc.tenant()));
     sinks_ = std::move(sinks);  // before Stop can be called
     ended_.resize(sinks_.size());
-    RETURN_IF_ERROR(service_->live_requests().Add(request_id, this));
+    RETURN_IF_ERROR(service_->live_requests().Add(request_id, request.tenant, this));
     live_id_ = request_id;
     const absl::StatusOr<uint64_t> engine_id =
         service_->model().engine->SubmitSamples(std::move(request), {sinks_.begin(), sinks_.end()});
@@ -264,6 +264,28 @@ class ScoreCall final : public EngineCall {
   }
 };
 
+class AbortCall final : public RpcHandler {
+ public:
+  explicit AbortCall(GenerationService* service) : service_(service) {}
+
+  absl::Status OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) override {
+    v1::AbortRequest request;
+    RETURN_IF_ERROR(ParseMessage(bytes, &request));
+    // Without tokens a tenant is only what a caller says.
+    const bool known = !service_->options().auth_tokens_file.empty();
+    return service_->Abort(request, known ? std::optional<std::string>(rpc->tenant()) : std::nullopt, &response_);
+  }
+
+  const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override {
+    *end = absl::OkStatus();
+    return &response_;
+  }
+
+ private:
+  GenerationService* const service_;
+  v1::AbortResponse response_;
+};
+
 v1::ServerState StateOf(Phase phase) {
   switch (phase) {
     case Phase::kLoading:
@@ -325,9 +347,7 @@ void GenerationService::Register(Dispatcher* dispatcher) {
   dispatcher->RegisterUnary<v1::GetServerInfoRequest, v1::GetServerInfoResponse>(
       kName, "GetServerInfo",
       [this](const v1::GetServerInfoRequest&, v1::GetServerInfoResponse* response) { return GetServerInfo(response); });
-  dispatcher->RegisterUnary<v1::AbortRequest, v1::AbortResponse>(
-      kName, "Abort",
-      [this](const v1::AbortRequest& request, v1::AbortResponse* response) { return Abort(request, response); });
+  dispatcher->Register(kName, "Abort", [this] { return std::make_unique<AbortCall>(this); });
 }
 
 void GenerationService::SetModel(Engine* engine, const Tokenizer* tokenizer) {
@@ -432,10 +452,13 @@ absl::Status GenerationService::GetServerInfo(v1::GetServerInfoResponse* respons
   return absl::OkStatus();
 }
 
-absl::Status GenerationService::Abort(const v1::AbortRequest& request, v1::AbortResponse* response) {
+absl::Status GenerationService::Abort(const v1::AbortRequest& request, const std::optional<std::string>& caller,
+                                      v1::AbortResponse* response) {
   if (request.request_id().empty()) return InvalidField("request_id", "is empty; name the request to end");
   RETURN_IF_ERROR(CheckRequestId(request.request_id()));
-  response->set_found(live_requests_.Stop(request.request_id(), absl::CancelledError("the request was aborted")));
+  ASSIGN_OR_RETURN(const bool found,
+                   live_requests_.Stop(request.request_id(), caller, absl::CancelledError("the request was aborted")));
+  response->set_found(found);
   return absl::OkStatus();
 }
 

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 
@@ -39,7 +40,9 @@ class GenerationService {
   absl::Status SetDefaultTier(Tier tier);
 
   absl::Status GetServerInfo(v1::GetServerInfoResponse* response) const;
-  absl::Status Abort(const v1::AbortRequest& request, v1::AbortResponse* response);
+  // `caller`: the tenant whose requests alone may be ended; none: anybody's.
+  absl::Status Abort(const v1::AbortRequest& request, const std::optional<std::string>& caller,
+                     v1::AbortResponse* response);
 
   // For the handlers.
   const ServerOptions& options() const { return options_; }

@@ -5,9 +5,9 @@
 
 namespace dejavu {
 
-absl::Status LiveRequests::Add(const std::string& id, LiveRequest* request) {
+absl::Status LiveRequests::Add(const std::string& id, const std::string& tenant, LiveRequest* request) {
   MutexLock lock(mutex_);
-  if (!requests_.emplace(id, request).second) {
+  if (!requests_.emplace(id, Entry{tenant, request}).second) {
     return WithErrorInfo(
         absl::AlreadyExistsError(absl::StrCat("a request with the id ", Printable(id, 128), " is under way")),
         "DUPLICATE_REQUEST_ID");
@@ -26,23 +26,29 @@ void LiveRequests::Done() {
   if (--calls_ == 0) idle_.NotifyAll();
 }
 
-bool LiveRequests::Stop(const std::string& id, const absl::Status& reason) {
+absl::StatusOr<bool> LiveRequests::Stop(const std::string& id, const std::optional<std::string>& tenant,
+                                        const absl::Status& reason) {
   MutexLock lock(mutex_);
-  const auto request = requests_.find(id);
-  if (request == requests_.end()) return false;
-  request->second->Stop(reason);
+  const auto found = requests_.find(id);
+  if (found == requests_.end()) return false;
+  if (tenant.has_value() && *tenant != found->second.tenant) {
+    return WithErrorInfo(
+        absl::PermissionDeniedError(absl::StrCat("the request ", Printable(id, 128), " is another tenant's")),
+        "NOT_THE_OWNER");
+  }
+  found->second.request->Stop(reason);
   return true;
 }
 
 void LiveRequests::StopAll(const absl::Status& reason) {
   MutexLock lock(mutex_);
-  for (const auto& [id, request] : requests_) request->Stop(reason);
+  for (const auto& [id, entry] : requests_) entry.request->Stop(reason);
 }
 
 std::vector<std::string> LiveRequests::Ids(size_t limit) {
   MutexLock lock(mutex_);
   std::vector<std::string> ids;
-  for (const auto& [id, request] : requests_) {
+  for (const auto& [id, entry] : requests_) {
     if (ids.size() == limit) break;
     ids.push_back(id);
   }

@@ -2,11 +2,13 @@
 #ifndef SERVER_LIVE_REQUESTS_H_
 #define SERVER_LIVE_REQUESTS_H_
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "engine/request.h"
 #include "kernels/base/mutex.h"
 
@@ -23,12 +25,13 @@ class LiveRequests {
  public:
   // ALREADY_EXISTS while another request of that id lives. Until Remove the request can be stopped; until Done, which
   // comes after it, its call is still sending.
-  absl::Status Add(const std::string& id, LiveRequest* request);
+  absl::Status Add(const std::string& id, const std::string& tenant, LiveRequest* request);
   void Remove(const std::string& id);
   void Done();
 
-  // False: no such request.
-  bool Stop(const std::string& id, const absl::Status& reason);
+  // False: no such request. With `tenant`, PERMISSION_DENIED where it is another one's.
+  absl::StatusOr<bool> Stop(const std::string& id, const std::optional<std::string>& tenant,
+                            const absl::Status& reason);
   void StopAll(const absl::Status& reason);
 
   // Of those that can be stopped, at most `limit`.
@@ -40,9 +43,14 @@ class LiveRequests {
   bool WaitIdle(SteadyTime deadline);
 
  private:
+  struct Entry {
+    std::string tenant;
+    LiveRequest* request;
+  };
+
   Mutex mutex_;
   CondVar idle_;
-  absl::flat_hash_map<std::string, LiveRequest*> requests_ ABSL_GUARDED_BY(mutex_);
+  absl::flat_hash_map<std::string, Entry> requests_ ABSL_GUARDED_BY(mutex_);
   int calls_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 

@@ -10,6 +10,7 @@
 
 #include <chrono>
 #include <cstdio>
+#include <fstream>
 #include <memory>
 #include <optional>
 #include <string>
@@ -17,6 +18,7 @@
 #include <utility>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
 #include "config/config.h"
 #include "engine/capacity_plan.h"
 #include "engine/capacity_report.h"
@@ -32,6 +34,7 @@ namespace dejavu {
 namespace {
 
 constexpr int kEngineCheckMs = 500;
+constexpr size_t kMaxTerminationBytes = 4000;  // Kubernetes reads 4096
 
 enum ExitCode { kDrained = 0, kCannotStart = 1, kEngineFailed = 3, kCutOff = 4 };
 
@@ -98,9 +101,20 @@ sigset_t StopSignals() {
   return signals;
 }
 
+// Logs why the daemon is about to exit with a failure, and leaves it where an orchestrator looks for it.
+void Fail(const ServerOptions& options, const std::string& reason) {
+  spdlog::critical("{}", reason);
+  if (options.log_termination_file.empty()) return;
+  std::ofstream file(options.log_termination_file);
+  file << reason.substr(0, kMaxTerminationBytes) << "\n";
+  file.close();
+  if (!file) spdlog::error("cannot write log.termination_file {}", options.log_termination_file);
+}
+
 // A process of mpirun that is not rank 0. Once it is loaded signals are rank 0's affair: mpirun sends them to all, and
 // who leaves before rank 0 has drained takes its model away.
-int Follow(const EngineOptions& options) {
+int Follow(const Config& config) {
+  const EngineOptions& options = config.engine;
   for (const int number : {SIGTERM, SIGINT}) signal(number, [](int) { _exit(kDrained); });
   const auto follow = [&]() -> absl::Status {
     ASSIGN_OR_RETURN(const std::unique_ptr<Tokenizer> tokenizer, LoadTokenizer(options));
@@ -110,7 +124,7 @@ int Follow(const EngineOptions& options) {
   };
   const absl::Status status = follow();
   if (status.ok()) return kDrained;
-  spdlog::critical("{}", std::string(status.message()));
+  Fail(config.server, std::string(status.message()));
   if (!absl::IsAborted(status)) return kCannotStart;
   StopLogging();
   _exit(kEngineFailed);  // MPI cannot be ended without the others
@@ -149,7 +163,7 @@ int Daemon::Run() {
   absl::StatusOr<std::unique_ptr<Server>> server =
       Server::Start(config_.server, config_.engine, [] { kill(getpid(), SIGTERM); });
   if (!server.ok()) {
-    spdlog::error("cannot start: {}", std::string(server.status().message()));
+    Fail(config_.server, absl::StrCat("cannot start: ", server.status().message()));
     return kCannotStart;
   }
   spdlog::info("listening on {} (port {}), loading {}", config_.server.listen, (*server)->port(), config_.engine.model);
@@ -191,12 +205,12 @@ std::optional<int> Daemon::Load(Server* server) {
   }
   loader.join();
   if (!loaded.ok()) {
-    spdlog::error("cannot load the model: {}", std::string(loaded.status().message()));
+    Fail(config_.server, absl::StrCat("cannot load the model: ", loaded.status().message()));
     return kCannotStart;
   }
   const absl::Status default_tier = loaded->engine->CheckTier(config_.server.default_tier);
   if (!default_tier.ok()) {
-    spdlog::error("cannot serve sparsity.default_tier: {}", std::string(default_tier.message()));
+    Fail(config_.server, absl::StrCat("cannot serve sparsity.default_tier: ", default_tier.message()));
     return kCannotStart;
   }
   model_ = *std::move(loaded);
@@ -217,7 +231,7 @@ int Daemon::Serve(Server* server) {
 
 void Daemon::EndIfFailed(Server* server) {
   if (!model_.engine->failed()) return;
-  spdlog::critical("the engine has failed; exiting");
+  Fail(config_.server, "the engine has failed; exiting");
   server->SetFailed();
   server->Stop();
   StopLogging();
@@ -239,7 +253,11 @@ int Daemon::Drain(Server* server) {
   }
   if (!woken.event) {
     const bool idle = server->idle();
-    spdlog::warn("stopped by a second signal{}", idle ? "" : "; running requests are cut off");
+    if (idle) {
+      spdlog::warn("stopped by a second signal");
+    } else {
+      Fail(config_.server, "stopped by a second signal; running requests are cut off");
+    }
     StopLogging();
     _exit(idle ? kDrained : kCutOff);
   }
@@ -277,7 +295,7 @@ int main(int argc, char** argv) {
   const dejavu::ServerOptions& server = command_line.config.server;
   dejavu::StartLogging(server.log_level,
                        server.log_format == "json" ? dejavu::LogFormat::kJson : dejavu::LogFormat::kText);
-  const int exit_code = dejavu::FollowsAnEngine(command_line.config.engine) ? dejavu::Follow(command_line.config.engine)
+  const int exit_code = dejavu::FollowsAnEngine(command_line.config.engine) ? dejavu::Follow(command_line.config)
                                                                             : dejavu::Daemon(command_line.config).Run();
   dejavu::StopLogging();
   return exit_code;

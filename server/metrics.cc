@@ -160,7 +160,11 @@ Metrics::Metrics(std::string model_name, const std::string& edges, bool per_laye
       stalls_(&edges_.at("client_stall_seconds")) {}
 
 void Metrics::AddCounter(const std::string& name, const std::string& help, std::function<int64_t()> value) {
-  borrowed_[name] = {help, std::move(value)};
+  borrowed_[name] = {help, std::move(value), /*counts=*/true};
+}
+
+void Metrics::AddGauge(const std::string& name, const std::string& help, std::function<int64_t()> value) {
+  borrowed_[name] = {help, std::move(value), /*counts=*/false};
 }
 
 void Metrics::OnRequestEnd(const RequestRecord& record) {
@@ -173,8 +177,13 @@ std::string Metrics::Text() const {
   Page page(model_name_);
   AddState(page);
   AddCalls(page);
-  for (const auto& [name, counter] : borrowed_) {
-    page.Counter(name, counter.help.c_str(), static_cast<double>(counter.value()));
+  for (const auto& [name, borrowed] : borrowed_) {
+    const auto value = static_cast<double>(borrowed.value());
+    if (borrowed.counts) {
+      page.Counter(name, borrowed.help.c_str(), value);
+    } else {
+      page.Gauge(name, borrowed.help.c_str(), value);
+    }
   }
   if (const Engine* const engine = this->engine(); engine != nullptr) {
     AddEngine(*engine, page);

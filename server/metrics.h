@@ -27,8 +27,9 @@ class Metrics final : public RequestObserver {
   // From now on the engine is asked, too. It must outlive everybody who asks.
   void SetEngine(const Engine* engine) { engine_.store(engine, std::memory_order_release); }
 
-  // A number that others keep: a counter that is asked for its value. Before anybody asks for the text.
+  // Numbers that others keep, asked for their value. Before anybody asks for the text.
   void AddCounter(const std::string& name, const std::string& help, std::function<int64_t()> value);
+  void AddGauge(const std::string& name, const std::string& help, std::function<int64_t()> value);
 
   void OnRequestEnd(const RequestRecord& record) override;
 
@@ -54,6 +55,7 @@ class Metrics final : public RequestObserver {
   struct Borrowed {
     std::string help;
     std::function<int64_t()> value;
+    bool counts;
   };
   std::map<std::string, Borrowed> borrowed_;  // constant once shared
 

@@ -17,7 +17,22 @@ struct ServerOptions {
   std::string served_model_name;           // the name that requests may give; empty: last part of the model directory
   bool reflection = true;                  // grpc.reflection.v1 and v1alpha, for grpcurl and its like
 
-  // AdminService is served there and nowhere else; empty: it is not. Whoever can reach it may use it.
+  // TLS on `listen` and `admin_listen`, by PEM files; empty: plain text.
+  std::string tls_cert;
+  std::string tls_key;
+  std::string tls_client_ca;  // not empty: clients must show a certificate that follows from it
+  double tls_reload_s = 10;   // between two looks at these files and at the tokens
+
+  // Bearer tokens that callers must send, each a tenant's (server/tokens.h); empty: everybody may call.
+  std::string auth_tokens_file;
+  std::string auth_admin_tenant = "operators";  // whose tokens AdminService takes
+  bool auth_allow_plaintext = false;            // tokens without TLS where the address is not loopback
+
+  // Health alone, for probes that know neither TLS nor tokens; empty: none.
+  std::string health_listen;
+  std::string health_port_file;  // as port_file
+
+  // AdminService is served there and nowhere else; empty: it is not. Without tokens whoever reaches it may use it.
   std::string admin_listen;
   std::string admin_port_file;  // as port_file
 
@@ -43,11 +58,16 @@ struct ServerOptions {
   int64_t max_outbox_bytes = 256 << 10;  // per stream, of what its client has not read yet; beyond it the stream ends
   int max_concurrent_streams = 256;      // per connection; more wait in the client
   int64_t max_transport_mib = 256;       // memory of gRPC for all connections together
+  // A connection of that age, give or take a tenth, is told to go (GOAWAY): what runs on it may go on for the grace.
+  double connection_max_age_s = 0;        // 0: never
+  double connection_max_age_grace_s = 0;  // 0: without limit
 
   // SIGTERM: health says NOT_SERVING, `drain_linger_ms` later new requests are refused, running ones may go on until
   // `drain_timeout_s` have passed since the signal.
   double drain_timeout_s = 30;
   int drain_linger_ms = 0;
+  int drain_goaway_ms =
+      0;  // after that connections are told to go (GOAWAY), nothing new gets in; 0: when all has ended
   bool drain_queue = true;  // what waits then still runs; else it ends with UNAVAILABLE and retry advice
 
   // HTTP, for Prometheus (/metrics) and people (/).
@@ -55,11 +75,12 @@ struct ServerOptions {
   std::string metrics_port_file;
   bool metrics_per_layer = false;  // two gauges for every layer
 
-  std::string log_level = "info";   // trace, debug, info, warn, error
-  std::string log_format = "text";  // text, json
-  bool log_access = true;           // a line per request
-  int log_prompt_chars = 0;         // of a prompt's text in that line; 0: nothing of it, ever
-  double log_engine_every_s = 10;   // a line about the engine, while it works; 0: never
+  std::string log_termination_file;  // gets the reason of an exit that is a failure; empty: none
+  std::string log_level = "info";    // trace, debug, info, warn, error
+  std::string log_format = "text";   // text, json
+  bool log_access = true;            // a line per request
+  int log_prompt_chars = 0;          // of a prompt's text in that line; 0: nothing of it, ever
+  double log_engine_every_s = 10;    // a line about the engine, while it works; 0: never
 
   std::string trace_otlp_endpoint;  // host:port of a collector that takes OTLP over gRPC, in plain text; empty: none
   double trace_sample_ratio = 0;    // share of the calls without a traceparent that are traced

@@ -3,6 +3,7 @@
 // nothing is left lying.
 #include "server/rpc.h"
 
+#include <string>
 #include <utility>
 
 #include "server/error_details.h"
@@ -30,6 +31,14 @@ SteadyTime SteadyDeadline(const grpc::CallbackServerContext& context) {
   return std::chrono::steady_clock::now() + (deadline - std::chrono::system_clock::now());
 }
 
+// What retryPolicy of gRPC's service configs waits for instead of its own pause. Before the call is finished.
+void AdviseRetry(const absl::Status& status, grpc::CallbackServerContext* context) {
+  if (!absl::IsUnavailable(status)) return;
+  if (const auto delay = RetryDelay(status)) {
+    context->AddTrailingMetadata("grpc-retry-pushback-ms", std::to_string(delay->count()));
+  }
+}
+
 void Serialize(const google::protobuf::MessageLite& message, grpc::ByteBuffer* bytes) {
   grpc::Slice slice(message.ByteSizeLong());
   message.SerializeWithCachedSizesToArray(const_cast<uint8_t*>(slice.begin()));
@@ -47,10 +56,12 @@ RequestRecord Rpc::Describe(const grpc::CallbackServerContext& context, double t
   return record;
 }
 
-grpc::ServerGenericBidiReactor* Rpc::Refuse(const absl::Status& status, RequestRecord record, const CallEnds& ends) {
+grpc::ServerGenericBidiReactor* Rpc::Refuse(grpc::CallbackServerContext* context, const absl::Status& status,
+                                            RequestRecord record, const CallEnds& ends) {
   record.code = static_cast<grpc::StatusCode>(status.code());
   record.ended = std::chrono::steady_clock::now();
   ends.Report(record);
+  AdviseRetry(status, context);
   return new RefusedRpc(status);
 }
 
@@ -60,18 +71,20 @@ grpc::ServerGenericBidiReactor* Rpc::Start(grpc::CallbackServerContext* context,
   const SteadyTime deadline = SteadyDeadline(*context);
   // gRPC runs a handler even when the deadline has passed before it started.
   if (deadline <= record.arrival) {
-    return Refuse(absl::DeadlineExceededError("the deadline passed before the request arrived"), std::move(record),
-                  *ends);
+    return Refuse(context, absl::DeadlineExceededError("the deadline passed before the request arrived"),
+                  std::move(record), *ends);
   }
-  const std::shared_ptr<Rpc> rpc(new Rpc(writer, std::move(ends), deadline, std::move(record), std::move(handler)));
+  const std::shared_ptr<Rpc> rpc(
+      new Rpc(context, writer, std::move(ends), deadline, std::move(record), std::move(handler)));
   rpc->self_ = rpc;
   rpc->StartRead(&rpc->request_);
   return rpc.get();
 }
 
-Rpc::Rpc(Writer* writer, std::shared_ptr<CallEnds> ends, SteadyTime deadline, RequestRecord record,
-         std::unique_ptr<RpcHandler> handler)
-    : writer_(writer),
+Rpc::Rpc(grpc::CallbackServerContext* context, Writer* writer, std::shared_ptr<CallEnds> ends, SteadyTime deadline,
+         RequestRecord record, std::unique_ptr<RpcHandler> handler)
+    : context_(context),
+      writer_(writer),
       ends_(std::move(ends)),
       deadline_(deadline),
       record_(std::move(record)),
@@ -140,6 +153,7 @@ void Rpc::Pump() {
         finished_ = true;
         code_ = static_cast<grpc::StatusCode>(end->code());
       }
+      AdviseRetry(*end, context_);
       // Nothing of this object may be touched after either call.
       if (message != nullptr) {
         StartWriteAndFinish(&reply_, grpc::WriteOptions(), ToGrpcStatus(*end));

@@ -57,7 +57,8 @@ class RpcHandler {
 class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, public std::enable_shared_from_this<Rpc> {
  public:
   // Answers a call without looking at it further, and reports it.
-  static grpc::ServerGenericBidiReactor* Refuse(const absl::Status& status, RequestRecord record, const CallEnds& ends);
+  static grpc::ServerGenericBidiReactor* Refuse(grpc::CallbackServerContext* context, const absl::Status& status,
+                                                RequestRecord record, const CallEnds& ends);
   // `record` holds what Describe says.
   static grpc::ServerGenericBidiReactor* Start(grpc::CallbackServerContext* context, Writer* writer,
                                                std::shared_ptr<CallEnds> ends, RequestRecord record,
@@ -70,12 +71,13 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   void Wake();
 
   SteadyTime arrival() const { return record_.arrival; }
-  SteadyTime deadline() const { return deadline_; }             // SteadyTime::max(): none
-  const std::string& tenant() const { return record_.tenant; }  // metadata x-tenant, as the client sent it
+  SteadyTime deadline() const { return deadline_; }  // SteadyTime::max(): none
+  // The token's, or where there are no tokens metadata x-tenant as the client sent it.
+  const std::string& tenant() const { return record_.tenant; }
 
  private:
-  Rpc(Writer* writer, std::shared_ptr<CallEnds> ends, SteadyTime deadline, RequestRecord record,
-      std::unique_ptr<RpcHandler> handler);
+  Rpc(grpc::CallbackServerContext* context, Writer* writer, std::shared_ptr<CallEnds> ends, SteadyTime deadline,
+      RequestRecord record, std::unique_ptr<RpcHandler> handler);
 
   void OnReadDone(bool ok) override;
   void OnWriteDone(bool ok) override;
@@ -90,6 +92,7 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   // After OnDone: reports the call unless the engine still works for it; then a Wake leads here again.
   void Report();
 
+  grpc::CallbackServerContext* const context_;  // until OnDone
   Writer* const writer_;
   const std::shared_ptr<CallEnds> ends_;
   const SteadyTime deadline_;

@@ -11,6 +11,7 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "grpc/grpc.h"
 #include "grpc/support/log.h"
 #include "grpcpp/resource_quota.h"
 #include "grpcpp/security/server_credentials.h"
@@ -62,6 +63,8 @@ absl::Status CheckListen(const char* name, const std::string& listen) {
   return absl::OkStatus();
 }
 
+int Milliseconds(double seconds) { return std::max(1, static_cast<int>(seconds * 1000)); }
+
 void Configure(const ServerOptions& options, grpc::ServerBuilder* builder) {
   builder->SetMaxReceiveMessageSize(static_cast<int>(options.max_message_bytes));
   builder->SetMaxSendMessageSize(-1);  // replies are bounded before they are made
@@ -74,6 +77,12 @@ void Configure(const ServerOptions& options, grpc::ServerBuilder* builder) {
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveTimeMs);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  if (options.connection_max_age_s > 0) {
+    builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_MS, Milliseconds(options.connection_max_age_s));
+  }
+  if (options.connection_max_age_grace_s > 0) {
+    builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS, Milliseconds(options.connection_max_age_grace_s));
+  }
   builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, kMinClientPingIntervalMs);
   grpc::ResourceQuota quota("dejavud");
   quota.Resize(static_cast<size_t>(options.max_transport_mib) << 20);
@@ -82,10 +91,11 @@ void Configure(const ServerOptions& options, grpc::ServerBuilder* builder) {
 
 // What `dispatcher` knows, at that address.
 absl::StatusOr<std::unique_ptr<grpc::Server>> Serve(const ServerOptions& options, const std::string& address,
+                                                    const std::shared_ptr<grpc::ServerCredentials>& credentials,
                                                     Dispatcher* dispatcher, int* port) {
   grpc::ServerBuilder builder;
   Configure(options, &builder);
-  builder.AddListeningPort(address, grpc::InsecureServerCredentials(), port);
+  builder.AddListeningPort(address, credentials, port);
   builder.RegisterCallbackGenericService(dispatcher);
   std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
   if (server != nullptr && *port != 0) return server;
@@ -121,26 +131,31 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& optio
                                                       std::function<void()> drain) {
   RETURN_IF_ERROR(CheckListen("listen", options.listen));
   if (!options.admin_listen.empty()) RETURN_IF_ERROR(CheckListen("admin.listen", options.admin_listen));
+  if (!options.health_listen.empty()) RETURN_IF_ERROR(CheckListen("health.listen", options.health_listen));
   gpr_set_log_function(OnGrpcLog);
   RouteProtobufLog();
-  std::unique_ptr<Server> server(
-      new Server(options, engine_options, ServedModelName(options, engine_options.model), std::move(drain)));
+  ASSIGN_OR_RETURN(std::unique_ptr<Security> security, Security::Load(options));
+  std::unique_ptr<Server> server(new Server(options, engine_options, ServedModelName(options, engine_options.model),
+                                            std::move(security), std::move(drain)));
   RETURN_IF_ERROR(server->Listen());
   RETURN_IF_ERROR(WritePortFile(options.metrics_port_file, server->metrics_port()));
   if (server->admin_port() != 0) RETURN_IF_ERROR(WritePortFile(options.admin_port_file, server->admin_port()));
+  if (server->health_port() != 0) RETURN_IF_ERROR(WritePortFile(options.health_port_file, server->health_port()));
   RETURN_IF_ERROR(WritePortFile(options.port_file, server->port()));
   return server;
 }
 
 Server::Server(const ServerOptions& options, const EngineOptions& engine_options, std::string model_name,
-               std::function<void()> drain)
+               std::unique_ptr<Security> security, std::function<void()> drain)
     : options_(options),
       model_name_(std::move(model_name)),
-      gate_(&lifecycle_),
+      security_(std::move(security)),
+      gate_(&lifecycle_, security_->tokens(), options.auth_admin_tenant),
       trace_exporter_(MakeTraceExporter(options, model_name_)),
       ends_(std::make_shared<CallEnds>(&writer_, trace_exporter_ == nullptr ? 0.0 : options.trace_sample_ratio)),
       dispatcher_(&gate_, &writer_, ends_),
       admin_dispatcher_(&gate_, &writer_, ends_),
+      health_dispatcher_(&gate_, &writer_, ends_),
       generation_(options, engine_options, model_name_, &lifecycle_),
       health_(&lifecycle_),
       admin_(&generation_, &lifecycle_, std::move(drain)),
@@ -152,10 +167,12 @@ Server::Server(const ServerOptions& options, const EngineOptions& engine_options
                       [traces] { return traces == nullptr ? 0 : traces->exported(); });
   metrics_.AddCounter("trace_spans_dropped_total", "Spans that it did not: the queue was full, or no answer came.",
                       [traces] { return traces == nullptr ? 0 : traces->dropped(); });
+  security_->AddTo(&metrics_);
   if (options_.log_access) ends_->Add(&access_log_);
   if (trace_exporter_ != nullptr) ends_->Add(trace_exporter_.get());
   generation_.Register(&dispatcher_);
   health_.Register(&dispatcher_);
+  health_.Register(&health_dispatcher_);
   admin_.Register(&admin_dispatcher_);
   if (!options_.reflection) return;
   RegisterReflection(&dispatcher_);
@@ -172,9 +189,15 @@ absl::Status Server::Listen() {
     http_->Handle("/status.json", "application/json", [this] { return StatusJson(generation_); });
   }
   if (!options_.admin_listen.empty()) {
-    ASSIGN_OR_RETURN(admin_server_, Serve(options_, options_.admin_listen, &admin_dispatcher_, &admin_port_));
+    ASSIGN_OR_RETURN(admin_server_, Serve(options_, options_.admin_listen, security_->CredentialsForPort(),
+                                          &admin_dispatcher_, &admin_port_));
   }
-  ASSIGN_OR_RETURN(grpc_server_, Serve(options_, options_.listen, &dispatcher_, &port_));
+  if (!options_.health_listen.empty()) {
+    ASSIGN_OR_RETURN(health_server_, Serve(options_, options_.health_listen, grpc::InsecureServerCredentials(),
+                                           &health_dispatcher_, &health_port_));
+  }
+  ASSIGN_OR_RETURN(grpc_server_,
+                   Serve(options_, options_.listen, security_->CredentialsForPort(), &dispatcher_, &port_));
   return absl::OkStatus();
 }
 
@@ -200,9 +223,23 @@ bool Server::Drain() {
   std::this_thread::sleep_until(std::min(deadline, start + std::chrono::milliseconds(options_.drain_linger_ms)));
   lifecycle_.Advance(Phase::kDraining);
   if (engine_ != nullptr && !options_.drain_queue) engine_->Drain(/*refuse_waiting=*/true);
-  const bool complete = generation_.live_requests().WaitIdle(deadline);
+  bool complete = false;
+  if (options_.drain_goaway_ms > 0) {
+    const SteadyTime goaway = std::chrono::steady_clock::now() + std::chrono::milliseconds(options_.drain_goaway_ms);
+    complete = generation_.live_requests().WaitIdle(std::min(deadline, goaway));
+    if (!complete) SendGoaway(deadline);
+  }
+  complete = complete || generation_.live_requests().WaitIdle(deadline);
   Stop();
   return complete;
+}
+
+// gRPC tells connections to go only as it shuts the server down, which also closes the port.
+void Server::SendGoaway(SteadyTime deadline) {
+  const auto left = deadline + kLastWords - std::chrono::steady_clock::now();
+  const auto until =
+      std::chrono::system_clock::now() + std::chrono::duration_cast<std::chrono::system_clock::duration>(left);
+  goaway_ = std::async(std::launch::async, [this, until] { grpc_server_->Shutdown(until); });
 }
 
 void Server::Stop() {
@@ -211,7 +248,13 @@ void Server::Stop() {
   admin_.Stop();
   generation_.live_requests().StopAll(
       UnavailableRetry("the server stopped before the request was done", std::chrono::seconds(1)));
-  for (std::unique_ptr<grpc::Server>* server : {&grpc_server_, &admin_server_}) {
+  if (goaway_.valid()) {
+    if (goaway_.wait_for(kLastWords) != std::future_status::ready) {
+      grpc_server_cancel_all_calls(grpc_server_->c_server());
+    }
+    goaway_.get();
+  }
+  for (std::unique_ptr<grpc::Server>* server : {&grpc_server_, &admin_server_, &health_server_}) {
     if (*server == nullptr) continue;
     (*server)->Shutdown(std::chrono::system_clock::now() + kLastWords);
     (*server)->Wait();

@@ -5,6 +5,7 @@
 #define SERVER_SERVER_H_
 
 #include <functional>
+#include <future>
 #include <memory>
 #include <string>
 
@@ -25,6 +26,7 @@
 #include "server/lifecycle.h"
 #include "server/metrics.h"
 #include "server/options.h"
+#include "server/security.h"
 #include "server/trace_exporter.h"
 #include "server/writer.h"
 
@@ -41,7 +43,8 @@ class Server {
   ~Server();
 
   int port() const { return port_; }
-  int admin_port() const { return admin_port_; }  // 0: there is none
+  int admin_port() const { return admin_port_; }    // 0: there is none
+  int health_port() const { return health_port_; }  // likewise
   int metrics_port() const { return http_ == nullptr ? 0 : http_->port(); }
   const std::string& model_name() const { return model_name_; }
   const TraceExporter* trace_exporter() const { return trace_exporter_.get(); }  // null: off
@@ -53,8 +56,9 @@ class Server {
   void SetFailed();
   void SetWarming();  // any thread
 
-  // Says that it is not ready, lingers, refuses what is new, waits for what runs, up to the limits in ServerOptions,
-  // and ends the rest with UNAVAILABLE. Then as Stop. True: every request was answered in full.
+  // Says that it is not ready, lingers, refuses what is new, tells connections to go, waits for what runs, up to the
+  // limits in ServerOptions, and ends the rest with UNAVAILABLE. Then as Stop. True: every request was answered in
+  // full.
   bool Drain();
 
   // Ends everything now: open calls get UNAVAILABLE.
@@ -65,29 +69,33 @@ class Server {
 
  private:
   Server(const ServerOptions& options, const EngineOptions& engine_options, std::string model_name,
-         std::function<void()> drain);
+         std::unique_ptr<Security> security, std::function<void()> drain);
 
   absl::Status Listen();
+  void SendGoaway(SteadyTime deadline);
 
   const ServerOptions options_;
   const std::string model_name_;
+  const std::unique_ptr<Security> security_;
   Lifecycle lifecycle_;
   Gate gate_;
   AccessLog access_log_;
   std::unique_ptr<TraceExporter> trace_exporter_;  // null: off
   Writer writer_;
   const std::shared_ptr<CallEnds> ends_;  // calls hold it too
-  Dispatcher dispatcher_, admin_dispatcher_;
+  Dispatcher dispatcher_, admin_dispatcher_, health_dispatcher_;
   GenerationService generation_;
   Health health_;
   AdminService admin_;
   Metrics metrics_;
-  int port_ = 0, admin_port_ = 0;
+  int port_ = 0, admin_port_ = 0, health_port_ = 0;
   Engine* engine_ = nullptr;
   std::unique_ptr<EngineLog> engine_log_;       // while it serves
   std::unique_ptr<HttpServer> http_;            // nullptr: off, or stopped
   std::unique_ptr<grpc::Server> grpc_server_;   // null once stopped; after its Shutdown no call is left
   std::unique_ptr<grpc::Server> admin_server_;  // likewise; null where it is off, too
+  std::unique_ptr<grpc::Server> health_server_;
+  std::future<void> goaway_;  // grpc_server_'s Shutdown, while what runs goes on
 };
 
 // The name of the model in requests and replies: what the options say, or the last part of the model's directory.

@@ -6,15 +6,12 @@
 #include <algorithm>
 #include <utility>
 
-#include "grpcpp/create_channel.h"
-#include "grpcpp/security/credentials.h"
-#include "grpcpp/support/channel_arguments.h"
+#include "kernels/base/status_macros.h"
 
 namespace dejavu {
 namespace {
 
 constexpr int kExitInterrupted = 130;
-constexpr int kMaxReplyBytes = 256 << 20;  // scores of long prompts with many alternatives
 constexpr auto kPoll = std::chrono::milliseconds(100);
 // A daemon that was started a moment ago does not listen yet. Longer than this, nobody is there.
 constexpr auto kUnreachableGrace = std::chrono::seconds(2);
@@ -28,18 +25,6 @@ sigset_t InterruptSet() {
 
 std::chrono::nanoseconds Seconds(double seconds) {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(seconds));
-}
-
-std::shared_ptr<grpc::Channel> MakeChannel(const std::string& server) {
-  grpc::ChannelArguments arguments;
-  arguments.SetMaxReceiveMessageSize(kMaxReplyBytes);
-  // The default of a second and more would outlast the wait for a server that has just been started.
-  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, static_cast<int>(kPoll.count()));
-  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, static_cast<int>(kPoll.count()));
-  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, static_cast<int>(kPoll.count()));
-  // Whether to try again is decided here.
-  arguments.SetInt(GRPC_ARG_ENABLE_RETRIES, 0);
-  return grpc::CreateCustomChannel(server, grpc::InsecureChannelCredentials(), arguments);
 }
 
 }  // namespace
@@ -81,11 +66,18 @@ bool Interrupt::Sleep(std::chrono::milliseconds time) {
   return !raised();
 }
 
-Connection::Connection(const ConnectionOptions& options) : options_(options) {
-  const std::shared_ptr<grpc::Channel> channel = MakeChannel(options.server);
-  generation_ = v1::GenerationService::NewStub(channel);
-  health_ = grpc::health::v1::Health::NewStub(channel);
-  admin_ = v1::AdminService::NewStub(MakeChannel(options.admin_server));
+absl::StatusOr<std::unique_ptr<Connection>> Connection::Open(const ConnectionOptions& options) {
+  ChannelOptions channel_options = options.channel;
+  channel_options.follow_health = false;
+  // Its threads are to be started where SIGINT is taken away already.
+  std::unique_ptr<Connection> connection(new Connection(options));
+  ASSIGN_OR_RETURN(const std::shared_ptr<grpc::Channel> channel, MakeChannel(options.server, channel_options));
+  ASSIGN_OR_RETURN(const std::shared_ptr<grpc::Channel> admin_channel,
+                   MakeChannel(options.admin_server, channel_options));
+  connection->generation_ = v1::GenerationService::NewStub(channel);
+  connection->health_ = grpc::health::v1::Health::NewStub(channel);
+  connection->admin_ = v1::AdminService::NewStub(admin_channel);
+  return connection;
 }
 
 grpc::Status Connection::Try(const std::function<grpc::Status(Attempt*)>& call, bool* answered) {

@@ -12,12 +12,14 @@
 #include <string>
 #include <thread>
 
+#include "absl/status/statusor.h"
 #include "dejavu/v1/admin.grpc.pb.h"
 #include "dejavu/v1/generation.grpc.pb.h"
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "grpcpp/client_context.h"
 #include "grpcpp/support/status.h"
 #include "kernels/base/mutex.h"
+#include "loadtest/client/channel.h"
 
 namespace dejavu {
 
@@ -26,6 +28,7 @@ struct ConnectionOptions {
   std::string admin_server = "127.0.0.1:50052";
   double timeout_s = 0;  // for a command, waiting included; 0: none
   double wait_s = 10;    // how long to wait for a server that is still loading
+  ChannelOptions channel;
 };
 
 // Takes SIGINT away from the process while it lives, in every thread that is started later: make it first.
@@ -60,7 +63,8 @@ struct Attempt {
 
 class Connection {
  public:
-  explicit Connection(const ConnectionOptions& options);
+  // INVALID_ARGUMENT for files that cannot be used.
+  static absl::StatusOr<std::unique_ptr<Connection>> Open(const ConnectionOptions& options);
 
   v1::GenerationService::Stub& generation() { return *generation_; }
   grpc::health::v1::Health::Stub& health() { return *health_; }
@@ -74,6 +78,8 @@ class Connection {
 
  private:
   using Clock = std::chrono::steady_clock;
+
+  explicit Connection(const ConnectionOptions& options) : options_(options) {}
 
   grpc::Status Try(const std::function<grpc::Status(Attempt*)>& call, bool* answered);
   bool MayStillServe(Clock::duration waited);

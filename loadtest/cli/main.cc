@@ -51,6 +51,8 @@ int main(int argc, char** argv) {
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
 
+  dejavu::AddChannelFlags(&program, &options.channel);
+
   std::vector<std::unique_ptr<dejavu::Command>> commands = dejavu::MakeOtherCommands(&program);
   commands.push_back(dejavu::MakeGenerateCommand(&program));
   commands.push_back(dejavu::MakeCompareCommand(&program));
@@ -67,8 +69,12 @@ int main(int argc, char** argv) {
       std::fprintf(stderr, "dejavu-cli: %s\n", std::string(ready.message()).c_str());
       return dejavu::kExitUsage;
     }
-    dejavu::Connection connection(options);
-    return command->Run(&connection);
+    const absl::StatusOr<std::unique_ptr<dejavu::Connection>> connection = dejavu::Connection::Open(options);
+    if (!connection.ok()) {
+      std::fprintf(stderr, "dejavu-cli: %s\n", std::string(connection.status().message()).c_str());
+      return dejavu::kExitUsage;
+    }
+    return command->Run(connection->get());
   }
   return dejavu::kExitUsage;
 }

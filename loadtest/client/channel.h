@@ -1,6 +1,6 @@
 // Channels to dejavud as we advise every client to make them: the published service config (round_robin over all
-// addresses of a name, retries of what was refused before its first reply), keepalive, TLS, and a bearer token.
-// gRPC never retries a stream that has begun. Any thread.
+// addresses whose health says that they serve, retries of what was refused before its first reply), keepalive, TLS, and
+// a bearer token. gRPC never retries a stream that has begun. Any thread.
 #ifndef LOADTEST_CLIENT_CHANNEL_H_
 #define LOADTEST_CLIENT_CHANNEL_H_
 
@@ -23,7 +23,9 @@ struct ChannelOptions {
   std::string tls_server_name;         // the name in the server's certificate, where it is not the one that is dialled
   std::string token_file;              // a bearer token, sent with every call; white space around it is ignored
   bool allow_plaintext_token = false;  // to a server that is not on this machine, without TLS
-  bool retry = true;                   // what was refused before its first reply; a load test must see refusals
+  // False: calls go to servers that do not serve, too, so that a server that loads can be asked what it does.
+  bool follow_health = true;
+  bool retry = true;  // what was refused before its first reply; a load test must see refusals
 };
 
 // deploy/client/service-config.json.
