@@ -264,13 +264,25 @@ void OptModel::Layer(int32_t l, const KvLayer& kv, const RowTable& rows) {
   if (config_.pre_norm) dev_.LayerNorm(h, x, w.attention_norm);
   if (observer_ != nullptr) observer_->OnInput(l, Tap::kAttentionNorm, h);
   Attend(l, kv, rows, partial, h);
-  comm_.AllReduce(partial);
+  // One rank's selection shares a launch with the MLP's norm; a group's runs beside the sum that the norm waits for.
+  const bool early = comm_.size() > 1 && predictor_.PredictsEarly(l);
+  Selection neurons;
+  if (early) {
+    comm_.AllReduceBeside(partial, [&] { neurons = predictor_.Neurons(l); });
+  } else {
+    comm_.AllReduce(partial);
+  }
   dev_.Add(x, partial);
   if (!config_.pre_norm) dev_.LayerNorm(x, x, w.attention_norm);
 
   if (config_.pre_norm) dev_.LayerNorm(h, x, w.mlp_norm);
   if (observer_ != nullptr) observer_->OnInput(l, Tap::kMlpNorm, h);
-  const Selection neurons = SelectNeurons(l, h);
+  if (!early) {
+    Compute(predictor_.RideAlong(l, Tap::kMlpNorm), h);
+    neurons = predictor_.Neurons(l);
+  }
+  predictor_.Audit(l, h, w.mlp.up);
+  Compute(predictor_.RideAlong(l, Tap::kPreviousLayer), h);
   dev_.Mlp(partial, h, w.mlp, neurons, skip_zeros_, neurons_.Rows(0, n), predictor_.ActiveCounts(l));
   if (observer_ != nullptr) observer_->OnMlp(l, neurons_.Rows(0, n), partial);
   comm_.AllReduce(partial);
@@ -320,15 +332,6 @@ Selection OptModel::ProjectQkv(int32_t l, Tensor qkv, Tensor h) {
   const Selection heads = predictor_.Heads(l);
   dev_.Linear(qkv.Cols(0, width), h, part(0, width), heads, config_.head_dim);
   return heads;
-}
-
-// `h` is the input of the MLP.
-Selection OptModel::SelectNeurons(int32_t l, Tensor h) {
-  Compute(predictor_.RideAlong(l, Tap::kMlpNorm), h);
-  const Selection neurons = predictor_.Neurons(l);
-  predictor_.Audit(l, h, weights_.layers[l].mlp.up);
-  Compute(predictor_.RideAlong(l, Tap::kPreviousLayer), h);
-  return neurons;
 }
 
 // The logits of the first `n` of logit_rows_, which name rows of a step of `rows`.

@@ -87,7 +87,6 @@ class OptModel {
   void Attend(int32_t l, const KvLayer& kv, const RowTable& rows, Tensor partial, Tensor h);
   void Compute(const Ride& ride, Tensor x);
   Selection ProjectQkv(int32_t l, Tensor qkv, Tensor h);
-  Selection SelectNeurons(int32_t l, Tensor h);
   void Head(int64_t n, int64_t rows);
 
   // Constant after construction.

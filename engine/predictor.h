@@ -77,9 +77,14 @@ class Predictor {
   Ride RideAlong(int32_t layer, Tap at);
   bool SelectsHeads(int32_t layer) const;
   Selection Heads(int32_t layer);
+  // Where PredictsEarly, any time after the QKV product; else after what rides along at the MLP's norm.
   Selection Neurons(int32_t layer);
+  // Whether there are neurons to be selected in this step, from what does not wait for the attention.
+  bool PredictsEarly(int32_t layer) const {
+    return layers_[layer].selects_neurons && layers_[layer].tap != Tap::kMlpNorm;
+  }
   // Compares what the audited rows' predictions select in `layer` with the whole up-projection of x, the MLP's input.
-  // Right after Neurons.
+  // After Neurons, before anything else rides along.
   void Audit(int32_t layer, Tensor x, const LinearWeights& up);
   Tensor ActiveCounts(int32_t layer) const;  // for Backend::Mlp
   StepCounts MakeCounts() const;             // with room for the largest step

@@ -10,6 +10,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "absl/functional/function_ref.h"
 #include "kernels/tensor.h"
 
 namespace dejavu {
@@ -35,6 +36,11 @@ class Communicator {
   // x = sum of x over the ranks, in place, to the same bits on every rank and in every run. float32; what lies
   // between its rows may be added up, too. Queued on the rank's backend where that has a queue.
   virtual void AllReduce(Tensor x) = 0;
+  // The same, and `work`, which queues ops that touch neither x nor the group: a device does both at once.
+  virtual void AllReduceBeside(Tensor x, absl::FunctionRef<void()> work) {
+    AllReduce(x);
+    work();
+  }
 
   // Host memory. Everyone ends with rank 0's bytes. A follower may wait here for long: its processor goes to others
   // after a while.

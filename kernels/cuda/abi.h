@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define DEJAVU_CUDA_ABI_VERSION 3
+#define DEJAVU_CUDA_ABI_VERSION 4
 #define DEJAVU_CUDA_ENTRY "DejavuCudaEntry"  // const DejavuCudaModule* (*)(void); all that the module exports
 #define DEJAVU_CUDA_GROUP_ID_BYTES 128
 #define DEJAVU_CUDA_PEER_LOST 1000000  // what a call returns because another rank did not come; the context is lost
@@ -110,8 +110,10 @@ typedef struct DejavuCudaModule {
   void (*leave_group)(DejavuCudaContext* context);
 
   // data = the sum over the ranks, in place, by the stream. May be captured, by all ranks at once. Every rank queues
-  // the same ones in the same order.
-  int (*all_reduce)(DejavuCudaContext* context, float* data, int64_t count);
+  // the same ones in the same order. With `aside` it runs beside what is queued after it, up to join_all_reduce, which
+  // must come before the next all_reduce, the end of a capture and whatever waits.
+  int (*all_reduce)(DejavuCudaContext* context, float* data, int64_t count, int32_t aside);
+  int (*join_all_reduce)(DejavuCudaContext* context);
 
   // From now on whatever waits for the device in a group of several gives up after so many seconds. At first infinite.
   int (*limit_group)(DejavuCudaContext* context, double seconds);

@@ -198,6 +198,8 @@ class CudaBackend final : public Backend {
   void Flush();
 
   void AllReduce(Tensor x);
+  void AllReduceBeside(Tensor x, absl::FunctionRef<void()> work);
+  bool QueueAllReduce(Tensor x, bool aside);
   void LeaveGroup();
 
   float* Partial(int64_t floats);
@@ -292,6 +294,7 @@ class CudaBackend::DeviceGroup final : public Communicator {
   int rank() const override { return host_->rank(); }
   int size() const override { return host_->size(); }
   void AllReduce(Tensor x) override { backend_.AllReduce(x); }
+  void AllReduceBeside(Tensor x, absl::FunctionRef<void()> work) override { backend_.AllReduceBeside(x, work); }
   void Broadcast(void* data, int64_t bytes) override { host_->Broadcast(data, bytes); }
   void Gather(void* all, const void* mine, int64_t bytes) override { host_->Gather(all, mine, bytes); }
   void SetLimit(double seconds) override {
@@ -327,15 +330,26 @@ void CudaBackend::LeaveGroup() {
 }
 
 // What lies between the rows of x is added up with them: nobody reads it, and one span is faster than many.
-void CudaBackend::AllReduce(Tensor x) {
+bool CudaBackend::QueueAllReduce(Tensor x, bool aside) {
   CHECK(x.dtype == DType::kFloat32) << Name(x.dtype);
   CHECK(x.rows <= 1 || x.stride - x.cols <= kMostGap) << "AllReduce of columns of something wider";
   Flush();
-  if (x.rows == 0 || x.cols == 0) return;
+  if (x.rows == 0 || x.cols == 0) return false;
   const int64_t count = (x.rows - 1) * x.stride + x.cols;
-  Try(module_.all_reduce(context_->context, VectorFrom<float>(x), count), "all-reduce");
+  Try(module_.all_reduce(context_->context, VectorFrom<float>(x), count, aside), "all-reduce");
   follows_all_reduce_ = true;
   ++group_stats_.all_reduces;
+  return true;
+}
+
+void CudaBackend::AllReduce(Tensor x) { QueueAllReduce(x, /*aside=*/false); }
+
+void CudaBackend::AllReduceBeside(Tensor x, absl::FunctionRef<void()> work) {
+  if (!QueueAllReduce(x, /*aside=*/true)) return work();
+  work();
+  Flush();
+  Try(module_.join_all_reduce(context_->context), "all-reduce");
+  follows_all_reduce_ = true;
 }
 
 absl::Status CudaBackend::Prepare() {
@@ -375,7 +389,7 @@ void CudaBackend::Launch(cuda::Kernel kernel, Grid grid, int64_t shared_bytes, c
   launch.block[0] = cuda::kBlockThreads;
   launch.block[1] = launch.block[2] = 1;
   launch.shared_bytes = static_cast<uint32_t>(shared_bytes);
-  // NCCL does not say whether another launch may begin beside its own.
+  // NCCL does not say whether another launch may begin beside its own; one after a fork or a join has two before it.
   launch.overlaps = device_.compute_major >= 9 && !std::exchange(follows_all_reduce_, false);
   launch.params = &params;
   launch.params_bytes = sizeof params;

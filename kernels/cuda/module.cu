@@ -85,6 +85,9 @@ struct DejavuCudaContext {
   bool can_overlap = false;
   bool capturing = false;
   std::unique_ptr<dejavu::cuda::NcclGroup> group;
+  // With a group: where an all-reduce aside runs, the event that it waits for and the one that it ends with.
+  cudaStream_t aside = nullptr;
+  cudaEvent_t fork = nullptr, join = nullptr;
   double group_limit_s = INFINITY;
   const char* last_launch = "nothing";
   // The first error after which nothing works any more, as CUDA's sticky errors are. Reported for ever.
@@ -369,6 +372,12 @@ void LeaveGroup(DejavuCudaContext* context) {
   if (context->failure == 0) AwaitStream(*context, "leaving a group");
   if (context->failure != 0) context->group->Abort();
   context->group.reset();
+  for (cudaEvent_t* event : {&context->fork, &context->join}) {
+    if (*event != nullptr) cudaEventDestroy(*event);
+    *event = nullptr;
+  }
+  if (context->aside != nullptr) cudaStreamDestroy(context->aside);
+  context->aside = nullptr;
 }
 
 void Close(DejavuCudaContext* context) {
@@ -611,20 +620,38 @@ int JoinGroup(DejavuCudaContext* context, const char* id, int32_t rank, int32_t 
   if (context->group != nullptr) return Fail(cudaErrorInvalidValue, "joining a group: the context is in one");
   const std::string why = NcclGroup::Join(context->device, id, rank, size, seconds, &context->group);
   if (!why.empty()) return Fail(cudaErrorUnknown, "%s", why.c_str());
+  RETURN_IF_FAILED(
+      Check(*context, cudaStreamCreateWithFlags(&context->aside, cudaStreamNonBlocking), "joining a group"));
+  for (cudaEvent_t* event : {&context->fork, &context->join}) {
+    RETURN_IF_FAILED(Check(*context, cudaEventCreateWithFlags(event, cudaEventDisableTiming), "joining a group"));
+  }
   size_t available = 0, total = 0;
   RETURN_IF_FAILED(Check(*context, cudaMemGetInfo(&available, &total), "joining a group"));
   *memory_free_bytes = static_cast<int64_t>(available);
   return 0;
 }
 
-int AllReduce(DejavuCudaContext* context, float* data, int64_t count) {
+// `to` goes on when `from` has come as far as it has been queued.
+int Follow(DejavuCudaContext& context, cudaStream_t to, cudaStream_t from, cudaEvent_t event) {
+  RETURN_IF_FAILED(Check(context, cudaEventRecord(event, from), "all-reduce aside"));
+  return Check(context, cudaStreamWaitEvent(to, event, 0), "all-reduce aside");
+}
+
+int AllReduce(DejavuCudaContext* context, float* data, int64_t count, int32_t aside) {
   RETURN_IF_FAILED(Enter(*context, "all-reduce"));
   if (context->group == nullptr) return Fail(cudaErrorInvalidValue, "all-reduce: the context is in no group");
+  if (aside) RETURN_IF_FAILED(Follow(*context, context->aside, context->stream, context->fork));
   bool peer_lost = false;
-  const std::string why = context->group->AllReduce(data, count, context->stream, &peer_lost);
+  const std::string why = context->group->AllReduce(data, count, aside ? context->aside : context->stream, &peer_lost);
   if (!why.empty()) return LoseGroup(*context, peer_lost ? DEJAVU_CUDA_PEER_LOST : cudaErrorUnknown, why);
   context->last_launch = "an all-reduce";
   return 0;
+}
+
+int JoinAllReduce(DejavuCudaContext* context) {
+  RETURN_IF_FAILED(Enter(*context, "all-reduce aside"));
+  if (context->group == nullptr) return Fail(cudaErrorInvalidValue, "all-reduce: the context is in no group");
+  return Follow(*context, context->stream, context->aside, context->join);
 }
 
 int LimitGroup(DejavuCudaContext* context, double seconds) {
@@ -663,6 +690,7 @@ extern "C" __attribute__((visibility("default"))) const DejavuCudaModule* Dejavu
                                           JoinGroup,
                                           LeaveGroup,
                                           AllReduce,
+                                          JoinAllReduce,
                                           LimitGroup};
   return &module;
 }

@@ -22,7 +22,7 @@ thread_local std::string failure;        // as a test asked for; the real module
 
 struct Counts {
   std::vector<int64_t> launches = std::vector<int64_t>(cuda::kKernels);
-  int64_t all_launches = 0, gemms = 0, all_reduces = 0;
+  int64_t all_launches = 0, gemms = 0, all_reduces = 0, asides = 0;
 };
 struct Device {
   int32_t number = 0;
@@ -99,13 +99,14 @@ int GroupId(char* id) {
   return 1;
 }
 
-int AllReduce(DejavuCudaContext* context, float* data, int64_t count) {
+int AllReduce(DejavuCudaContext* context, float* data, int64_t count, int32_t aside) {
   {
     MutexLock lock(mutex);
     Device& device = devices[context];
     ++(device.capturing ? device.captured.all_reduces : GetEmulation().all_reduces);
+    if (device.capturing) device.captured.asides += aside;
   }
-  return real->all_reduce(context, data, count);
+  return real->all_reduce(context, data, count, aside);
 }
 
 int BeginCapture(DejavuCudaContext* context) {
@@ -126,6 +127,7 @@ int EndCapture(DejavuCudaContext* context, DejavuCudaGraph** graph) {
   GetEmulation().captured_launches = device.captured.all_launches;
   GetEmulation().captured_gemms = device.captured.gemms;
   GetEmulation().captured_all_reduces = device.captured.all_reduces;
+  GetEmulation().captured_asides = device.captured.asides;
   graphs[*graph] = device.captured;
   return 0;
 }

@@ -42,10 +42,11 @@ class NcclRank {
     for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(rank_ + 1 + i % 7);
     const int64_t count = std::ssize(values), bytes = count * int64_t{sizeof(float)};
     Try(module_.upload(context_, data_, bytes, values.data(), bytes, bytes, 1));
-    Try(module_.all_reduce(context_, data_, count));
+    Try(module_.all_reduce(context_, data_, count, 0));
     DejavuCudaGraph* graph = nullptr;
     Try(module_.begin_capture(context_));
-    Try(module_.all_reduce(context_, data_, count));
+    Try(module_.all_reduce(context_, data_, count, 1));
+    Try(module_.join_all_reduce(context_));
     Try(module_.end_capture(context_, &graph));
     Try(module_.replay(context_, graph));
     Try(module_.download(context_, values.data(), bytes, data_, bytes, bytes, 1));
@@ -58,9 +59,9 @@ class NcclRank {
 
   // Microseconds of one, by the GPU's clock.
   double Measure(int64_t floats) {
-    for (int i = 0; i < 3; ++i) Try(module_.all_reduce(context_, data_, floats));
+    for (int i = 0; i < 3; ++i) Try(module_.all_reduce(context_, data_, floats, 0));
     Try(module_.stamp(context_, 0));
-    for (int i = 0; i < kRepeats; ++i) Try(module_.all_reduce(context_, data_, floats));
+    for (int i = 0; i < kRepeats; ++i) Try(module_.all_reduce(context_, data_, floats, 0));
     Try(module_.stamp(context_, 1));
     float ms = 0;
     Try(module_.elapsed_ms(context_, 0, 1, &ms));

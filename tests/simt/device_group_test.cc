@@ -102,9 +102,11 @@ TEST_P(DeviceGroup, AddsUpBetweenTheOpsAroundIt) {
         rank.group->AllReduce(x);
         dev.Add(z, x);
         dev.LayerNorm(h, z, norm);
-        rank.group->AllReduce(h);
+        rank.group->AllReduceBeside(h, [&] { dev.Add(y, z); });
+        dev.Add(z, h);
       });
-      std::vector<float> got_x(kRows * kCols), got_z(kRows * kCols), got_h(kRows * kCols);
+      std::vector<float> got_x(kRows * kCols), got_y(kRows * kCols), got_z(kRows * kCols), got_h(kRows * kCols);
+      dev.Download(got_y.data(), y);
       dev.Download(got_x.data(), x);
       dev.Download(got_z.data(), z);
       dev.Download(got_h.data(), h);
@@ -117,9 +119,14 @@ TEST_P(DeviceGroup, AddsUpBetweenTheOpsAroundIt) {
         }
       }
       for (size_t i = 0; i < want_z.size(); ++i) want_z[i] += want_x[i];
+      std::vector<float> want_y = ValuesOf(rank.rank, 1, step);
+      for (size_t i = 0; i < want_y.size(); ++i) want_y[i] += want_z[i];
+      const float want_h = 3.0f * static_cast<float>(ranks_);
+      for (float& z_of : want_z) z_of += want_h;
       EXPECT_EQ(got_x, want_x);
+      EXPECT_EQ(got_y, want_y);
       EXPECT_EQ(got_z, want_z);
-      EXPECT_EQ(got_h, std::vector<float>(kRows * kCols, 3.0f * static_cast<float>(ranks_)));
+      EXPECT_EQ(got_h, std::vector<float>(kRows * kCols, want_h));
     }
     EXPECT_EQ(rank.group->stats().all_reduces, 2 * kSteps);
   });

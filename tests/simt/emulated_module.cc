@@ -99,7 +99,7 @@ class Group {
 
 struct DejavuCudaGraph {
   std::vector<Work> work;
-  int64_t launches = 0, gemms = 0, all_reduces = 0;
+  int64_t launches = 0, gemms = 0, all_reduces = 0, asides = 0;
 };
 
 struct DejavuCudaContext {
@@ -112,6 +112,8 @@ struct DejavuCudaContext {
   int32_t number = 0;     // of the device
   std::shared_ptr<Group> group;
   int32_t rank = 0;
+  float* aside = nullptr;  // what waits for join_all_reduce
+  int64_t aside_count = 0;
   double group_limit_s = INFINITY;
   int64_t graphs_in_group = 0;  // that hold all-reduces
   struct Event {
@@ -183,7 +185,12 @@ absl::Status Wait(DejavuCudaContext* context) {
 }
 
 // Calls that wait for the device, or allocate, have no place in a graph.
+absl::Status CheckNothingAside(const DejavuCudaContext* context, const char* what) {
+  return context->aside == nullptr ? absl::OkStatus() : Refuse(what, " before join_all_reduce");
+}
+
 absl::Status CheckNoCapture(const DejavuCudaContext* context, const char* what) {
+  RETURN_IF_ERROR(CheckNothingAside(context, what));
   return context->capture == nullptr ? context->failure : Refuse(what, " during a capture");
 }
 
@@ -420,11 +427,13 @@ absl::Status BeginCapture(DejavuCudaContext* context) {
 
 absl::Status EndCapture(DejavuCudaContext* context, DejavuCudaGraph** graph) {
   if (context->capture == nullptr) return Refuse("end_capture without begin_capture");
+  RETURN_IF_ERROR(CheckNothingAside(context, "end_capture"));
   {
     MutexLock lock(emulation_mutex);
     GetEmulation().captured_launches = context->capture->launches;
     GetEmulation().captured_gemms = context->capture->gemms;
     GetEmulation().captured_all_reduces = context->capture->all_reduces;
+    GetEmulation().captured_asides = context->capture->asides;
   }
   *graph = GetEmulation().refuse_graphs ? nullptr : context->capture.get();
   auto captured = std::exchange(context->capture, nullptr);
@@ -509,11 +518,8 @@ void LeaveGroup(DejavuCudaContext* context) {
   context->group = nullptr;
 }
 
-absl::Status AllReduce(DejavuCudaContext* context, float* data, int64_t count) {
-  if (context->group == nullptr) return Refuse("all_reduce: the context is in no group");
-  if (!Within(context->device, reinterpret_cast<const char*>(data), count * int64_t{sizeof(float)})) {
-    return Refuse("all_reduce of what is not device memory");
-  }
+// One aside runs as late as it may: at the join.
+absl::Status SubmitAllReduce(DejavuCudaContext* context, float* data, int64_t count) {
   if (context->capture != nullptr) ++context->capture->all_reduces;
   return Submit(context, [=] {
     RETURN_IF_ERROR(RunHeld(context));
@@ -523,6 +529,24 @@ absl::Status AllReduce(DejavuCudaContext* context, float* data, int64_t count) {
     }
     return context->failure = context->group->AllReduce(context->rank, data, count, context->group_limit_s);
   });
+}
+
+absl::Status AllReduce(DejavuCudaContext* context, float* data, int64_t count, int32_t aside) {
+  if (context->group == nullptr) return Refuse("all_reduce: the context is in no group");
+  if (!Within(context->device, reinterpret_cast<const char*>(data), count * int64_t{sizeof(float)})) {
+    return Refuse("all_reduce of what is not device memory");
+  }
+  RETURN_IF_ERROR(CheckNothingAside(context, "all_reduce"));
+  if (!aside) return SubmitAllReduce(context, data, count);
+  if (context->capture != nullptr) ++context->capture->asides;
+  context->aside = data;
+  context->aside_count = count;
+  return absl::OkStatus();
+}
+
+absl::Status JoinAllReduce(DejavuCudaContext* context) {
+  if (context->aside == nullptr) return Refuse("join_all_reduce: there is none aside");
+  return SubmitAllReduce(context, std::exchange(context->aside, nullptr), context->aside_count);
 }
 
 void FreeGraph(DejavuCudaContext* context, DejavuCudaGraph* graph) {
@@ -564,6 +588,7 @@ constexpr DejavuCudaModule kModule = {
     .join_group = Call<JoinGroup>,
     .leave_group = LeaveGroup,
     .all_reduce = Call<AllReduce>,
+    .join_all_reduce = Call<JoinAllReduce>,
     .limit_group =
         [](DejavuCudaContext* context, double seconds) {
           context->group_limit_s = seconds;

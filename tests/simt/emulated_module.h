@@ -50,7 +50,8 @@ struct Emulation {
   int64_t all_launches = 0, gemms = 0, all_reduces = 0;
   int64_t waits_behind = 0;  // for an event that was not the last one: the queue went on meanwhile
 
-  int64_t captured_launches = 0, captured_gemms = 0, captured_all_reduces = 0;  // of the last graph
+  int64_t captured_launches = 0, captured_gemms = 0, captured_all_reduces = 0,
+          captured_asides = 0;  // of the last graph
 
   void ResetCounts();
 };

@@ -46,6 +46,8 @@ TEST_P(DeviceGroupServes, TheTokensOfTheCpuWithRecordedSteps) {
       for (int i = 0; i < 2; ++i) ExpectGolden(tokens[i], goldens[i]);
     }
     EXPECT_GT(simt::GetEmulation().captured_all_reduces, 1);
+    // Neurons are selected while the attention is added up.
+    EXPECT_EQ(simt::GetEmulation().captured_asides > 0, IsPredicted(tier));
   }
 }
 
