@@ -36,13 +36,13 @@ if printf '%s\n' "$lines" | grep -q ' .SHA256SUMS$'; then die "$sums names itsel
 
 right() { [ "$(sha256sum <"$2" | cut -d ' ' -f 1)" = "$1" ]; }
 
-# Goes on where an earlier run stopped, once, if the server can; what cannot be gone on with is fetched anew.
+get() { curl -fsS -L --retry 3 --connect-timeout 20 -o "$@"; }
+
+# fetch URL FILE HASH. Goes on where an earlier run stopped, if the server can; what does not become right so is fetched anew.
 fetch() {
-  if [ -s "$2" ]; then
-    if curl -fsS -L --retry 3 --connect-timeout 20 -C - -o "$2" "$1"; then return 0; fi
-    rm -f "$2"
-  fi
-  curl -fsS -L --retry 3 --connect-timeout 20 -o "$2" "$1"
+  if [ -s "$2" ] && get "$2" -C - "$1" && right "$3" "$2"; then return 0; fi
+  rm -f "$2"
+  get "$2" "$1"
 }
 
 mkdir -p "$partial"
@@ -52,7 +52,7 @@ printf '%s\n' "$lines" | while read -r hash name; do
     say "$name is there"
     continue
   fi
-  fetch "$url/$name" "$partial/$name" || die "$url/$name could not be fetched"
+  fetch "$url/$name" "$partial/$name" "$hash" || die "$url/$name could not be fetched"
   if ! right "$hash" "$partial/$name"; then
     rm -f "$partial/$name"
     die "$url/$name is not what $sums says: its SHA-256 differs from $hash"
