@@ -97,8 +97,9 @@ class PortCredentials final : public grpc::ServerCredentials {
     std::shared_ptr<const Certificates::Pem> current = certificates_->current();
     if (current == given_) return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_UNCHANGED;
     const grpc_ssl_pem_key_cert_pair pair = {current->key.c_str(), current->cert.c_str()};
-    *config =
-        grpc_ssl_server_certificate_config_create(knows_clients_ ? current->client_ca.c_str() : nullptr, &pair, 1);
+    // gRPC aborts without authorities, even where no client is asked for a certificate: then any will do.
+    const std::string& authorities = knows_clients_ ? current->client_ca : current->cert;
+    *config = grpc_ssl_server_certificate_config_create(authorities.c_str(), &pair, 1);
     given_ = std::move(current);
     return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_NEW;
   }
@@ -150,7 +151,7 @@ absl::StatusOr<bool> Certificates::Reload() {
     still = again.SameText(pem);
     pem = std::move(again);
   }
-  if (pem.SameText(seen_)) return false;
+  if (seen_.has_value() && pem.SameText(*seen_)) return false;
   seen_ = pem;
   RETURN_IF_ERROR(Check(files_, &pem));
   auto shared = std::make_shared<const Pem>(std::move(pem));

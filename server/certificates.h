@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -54,7 +55,7 @@ class Certificates {
 
   const CertificateFiles files_;
   std::vector<std::shared_ptr<grpc::ServerCredentials>> ports_;  // gRPC calls them back as long as it runs
-  Pem seen_;  // that were looked at last, good or not; Load's and Reload's
+  std::optional<Pem> seen_;  // that were looked at last, good or not; Load's and Reload's
 
   mutable Mutex mutex_;
   std::shared_ptr<const Pem> current_ ABSL_GUARDED_BY(mutex_);

@@ -60,7 +60,7 @@ absl::StatusOr<bool> Tokens::Reload() {
   ASSIGN_OR_RETURN(std::string text, ReadSmallFile("auth.tokens_file", path_, kMaxFileBytes));
   if (text == text_) return false;
   text_ = std::move(text);
-  ASSIGN_OR_RETURN(Lines lines, Parse(path_, text_));
+  ASSIGN_OR_RETURN(Lines lines, Parse(path_, *text_));
   auto shared = std::make_shared<const Lines>(std::move(lines));
   MutexLock lock(mutex_);
   lines_ = std::move(shared);

@@ -48,7 +48,7 @@ class Tokens {
   }
 
   const std::string path_;
-  std::string text_;  // that was looked at last; Load's and Reload's
+  std::optional<std::string> text_;  // that was looked at last; Load's and Reload's
 
   mutable Mutex mutex_;
   std::shared_ptr<const Lines> lines_ ABSL_GUARDED_BY(mutex_);

@@ -49,7 +49,8 @@ def api(tmp_path_factory):
 
 
 class Daemon:
-    def __init__(self, api, folder, *flags, model=MODEL, wait=True, environment=None, processes=PROCESSES):
+    def __init__(self, api, folder, *flags, model=MODEL, wait=True, environment=None, processes=PROCESSES,
+                 connect=grpc.insecure_channel):
         self.processes = processes
         self.api = api
         self.log_path = folder / "dejavud.log"
@@ -64,7 +65,7 @@ class Daemon:
             env={**os.environ, **MPI_ENVIRONMENT, **(environment or {})})
         self._await(lambda: port_file.exists())
         self.address = f"127.0.0.1:{int(port_file.read_text())}"
-        self.channel = grpc.insecure_channel(self.address)
+        self.channel = connect(self.address)
         self.stub = api.rpc.GenerationServiceStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)
         if wait:
