@@ -42,6 +42,9 @@ class EngineRecord final : public RecordSource {
   std::optional<Tier> tier;
   std::optional<Urgency> urgency;
   int samples = 0;
+  int64_t prompt_tokens = 0;
+  int32_t max_new_tokens = 0;
+  std::optional<uint64_t> seed;
   std::vector<std::shared_ptr<ReplySink>> sinks;  // that the engine has taken
 
  private:
@@ -57,6 +60,9 @@ bool EngineRecord::Fill(RequestRecord* record) {
   record->tier = tier;
   record->urgency = urgency;
   record->samples = samples;
+  record->asked_prompt_tokens = prompt_tokens;
+  record->max_new_tokens = max_new_tokens;
+  record->seed = seed;
   double density_sum = 0.0;
   int64_t decode_tokens = 0;
   for (const auto& sink : sinks) {
@@ -204,6 +210,9 @@ class GenerateCall final : public EngineCall {
     record_->tier = checked.request.sparsity.tier;
     record_->urgency = checked.request.urgency;
     record_->samples = checked.samples;
+    record_->prompt_tokens = static_cast<int64_t>(checked.request.prompt.size());
+    record_->max_new_tokens = checked.request.max_new_tokens;
+    record_->seed = checked.request.sampling.seed;
     options.tokenizer = model.tokenizer;
     options.stop_strings = std::move(checked.stop_strings);
     options.include_stop_string = checked.include_stop_string;

@@ -199,6 +199,12 @@ LogFields& LogFields::Count(absl::string_view key, int64_t value) {
   return *this;
 }
 
+LogFields& LogFields::Unsigned(absl::string_view key, uint64_t value) {
+  Key(key);
+  absl::StrAppend(&text_, value);
+  return *this;
+}
+
 LogFields& LogFields::Number(absl::string_view key, double value, int decimals) {
   if (!std::isfinite(value)) return *this;
   Key(key);

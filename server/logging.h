@@ -37,6 +37,7 @@ class LogFields {
 
   LogFields& Text(absl::string_view key, absl::string_view value);
   LogFields& Count(absl::string_view key, int64_t value);
+  LogFields& Unsigned(absl::string_view key, uint64_t value);
   LogFields& Number(absl::string_view key, double value, int decimals);  // what is not finite is left out
 
   const std::string& text() const { return text_; }  // `a=1 b="x y"` or `"a":1,"b":"x y"`

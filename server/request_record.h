@@ -35,7 +35,10 @@ struct RequestRecord {
   std::optional<Tier> tier;  // not for Score
   std::optional<Urgency> urgency;
   int32_t samples = 0;
-  std::string prompt_text;  // its first log.prompt_chars characters
+  int64_t asked_prompt_tokens = 0;  // of a sample, as the next; also where the request was refused then
+  int32_t max_new_tokens = 0;       // 0 for Score
+  std::optional<uint64_t> seed;     // of the first sample; not for Score
+  std::string prompt_text;          // its first log.prompt_chars characters
 
   // Only with engine(). Tokens are sums over the samples.
   int64_t prompt_tokens = 0;

@@ -113,7 +113,7 @@ absl::StatusOr<std::optional<ReplayedRequest>> ParseJsonLine(const std::string& 
   if (!json.is_object()) return absl::InvalidArgumentError("this is not a JSON object");
   ReplayedRequest r;
   const bool logged = json.contains("offset_s") == false && json.contains("level");
-  // Refused requests and those without tokens have nothing to replay.
+  // Other methods, and what was refused because it was wrong.
   if (logged && (!json.contains("arrival_s") || !json.contains("max_new_tokens"))) return std::nullopt;
   RETURN_IF_ERROR(Get(json, logged ? "arrival_s" : "offset_s", true, &r.offset_s));
   int64_t tokens = 0;
@@ -121,6 +121,10 @@ absl::StatusOr<std::optional<ReplayedRequest>> ParseJsonLine(const std::string& 
        {std::pair("prompt_tokens", &r.prompt_tokens), {"max_new_tokens", &r.max_new_tokens}}) {
     RETURN_IF_ERROR(Get(json, key, true, &tokens));
     *field = static_cast<int32_t>(std::clamp<int64_t>(tokens, -1, kMostTokens + 1));
+  }
+  if (logged && json.contains("samples")) {  // then its tokens are sums
+    RETURN_IF_ERROR(Get(json, "samples", true, &tokens));
+    r.prompt_tokens /= static_cast<int32_t>(std::clamp<int64_t>(tokens, 1, kMostTokens));
   }
   if (json.contains("seed")) RETURN_IF_ERROR(Get(json, "seed", true, &r.seed.emplace()));
   RETURN_IF_ERROR(Get(json, "tier", false, &r.tier));

@@ -129,6 +129,8 @@ def test_the_access_line_says_what_the_client_saw(start, api, log_format):
         assert float(line[key]) == pytest.approx(getattr(finish.timings, key), abs=0.0006)
     assert float(line["density"]) == pytest.approx(finish.sparsity.mlp_density, abs=0.00006)
     assert isinstance(line["prompt_tokens"], int if log_format == "json" else str)
+    # What a replay needs besides.
+    assert int(line["max_new_tokens"]) == 20 and int(line["seed"]) >= 0 and float(line["arrival_s"]) > 1.7e9
 
     # Several samples: sums, and the unary method.
     request.request_id = "samples"
