@@ -42,6 +42,12 @@ std::string Text(const Json& object, const std::string& key) {
   return found != object.end() && found->is_string() ? found->get<std::string>() : "";
 }
 
+std::string Backend(const Json& run) {
+  const Json info = run.value("server", Json::object()).value("info", Json::object());
+  const std::string synthetic = Text(info, "synthetic");
+  return absl::StrCat(Text(info, "backend"), synthetic.empty() ? "" : ", SYNTHETIC weights: ", synthetic);
+}
+
 std::string Short(double x) { return std::abs(x) >= 99.95 ? absl::StrFormat("%.0f", x) : absl::StrFormat("%.3g", x); }
 
 std::string Short(std::optional<double> x) { return x.has_value() ? Short(*x) : "-"; }

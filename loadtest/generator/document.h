@@ -20,6 +20,9 @@ absl::StatusOr<std::vector<Json>> ReadResults(const std::vector<std::string>& pa
 std::optional<double> Number(const Json& object, const std::string& key);
 std::string Text(const Json& object, const std::string& key);
 
+// Of the server, for people: "cpu, AVX3, 1 thread", and how its weights were made where they are synthetic.
+std::string Backend(const Json& run);
+
 // Three digits, or all of those before the point: "0.0123", "4.5", "1174".
 std::string Short(double x);
 std::string Short(std::optional<double> x);  // "-" for nothing

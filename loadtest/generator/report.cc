@@ -67,8 +67,8 @@ std::string ConsoleReport(const Json& run) {
     }
   }
   const std::string label = Text(run, "label");
-  absl::StrAppend(&out, Text(run, "model_id"), ", ", Text(run, "backend"), label.empty() ? "" : ", ", label, "\n",
-                  Loop(run), "\n\n");
+  absl::StrAppend(&out, Text(run, "model_id"), ", ", Backend(run), label.empty() ? "" : ", ", label, "\n", Loop(run),
+                  "\n\n");
   const double failed = Number(run, "failed").value_or(0);
   absl::StrAppend(&out, "requests   ", Short(Number(run, "completed")), " answered of ",
                   Short(Number(run, "num_prompts")), ", ", Short(failed), " failed, in ",
@@ -101,7 +101,7 @@ std::string ConsoleReport(const Json& run) {
     absl::StrAppend(&out, "lag p50 ", Short(Number(lag, "p50")), ", p99 ", Short(p99), ", max ",
                     Short(Number(lag, "max")), " ms; ", Short(Number(run, "dropped")), " dropped; ");
   }
-  absl::StrAppend(&out, "CPU ", Percent(Number(client, "cpu_share")), ", ", Short(Number(client, "max_rss_mb")),
+  absl::StrAppend(&out, Percent(Number(client, "cpu_share")), " of a CPU, ", Short(Number(client, "max_rss_mb")),
                   " MB\n");
   const Json checks = Part(run, "server").value("crosscheck", Json::array());
   if (!checks.empty()) absl::StrAppend(&out, CrossCheck(checks));

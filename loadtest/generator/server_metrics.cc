@@ -9,6 +9,7 @@
 #include <optional>
 #include <set>
 #include <thread>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -139,8 +140,8 @@ constexpr Latency kLatencies[] = {
     {"e2el", "dejavu_request_duration_seconds", "whole request"},
 };
 
-void CompareCounts(const Json& totals, const std::map<std::string, double>& server_by_code, double server_tokens,
-                   Json* checks) {
+void CompareCounts(const Json& totals, const std::map<std::string, double>& server_by_code, double server_prompt_tokens,
+                   double server_tokens, Json* checks) {
   const Json by_code = totals.value("by_code", Json::object());
   std::set<std::string> codes;
   for (const auto& [code, count] : by_code.items()) codes.insert(code);
@@ -152,13 +153,14 @@ void CompareCounts(const Json& totals, const std::map<std::string, double>& serv
     checks->push_back(
         {{"what", "requests, " + code}, {"client", client}, {"server", server}, {"agrees", client == server}});
   }
-  if (const std::optional<double> tokens = Number(totals, "tokens")) {
-    // Of a request that did not end well, tokens may have been made that did not arrive.
-    const bool lost = Number(by_code, "OK").value_or(0) < Number(totals, "requests").value_or(0);
-    checks->push_back({{"what", "output tokens"},
-                       {"client", *tokens},
-                       {"server", server_tokens},
-                       {"agrees", lost ? *tokens <= server_tokens : *tokens == server_tokens}});
+  // Of a request that did not end well, the server may have worked on more than its client heard of.
+  const bool lost = Number(by_code, "OK").value_or(0) < Number(totals, "requests").value_or(0);
+  for (const auto& [key, name, server] : {std::tuple("prompt_tokens", "prompt tokens", server_prompt_tokens),
+                                          std::tuple("tokens", "output tokens", server_tokens)}) {
+    const std::optional<double> client = Number(totals, key);
+    if (!client.has_value()) continue;
+    const bool agrees = lost ? *client <= server : *client == server;
+    checks->push_back({{"what", name}, {"client", *client}, {"server", server}, {"agrees", agrees}});
   }
 }
 
@@ -218,15 +220,15 @@ Json CompareWithServer(const MetricsSnapshot& before, const MetricsSnapshot& aft
       streams.emplace(series, value);
   }
   const std::map<std::string, double> by_code = TotalBy(streams, "dejavu_requests_total", "code");
+  const double prompt_tokens = Total(between, "dejavu_prompt_tokens_total");
+  const double cached_tokens = Total(between, "dejavu_prefix_cache_hit_tokens_total");
   const double tokens = Total(between, "dejavu_generated_tokens_total");
-  Json metrics = {{"requests_by_code", by_code},
-                  {"rejected", TotalBy(between, "dejavu_requests_rejected_total", "reason")},
-                  {"prompt_tokens", Total(between, "dejavu_prompt_tokens_total")},
-                  {"cached_prompt_tokens", Total(between, "dejavu_prefix_cache_hit_tokens_total")},
-                  {"generated_tokens", tokens},
-                  {"preemptions", Total(between, "dejavu_preemptions_total")}};
+  Json metrics = {
+      {"requests_by_code", by_code},    {"rejected", TotalBy(between, "dejavu_requests_rejected_total", "reason")},
+      {"prompt_tokens", prompt_tokens}, {"cached_prompt_tokens", cached_tokens},
+      {"generated_tokens", tokens},     {"preemptions", Total(between, "dejavu_preemptions_total")}};
   Json checks = Json::array();
-  CompareCounts(run.value("totals", Json::object()), by_code, tokens, &checks);
+  CompareCounts(run.value("totals", Json::object()), by_code, prompt_tokens + cached_tokens, tokens, &checks);
   for (const Latency& latency : kLatencies) {
     const Buckets buckets = FindBuckets(between, latency.metric);
     Json& histogram = metrics["histograms"][latency.key] = Json::array();
