@@ -50,7 +50,7 @@ def api(tmp_path_factory):
 
 class Daemon:
     def __init__(self, api, folder, *flags, model=MODEL, wait=True, environment=None, processes=PROCESSES,
-                 connect=grpc.insecure_channel):
+                 connect=grpc.insecure_channel, listen="127.0.0.1:0"):
         self.processes = processes
         self.api = api
         self.log_path = folder / "dejavud.log"
@@ -59,7 +59,7 @@ class Daemon:
         self.metrics_port_file = folder / "metrics_port"
         self.metrics_port_file.unlink(missing_ok=True)
         self.process = subprocess.Popen(
-            [*mpirun(processes), BIN / "dejavud", "--model", model, "--listen", "127.0.0.1:0", "--port-file", port_file,
+            [*mpirun(processes), BIN / "dejavud", "--model", model, "--listen", listen, "--port-file", port_file,
              "--metrics-listen", "127.0.0.1:0", "--metrics-port-file", self.metrics_port_file, *flags],
             stderr=open(self.log_path, "wb"), stdout=subprocess.DEVNULL,
             env={**os.environ, **MPI_ENVIRONMENT, **(environment or {})})

@@ -21,7 +21,7 @@ from certificates import Authority, SecretMount
 from conftest import BIN, MODEL, PATIENCE_S
 
 Code = grpc.StatusCode
-TENANTS = {"ada": "ada's secret", "bob": "bob's secret", "operators": "the operators' secret"}
+TENANTS = {"ada": "secret-of-ada", "bob": "secret-of-bob", "operators": "secret-of-operators"}
 
 
 def bearer(token):
@@ -359,15 +359,15 @@ def test_a_revoked_token_is_refused_and_a_new_one_taken(guarded, api):
     request = guarded.request([2, 5], 480)
     running = guarded.stub.GenerateStream(request, timeout=PATIENCE_S, metadata=bearer(TENANTS["ada"]))
     next(running)
-    guarded.rewrite({"ada": "ada's next secret"})
+    guarded.rewrite({"ada": "next-secret-of-ada"})
     until(lambda: metric(guarded, "dejavu_credential_reloads_total") == 1)
     assert refusal(lambda: call(TENANTS["ada"])) == (Code.UNAUTHENTICATED, "TOKEN_UNKNOWN")
     assert refusal(lambda: call(TENANTS["bob"])) == (Code.UNAUTHENTICATED, "TOKEN_UNKNOWN")
-    assert len(call("ada's next secret").token_ids) == 2
+    assert len(call("next-secret-of-ada").token_ids) == 2
     assert list(running)[-1].HasField("finish")  # it was let in
     guarded.rewrite({})  # nobody: surely a mistake
     until(lambda: metric(guarded, "dejavu_credential_reload_failures_total") > 0)
-    assert len(call("ada's next secret").token_ids) == 2
+    assert len(call("next-secret-of-ada").token_ids) == 2
     assert "holds no token" in guarded.log()
 
 
