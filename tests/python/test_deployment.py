@@ -32,11 +32,15 @@ SECRETS = {"dejavud-tls", "dejavud-tokens", "dejavud-ssh"}
 overlays = pytest.mark.parametrize("overlay", OVERLAYS)
 
 
-@functools.cache
-def rendered(overlay):
-    result = subprocess.run([kubectl.find(), "kustomize", KUBERNETES / "overlays" / overlay], capture_output=True, text=True)
+def render(folder):
+    result = subprocess.run([kubectl.find(), "kustomize", folder], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return list(yaml.safe_load_all(result.stdout))
+
+
+@functools.cache
+def rendered(overlay):
+    return render(KUBERNETES / "overlays" / overlay)
 
 
 def of_kind(overlay, kind):
@@ -581,3 +585,27 @@ def test_operations_can_be_followed(tmp_path):
     # Commands for a cluster name folders that exist.
     for path in re.findall(r"-k (deploy/\S+)", OPERATIONS):
         assert (ROOT / path / "kustomization.yaml").exists(), path
+
+
+def test_an_overlay_of_your_own_is_as_operations_writes_it(tmp_path):
+    """gpu with monitoring, and with tls laid over that."""
+    text, = re.findall(r"```yaml\n( *apiVersion: kustomize.*?)^ *```$", OPERATIONS, re.M | re.S)
+    text = "".join(line[3:] for line in text.splitlines(keepends=True)).replace("sha256:...", "sha256:" + "0" * 64)
+    here = os.path.relpath(KUBERNETES, tmp_path)
+    text = re.sub(r"github\.com/YOU/dejavud/deploy/kubernetes(/[a-z/]+)\?ref=v0\.1\.0", rf"{here}\1", text)
+    text = text.replace("components: [", f"components: [{here}/components/tls, ")
+    (tmp_path / "kustomization.yaml").write_text(text)
+    (tmp_path / "SHA256SUMS").write_text("0" * 64 + "  model.safetensors\n")
+    documents = render(tmp_path)
+    by_kind = {document["kind"]: document for document in documents}
+    assert {"HorizontalPodAutoscaler", "PodMonitor", "PrometheusRule"} < by_kind.keys()
+    container, = by_kind["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == "REGISTRY/dejavud-cuda@sha256:" + "0" * 64
+    assert {"tls", "tokens"} < {mount["name"] for mount in container["volumeMounts"]}
+    data = {name: value for document in documents if document["kind"] == "ConfigMap" for name, value in document["data"].items()}
+    assert data["DEJAVUD_MODEL"] == "/models/opt-30b" and data["SHA256SUMS"].endswith("model.safetensors\n")
+    settings = {name: value for name, value in data.items() if name.startswith("DEJAVUD_")}
+    assert settings["DEJAVUD_SCHEDULER_MAX_BATCH"] == "32" and {"DEJAVUD_DEVICE", "DEJAVUD_TLS_CERT"} < settings.keys()
+    (tmp_path / "dejavud.yaml").write_text(data["dejavud.yaml"])
+    checked = dejavud("--config", tmp_path / "dejavud.yaml", "--check-config", **settings)
+    assert checked.returncode == 0, checked.stderr
