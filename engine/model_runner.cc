@@ -22,6 +22,7 @@ absl::StatusOr<GroupOptions> ForGroup(const ModelRunner::Options& options) {
   group.ranks = options.ranks;
   group.max_rows = group.max_logit_rows = options.max_rows;
   group.max_audits = options.max_audits;
+  group.timeout_s = 0.0;  // between steps a tool does what takes long, and pings nobody
   group.slots = options.slots;
   group.block_tokens = kBlockTokens;
   group.blocks_per_slot = (options.window + kBlockTokens - 1) / kBlockTokens;
