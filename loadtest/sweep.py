@@ -17,6 +17,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PATIENCE_S = 600  # for a daemon to load its model, and for a run to end
+LEAST_ITL_MS, LEAST_TTFT_MS = 20, 200  # tighter objectives would be about this machine's other processes
 # Of the guessed capacity.
 RISING = (0.3, 0.5, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
 
@@ -106,8 +107,8 @@ class Sweep:
         """Where none were given: several times what a request takes that is alone and dense."""
         if not unloaded["completed"]:
             sys.exit(f"no request was answered within {unloaded['duration']:.3g} s; give more with --seconds")
-        self.itl_ms = self.options.itl_ms or round_up(5 * unloaded["p50_tpot_ms"])
-        self.ttft_ms = self.options.ttft_ms or round_up(10 * unloaded["p50_ttft_ms"])
+        self.itl_ms = self.options.itl_ms or round_up(max(LEAST_ITL_MS, 4 * unloaded["p50_tpot_ms"]))
+        self.ttft_ms = self.options.ttft_ms or round_up(max(LEAST_TTFT_MS, 10 * unloaded["p50_ttft_ms"]))
 
     def search(self, daemon, label, tier, at_once):
         guess = self.run(daemon, label, "--concurrency", at_once, "--tier", tier,
@@ -119,7 +120,9 @@ class Sweep:
             else:
                 short = share * guess
                 break
-        if short and held and not self.options.quick:
+        if short and not held:
+            self.at_rate(daemon, label, tier, short / 3)
+        elif short and not self.options.quick:
             self.at_rate(daemon, label, tier, (held + short) / 2)
 
     def all(self):
@@ -129,7 +132,7 @@ class Sweep:
         self.choose_targets(unloaded)
         available = {name.removeprefix("TIER_").lower() for name in unloaded["server"]["info"]["sparsity"]["available_tiers"]}
         tiers = [tier for tier in options.tiers.split(",") if tier in available]
-        say(f"{unloaded['model_id']}, {unloaded['backend']}; objectives: first token within {self.ttft_ms:g} ms, p99 between "
+        say(f"{unloaded['model_id']}, {unloaded['server']['info']['backend']}; objectives: first token within {self.ttft_ms:g} ms, p99 between "
             f"tokens within {self.itl_ms:g} ms; CPUs {self.daemon_cpus} serve, {self.generator_cpus} asks")
         for batch in (int(n) for n in options.batches.split(",")):
             flags = ["--scheduler-max-batch", batch, "--scheduler-inter-token-target-ms", self.itl_ms, *options.daemon_flags]
@@ -157,8 +160,8 @@ def main():
     parser.add_argument("--seconds", type=float, help="of each run; default 5, with --quick 2")
     parser.add_argument("--prompt-tokens", default="uniform:8:64")
     parser.add_argument("--output-tokens", default="32")
-    parser.add_argument("--ttft-ms", type=float, help="objective; default: ten times that of a request that is alone")
-    parser.add_argument("--itl-ms", type=float, help="objective and the scheduler's target; default: five times the same")
+    parser.add_argument("--ttft-ms", type=float, help="objective; default: ten times that of a request that is alone, or 200")
+    parser.add_argument("--itl-ms", type=float, help="objective and the scheduler's target; default: four times the same, or 20")
     parser.add_argument("--quick", action="store_true", help="fewer rates, shorter runs, one batch cap")
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "build/loadtest", help="folder (default build/loadtest)")
     parser.add_argument("--bin", type=pathlib.Path, default=ROOT / "build/release/bin", help=argparse.SUPPRESS)

@@ -165,14 +165,20 @@ void CompareCounts(const Json& totals, const std::map<std::string, double>& serv
 }
 
 void ComparePercentiles(const Latency& latency, const Buckets& buckets, const Json& run, Json* checks) {
+  Buckets fine;  // 1 % wide
+  for (const Json& bucket : run.value("histograms", Json::object()).value(latency.key, Json::array())) {
+    fine.edges_ms.push_back(bucket.at(0).get<double>());
+    fine.counts.push_back(bucket.at(1).get<double>());
+  }
   for (const auto& [name, share] : {std::pair("p50", 0.5), std::pair("p90", 0.9), std::pair("p99", 0.99)}) {
-    const std::optional<double> client = Number(run, absl::StrCat(name, "_", latency.key, "_ms"));
-    const std::optional<size_t> reached = buckets.Reach(share);
-    if (!client.has_value() || !reached.has_value()) continue;
-    const size_t own = buckets.Holds(*client);
+    // By the same rule on both sides: nothing is interpolated, which with few requests would differ.
+    const std::optional<size_t> seen = fine.Reach(share), reached = buckets.Reach(share);
+    if (!seen.has_value() || !reached.has_value()) continue;
+    const double client_ms = fine.edges_ms[*seen];
+    const size_t own = buckets.Holds(client_ms);
     const double upper_ms = buckets.edges_ms[*reached];
     checks->push_back({{"what", absl::StrCat(latency.name, ", ", name, ", ms")},
-                       {"client", *client},
+                       {"client", client_ms},
                        {"server",
                         {*reached == 0 ? 0.0 : buckets.edges_ms[*reached - 1],
                          upper_ms < std::numeric_limits<double>::infinity() ? Json(upper_ms) : Json()}},
