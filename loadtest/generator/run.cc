@@ -165,14 +165,15 @@ class Session {
       RETURN_IF_ERROR(RunStep(workload, ramp, step));
       if (!results_.back()["falls_short"].empty()) break;
     }
+    if (results_.empty()) return absl::CancelledError("interrupted before anything was sent");
     return Write();
   }
 
   int exit_code() const {
     if (interrupted_.load()) return kLoadtestInterrupted;
-    // Where a ramp ends there may be no schedule to hold any more; that is its result.
-    const Json& judged = results_.front();
-    return judged["valid"].get<bool>() ? kLoadtestOk : kLoadtestInvalid;
+    // Of a ramp every step: where one is invalid, the knee may be the generator's.
+    const auto valid = [](const Json& result) { return result["valid"].get<bool>(); };
+    return std::all_of(results_.begin(), results_.end(), valid) ? kLoadtestOk : kLoadtestInvalid;
   }
 
  private:
@@ -223,7 +224,7 @@ class Session {
 
   // Before anything is measured.
   absl::Status CheckWritable() const {
-    for (const std::string& path : {options_.json, options_.html}) {
+    for (const std::string& path : {options_.json, options_.jsonl, options_.html}) {
       if (path.empty()) continue;
       std::FILE* const file = std::fopen(path.c_str(), "a");
       if (file == nullptr) return absl::UnknownError(absl::StrCat("cannot write ", path, ": ", std::strerror(errno)));
@@ -253,6 +254,8 @@ int ExitCodeOf(const absl::Status& status) {
   switch (status.code()) {
     case absl::StatusCode::kInvalidArgument:
       return kLoadtestUsage;
+    case absl::StatusCode::kCancelled:
+      return kLoadtestInterrupted;
     case absl::StatusCode::kUnavailable:
     case absl::StatusCode::kDeadlineExceeded:
       return kLoadtestUnavailable;

