@@ -417,3 +417,11 @@ def test_the_port_for_probes_serves_health_alone(guarded, api):
         reflect = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
         assert code_of(lambda: list(reflect(iter([]), metadata=bearer(TENANTS["ada"]), timeout=PATIENCE_S))) == \
             Code.UNIMPLEMENTED
+
+
+def test_a_failure_leaves_its_reason_behind(start, tmp_path):
+    termination = tmp_path / "termination-log"
+    daemon = start("--scheduler-fault", "throw@3", "--log-termination-file", termination)
+    assert code_of(lambda: daemon.stub.Generate(daemon.request([2, 5], 9), timeout=PATIENCE_S)) is not None
+    assert daemon.wait() == 3
+    assert termination.read_text() == "the engine has failed; exiting\n"
