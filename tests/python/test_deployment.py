@@ -219,6 +219,21 @@ def test_references_lead_somewhere(overlay):
 
 
 @overlays
+def test_pods_can_reach_their_volume(overlay):
+    """A volume of one node keeps all pods that mount it there."""
+    claim, = of_kind(overlay, "PersistentVolumeClaim")
+    assert claim["spec"]["accessModes"] == ["ReadWriteOnce" if overlay in ("cpu", "monitoring", "tls") else "ReadWriteMany"]
+    for name, pod in pods(overlay):
+        if claim["spec"]["accessModes"] == ["ReadWriteOnce"]:
+            rule, = pod["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+            assert rule["topologyKey"] == "kubernetes.io/hostname"
+            assert all(rule["labelSelector"]["matchLabels"].items() <= other["metadata"]["labels"].items()
+                       for _, other in pods(overlay)), name
+        else:
+            assert "affinity" not in pod["spec"], name
+
+
+@overlays
 def test_the_daemon_takes_the_settings_and_listens_on_the_ports(overlay, tmp_path):
     for _, container in servers(overlay):
         config = settings(overlay, container, tmp_path)
