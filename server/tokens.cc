@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/escaping.h"
@@ -24,6 +25,7 @@ constexpr absl::string_view kLineForm = "it must be TENANT:SHA256, the hash in 6
 
 absl::StatusOr<Tokens::Lines> Tokens::Parse(const std::string& path, const std::string& text) {
   Lines lines;
+  absl::flat_hash_map<std::string, std::string> owners;  // by hash
   int number = 0;
   for (absl::string_view line : absl::StrSplit(text, '\n')) {
     ++number;
@@ -42,8 +44,8 @@ absl::StatusOr<Tokens::Lines> Tokens::Parse(const std::string& path, const std::
     if (digits.size() != 2 * entry.hash.size() || !hex) return refuse(kLineForm);
     const std::string hash = absl::HexStringToBytes(digits);
     std::copy(hash.begin(), hash.end(), entry.hash.begin());
-    const auto same = [&](const Line& other) { return other.hash == entry.hash && other.tenant != entry.tenant; };
-    if (std::any_of(lines.begin(), lines.end(), same)) return refuse("another tenant has the same token");
+    const auto [owner, fresh] = owners.emplace(hash, entry.tenant);
+    if (!fresh && owner->second != entry.tenant) return refuse("another tenant has the same token");
     lines.push_back(std::move(entry));
   }
   if (!lines.empty()) return lines;
