@@ -106,10 +106,10 @@ class Replica:
         assert "cut off" not in self.daemon.log()
         self.daemon = Daemon(self.api, self.folder, *self.FLAGS, listen=address)
 
-    def wait_until_used(self):
-        """By clients that have found it again, as minReadySeconds gives them the time to."""
+    def wait_until_used(self, loads):
+        """By all clients: they have found it again, as minReadySeconds gives them the time to."""
         deadline = time.monotonic() + PATIENCE_S
-        while self.daemon.load().generated_tokens == 0:
+        while not all(f"tenant={load.name}" in self.daemon.log() for load in loads):
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
@@ -122,7 +122,8 @@ def without_retries(config):
 class Load:
     """Streams at once over one channel, again and again; each must say what it says alone."""
 
-    def __init__(self, api, daemon, addresses, config, streams):
+    def __init__(self, api, name, daemon, addresses, config, streams):
+        self.name = name
         self.channel = grpc.insecure_channel(
             "ipv4:" + ",".join(addresses), [("grpc.service_config", json.dumps(config)),
                                             ("grpc.use_local_subchannel_pool", 1),
@@ -137,10 +138,11 @@ class Load:
             thread.start()
 
     def run(self, i):
+        metadata = [("x-tenant", self.name)]
         while not self.stop.is_set():
             ids = []
             try:
-                for chunk in self.stub.GenerateStream(self.requests[i], timeout=PATIENCE_S):
+                for chunk in self.stub.GenerateStream(self.requests[i], timeout=PATIENCE_S, metadata=metadata):
                     ids.extend(chunk.token_ids)
                 assert ids == self.expected[i]
                 self.finished += 1
@@ -161,12 +163,12 @@ def test_rolling_restarts_fail_no_request(api, tmp_path):
     try:
         addresses = [replica.daemon.address for replica in replicas]
         first = replicas[0].daemon
-        policy = Load(api, first, addresses, SERVICE_CONFIG, STREAMS)
-        plain = Load(api, first, addresses, without_retries(SERVICE_CONFIG), 2)
+        policy = Load(api, "policy", first, addresses, SERVICE_CONFIG, STREAMS)
+        plain = Load(api, "plain", first, addresses, without_retries(SERVICE_CONFIG), 2)
         try:
             for n in range(RESTARTS):
                 replicas[n % 2].restart()
-                replicas[n % 2].wait_until_used()
+                replicas[n % 2].wait_until_used((policy, plain))
         finally:
             for load in (policy, plain):
                 load.end()
