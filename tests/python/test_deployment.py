@@ -660,25 +660,51 @@ def test_operations_can_be_followed(tmp_path):
         assert (ROOT / path / "kustomization.yaml").exists(), path
 
 
-def test_an_overlay_of_your_own_is_as_operations_writes_it(tmp_path):
-    """gpu with monitoring, and with tls laid over that."""
+def lay_out(folder, *replacements):
+    """The overlay that operations.md shows, rendered in `folder` from these manifests."""
     text, = re.findall(r"```yaml\n( *apiVersion: kustomize.*?)^ *```$", OPERATIONS, re.M | re.S)
     text = "".join(line[3:] for line in text.splitlines(keepends=True)).replace("sha256:...", "sha256:" + "0" * 64)
-    here = os.path.relpath(KUBERNETES, tmp_path)
-    text = re.sub(r"github\.com/YOU/dejavud/deploy/kubernetes(/[a-z/]+)\?ref=v0\.1\.0", rf"{here}\1", text)
-    text = text.replace("components: [", f"components: [{here}/components/tls, ")
-    (tmp_path / "kustomization.yaml").write_text(text)
-    (tmp_path / "SHA256SUMS").write_text("0" * 64 + "  model.safetensors\n")
-    documents = render(tmp_path)
-    by_kind = {document["kind"]: document for document in documents}
+    for old, new in replacements:
+        assert old in text
+        text = text.replace(old, new)
+    here = os.path.relpath(KUBERNETES, folder)
+    text = re.sub(r"github\.com/YOU/dejavud/deploy/kubernetes(/[a-z/-]+)\?ref=v0\.1\.0", rf"{here}\1", text)
+    (folder / "kustomization.yaml").write_text(text)
+    (folder / "SHA256SUMS").write_text("0" * 64 + "  model.safetensors\n")
+    documents = render(folder)
+    for document in documents:
+        if document["kind"] in SCHEMAS:
+            jsonschema.validate(document, SCHEMAS[document["kind"]])
+        else:
+            kubernetes_validate.validate(document, "1.37", strict=True)
+    data = {name: value for document in documents if document["kind"] == "ConfigMap" for name, value in document["data"].items()}
+    assert data["DEJAVUD_MODEL"] == "/models/opt-30b" and data["SHA256SUMS"].endswith("model.safetensors\n")
+    settings = {name: value for name, value in data.items() if name.startswith("DEJAVUD_")}
+    (folder / "dejavud.yaml").write_text(data["dejavud.yaml"])
+    checked = dejavud("--config", folder / "dejavud.yaml", "--check-config", **settings)
+    assert checked.returncode == 0, checked.stderr
+    return {document["kind"]: document for document in documents}, settings
+
+
+TLS = ("components:\n", "components:\n  - github.com/YOU/dejavud/deploy/kubernetes/components/tls?ref=v0.1.0\n")
+
+
+def test_an_overlay_of_your_own_is_as_operations_writes_it(tmp_path):
+    """gpu with monitoring and autoscaler, and with tls laid over that."""
+    by_kind, settings = lay_out(tmp_path, TLS)
     assert {"HorizontalPodAutoscaler", "PodMonitor", "PrometheusRule"} < by_kind.keys()
     container, = by_kind["Deployment"]["spec"]["template"]["spec"]["containers"]
     assert container["image"] == "REGISTRY/dejavud-cuda@sha256:" + "0" * 64
     assert {"tls", "tokens"} < {mount["name"] for mount in container["volumeMounts"]}
-    data = {name: value for document in documents if document["kind"] == "ConfigMap" for name, value in document["data"].items()}
-    assert data["DEJAVUD_MODEL"] == "/models/opt-30b" and data["SHA256SUMS"].endswith("model.safetensors\n")
-    settings = {name: value for name, value in data.items() if name.startswith("DEJAVUD_")}
     assert settings["DEJAVUD_SCHEDULER_MAX_BATCH"] == "32" and {"DEJAVUD_DEVICE", "DEJAVUD_TLS_CERT"} < settings.keys()
-    (tmp_path / "dejavud.yaml").write_text(data["dejavud.yaml"])
-    checked = dejavud("--config", tmp_path / "dejavud.yaml", "--check-config", **settings)
-    assert checked.returncode == 0, checked.stderr
+
+
+def test_groups_of_hosts_can_be_monitored_and_secured_too(tmp_path):
+    autoscaler = "  - github.com/YOU/dejavud/deploy/kubernetes/components/autoscaler?ref=v0.1.0\n"
+    by_kind, settings = lay_out(tmp_path, TLS, ("overlays/gpu", "overlays/multi-host"), (autoscaler, ""))
+    assert "PodMonitor" in by_kind and "DEJAVUD_TLS_CERT" in settings
+    leader = templates(by_kind["LeaderWorkerSet"])["leaderTemplate"]["spec"]
+    container, = leader["containers"]
+    assert container["name"] == "dejavud"
+    assert {"tls", "tokens"} < {mount["name"] for mount in container["volumeMounts"]}
+    assert {"dejavud-tls", "dejavud-tokens"} < {volume.get("secret", {}).get("secretName") for volume in leader["volumes"]}
