@@ -118,7 +118,8 @@ Json InvalidBecause(const RunFacts& facts, const Json& lag_ms, int64_t completed
   Json reasons = Json::array();
   if (!lag_ms.is_null() && lag_ms["p99"].get<double>() > kMaxLagP99Ms) {
     reasons.push_back(absl::StrFormat("sends were late: 99 %% within %.3f ms of their time; the limit is %.0f ms",
-                                      lag_ms["p99"].get<double>(), kMaxLagP99Ms));
+                                      lag_ms["p99"].get<double>(), kMaxLagP99Ms) +
+                      (facts.sending.realtime ? "" : " (with CAP_SYS_NICE, other work could not hold them up)"));
   }
   if (facts.sending.dropped > 0) {
     reasons.push_back(absl::StrFormat("%d sends were dropped because %d requests were under way", facts.sending.dropped,

@@ -1,9 +1,9 @@
 #include "loadtest/generator/target.h"
 
+#include <algorithm>
 #include <chrono>
 #include <fstream>
 #include <sstream>
-#include <thread>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -20,7 +20,7 @@ namespace {
 
 using Clock = std::chrono::system_clock;
 
-constexpr auto kPoll = std::chrono::milliseconds(100);
+constexpr double kMinWait_s = 1.0;
 constexpr auto kUnaryTimeout = std::chrono::seconds(10);
 constexpr size_t kMaxCorpusBytes = 64 << 20;
 constexpr size_t kMeasuredBytes = 64 << 10;  // of the corpus, to learn how long a token is
@@ -48,25 +48,24 @@ absl::Status FromGrpc(const std::string& what, const grpc::Status& status) {
                       absl::StrCat(what, ": ", status.error_message()));
 }
 
+// Health checks (the service config's) hold calls back until the server is ready: one call that waits, because between
+// calls nobody reads what Watch says.
 absl::Status AwaitServing(const RunOptions& options, const Metadata& metadata, v1::GenerationService::Stub* stub,
                           v1::GetServerInfoResponse* info) {
-  const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
-                                           std::chrono::duration<double>(std::max(options.wait_s, 0.1)));
-  for (;;) {
-    grpc::ClientContext context;
-    Prepare(metadata, deadline, &context);
-    const grpc::Status status = stub->GetServerInfo(&context, v1::GetServerInfoRequest(), info);
-    if (status.ok() && info->state() == v1::SERVER_STATE_SERVING) return absl::OkStatus();
-    const bool may_come = status.ok()
-                              ? info->state() == v1::SERVER_STATE_LOADING || info->state() == v1::SERVER_STATE_WARMING
-                              : status.error_code() == grpc::StatusCode::UNAVAILABLE;
-    if (!may_come || Clock::now() + kPoll >= deadline) {
-      if (!status.ok()) return FromGrpc(options.server, status);
-      return absl::UnavailableError(
-          absl::StrCat(options.server, " takes no requests: it is in state ", v1::ServerState_Name(info->state())));
-    }
-    std::this_thread::sleep_for(kPoll);
+  const double wait_s = std::max(options.wait_s, kMinWait_s);
+  const auto deadline =
+      Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(wait_s));
+  grpc::ClientContext context;
+  Prepare(metadata, deadline, &context);
+  context.set_wait_for_ready(true);
+  const grpc::Status status = stub->GetServerInfo(&context, v1::GetServerInfoRequest(), info);
+  if (status.error_code() == grpc::StatusCode::DEADLINE_EXCEEDED) {
+    return absl::UnavailableError(absl::StrCat("nobody served at ", options.server, " within ", wait_s, " s"));
   }
+  if (!status.ok()) return FromGrpc(options.server, status);
+  if (info->state() == v1::SERVER_STATE_SERVING) return absl::OkStatus();
+  return absl::UnavailableError(
+      absl::StrCat(options.server, " takes no requests: it is in state ", v1::ServerState_Name(info->state())));
 }
 
 absl::StatusOr<std::string> ReadCorpus(const std::string& path) {
