@@ -243,9 +243,9 @@ Json MakeResult(const RunOptions& options, Json config, const Target& target, co
   const bool closed = facts.plan.concurrency > 0;
   const Latencies all = Collect(recorder, std::nullopt);
   const int64_t sent = facts.sending.sent, scheduled = sent + facts.sending.dropped;
-  // From the first scheduled time to the last end.
-  const double duration_s =
-      std::max(1e-9, std::chrono::duration<double>(recorder.last_end() - recorder.start()).count());
+  // To the last end, or to that of the sending where nothing was due before it.
+  const double last_end_s = std::chrono::duration<double>(recorder.last_end() - recorder.start()).count();
+  const double duration_s = std::max({1e-9, last_end_s, facts.sending.window_s});
   const auto per_second = [duration_s](auto count) { return static_cast<double>(count) / duration_s; };
   const double window_s = std::max(1e-9, facts.sending.window_s);
   const double offered_rate = static_cast<double>(scheduled) / window_s;

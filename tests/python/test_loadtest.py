@@ -137,6 +137,13 @@ def test_percentiles_are_the_exact_ones_of_the_requests(daemon, tmp_path):
     assert sum(t["tokens"] for t in result["timeline"]) == sum(l["tokens"] for l in lines)
 
 
+def test_what_is_answered_is_no_more_than_what_was_offered(echo, tmp_path):
+    # Two requests, at 0 and 0.5 s, and then nothing until 1 s: the second half of it counts.
+    result, _, _ = run(echo, tmp_path, "--rate", 2, "--arrivals", "constant", "--duration", 1)
+    assert result["offered_rate"] == 2 and result["duration"] >= 1
+    assert result["request_goodput"] <= result["request_throughput"] <= 2
+
+
 def test_the_schedule_is_the_seeds_and_not_the_servers(echo, tmp_path):
     flags = ("--rate", 100, "--requests", 50, "--arrivals", "gamma", "--burstiness", 0.5)
     times = []
