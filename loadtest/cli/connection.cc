@@ -14,6 +14,7 @@ namespace {
 constexpr int kExitInterrupted = 130;
 constexpr auto kPoll = std::chrono::milliseconds(100);
 // A daemon that was started a moment ago does not listen yet. Longer than this, nobody is there.
+constexpr auto kStateTimeout = std::chrono::seconds(1);  // the channel would try for longer
 constexpr auto kUnreachableGrace = std::chrono::seconds(2);
 
 sigset_t InterruptSet() {
@@ -100,6 +101,8 @@ grpc::Status Connection::CallOnce(const std::function<grpc::Status(Attempt*)>& c
 }
 
 grpc::Status Connection::Call(const std::function<grpc::Status(Attempt*)>& call) {
+  // A call that meets a loading server is retried by the channel when that one advises, which is seconds too late.
+  while (IsLoading() && Clock::now() - start_ < Seconds(options_.wait_s) && interrupt_.Sleep(kPoll)) continue;
   for (;;) {
     bool answered = false;
     grpc::Status status = Try(call, &answered);
@@ -110,15 +113,27 @@ grpc::Status Connection::Call(const std::function<grpc::Status(Attempt*)>& call)
   }
 }
 
-// Draining and failed servers answer UNAVAILABLE too; waiting is for those that are loading.
-bool Connection::MayStillServe(Clock::duration waited) {
+std::optional<v1::ServerState> Connection::State() {
   v1::GetServerInfoResponse info;
   const grpc::Status status = CallOnce([&](Attempt* attempt) {
+    attempt->context.set_deadline(
+        std::min(attempt->context.deadline(), std::chrono::system_clock::now() + kStateTimeout));
     return generation_->GetServerInfo(&attempt->context, v1::GetServerInfoRequest(), &info);
   });
-  if (!status.ok()) return waited < kUnreachableGrace;
-  return info.state() == v1::SERVER_STATE_LOADING || info.state() == v1::SERVER_STATE_WARMING ||
-         info.state() == v1::SERVER_STATE_SERVING;
+  if (!status.ok()) return std::nullopt;
+  return info.state();
+}
+
+bool Connection::IsLoading() {
+  const std::optional<v1::ServerState> state = State();
+  return state == v1::SERVER_STATE_LOADING || state == v1::SERVER_STATE_WARMING;
+}
+
+// Draining and failed servers answer UNAVAILABLE too; waiting is for those that are loading.
+bool Connection::MayStillServe(Clock::duration waited) {
+  const std::optional<v1::ServerState> state = State();
+  if (!state.has_value()) return waited < kUnreachableGrace;
+  return state == v1::SERVER_STATE_LOADING || state == v1::SERVER_STATE_WARMING || state == v1::SERVER_STATE_SERVING;
 }
 
 }  // namespace dejavu

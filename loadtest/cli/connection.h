@@ -9,6 +9,7 @@
 #include <chrono>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 
@@ -82,6 +83,8 @@ class Connection {
   explicit Connection(const ConnectionOptions& options) : options_(options) {}
 
   grpc::Status Try(const std::function<grpc::Status(Attempt*)>& call, bool* answered);
+  std::optional<v1::ServerState> State();  // none: no answer
+  bool IsLoading();
   bool MayStillServe(Clock::duration waited);
 
   const ConnectionOptions options_;
