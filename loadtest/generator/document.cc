@@ -54,7 +54,7 @@ std::string Short(std::optional<double> x) { return x.has_value() ? Short(*x) : 
 
 std::string Percent(std::optional<double> share) {
   if (!share.has_value()) return "-";
-  return absl::StrFormat(*share > 0.999 && *share < 1 ? "%.4g %%" : "%.3g %%", 100 * *share);
+  return absl::StrFormat(*share > 0.985 && *share < 1 ? "%.4g %%" : "%.3g %%", 100 * *share);
 }
 
 std::optional<double> MeanDensity(const Json& run) {
