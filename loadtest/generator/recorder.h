@@ -142,8 +142,6 @@ class Recorder {
   bool write_failed_ = false;
 };
 
-// "OK", "DEADLINE_EXCEEDED", ...
-const char* CodeName(grpc::StatusCode code);
 // "length", "eos", ...; "none" without one. "dense", ...; "default" where the server has not said.
 std::string FinishName(v1::FinishReason reason);
 std::string TierName(v1::Tier tier);

@@ -12,6 +12,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "loadtest/client/status_code.h"
 #include "loadtest/generator/statistics.h"
 
 namespace dejavu {
