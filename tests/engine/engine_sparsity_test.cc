@@ -494,9 +494,15 @@ TEST_P(SpoiledPredictor, RunsExactInThoseLayersFromThenOn) {
     exact.push_back(fallback.layer);
   }
   EXPECT_THAT(exact, ElementsAre(kSpoiled[0], kSpoiled[1]));
+  // A sound layer may fall back, too, while it is fed by a spoiled one; it recovers when that one runs exact.
   for (int32_t l = 0; l < 8; ++l) {
-    EXPECT_EQ(stats.layers[l].fallbacks, l == kSpoiled[0] || l == kSpoiled[1] ? 1 : 0) << "layer " << l;
-    EXPECT_EQ(stats.layers[l].recoveries, 0);
+    const LayerSparsityStats& layer = stats.layers[l];
+    if (l == kSpoiled[0] || l == kSpoiled[1]) {
+      EXPECT_EQ(layer.fallbacks, 1) << "layer " << l;
+      EXPECT_EQ(layer.recoveries, 0) << "layer " << l;
+    } else {
+      EXPECT_EQ(layer.recoveries, layer.fallbacks) << "layer " << l;
+    }
   }
   // What is exact computes everything, and the report says so; other tiers go on as they were.
   const SparsityReport report =
