@@ -72,7 +72,8 @@ void AddArrivalFlags(CLI::App* run, dejavu::RunOptions* o) {
   add("--replay", o->replay,
       "Open loop: the times, lengths, seeds and tiers of a CSV or JSONL file or of a daemon's log");
   add("--replay-speed", o->replay_speed, "So many times as fast")->check(CLI::Range(1e-3, 1e3));
-  add("--arrivals", o->arrivals, "Of an open loop")->check(CLI::IsMember({"constant", "poisson", "gamma"}));
+  add("--arrivals", o->arrivals, "Of an open loop; as many as rate times duration, at random times within it")
+      ->check(CLI::IsMember({"constant", "poisson", "gamma"}));
   add("--burstiness", o->burstiness, "Shape of gamma: 1 is Poisson, less comes in bursts, more is more even")
       ->check(CLI::Range(0.01, 100.0));
   add("--seed", o->seed, "The same seed gives the same times and requests");

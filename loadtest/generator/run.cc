@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -127,17 +128,32 @@ PhaseFacts RunPhase(const RunOptions& options, const SendPlan& plan, const Workl
   return facts;
 }
 
+// So many seconds or requests; either 0.
+void Limit(double duration_s, int64_t requests, SendPlan* plan) {
+  if (plan->arrivals) {
+    const double rate = plan->arrivals->rate;
+    if (requests <= 0) requests = std::max<int64_t>(1, std::llround(rate * duration_s));
+    plan->arrivals->count = requests;
+    duration_s = static_cast<double>(requests) / rate;
+  }
+  plan->duration_s = duration_s;
+  plan->requests = requests;
+}
+
 SendPlan PlanOf(const RunOptions& options, std::optional<double> rate) {
   SendPlan plan;
   plan.concurrency = options.concurrency;
   plan.replay = !options.replay.empty();
   plan.replay_speed = options.replay_speed;
-  plan.duration_s = options.duration_s;
-  plan.requests = options.requests;
-  if (plan.duration_s <= 0.0 && plan.requests <= 0 && !plan.replay) plan.duration_s = kDefaultDuration_s;
   plan.max_in_flight = options.max_in_flight;
-  if (rate)
-    plan.arrivals = ArrivalOptions{*ParseArrivalKind(options.arrivals), *rate, options.burstiness, options.seed};
+  if (rate) {
+    plan.arrivals = ArrivalOptions{.kind = *ParseArrivalKind(options.arrivals),
+                                   .rate = *rate,
+                                   .burstiness = options.burstiness,
+                                   .seed = options.seed};
+  }
+  const bool unlimited = options.duration_s <= 0.0 && options.requests <= 0 && !plan.replay;
+  Limit(unlimited ? kDefaultDuration_s : options.duration_s, options.requests, &plan);
   return plan;
 }
 
@@ -213,9 +229,8 @@ class Session {
   }
 
   absl::Status WarmUp(const Workload& workload, SendPlan plan, int step, int64_t* requests) {
-    plan.duration_s = options_.warmup_s;
-    plan.requests = options_.warmup_requests;
-    if (plan.duration_s <= 0.0 && plan.requests <= 0) return absl::OkStatus();
+    if (options_.warmup_s <= 0.0 && options_.warmup_requests <= 0) return absl::OkStatus();
+    Limit(options_.warmup_s, options_.warmup_requests, &plan);
     plan.phase = static_cast<uint32_t>(2 * step);
     ASSIGN_OR_RETURN(const std::unique_ptr<Recorder> recorder, Recorder::Create(objectives_, "", false));
     *requests = RunPhase(options_, plan, workload, target_, "warm-up", interrupted_, recorder.get()).sending.sent;

@@ -17,16 +17,25 @@ std::optional<ArrivalKind> ParseArrivalKind(absl::string_view name) {
   return std::nullopt;
 }
 
-double Arrivals::Next() {
+Arrivals::Arrivals(const ArrivalOptions& options) : options_(options), random_(options.seed) {
+  if (options_.kind == ArrivalKind::kConstant) return;
+  double sum_s = 0.0;
+  for (int64_t i = 0; i <= options_.count; ++i) sum_s += Gap();
+  scale_ = static_cast<double>(options_.count) / options_.rate / sum_s;
+  random_.seed(options_.seed);
+}
+
+std::optional<double> Arrivals::Next() {
+  if (made_ == options_.count) return std::nullopt;
+  const int64_t before = made_++;
   // Multiplied, not added up: a million sums would drift.
-  if (options_.kind == ArrivalKind::kConstant) return static_cast<double>(made_++) / options_.rate;
-  return now_s_ += Gap();
+  if (options_.kind == ArrivalKind::kConstant) return static_cast<double>(before) / options_.rate;
+  return now_s_ += scale_ * Gap();
 }
 
 double Arrivals::Gap() {
-  if (options_.kind == ArrivalKind::kPoisson) return std::exponential_distribution<double>(options_.rate)(random_);
-  const double shape = options_.burstiness;
-  return std::gamma_distribution<double>(shape, 1.0 / (options_.rate * shape))(random_);
+  if (options_.kind == ArrivalKind::kPoisson) return std::exponential_distribution<double>()(random_);
+  return std::gamma_distribution<double>(options_.burstiness)(random_);
 }
 
 absl::StatusOr<Ramp> ParseRamp(absl::string_view text) {

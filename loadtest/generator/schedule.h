@@ -20,23 +20,28 @@ std::optional<ArrivalKind> ParseArrivalKind(absl::string_view name);
 
 struct ArrivalOptions {
   ArrivalKind kind = ArrivalKind::kPoisson;
-  double rate = 1.0;        // requests per second, above 0
+  int64_t count = 1;        // requests, above 0
+  double rate = 1.0;        // of them per second, above 0
   double burstiness = 1.0;  // gamma's shape, as in vLLM: 1 is Poisson, less comes in bursts, more is more even
   uint64_t seed = 1;
 };
 
+// All of them within count / rate seconds: random gaps, one more of them after the last request, are scaled to fill
+// that time, so that the rate that is offered is the one that was asked for, however short the run. Of exponential gaps
+// this is the Poisson process given its count.
 class Arrivals {
  public:
-  explicit Arrivals(const ArrivalOptions& options) : options_(options), random_(options.seed) {}
+  explicit Arrivals(const ArrivalOptions& options);
 
-  // Seconds since the start, ascending. The first of a constant rate is at 0, of the others after a first gap.
-  double Next();
+  // Seconds since the start, ascending; nothing after the last. The first of a constant rate is at 0.
+  std::optional<double> Next();
 
  private:
   double Gap();
 
   const ArrivalOptions options_;
   std::mt19937_64 random_;
+  double scale_ = 1.0;
   int64_t made_ = 0;
   double now_s_ = 0.0;
 };

@@ -56,14 +56,10 @@ class OpenLoop {
 
   // Seconds since the beginning; nothing after the last one.
   std::optional<double> Next() {
+    if (arrivals_) return arrivals_->Next();
     if (plan_.requests > 0 && made_ >= plan_.requests) return std::nullopt;
-    double offset_s = 0.0;
-    if (arrivals_) {
-      offset_s = arrivals_->Next();
-    } else {
-      if (made_ >= static_cast<int64_t>(workload_.replay().size())) return std::nullopt;
-      offset_s = workload_.replay()[made_].offset_s / plan_.replay_speed;
-    }
+    if (made_ >= static_cast<int64_t>(workload_.replay().size())) return std::nullopt;
+    const double offset_s = workload_.replay()[made_].offset_s / plan_.replay_speed;
     if (plan_.duration_s > 0.0 && offset_s >= plan_.duration_s) return std::nullopt;
     ++made_;
     return offset_s;

@@ -20,8 +20,8 @@ struct SendPlan {
   bool replay = false;                     // the workload's, or
   int concurrency = 0;                     // closed loop
   double replay_speed = 1.0;
-  double duration_s = 0.0;  // sends before that; 0: no limit
-  int64_t requests = 0;     // so many; 0: no limit
+  double duration_s = 0.0;  // sends before that; 0: no limit; of arrivals, the time that they fill
+  int64_t requests = 0;     // so many; 0: no limit; of arrivals, their count
   int max_in_flight = 0;    // open loop
 };
 

@@ -12,10 +12,10 @@ namespace {
 
 using testing::HasSubstr;
 
-std::vector<double> Times(const ArrivalOptions& options, int count) {
+std::vector<double> Times(const ArrivalOptions& options) {
   Arrivals arrivals(options);
   std::vector<double> times;
-  for (int i = 0; i < count; ++i) times.push_back(arrivals.Next());
+  while (const std::optional<double> time = arrivals.Next()) times.push_back(*time);
   return times;
 }
 
@@ -35,7 +35,7 @@ Moments GapsOf(const std::vector<double>& times) {
 }
 
 TEST(Arrivals, OfAConstantRateAreEvenAndDoNotDrift) {
-  const std::vector<double> times = Times({ArrivalKind::kConstant, 30.0, 1.0, 1}, 300'001);
+  const std::vector<double> times = Times({ArrivalKind::kConstant, 300'001, 30.0, 1.0, 1});
   EXPECT_EQ(times[0], 0.0);
   EXPECT_DOUBLE_EQ(times[1], 1.0 / 30.0);
   EXPECT_DOUBLE_EQ(times[300'000], 10'000.0);
@@ -51,18 +51,31 @@ TEST(Arrivals, KeepTheRateAndTheSpreadOfTheirProcess) {
                {ArrivalKind::kGamma, 0.25, 2.0},
                {ArrivalKind::kGamma, 4.0, 0.5}};
   for (const auto& c : cases) {
-    const Moments gaps = GapsOf(Times({c.kind, 50.0, c.burstiness, 3}, 200'000));
+    const Moments gaps = GapsOf(Times({c.kind, 200'000, 50.0, c.burstiness, 3}));
     EXPECT_NEAR(gaps.mean, 0.02, 0.0004) << c.burstiness;
     EXPECT_NEAR(gaps.variation, c.variation, 0.03 * c.variation) << c.burstiness;
   }
 }
 
 TEST(Arrivals, AreThoseOfTheirSeed) {
-  const ArrivalOptions options = {ArrivalKind::kPoisson, 10.0, 1.0, 7};
+  const ArrivalOptions options = {ArrivalKind::kPoisson, 100, 10.0, 1.0, 7};
   ArrivalOptions other = options;
   other.seed = 8;
-  EXPECT_EQ(Times(options, 100), Times(options, 100));
-  EXPECT_NE(Times(options, 100), Times(other, 100));
+  EXPECT_EQ(Times(options), Times(options));
+  EXPECT_NE(Times(options), Times(other));
+}
+
+TEST(Arrivals, OfAShortRunAreSpreadOverAllOfItsTimeAndNoMore) {
+  constexpr int kRuns = 4'000, kCount = 3;
+  double sums[kCount] = {};
+  for (uint64_t seed = 0; seed < kRuns; ++seed) {
+    const std::vector<double> times = Times({ArrivalKind::kPoisson, kCount, 0.5, 1.0, seed});
+    ASSERT_EQ(times.size(), kCount);
+    ASSERT_TRUE(0.0 < times[0] && times[0] < times[1] && times[1] < times[2] && times[2] < kCount / 0.5);
+    for (int i = 0; i < kCount; ++i) sums[i] += times[i] / kRuns;
+  }
+  // The k-th of n times that are uniform in [0, T]: k T / (n + 1).
+  for (int i = 0; i < kCount; ++i) EXPECT_NEAR(sums[i], (i + 1) * 6.0 / (kCount + 1), 0.08) << i;
 }
 
 TEST(Ramp, StepsFromOneRateToTheOther) {
