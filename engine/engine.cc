@@ -763,6 +763,7 @@ void StepEngine::Step() {
     if (shadow_batch_.rows() > 0) group_->Forward(shadow_batch_, {shadow_logits_.data()});
     if (shadow_batch_.rows() == 0 && MayDraw()) PlanDraws(0);
     since_ = shadowed = std::chrono::steady_clock::now();
+    if (shadow_batch_.rows() == 0) planned = shadowed;  // the parts leave nothing out
     Launch(flights_[current_]);
   }
   RunAhead();

@@ -1,6 +1,7 @@
 // A decode step allocates nothing: every `new` of the engine thread is counted while sixteen sequences decode.
 #include <atomic>
 #include <cstdlib>
+#include <latch>
 #include <new>
 
 #include "engine/engine.h"
@@ -33,8 +34,12 @@ namespace {
 class CountingSink final : public TokenSink {
  public:
   CountingSink(bool counts, int from, int to) : counts_(counts), from_(from), to_(to) {}
+
+  std::latch others_are_there{1};
+
   bool OnToken(const Token&) override {
     ++tokens_;
+    if (counts_ && tokens_ == 1) others_are_there.wait();
     if (counts_ && tokens_ == from_) counting = true;
     if (counts_ && tokens_ == to_) counting = false;
     return true;
@@ -77,6 +82,7 @@ TEST(DecodeStep, AllocatesNothing) {
       sinks.push_back(std::make_shared<CountingSink>(i == 0, kFrom, kTo));
       ASSERT_TRUE((*engine)->Submit(std::move(request), sinks.back()).ok());
     }
+    sinks[0]->others_are_there.count_down();
     for (const auto& sink : sinks) sink->Wait();
   }
   EXPECT_EQ(allocations.load(), 0) << "in " << kRounds * (kTo - kFrom) << " steps";

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <fstream>
 #include <iterator>
+#include <latch>
 #include <utility>
 
 #include "engine/text/tokenizer.h"
@@ -15,6 +16,9 @@ std::unique_ptr<Engine> MakeEngine(EngineOptions options) {
   options.device = "cpu";
   options.threads = 2;
   options.pin_threads = false;
+  // What is in a step shall not depend on how long it takes.
+  options.prefill_share = 1e6;
+  options.ageing_s = 1e6;
   auto engine = Engine::Create(options, 0, nullptr);
   CHECK(engine.ok()) << engine.status().ToString();
   return *std::move(engine);
@@ -60,12 +64,24 @@ Heard Listen(CollectingSink& sink) {
 Heard Generate(Engine& engine, Request request) { return GenerateTogether(engine, {std::move(request)})[0]; }
 
 std::vector<Heard> GenerateTogether(Engine& engine, const std::vector<Request>& requests) {
+  // Until all are there, the engine stands still in the only token of somebody else, who counts nowhere.
+  std::latch all_there{1};
+  const auto gate = std::make_shared<CollectingSink>([&](size_t) {
+    all_there.wait();
+    return true;
+  });
+  if (requests.size() > 1) {
+    CHECK(engine.Submit(SparseRequest({2}, 1, {Tier::kDense, false, 0}), gate).ok());
+    gate->WaitForTokens(1);
+  }
   std::vector<std::shared_ptr<CollectingSink>> sinks;
   for (const Request& request : requests) {
     sinks.push_back(std::make_shared<CollectingSink>());
     const auto id = engine.Submit(request, sinks.back());
     CHECK(id.ok()) << id.status().ToString();
   }
+  all_there.count_down();
+  if (requests.size() > 1) gate->WaitForFinish();
   std::vector<Heard> heard;
   heard.reserve(sinks.size());
   for (const auto& sink : sinks) heard.push_back(Listen(*sink));

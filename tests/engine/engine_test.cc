@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <latch>
 #include <random>
 #include <thread>
 
@@ -25,6 +26,12 @@ std::unique_ptr<Engine> MakeEngine(const std::string& model, EngineOptions optio
   auto engine = Engine::Create(options, 0, nullptr);
   CHECK(engine.ok()) << engine.status().ToString();
   return *std::move(engine);
+}
+
+// Of a sink: a request of hundreds of tokens lasts for seconds.
+bool TakesItsTime(size_t) {
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  return true;
 }
 
 Request Prompt(std::vector<int32_t> ids, int max_new_tokens) {
@@ -154,7 +161,7 @@ TEST(Engine, TwoHundredCancellationsAtRandomMomentsLeaveNothingBehind) {
   for (int i = 0; i < 200; ++i) {
     sinks.push_back(std::make_shared<CollectingSink>());
     Request request = Mixed(i % 40, engine->model().vocab);
-    request.max_new_tokens = 200;
+    request.max_new_tokens = 440;
     const auto id = engine->Submit(request, sinks.back());
     ASSERT_TRUE(id.ok()) << id.status();
     // Queued, in prefill, or after some tokens, of this request or of one before it.
@@ -263,16 +270,21 @@ TEST(Engine, RefusesBeyondItsQueueAndWhileDraining) {
   options.max_batch = 1;
   options.max_waiting_requests = 2;
   const auto engine = MakeEngine(EMBEDDED_MODEL, options);
-  auto running = std::make_shared<CollectingSink>();
+  std::latch go_on{1};
+  auto running = std::make_shared<CollectingSink>([&](size_t count) {
+    if (count == 1) go_on.wait();
+    return true;
+  });
   ASSERT_TRUE(engine->Submit(Prompt({2}, 400), running).ok());
   running->WaitForTokens(1);
   auto waiting = std::make_shared<CollectingSink>();
-  ASSERT_TRUE(engine->Submit(Prompt({2}, 1), waiting).ok());
-  ASSERT_TRUE(engine->Submit(Prompt({2}, 1), waiting).ok());
+  EXPECT_TRUE(engine->Submit(Prompt({2}, 1), waiting).ok());
+  EXPECT_TRUE(engine->Submit(Prompt({2}, 1), waiting).ok());
   const auto refused = engine->Submit(Prompt({2}, 1), std::make_shared<CollectingSink>());
   EXPECT_EQ(refused.status().code(), absl::StatusCode::kResourceExhausted);
   engine->Drain(/*refuse_waiting=*/false);
   EXPECT_EQ(engine->Submit(Prompt({2}, 1), waiting).status().code(), absl::StatusCode::kUnavailable);
+  go_on.count_down();
   EXPECT_EQ(running->WaitForFinish().reason, FinishReason::kLength);
   ExpectIdle(*engine);
 }
@@ -281,7 +293,7 @@ TEST(Engine, FinishesEverythingWhenItIsDestroyed) {
   EngineOptions options;
   options.max_batch = 1;
   auto engine = MakeEngine(EMBEDDED_MODEL, options);
-  auto running = std::make_shared<CollectingSink>(), waiting = std::make_shared<CollectingSink>();
+  auto running = std::make_shared<CollectingSink>(TakesItsTime), waiting = std::make_shared<CollectingSink>();
   ASSERT_TRUE(engine->Submit(Prompt({2}, 500), running).ok());
   ASSERT_TRUE(engine->Submit(Prompt({2}, 500), waiting).ok());
   running->WaitForTokens(1);
@@ -318,7 +330,7 @@ TEST(Engine, LogitsThatAreNotFiniteEndTheirOwnRequestOnly) {
 TEST(Engine, AnExceptionInItsThreadFailsItVisibly) {
   const auto engine = MakeEngine(EMBEDDED_MODEL);
   auto thrower = std::make_shared<CollectingSink>([](size_t) -> bool { throw std::runtime_error("a bug of ours"); });
-  auto other = std::make_shared<CollectingSink>();
+  auto other = std::make_shared<CollectingSink>(TakesItsTime);
   ASSERT_TRUE(engine->Submit(Prompt({2}, 500), other).ok());
   other->WaitForTokens(1);
   ASSERT_TRUE(engine->Submit(Prompt({2}, 500), thrower).ok());

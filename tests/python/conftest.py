@@ -3,6 +3,7 @@
 DEJAVU_BIN names the folder with dejavud and dejavu-cli. With DEJAVU_PROCESSES every daemon is so many processes of
 mpirun. Stubs are generated from proto/ into a temporary folder.
 """
+import contextlib
 import os
 import pathlib
 import signal
@@ -112,6 +113,18 @@ class Daemon:
             assert time.monotonic() < deadline, load
             time.sleep(0.01)
 
+    @contextlib.contextmanager
+    def crowd(self):
+        """Two batches full of long streams: who comes after them does not end by itself for a thousand steps."""
+        streams = [self.stub.GenerateStream(self.request([2, 5], 500), timeout=PATIENCE_S) for _ in range(32)]
+        for stream in streams:
+            next(stream)
+        try:
+            yield
+        finally:
+            for stream in streams:
+                stream.cancel()
+
     def pid(self, rank=0):
         """Of the process that is that rank."""
         if self.processes == 1:
@@ -134,7 +147,8 @@ class Daemon:
         self.channel.close()
         if self.process.poll() is None:
             try:
-                self.terminate()
+                with contextlib.suppress(StopIteration, FileNotFoundError):  # its rank has gone, mpirun not yet
+                    self.terminate()
                 self.wait()
             finally:
                 self.process.kill()

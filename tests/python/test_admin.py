@@ -52,7 +52,9 @@ def operated(start, api, tmp_path):
     def start_one(*flags, **options):
         port_file = tmp_path / "admin_port"
         daemon = start("--admin-listen", "127.0.0.1:0", "--admin-port-file", port_file, *flags, **options)
-        return daemon, Operator(api, f"127.0.0.1:{int(port_file.read_text())}")
+        operator = Operator(api, f"127.0.0.1:{int(port_file.read_text())}")
+        operator.state()  # connected, before a stream that it is quicker than
+        return daemon, operator
 
     return start_one
 
@@ -136,8 +138,8 @@ def test_the_state_tells_load_requests_and_layers(operated, api):
 
 
 def test_an_operator_ends_a_request_of_any_tenant(operated, api):
-    daemon, operator = operated()
-    stream = begun_stream(daemon, "theirs", metadata=[("x-tenant", "somebody")])
+    daemon, operator = operated(model="synthetic:opt-125m")
+    stream = begun_stream(daemon, "theirs", tokens=1900, metadata=[("x-tenant", "somebody")])
     reply = operator.stub.AbortRequest(api.pb.AbortRequest(request_id="theirs"), timeout=PATIENCE_S)
     assert reply.found
     code, details = code_of(lambda: list(stream))
@@ -259,7 +261,7 @@ def test_a_profile_holds_the_next_steps(operated, api):
     stream.cancel()
     assert len(steps) == 50
     assert [step.step for step in steps] == sorted({step.step for step in steps})
-    assert steps[0].step > before and steps[0].start_seconds == 0
+    assert steps[0].step >= before and steps[0].start_seconds == 0
     for step in steps:
         assert step.phase == operator.pb.STEP_PHASE_DECODE and step.decode_rows == 1 and step.prefill_rows == 0
         assert step.forward_ms > 0 and step.weight_bytes > 0
@@ -328,7 +330,7 @@ def test_the_trace_is_written_to_a_file(operated, tmp_path):
 
 
 def test_an_operator_drains_as_a_signal_does(operated, api):
-    daemon, operator = operated()
+    daemon, operator = operated("--drain-linger-ms", "3000")  # still there for a second call
     stream = begun_stream(daemon, "last", tokens=200)
     drain = lambda: operator.stub.Drain(operator.pb.DrainRequest(), timeout=PATIENCE_S)
     assert not drain().already

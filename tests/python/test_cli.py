@@ -36,7 +36,7 @@ def test_generate_prints_one_object_that_agrees_with_the_api(daemon):
     assert result["text"] == reply.text
     assert result["finish_reason"] == "length"
     assert result["prompt_tokens"] == 3 and result["generated_tokens"] == 12
-    assert result["ttft_ms"] > 0 and result["mean_itl_ms"] > 0
+    assert result["ttft_ms"] > 0 and result["mean_itl_ms"] >= 0  # so few may all come in one message
     assert result["model"] == reply.prompt.model and result["request_id"]
 
 
@@ -301,7 +301,7 @@ def test_a_deadline_is_exit_code_4(daemon):
 def test_ctrl_c_cancels_the_request_and_is_exit_code_130(daemon):
     command = [BIN / "dejavu-cli", "--server", daemon.address, "generate", "--token-ids", IDS_FLAG, "--max-new-tokens",
                "500", "--ignore-eos", "--json", "--stream"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with daemon.crowd(), subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
         process.stdout.read()

@@ -123,12 +123,14 @@ def test_deadline_in_mid_stream_frees_everything(daemon):
 
 
 def test_abort_ends_a_request_by_its_id(daemon, api):
-    stream = daemon.stub.GenerateStream(daemon.request([2, 100], 500, request_id="to-abort"), timeout=PATIENCE_S)
-    next(stream)
-    expect_error(lambda: daemon.stub.Generate(daemon.request([2], 1, request_id="to-abort")), grpc.StatusCode.ALREADY_EXISTS)
-    assert daemon.stub.Abort(api.pb.AbortRequest(request_id="to-abort")).found
-    expect_error(lambda: list(stream), grpc.StatusCode.CANCELLED)
-    assert not daemon.stub.Abort(api.pb.AbortRequest(request_id="to-abort")).found
+    with daemon.crowd():
+        stream = daemon.stub.GenerateStream(daemon.request([2, 100], 500, request_id="to-abort"), timeout=PATIENCE_S)
+        next(stream)
+        again = daemon.request([2], 1, request_id="to-abort")
+        expect_error(lambda: daemon.stub.Generate(again, timeout=PATIENCE_S), grpc.StatusCode.ALREADY_EXISTS)
+        assert daemon.stub.Abort(api.pb.AbortRequest(request_id="to-abort")).found
+        expect_error(lambda: list(stream), grpc.StatusCode.CANCELLED)
+        assert not daemon.stub.Abort(api.pb.AbortRequest(request_id="to-abort")).found
     daemon.expect_idle()
 
 

@@ -651,7 +651,8 @@ def test_operations_can_be_followed(tmp_path):
     work.mkdir()
     (programs / "kubectl").symlink_to(kubectl.find())
     environment = {**os.environ, "PATH": f"{programs}:{BIN}:{os.environ['PATH']}", "WORK": str(work)}
-    result = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    result = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True,
+                            timeout=3 * PATIENCE_S)
     log = work / "log"
     assert result.returncode == 0, result.stdout + result.stderr + (log.read_text() if log.exists() else "")
     assert "the token is not known here" in result.stderr

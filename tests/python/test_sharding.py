@@ -14,11 +14,13 @@ from grpc_status import rpc_status
 from conftest import BIN, MODEL, MPI_ENVIRONMENT, PATIENCE_S, mpirun
 
 STREAMS = 8
-LIMIT_S = 5  # for clients to have their status and for all processes to be gone
+# For clients to have their status and for all processes to be gone: 5 s on a machine that does nothing else, of which 3
+# are --peer-timeout-s; here, that nobody waits for something else than that.
+LIMIT_S = 30
 
 
 def run_group(processes, *flags):
-    return subprocess.run([*mpirun(processes), BIN / "dejavud", "--listen", "127.0.0.1:0", *flags], capture_output=True,
+    return subprocess.run([*mpirun(processes), BIN / "dejavud", "--listen", "127.0.0.1:0", "--metrics-listen", "", *flags], capture_output=True,
                           text=True, timeout=PATIENCE_S, env={**os.environ, **MPI_ENVIRONMENT})
 
 
@@ -44,7 +46,7 @@ class Load:
 
     def _read(self, daemon):
         try:
-            for _ in daemon.stub.GenerateStream(daemon.request([2, 100, 200], 470), timeout=PATIENCE_S):
+            for _ in daemon.stub.GenerateStream(daemon.request([2, 100, 200], 1900), timeout=PATIENCE_S):
                 self.tokens.release()
         except grpc.RpcError as error:
             self.errors.append(error)
@@ -73,7 +75,7 @@ def lose(daemon, rank, number):
 @pytest.mark.parametrize("rank, number", [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL)],
                          ids=["follower-killed", "follower-stopped", "rank-0-killed"])
 def test_a_lost_rank_ends_the_group(start, rank, number):
-    daemon = start("--sparsity-default-tier", "dense", processes=2)
+    daemon = start("--sparsity-default-tier", "dense", model="synthetic:opt-125m", processes=2)  # slow: no stream ends by itself
     errors, told_s, gone_s, code = lose(daemon, rank, number)
     assert len(errors) == STREAMS
     assert {error.code() for error in errors} == {grpc.StatusCode.UNAVAILABLE}, daemon.log()
@@ -88,7 +90,7 @@ def test_a_lost_rank_ends_the_group(start, rank, number):
 
 
 def test_an_idle_group_notices_a_stopped_rank(start):
-    daemon = start("--peer-timeout-s", "1", processes=3)
+    daemon = start(processes=3)
     daemon.signal(signal.SIGSTOP, rank=2)
     assert daemon.wait() == 3, daemon.log()
     assert "waited for rank 2" in daemon.log()

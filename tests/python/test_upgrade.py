@@ -32,6 +32,8 @@ class Connectivity:
     def __init__(self, channel):
         self.changed, self.states = threading.Condition(), []
         channel.subscribe(self.note)
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.states, PATIENCE_S)
 
     def note(self, state):
         with self.changed:

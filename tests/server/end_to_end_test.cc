@@ -1,6 +1,7 @@
 // The real server with the real engine and the embedded model, through a real gRPC client.
 #include <atomic>
 #include <chrono>
+#include <optional>
 #include <random>
 #include <thread>
 
@@ -10,6 +11,7 @@
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "gtest/gtest.h"
 #include "server/server.h"
+#include "tests/engine/collecting_sink.h"
 #include "tests/server/raw_call.h"
 
 namespace dejavu {
@@ -111,10 +113,37 @@ class EndToEnd : public testing::Test {
     EXPECT_TRUE(stub_->GetServerInfo(&context, {}, &info).ok());
     return info.load();
   }
+  // And nothing is held. A call that its client has given up may still come.
   void WaitUntilNothingRuns() {
-    while (Load().running_requests() + Load().waiting_requests() > 0) std::this_thread::yield();
-    EXPECT_EQ(Load().kv_blocks_free(), Load().kv_blocks_total());
+    const auto until = std::chrono::steady_clock::now() + std::chrono::minutes(2);
+    for (v1::Load load = Load();
+         load.running_requests() + load.waiting_requests() > 0 || load.kv_blocks_free() != load.kv_blocks_total();
+         load = Load()) {
+      ASSERT_LT(std::chrono::steady_clock::now(), until) << load.ShortDebugString();
+      std::this_thread::yield();
+    }
   }
+
+  // While it lives, every step takes some ms, so that a stream of kLong tokens lasts for seconds.
+  class Brake {
+   public:
+    Brake() {
+      dejavu::Request request;
+      request.prompt = {2};
+      request.max_new_tokens = kLong;
+      request.ignore_eos = true;
+      const auto sink = std::make_shared<CollectingSink>([](size_t) {
+        std::this_thread::sleep_for(milliseconds(5));
+        return true;
+      });
+      id_ = engine_->Submit(request, sink).value();
+      sink->WaitForTokens(1);
+    }
+    ~Brake() { engine_->Cancel(id_); }
+
+   private:
+    uint64_t id_;
+  };
 
   static const Tokenizer* tokenizer_;
   static Engine* engine_;
@@ -125,7 +154,8 @@ const Tokenizer* EndToEnd::tokenizer_ = nullptr;
 Engine* EndToEnd::engine_ = nullptr;
 
 TEST_F(EndToEnd, AUnaryCallAndAStreamSayTheSame) {
-  v1::GenerateRequest request = Request(40);
+  constexpr int kTokens = 400;  // not all of them in one chunk
+  v1::GenerateRequest request = Request(kTokens);
   request.set_request_id("same");
   request.mutable_sampling()->set_temperature(0.9f);
   request.mutable_sampling()->set_seed(5);
@@ -135,12 +165,12 @@ TEST_F(EndToEnd, AUnaryCallAndAStreamSayTheSame) {
   EXPECT_EQ(unary.prompt().request_id(), "same");
   EXPECT_EQ(unary.prompt().model(), "opt-8m-books");
   EXPECT_EQ(unary.prompt().seed(), 5u);
-  EXPECT_EQ(unary.prompt().max_new_tokens(), 40u);
-  EXPECT_EQ(unary.token_ids_size(), 40);
-  EXPECT_EQ(unary.logprobs_size(), 40);
+  EXPECT_EQ(unary.prompt().max_new_tokens(), uint32_t{kTokens});
+  EXPECT_EQ(unary.token_ids_size(), kTokens);
+  EXPECT_EQ(unary.logprobs_size(), kTokens);
   EXPECT_EQ(unary.logprobs(7).top_size(), 3);
   EXPECT_EQ(unary.finish().reason(), v1::FINISH_REASON_LENGTH);
-  EXPECT_EQ(unary.finish().generated_tokens(), 40u);
+  EXPECT_EQ(unary.finish().generated_tokens(), uint32_t{kTokens});
   EXPECT_GT(unary.finish().timings().ttft_ms(), 0);
   EXPECT_LE(unary.finish().timings().ttft_ms(), unary.finish().timings().total_ms());
   EXPECT_EQ(unary.text(),
@@ -355,16 +385,20 @@ TEST_F(EndToEnd, SurvivesCancellationsAtRandomMoments) {
 }
 
 TEST_F(EndToEnd, ADeadlineEndsAStream) {
-  grpc::ClientContext context;
-  context.set_deadline(std::chrono::system_clock::now() + milliseconds(30));
-  const Streamed streamed = ReadAll(stub_->GenerateStream(&context, Request(kLong)).get());
-  EXPECT_EQ(streamed.status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  {
+    const Brake brake;
+    grpc::ClientContext context;
+    context.set_deadline(std::chrono::system_clock::now() + milliseconds(30));
+    const Streamed streamed = ReadAll(stub_->GenerateStream(&context, Request(kLong)).get());
+    EXPECT_EQ(streamed.status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  }
   WaitUntilNothingRuns();
 }
 
 TEST_F(EndToEnd, AbortEndsTheStreamOfThatId) {
   v1::GenerateRequest request = Request(kLong);
   request.set_request_id("to-be-aborted");
+  std::optional<Brake> brake(std::in_place);
   grpc::ClientContext context;
   const auto reader = stub_->GenerateStream(&context, request);
   v1::GenerateChunk chunk;
@@ -387,6 +421,7 @@ TEST_F(EndToEnd, AbortEndsTheStreamOfThatId) {
   const grpc::Status status = reader->Finish();
   EXPECT_EQ(status.error_code(), grpc::StatusCode::CANCELLED);
   EXPECT_THAT(status.error_message(), HasSubstr("aborted"));
+  brake.reset();
   WaitUntilNothingRuns();
 }
 
@@ -403,6 +438,7 @@ TEST_F(EndToEnd, ASlowReaderHurtsOnlyItself) {
   const auto slow_stub = v1::GenerationService::NewStub(Channel());
   grpc::ClientContext context;
   const auto slow = slow_stub->GenerateStream(&context, large);
+  slow->WaitForInitialMetadata();  // it has begun
   const Streamed beside = Stream(stub_.get(), Request(100));
   EXPECT_TRUE(beside.status.ok());
   EXPECT_EQ(beside.response.text(), alone.text());
@@ -463,6 +499,7 @@ TEST_F(EndToEnd, ADrainThatRunsOutOfTimeEndsTheRestWithUnavailable) {
   ServerOptions options;
   options.drain_timeout_s = 0;
   Start(options);
+  const Brake brake;
   grpc::ClientContext context;
   const auto reader = stub_->GenerateStream(&context, Request(kLong));
   v1::GenerateChunk chunk;

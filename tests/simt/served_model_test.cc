@@ -2,6 +2,7 @@
 // golden tokens of Hugging Face Transformers and against the engine on the CPU. Some thread orders; AddressSanitizer
 // looks on.
 #include <algorithm>
+#include <latch>
 #include <memory>
 #include <string>
 #include <vector>
@@ -117,7 +118,11 @@ TEST(RunsAhead, WhoComesStopsAndLeavesInBetweenChangesNoToken) {
     // Another one comes and one that runs goes when the last has some tokens.
     const auto late = std::make_shared<CollectingSink>();
     uint64_t leaver = 0;
-    const auto leaving = std::make_shared<CollectingSink>();
+    std::latch all_there{1};
+    const auto leaving = std::make_shared<CollectingSink>([&](size_t count) {
+      if (count == 1) all_there.wait();
+      return true;
+    });
     const auto last = std::make_shared<CollectingSink>([&](size_t count) {
       if (count == 4) {
         EXPECT_TRUE(engine->Submit(Greedy(goldens[0].prompt, Tier::kDense), late).ok());
@@ -130,6 +135,7 @@ TEST(RunsAhead, WhoComesStopsAndLeavesInBetweenChangesNoToken) {
     long_one.max_new_tokens = 40;
     leaver = *engine->Submit(long_one, leaving);
     for (int i = 0; i < 3; ++i) EXPECT_TRUE(engine->Submit(requests[i], sinks[i]).ok());
+    all_there.count_down();
     sinks.push_back(late);
     std::vector<std::vector<int32_t>> ids;
     for (const auto& sink : sinks) {

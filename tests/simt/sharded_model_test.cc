@@ -68,7 +68,7 @@ TEST_P(DeviceGroupFails, TheRequestsWhereARankIsLost) {
   for (const int lost : {0, 1}) {
     SCOPED_TRACE(lost);
     EngineOptions options = ServedOptions(GetParam(), "cuda", "none", 2);
-    options.peer_timeout_s = 2.0;
+    options.peer_timeout_s = 6.0;
     const auto engine = MakeEngine(options);
     ASSERT_NE(engine, nullptr);
     simt::GetEmulation().failing_device = lost;
