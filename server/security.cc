@@ -69,8 +69,9 @@ void Security::AddTo(Metrics* metrics) const {
                       [this] { return reloads_.load(std::memory_order_relaxed); });
   metrics->AddCounter("credential_reload_failures_total", "Looks at those files that found what cannot be used.",
                       [this] { return failures_.load(std::memory_order_relaxed); });
-  metrics->AddGauge("tls_certificate_expiry_timestamp_seconds", "End of the server certificate's life; 0: no TLS.",
-                    [this] { return certificates_ == nullptr ? 0 : certificates_->expiry_unix_s(); });
+  if (certificates_ == nullptr) return;
+  metrics->AddGauge("tls_certificate_expiry_timestamp_seconds", "End of the server certificate's life.",
+                    [this] { return certificates_->expiry_unix_s(); });
 }
 
 void Security::Run() {

@@ -24,17 +24,17 @@ PATIENCE_S = 60
 FILLED_IN = {"$__rate_interval": "1m", "$__interval": "15s", "$__range": "1h",
              "$namespace": ".*", "$pod": ".*", "$model": ".*", "$tier": ".*"}
 
+ELSEWHERE = {"GPU", "ranks", "TLS"}  # what the daemon of the tests does not have
+
+
 # labels: its own, without `model`. only: "GPU", "ranks", ..., or empty where every daemon exports it.
 class Metric(collections.namedtuple("Metric", "name type labels model only")):
-    gpu_only = property(lambda self: self.only == "GPU")
-    group_only = property(lambda self: self.only == "ranks")
+    elsewhere = property(lambda self: self.only in ELSEWHERE)
 
 
 # needs: the conditions (Metric.only) of the metrics in it.
 class Expression(collections.namedtuple("Expression", "dashboard panel text needs")):
-    gpu_only = property(lambda self: "GPU" in self.needs)
-    group_only = property(lambda self: "ranks" in self.needs)
-
+    elsewhere = property(lambda self: not ELSEWHERE.isdisjoint(self.needs))
 
 
 def documented_metrics():

@@ -176,7 +176,7 @@ def test_the_list_follows_prometheus_conventions(tmp_path):
     lines = []
     for metric in documented_metrics().values():
         assert metric.type in ("counter", "gauge", "histogram")
-        assert metric.only in ("", "GPU", "ranks", "predictor", "targets", "per layer"), metric
+        assert metric.only in ("", "GPU", "ranks", "predictor", "TLS", "targets", "per layer"), metric
         assert (metric.type == "counter") == metric.name.endswith("_total"), metric.name
         lines += [f"# HELP {metric.name} Text.", f"# TYPE {metric.name} {metric.type}"]
         if metric.type == "histogram":

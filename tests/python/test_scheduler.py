@@ -277,12 +277,12 @@ def test_samples_come_in_together_and_end_together(slow, api):
     assert slow.stub.Abort(api.pb.AbortRequest(request_id="several"), timeout=PATIENCE_S).found
     assert read(stream, []).code() == grpc.StatusCode.CANCELLED
     slow.expect_idle()
-    request.request_id = "several again"  # the call may hold the other for a moment longer than the engine
+    request.request_id = "several-again"  # the call may hold the other for a moment longer than the engine
     stream = slow.stub.GenerateStream(request, timeout=PATIENCE_S)
     next(stream)
     stream.cancel()
     slow.expect_idle()
-    request.request_id = "several more"
+    request.request_id = "several-more"
     assert read(slow.stub.GenerateStream(request, timeout=0.5), []).code() == grpc.StatusCode.DEADLINE_EXCEEDED
     slow.expect_idle()
     expect_books_balanced(slow, api)
