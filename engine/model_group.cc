@@ -147,7 +147,10 @@ absl::StatusOr<std::unique_ptr<ModelGroup::Rank>> ModelGroup::Rank::Create(
     return absl::UnavailableError(error.what());
   }
   rank->answers_.resize(rank->communicator_->size());
-  if (options.timeout_s > 0.0) rank->communicator_->SetLimit(options.timeout_s);
+  // While rank 0 waits for one that is lost, the others wait for rank 0. It must be the first to give up, for it alone
+  // can name the one.
+  const double patience = rank->communicator_->rank() == 0 ? 1.0 : 1.25;
+  if (options.timeout_s > 0.0) rank->communicator_->SetLimit(patience * options.timeout_s);
   return rank;
 }
 
