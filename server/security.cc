@@ -64,16 +64,6 @@ std::shared_ptr<grpc::ServerCredentials> Security::CredentialsForPort() {
   return certificates_ == nullptr ? grpc::InsecureServerCredentials() : certificates_->ForPort();
 }
 
-void Security::AddTo(Metrics* metrics) const {
-  metrics->AddCounter("credential_reloads_total", "Changed certificates and token files that hold now.",
-                      [this] { return reloads_.load(std::memory_order_relaxed); });
-  metrics->AddCounter("credential_reload_failures_total", "Looks at those files that found what cannot be used.",
-                      [this] { return failures_.load(std::memory_order_relaxed); });
-  if (certificates_ == nullptr) return;
-  metrics->AddGauge("tls_certificate_expiry_timestamp_seconds", "End of the server certificate's life.",
-                    [this] { return certificates_->expiry_unix_s(); });
-}
-
 void Security::Run() {
   const auto every = std::chrono::duration_cast<std::chrono::steady_clock::duration>(
       std::chrono::duration<double>(options_.tls_reload_s));

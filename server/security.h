@@ -5,6 +5,7 @@
 #define SERVER_SECURITY_H_
 
 #include <atomic>
+#include <cstdint>
 #include <memory>
 #include <thread>
 
@@ -12,7 +13,6 @@
 #include "grpcpp/security/server_credentials.h"
 #include "kernels/base/mutex.h"
 #include "server/certificates.h"
-#include "server/metrics.h"
 #include "server/options.h"
 #include "server/tokens.h"
 
@@ -29,8 +29,10 @@ class Security {
   // TLS, or plain text where no certificate is named. The object must outlive the port.
   std::shared_ptr<grpc::ServerCredentials> CredentialsForPort();
 
-  // It must outlive whoever asks `metrics`.
-  void AddTo(Metrics* metrics) const;
+  const Certificates* certificates() const { return certificates_.get(); }  // null: plain text
+  // How often changed files took effect, and how often they could not be used.
+  int64_t reloads() const { return reloads_.load(std::memory_order_relaxed); }
+  int64_t reload_failures() const { return failures_.load(std::memory_order_relaxed); }
 
  private:
   explicit Security(const ServerOptions& options) : options_(options) {}

@@ -167,7 +167,15 @@ Server::Server(const ServerOptions& options, const EngineOptions& engine_options
                       [traces] { return traces == nullptr ? 0 : traces->exported(); });
   metrics_.AddCounter("trace_spans_dropped_total", "Spans that it did not: the queue was full, or no answer came.",
                       [traces] { return traces == nullptr ? 0 : traces->dropped(); });
-  security_->AddTo(&metrics_);
+  const Security* const credentials = security_.get();
+  metrics_.AddCounter("credential_reloads_total", "Changed certificates and token files that hold now.",
+                      [credentials] { return credentials->reloads(); });
+  metrics_.AddCounter("credential_reload_failures_total", "Looks at those files that found what cannot be used.",
+                      [credentials] { return credentials->reload_failures(); });
+  if (credentials->certificates() != nullptr) {
+    metrics_.AddGauge("tls_certificate_expiry_timestamp_seconds", "End of the server certificate's life.",
+                      [credentials] { return credentials->certificates()->expiry_unix_s(); });
+  }
   if (options_.log_access) ends_->Add(&access_log_);
   if (trace_exporter_ != nullptr) ends_->Add(trace_exporter_.get());
   generation_.Register(&dispatcher_);

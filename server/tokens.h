@@ -16,6 +16,10 @@
 
 namespace dejavu {
 
+// A tenant is named by at most so many of A-Z, a-z, 0-9, '.', '_' and '-'; the empty name is nobody's in particular.
+inline constexpr size_t kMaxTenantBytes = 64;
+bool IsTenantName(absl::string_view name);
+
 class Tokens {
  public:
   static constexpr size_t kMaxFileBytes = 1 << 20;

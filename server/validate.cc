@@ -13,6 +13,7 @@
 #include "kernels/base/status_macros.h"
 #include "server/error_details.h"
 #include "server/sparsity_messages.h"
+#include "server/tokens.h"
 
 namespace dejavu {
 namespace {
@@ -312,12 +313,8 @@ absl::Status CheckRequestId(const std::string& request_id) {
 }
 
 absl::StatusOr<std::string> CheckTenant(const std::string& tenant) {
-  constexpr size_t kMost = 64;
-  const auto fits = [](char c) {
-    return absl::ascii_isalnum(static_cast<unsigned char>(c)) || c == '.' || c == '_' || c == '-';
-  };
-  if (tenant.size() <= kMost && std::all_of(tenant.begin(), tenant.end(), fits)) return tenant;
-  return InvalidField("x-tenant", absl::StrCat("is ", Printable(tenant), "; it must be at most ", kMost,
+  if (IsTenantName(tenant)) return tenant;
+  return InvalidField("x-tenant", absl::StrCat("is ", Printable(tenant), "; it must be at most ", kMaxTenantBytes,
                                                " of A-Z, a-z, 0-9, '.', '_' and '-'"));
 }
 
