@@ -13,15 +13,15 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "engine/cost_model.h"
-#include "engine/door.h"
-#include "engine/metrics.h"
-#include "engine/opt_config.h"
-#include "engine/opt_weights.h"
+#include "engine/model/opt_config.h"
+#include "engine/model/opt_weights.h"
 #include "engine/options.h"
 #include "engine/request.h"
+#include "engine/scheduling/cost_model.h"
+#include "engine/scheduling/door.h"
+#include "engine/serving/metrics.h"
+#include "engine/serving/step_trace.h"
 #include "engine/sparsity.h"
-#include "engine/step_trace.h"
 #include "kernels/communicator.h"
 
 namespace dejavu {
@@ -69,7 +69,7 @@ class Engine {
   // operating point for them. Else FAILED_PRECONDITION with the reason, from Submit too.
   virtual absl::Status CheckTier(Tier tier) const = 0;
 
-  // On success the sink will hear OnFinish; returns the engine's id. Refusals are those of engine/door.h:
+  // On success the sink will hear OnFinish; returns the engine's id. Refusals are those of engine/scheduling/door.h:
   // INVALID_ARGUMENT for a request that can never run, RESOURCE_EXHAUSTED when a queue is full, DEADLINE_EXCEEDED when
   // the deadline cannot be met, UNAVAILABLE after Drain.
   absl::StatusOr<uint64_t> Submit(Request request, std::shared_ptr<TokenSink> sink) {

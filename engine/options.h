@@ -8,7 +8,7 @@
 namespace dejavu {
 
 struct EngineOptions {
-  std::string model;               // as ModelOptions has it (engine/loaded_model.h)
+  std::string model;               // as ModelOptions has it (engine/load/loaded_model.h)
   std::string weights = "stored";  // type of the matrices in memory: stored, fp32, fp16, bf16 or int8
   // Predictor file; empty: predictor.safetensors in the model's directory, if there is one, or a synthetic model's own;
   // "none": none even then.
@@ -35,14 +35,14 @@ struct EngineOptions {
   int64_t tenant_max_waiting_tokens = 0;
   double deadline_slack = 1.0;  // refused: what is predicted to take longer than so many times what its deadline leaves
 
-  // Scheduling; see engine/scheduler.h.
+  // Scheduling; see engine/scheduling/scheduler.h.
   double inter_token_target_ms = 0.0;
   double prefill_share = 0.75;
   double ageing_s = 10.0;
   std::string tenant_weights;  // such as "free=1,paying=3": shares of what tenants are served; 1 for others
   bool prefix_cache = true;
 
-  // What is counted of the engine (engine/metrics.h). Targets of a request, in ms; 0: none.
+  // What is counted of the engine (engine/serving/metrics.h). Targets of a request, in ms; 0: none.
   bool count_metrics = true;  // false only to see what counting costs
   std::string metric_edges;   // as MetricEdgesFrom has it
   double slo_ttft_ms = 0.0;   // to its first token

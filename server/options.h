@@ -23,7 +23,7 @@ struct ServerOptions {
   std::string tls_client_ca;  // not empty: clients must show a certificate that follows from it
   double tls_reload_s = 10;   // between two looks at these files and at the tokens
 
-  // Bearer tokens that callers must send, each a tenant's (server/tokens.h); empty: everybody may call.
+  // Bearer tokens that callers must send, each a tenant's (server/security/tokens.h); empty: everybody may call.
   std::string auth_tokens_file;
   std::string auth_admin_tenant = "operators";  // whose tokens AdminService takes
   bool auth_allow_plaintext = false;            // tokens without TLS where the address is not loopback

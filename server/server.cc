@@ -18,11 +18,11 @@
 #include "grpcpp/server_builder.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status_macros.h"
-#include "server/error_details.h"
-#include "server/logging.h"
-#include "server/parse.h"
-#include "server/reflection.h"
-#include "server/status_page.h"
+#include "server/api/reflection.h"
+#include "server/observe/logging.h"
+#include "server/observe/status_page.h"
+#include "server/rpc/error_details.h"
+#include "server/rpc/parse.h"
 #include "spdlog/spdlog.h"
 
 namespace dejavu {

@@ -14,7 +14,7 @@
 
 #include "engine/calibration/matrix.h"
 #include "engine/calibration/selector_trainer.h"
-#include "engine/predictor_file.h"
+#include "engine/model/predictor_file.h"
 #include "kernels/backend.h"
 
 namespace dejavu {

@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "engine/predictor_file.h"
+#include "engine/model/predictor_file.h"
 
 namespace dejavu {
 

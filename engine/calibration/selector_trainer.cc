@@ -5,7 +5,7 @@
 #include <numeric>
 #include <random>
 
-#include "engine/fast_exp.h"
+#include "kernels/base/fast_exp.h"
 
 namespace dejavu {
 namespace {

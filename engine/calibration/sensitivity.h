@@ -11,7 +11,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "engine/calibration/matrix.h"
-#include "engine/model_runner.h"
+#include "engine/ranks/model_runner.h"
 
 namespace dejavu {
 

@@ -9,9 +9,9 @@
 #include <limits>
 
 #include "absl/strings/str_cat.h"
-#include "engine/sampler.h"
-#include "engine/sparsity_control.h"
-#include "engine/weight_bytes.h"
+#include "engine/model/weight_bytes.h"
+#include "engine/serving/sampler.h"
+#include "engine/serving/sparsity_control.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/draw.h"
 

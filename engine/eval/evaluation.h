@@ -10,8 +10,8 @@
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
-#include "engine/model_runner.h"
-#include "engine/predictor_file.h"
+#include "engine/model/predictor_file.h"
+#include "engine/ranks/model_runner.h"
 #include "engine/sparsity.h"
 
 namespace dejavu {

@@ -14,8 +14,8 @@
 #include "engine/eval/evaluation.h"
 #include "engine/eval/report.h"
 #include "engine/eval/tool.h"
-#include "engine/loaded_model.h"
-#include "engine/model_runner.h"
+#include "engine/load/loaded_model.h"
+#include "engine/ranks/model_runner.h"
 #include "kernels/base/status_macros.h"
 
 namespace dejavu {

@@ -12,7 +12,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "engine/checkpoint.h"
+#include "engine/formats/checkpoint.h"
 #include "engine/text/tokenizer.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/base/utf8.h"

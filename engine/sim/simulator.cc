@@ -5,8 +5,8 @@
 #include <utility>
 
 #include "absl/container/flat_hash_map.h"
-#include "engine/batch.h"
-#include "engine/block_pool.h"
+#include "engine/model/batch.h"
+#include "engine/scheduling/block_pool.h"
 
 namespace dejavu {
 namespace {

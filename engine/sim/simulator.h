@@ -11,10 +11,10 @@
 #include <string>
 #include <vector>
 
-#include "engine/cost_model.h"
-#include "engine/door.h"
 #include "engine/request.h"
-#include "engine/scheduler.h"
+#include "engine/scheduling/cost_model.h"
+#include "engine/scheduling/door.h"
+#include "engine/scheduling/scheduler.h"
 
 namespace dejavu {
 

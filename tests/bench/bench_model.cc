@@ -5,8 +5,8 @@
 #include <random>
 
 #include "absl/strings/str_cat.h"
-#include "engine/loaded_model.h"
-#include "engine/synthetic.h"
+#include "engine/load/loaded_model.h"
+#include "engine/load/synthetic.h"
 #include "kernels/base/status_macros.h"
 #include "tests/bench/tool.h"
 

@@ -9,7 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "engine/eval/tool.h"
-#include "engine/model_runner.h"
+#include "engine/ranks/model_runner.h"
 #include "tests/bench/timed_backend.h"
 
 namespace dejavu {

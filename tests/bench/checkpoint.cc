@@ -1,9 +1,9 @@
 #include "tests/bench/checkpoint.h"
 
 #include "absl/strings/str_cat.h"
-#include "engine/checkpoint_writer.h"
 #include "engine/eval/tool.h"
-#include "engine/synthetic.h"
+#include "engine/load/checkpoint_writer.h"
+#include "engine/load/synthetic.h"
 #include "tests/bench/tool.h"
 
 namespace dejavu {

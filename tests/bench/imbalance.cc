@@ -6,10 +6,10 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "engine/loaded_model.h"
-#include "engine/model_runner.h"
-#include "engine/shard.h"
-#include "engine/synthetic.h"
+#include "engine/load/loaded_model.h"
+#include "engine/load/synthetic.h"
+#include "engine/model/shard.h"
+#include "engine/ranks/model_runner.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status_macros.h"
 #include "nlohmann/json.hpp"

@@ -7,8 +7,8 @@
 #include <optional>
 
 #include "absl/strings/str_cat.h"
-#include "engine/loaded_model.h"
-#include "engine/synthetic.h"
+#include "engine/load/loaded_model.h"
+#include "engine/load/synthetic.h"
 #include "kernels/base/status_macros.h"
 #include "nlohmann/json.hpp"
 #include "tests/bench/bench_model.h"

@@ -15,9 +15,9 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "engine/loaded_model.h"
-#include "engine/model_group.h"
-#include "engine/synthetic.h"
+#include "engine/load/loaded_model.h"
+#include "engine/load/synthetic.h"
+#include "engine/ranks/model_group.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/mpi/open_mpi.h"
 #include "nlohmann/json.hpp"

@@ -9,8 +9,8 @@
 
 #include "engine/engine.h"
 #include "engine/eval/tool.h"
-#include "engine/scheduler.h"
-#include "engine/synthetic.h"
+#include "engine/load/synthetic.h"
+#include "engine/scheduling/scheduler.h"
 #include "kernels/base/mutex.h"
 #include "kernels/base/status_macros.h"
 #include "nlohmann/json.hpp"

@@ -21,7 +21,7 @@
 #include "dejavu/v1/generation.grpc.pb.h"
 #include "engine/engine.h"
 #include "engine/eval/tool.h"
-#include "engine/synthetic.h"
+#include "engine/load/synthetic.h"
 #include "grpcpp/create_channel.h"
 #include "kernels/base/mutex.h"
 #include "kernels/base/status_macros.h"

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
-#include "engine/opt_weights.h"
+#include "engine/model/opt_weights.h"
 #include "kernels/backend.h"
 
 namespace dejavu {

@@ -5,7 +5,7 @@
 #include <limits>
 #include <random>
 
-#include "engine/checkpoint.h"
+#include "engine/formats/checkpoint.h"
 #include "kernels/base/check.h"
 #include "kernels/base/float16.h"
 

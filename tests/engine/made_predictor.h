@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "engine/opt_config.h"
-#include "engine/predictor_file.h"
+#include "engine/model/opt_config.h"
+#include "engine/model/predictor_file.h"
 
 namespace dejavu {
 

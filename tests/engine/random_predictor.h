@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <string>
 
-#include "engine/opt_config.h"
-#include "engine/predictor_file.h"
+#include "engine/model/opt_config.h"
+#include "engine/model/predictor_file.h"
 
 namespace dejavu {
 

@@ -620,7 +620,7 @@ def table(heading):
 
 
 def test_operations_lists_every_exit_code():
-    main = (ROOT / "server/main.cc").read_text()
+    main = (ROOT / "server/daemon/main.cc").read_text()
     codes = {int(code) for code in re.findall(r"k\w+ = (\d+)", re.search(r"enum ExitCode \{(.*?)\}", main)[1])}
     usage = dejavud("--no-such-flag").returncode
     killed = 128 + 9
@@ -632,7 +632,7 @@ def test_operations_lists_every_exit_code():
 
 
 def test_operations_lists_every_refusal():
-    sources = [path.read_text() for path in [*(ROOT / "server").glob("*.cc"), ROOT / "engine/door.cc"]]
+    sources = [path.read_text() for path in [*(ROOT / "server").rglob("*.cc"), ROOT / "engine/scheduling/door.cc"]]
     words = {word for text in sources for word in re.findall(r'"([A-Z][A-Z_]{4,})"', text)}
     codes = {code.name for code in grpc.StatusCode}
     assert set(table("Reason")) == words - codes - {"FEATURE", "SERVER_STATE_"}

@@ -11,7 +11,7 @@
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "gtest/gtest.h"
 #include "server/server.h"
-#include "tests/engine/collecting_sink.h"
+#include "tests/engine/serving/collecting_sink.h"
 #include "tests/server/raw_call.h"
 
 namespace dejavu {

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "engine/model_runner.h"
-#include "engine/predictor_file.h"
+#include "engine/model/predictor_file.h"
+#include "engine/ranks/model_runner.h"
 #include "gtest/gtest.h"
 #include "module_under_test.h"
 #include "tests/bench/device_probe.h"

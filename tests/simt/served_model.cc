@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <cstdlib>
 
-#include "engine/opt_config.h"
+#include "engine/model/opt_config.h"
 #include "module_under_test.h"
-#include "tests/engine/collecting_sink.h"
 #include "tests/engine/made_predictor.h"
 #include "tests/engine/random_predictor.h"
+#include "tests/engine/serving/collecting_sink.h"
 
 // The loader finds the module in this very program.
 extern "C" __attribute__((visibility("default"))) const DejavuCudaModule* DejavuCudaEntry(void) {

@@ -8,15 +8,15 @@
 #include <vector>
 
 #include "engine/engine.h"
-#include "engine/opt_config.h"
-#include "engine/predictor_file.h"
+#include "engine/model/opt_config.h"
+#include "engine/model/predictor_file.h"
 #include "gtest/gtest.h"
 #include "module_under_test.h"
 #include "served_model.h"
-#include "tests/engine/collecting_sink.h"
 #include "tests/engine/golden.h"
 #include "tests/engine/made_predictor.h"
 #include "tests/engine/random_predictor.h"
+#include "tests/engine/serving/collecting_sink.h"
 #include "tests/scratch_directory.h"
 
 namespace dejavu {

@@ -10,8 +10,8 @@
 #include "gtest/gtest.h"
 #include "module_under_test.h"
 #include "served_model.h"
-#include "tests/engine/collecting_sink.h"
 #include "tests/engine/golden.h"
+#include "tests/engine/serving/collecting_sink.h"
 #include "tests/scratch_directory.h"
 
 namespace dejavu {

@@ -1,0 +1,18 @@
+// JSON from files that are not trusted: duplicate keys, deep nesting and floods of values are errors, where
+// nlohmann::json alone would keep the last key and take the memory. Any thread.
+#ifndef ENGINE_FORMATS_JSON_TEXT_H_
+#define ENGINE_FORMATS_JSON_TEXT_H_
+
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "nlohmann/json.hpp"
+
+namespace dejavu {
+
+// The object that `text` holds. INVALID_ARGUMENT with `source` (a file's path) when it is anything else.
+absl::StatusOr<nlohmann::json> ParseJsonObject(const std::string& text, const std::string& source);
+
+}  // namespace dejavu
+
+#endif  // ENGINE_FORMATS_JSON_TEXT_H_

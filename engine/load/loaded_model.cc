@@ -1,0 +1,104 @@
+#include "engine/load/loaded_model.h"
+
+#include <unistd.h>
+
+#include <filesystem>
+#include <system_error>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "engine/formats/checkpoint.h"
+#include "engine/load/synthetic.h"
+#include "kernels/base/status_macros.h"
+
+namespace dejavu {
+namespace {
+
+// Empty: none.
+std::string PredictorPath(const ModelOptions& options) {
+  if (options.predictor == "none") return "";
+  if (!options.predictor.empty()) return options.predictor;
+  const std::string beside = absl::StrCat(options.model, "/predictor.safetensors");
+  return access(beside.c_str(), F_OK) == 0 ? beside : "";
+}
+
+// A file holds stage A, which every rank needs, and stage B, thresholds and worth, of which it takes its share.
+int64_t ShareOfPredictor(int64_t bytes, const OptConfig& config, const Shard& shard) {
+  const double share = static_cast<double>(config.hidden + shard.neuron_count) / (config.hidden + config.ffn);
+  return static_cast<int64_t>(static_cast<double>(bytes) * share);
+}
+
+}  // namespace
+
+absl::StatusOr<std::optional<DType>> ParseWeights(const std::string& name) {
+  if (name == "stored") return std::optional<DType>();
+  if (name == "fp32") return DType::kFloat32;
+  if (name == "fp16") return DType::kFloat16;
+  if (name == "bf16") return DType::kBFloat16;
+  if (name == "int8") return DType::kInt8;
+  return absl::InvalidArgumentError(
+      absl::StrCat("weights is '", name, "'; it must be stored, fp32, fp16, bf16 or int8"));
+}
+
+absl::StatusOr<OptConfig> LoadModelConfig(const std::string& model) {
+  if (!IsSynthetic(model)) return OptConfig::Load(model);
+  ASSIGN_OR_RETURN(const SyntheticModel synthetic, ParseSynthetic(model));
+  return synthetic.config;
+}
+
+absl::StatusOr<ModelBytes> MeasureModel(const ModelOptions& options, const OptConfig& config) {
+  ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseWeights(options.weights));
+  // Which neurons a rank owns makes no difference here.
+  ASSIGN_OR_RETURN(const Shard shard, MakeShard(config, nullptr, options.rank, options.ranks));
+  ModelBytes bytes;
+  std::string predictor = PredictorPath(options);
+  if (IsSynthetic(options.model)) {
+    const SyntheticBytes synthetic = BytesOf(config, shard, dtype.value_or(DType::kBFloat16));
+    bytes.weights = synthetic.weights;
+    if (options.predictor.empty()) {
+      bytes.predictor = synthetic.predictor;
+      predictor.clear();
+    }
+  } else {
+    ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(options.model));
+    ASSIGN_OR_RETURN(bytes.weights, OptWeights::Measure(checkpoint, config, shard, dtype));
+  }
+  std::error_code error;
+  const auto size = predictor.empty() ? 0 : std::filesystem::file_size(predictor, error);
+  if (!error) bytes.predictor += ShareOfPredictor(static_cast<int64_t>(size), config, shard);
+  return bytes;
+}
+
+absl::StatusOr<LoadedModel> LoadModel(const ModelOptions& options, const OptConfig& config, Backend& backend,
+                                      const LoadProgress& progress) {
+  ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseWeights(options.weights));
+  std::optional<SyntheticModel> synthetic;
+  std::optional<Checkpoint> checkpoint;
+  LoadedModel model;
+  if (IsSynthetic(options.model)) {
+    ASSIGN_OR_RETURN(synthetic, ParseSynthetic(options.model));
+    model.synthetic = synthetic->Description();
+    model.weights_hash = synthetic->Fingerprint();
+  } else {
+    ASSIGN_OR_RETURN(checkpoint, Checkpoint::Open(options.model));
+    ASSIGN_OR_RETURN(model.weights_hash, WeightsHash(*checkpoint, config));
+  }
+  const bool generated = synthetic.has_value() && options.predictor.empty();
+  model.predictor_path = generated ? kGeneratedPredictor : PredictorPath(options);
+  if (generated) {
+    model.predictor = StartPredictor(*synthetic);
+  } else if (!model.predictor_path.empty()) {
+    ASSIGN_OR_RETURN(model.predictor, ReadPredictor(model.predictor_path, config, model.weights_hash));
+  }
+  ASSIGN_OR_RETURN(model.shard, MakeShard(config, model.predictor.has_value() ? &*model.predictor : nullptr,
+                                          options.rank, options.ranks));
+  if (synthetic.has_value()) {
+    ASSIGN_OR_RETURN(model.weights, GenerateModel(*synthetic, model.shard, dtype.value_or(DType::kBFloat16), backend,
+                                                  progress, generated ? &*model.predictor : nullptr));
+  } else {
+    ASSIGN_OR_RETURN(model.weights, OptWeights::Load(*checkpoint, config, model.shard, backend, progress, dtype));
+  }
+  return model;
+}
+
+}  // namespace dejavu

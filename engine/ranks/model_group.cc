@@ -1,0 +1,353 @@
+#include "engine/ranks/model_group.h"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <future>
+#include <limits>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "engine/model/opt_config.h"
+#include "engine/ranks/device.h"
+#include "kernels/base/status_macros.h"
+#include "kernels/draw.h"
+#include "kernels/group/thread_group.h"
+#include "kernels/mpi/open_mpi.h"
+#include "spdlog/spdlog.h"
+
+namespace dejavu {
+namespace {
+
+// Until all are loaded.
+constexpr double kForever = std::numeric_limits<double>::infinity();
+const MpiOptions kPatient = {.timeout_s = kForever};
+
+// What every rank says before the group goes on.
+struct Hello {
+  int32_t version = kStepMessageVersion;
+  int32_t failed = 0;
+  int32_t kv_blocks = 0;
+  int32_t unused = 0;
+  int64_t weight_bytes = 0;
+  uint64_t fingerprint = 0;  // of the model
+  char message[232] = {};    // why it failed
+};
+
+uint64_t Fingerprint(const std::string& text) {
+  uint64_t hash = 0;
+  for (const unsigned char c : text) hash = MixBits(hash + kGoldenRatio + c);
+  return hash;
+}
+
+// Rank 0's verdict on all of them, which every rank gets: OK with the sums and the least of what they said, or why not.
+absl::Status Agree(Communicator& group, const absl::Status& mine, Hello* hello) {
+  hello->failed = mine.ok() ? 0 : static_cast<int32_t>(mine.code());
+  std::snprintf(hello->message, sizeof hello->message, "%s", std::string(mine.message()).c_str());
+  std::vector<Hello> all(group.rank() == 0 ? group.size() : 0);
+  group.Gather(all.data(), hello, sizeof(Hello));
+  Hello verdict;
+  if (group.rank() == 0) {
+    verdict = all[0];
+    for (int rank = 0; rank < group.size() && verdict.failed == 0; ++rank) {
+      const Hello& of_rank = all[rank];
+      verdict.kv_blocks = std::min(verdict.kv_blocks, of_rank.kv_blocks);
+      verdict.weight_bytes += rank == 0 ? 0 : of_rank.weight_bytes;
+      const auto differs = [&](const char* what) {
+        verdict.failed = static_cast<int32_t>(absl::StatusCode::kFailedPrecondition);
+        std::snprintf(verdict.message, sizeof verdict.message, "rank %d has another %s than rank 0", rank, what);
+      };
+      if (of_rank.version != all[0].version) {
+        differs("version of dejavud");
+      } else if (of_rank.failed != 0) {
+        verdict.failed = of_rank.failed;
+        std::snprintf(verdict.message, sizeof verdict.message, "rank %d: %.200s", rank, of_rank.message);
+      } else if (of_rank.fingerprint != all[0].fingerprint) {
+        differs("model");
+      }
+    }
+  }
+  group.Broadcast(&verdict, sizeof verdict);
+  *hello = verdict;
+  if (verdict.failed == 0) return absl::OkStatus();
+  if (!mine.ok()) return mine;
+  verdict.message[sizeof verdict.message - 1] = '\0';
+  return absl::Status(static_cast<absl::StatusCode>(verdict.failed), verdict.message);
+}
+
+absl::StatusOr<std::unique_ptr<Backend>> ThreadDevice(const GroupOptions& o, int rank) {
+  const int ranks = std::max(1, o.ranks);
+  return CreateDevice({.device = o.device,
+                       .threads = o.threads,
+                       .pin = o.pin,
+                       .gpu = rank,
+                       .place = rank,
+                       .places = ranks,
+                       .sharers = ranks});
+}
+
+// Where mpirun has bound the processes to CPUs, those are this one's own.
+absl::StatusOr<std::unique_ptr<Backend>> MpiDevice(const GroupOptions& o) {
+  const MpirunPlace place = GetMpirunPlace();
+  return CreateDevice({.device = o.device,
+                       .threads = o.threads,
+                       .pin = o.pin,
+                       .gpu = place.rank,
+                       .place = place.bound ? 0 : place.rank,
+                       .places = place.bound ? 1 : place.size,
+                       .sharers = place.size});
+}
+
+Batch BatchOf(const GroupOptions& o) { return {o.max_rows, o.max_logit_rows, o.slots, o.blocks_per_slot}; }
+
+}  // namespace
+
+// A rank's part of everything.
+class ModelGroup::Rank {
+ public:
+  // All ranks come back with OK, or none.
+  static absl::StatusOr<std::unique_ptr<Rank>> Create(const GroupOptions& options, const OptConfig& config,
+                                                      std::unique_ptr<Communicator> group,
+                                                      absl::StatusOr<std::unique_ptr<Backend>> backend,
+                                                      const LoadProgress& progress);
+
+  absl::Status Follow();
+  absl::Status MakeModel(const PredictorData* data);
+
+  const GroupOptions options_;
+  const OptConfig config_;
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Communicator> communicator_;
+  LoadedModel loaded_;
+  KvCache kv_;
+  std::unique_ptr<Predictor> predictor_;
+  std::unique_ptr<OptModel> model_;
+  std::unique_ptr<StepChannel> channel_;
+  Hello hello_;                   // the group's
+  std::vector<int32_t> answers_;  // to a ping
+
+ private:
+  Rank(const GroupOptions& options, const OptConfig& config) : options_(options), config_(config) {}
+
+  absl::Status Join(std::unique_ptr<Communicator> group, absl::StatusOr<std::unique_ptr<Backend>> backend);
+  absl::Status Plan();
+  absl::Status Load(const LoadProgress& progress);
+};
+
+absl::StatusOr<std::unique_ptr<ModelGroup::Rank>> ModelGroup::Rank::Create(
+    const GroupOptions& options, const OptConfig& config, std::unique_ptr<Communicator> group,
+    absl::StatusOr<std::unique_ptr<Backend>> backend, const LoadProgress& progress) {
+  std::unique_ptr<Rank> rank(new Rank(options, config));
+  try {
+    RETURN_IF_ERROR(rank->Join(std::move(group), std::move(backend)));
+    RETURN_IF_ERROR(Agree(*rank->communicator_, rank->Plan(), &rank->hello_));
+    RETURN_IF_ERROR(Agree(*rank->communicator_, rank->Load(progress), &rank->hello_));
+  } catch (const std::exception& error) {
+    return absl::UnavailableError(error.what());
+  }
+  rank->answers_.resize(rank->communicator_->size());
+  // While rank 0 waits for one that is lost, the others wait for rank 0. It must be the first to give up, for it alone
+  // can name the one.
+  const double patience = rank->communicator_->rank() == 0 ? 1.0 : 1.25;
+  if (options.timeout_s > 0.0) rank->communicator_->SetLimit(patience * options.timeout_s);
+  return rank;
+}
+
+// The group's own way of adding up comes last: it may need all ranks to be there.
+absl::Status ModelGroup::Rank::Join(std::unique_ptr<Communicator> group,
+                                    absl::StatusOr<std::unique_ptr<Backend>> backend) {
+  RETURN_IF_ERROR(Agree(*group, backend.status(), &hello_));
+  backend_ = *std::move(backend);
+  absl::StatusOr<std::unique_ptr<Communicator>> joined = backend_->JoinGroup(std::move(group));
+  if (!joined.ok()) return joined.status();
+  communicator_ = *std::move(joined);
+  return absl::OkStatus();
+}
+
+absl::Status ModelGroup::Rank::Plan() {
+  ASSIGN_OR_RETURN(hello_.kv_blocks, options_.plan_kv_blocks(*backend_, communicator_->rank(), communicator_->size()));
+  return absl::OkStatus();
+}
+
+absl::Status ModelGroup::Rank::Load(const LoadProgress& progress) {
+  ModelOptions model = options_.model;
+  model.rank = communicator_->rank();
+  model.ranks = communicator_->size();
+  ASSIGN_OR_RETURN(loaded_, LoadModel(model, config_, *backend_, progress));
+  ASSIGN_OR_RETURN(kv_, KvCache::Create(*backend_, config_, hello_.kv_blocks, options_.block_tokens, options_.kv_dtype,
+                                        loaded_.shard.heads.count));
+  channel_ = std::make_unique<StepChannel>(*communicator_, BatchOf(options_), config_.layers, config_.context,
+                                           hello_.kv_blocks);
+  hello_.fingerprint = Fingerprint(absl::StrCat(loaded_.weights_hash, " ", Name(loaded_.weights.dtype())));
+  hello_.weight_bytes = loaded_.weights.bytes();
+  return MakeModel(loaded_.predictor.has_value() ? &*loaded_.predictor : nullptr);
+}
+
+absl::Status ModelGroup::Rank::MakeModel(const PredictorData* data) {
+  model_.reset();
+  predictor_.reset();
+  ASSIGN_OR_RETURN(predictor_,
+                   Predictor::Create(data, config_, loaded_.shard, *backend_, options_.max_rows, options_.max_audits));
+  ASSIGN_OR_RETURN(model_,
+                   OptModel::Create(config_, loaded_.shard, loaded_.weights, *backend_, *communicator_, *predictor_,
+                                    BatchOf(options_), options_.candidates > 0 ? options_.candidates : config_.vocab));
+  return absl::OkStatus();
+}
+
+absl::Status ModelGroup::Rank::Follow() {
+  Batch batch = BatchOf(options_);
+  StepCounts counts = predictor_->MakeCounts();
+  try {
+    while (true) {
+      ASSIGN_OR_RETURN(const StepChannel::Received received, channel_->Receive(&batch, predictor_.get()));
+      if (received.kind == StepKind::kStop) return absl::OkStatus();
+      if (received.kind == StepKind::kPing) {
+        const int32_t here = 1;
+        communicator_->Gather(nullptr, &here, sizeof here);
+        continue;
+      }
+      model_->Forward(batch, kv_, {.counts = received.wants_counts ? &counts : nullptr});
+    }
+  } catch (const std::exception& error) {
+    return absl::AbortedError(error.what());
+  }
+}
+
+// The ranks of this process but rank 0.
+class ModelGroup::Threads {
+ public:
+  // Each makes its backend, loads and follows, in a thread of its own.
+  Threads(const GroupOptions& options, const OptConfig& config, std::vector<std::unique_ptr<Communicator>> ranks) {
+    for (auto& communicator : ranks) {
+      threads_.emplace_back([options, config, group = std::move(communicator)]() mutable {
+        const int rank = group->rank();
+        GroupOptions own = options;
+        own.wrap_backend = nullptr;
+        auto made = Rank::Create(own, config, std::move(group), ThreadDevice(options, rank), nullptr);
+        if (!made.ok()) return;  // rank 0 knows, and says so
+        const absl::Status status = (*made)->Follow();
+        if (!status.ok()) spdlog::critical("rank {}: {}", rank, std::string(status.message()));
+      });
+    }
+  }
+  ~Threads() {
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+ private:
+  std::vector<std::thread> threads_;
+};
+
+absl::StatusOr<int> GroupSize(int ranks) {
+  if (ranks < 0) {
+    return absl::InvalidArgumentError(absl::StrCat("tensor_parallel is ", ranks, "; it must be at least 0"));
+  }
+  const int processes = UnderMpirun() ? MpirunSize() : 1;
+  if (ranks > 1 && processes > 1 && ranks != processes) {
+    return absl::InvalidArgumentError(absl::StrCat("tensor_parallel is ", ranks, " but mpirun started ", processes,
+                                                   " processes; each of them is a rank"));
+  }
+  return ranks == 0 ? processes : ranks;
+}
+
+absl::StatusOr<std::unique_ptr<ModelGroup>> ModelGroup::Create(const GroupOptions& options, const OptConfig& config,
+                                                               const LoadProgress& progress) {
+  ASSIGN_OR_RETURN(const int size, GroupSize(options.ranks));
+  std::unique_ptr<ModelGroup> group(new ModelGroup(options));
+  std::unique_ptr<Communicator> communicator;
+  absl::StatusOr<std::unique_ptr<Backend>> backend = absl::UnknownError("not made");
+  if (size > 1 && MpirunSize() > 1) {
+    ASSIGN_OR_RETURN(communicator, JoinMpiGroup(kPatient));
+    backend = MpiDevice(options);
+  } else if (size > 1) {
+    auto ranks = MakeThreadGroup(size, {.timeout_s = kForever});
+    communicator = std::move(ranks[0]);
+    ranks.erase(ranks.begin());
+    group->threads_ = std::make_unique<Threads>(options, config, std::move(ranks));
+    backend = ThreadDevice(options, 0);
+  } else {
+    communicator = SingleRank();
+    backend = ThreadDevice(options, 0);
+  }
+  if (backend.ok() && options.wrap_backend) backend = options.wrap_backend(*std::move(backend));
+  ASSIGN_OR_RETURN(group->rank_, Rank::Create(options, config, std::move(communicator), std::move(backend), progress));
+  group->kv_blocks_ = group->rank_->hello_.kv_blocks;
+  group->weight_bytes_ = group->rank_->hello_.weight_bytes;
+  return group;
+}
+
+absl::Status ModelGroup::Follow(const GroupOptions& options, const OptConfig& config,
+                                absl::FunctionRef<void()> on_loaded) {
+  ASSIGN_OR_RETURN(std::unique_ptr<Communicator> communicator, JoinMpiGroup(kPatient));
+  ASSIGN_OR_RETURN(const std::unique_ptr<Rank> rank,
+                   Rank::Create(options, config, std::move(communicator), MpiDevice(options), nullptr));
+  on_loaded();
+  return rank->Follow();
+}
+
+ModelGroup::ModelGroup(const GroupOptions& options) : options_(options) {}
+
+ModelGroup::~ModelGroup() {
+  if (rank_ == nullptr || ranks() == 1 || failed_) return;
+  try {
+    rank_->channel_->Send(StepKind::kStop);
+  } catch (const std::exception& error) {
+    spdlog::warn("the other ranks could not be told to stop: {}", error.what());
+  }
+}
+
+template <typename Call>
+auto ModelGroup::Guard(const Call& call) {
+  try {
+    return call();
+  } catch (...) {
+    failed_ = true;
+    throw;
+  }
+}
+
+uint64_t ModelGroup::Launch(const Batch& batch, const StepOutputs& out) {
+  return Guard([&] {
+    if (ranks() > 1) rank_->channel_->SendStep(batch, *rank_->predictor_, out.counts != nullptr);
+    return rank_->model_->Launch(batch, rank_->kv_, out);
+  });
+}
+
+void ModelGroup::Await(uint64_t mark, const Batch& batch, const StepOutputs& out) {
+  Guard([&] { rank_->model_->Await(mark, batch, out); });
+}
+
+void ModelGroup::Ping() {
+  if (ranks() == 1) return;
+  Guard([&] {
+    rank_->channel_->Send(StepKind::kPing);
+    const int32_t here = 1;
+    rank_->communicator_->Gather(rank_->answers_.data(), &here, sizeof here);
+  });
+}
+
+absl::Status ModelGroup::SetPredictor(const PredictorData* data) {
+  CHECK(ranks() == 1) << "the other ranks have the predictor that was loaded";
+  return rank_->MakeModel(data);
+}
+
+// A device that other ranks add to must have been told of them before it runs on.
+bool ModelGroup::RunsAhead() const { return ranks() == 1 && rank_->backend_->RunsAhead(); }
+
+void ModelGroup::DropPredictorData() { rank_->loaded_.predictor.reset(); }
+
+std::string ModelGroup::Description() const {
+  const std::string of_rank = rank_->backend_->Description();
+  return ranks() == 1 ? of_rank
+                      : absl::StrCat(ranks(), MpirunSize() > 1 ? " processes, each " : " ranks, each ", of_rank);
+}
+
+int ModelGroup::ranks() const { return rank_->communicator_->size(); }
+CommunicatorStats ModelGroup::communication() const { return rank_->communicator_->stats(); }
+Backend& ModelGroup::backend() { return *rank_->backend_; }
+Predictor& ModelGroup::predictor() { return *rank_->predictor_; }
+OptModel& ModelGroup::model() { return *rank_->model_; }
+const LoadedModel& ModelGroup::loaded() const { return rank_->loaded_; }
+
+}  // namespace dejavu

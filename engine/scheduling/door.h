@@ -1,0 +1,120 @@
+// Door: who may come in. Bounded queues, for everybody and for each tenant, and deadlines that can be met; and the
+// books of what became of every request. A state machine without a clock: the caller keeps it under a lock.
+#ifndef ENGINE_SCHEDULING_DOOR_H_
+#define ENGINE_SCHEDULING_DOOR_H_
+
+#include <array>
+#include <chrono>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "engine/request.h"
+#include "engine/scheduling/cost_model.h"
+
+namespace dejavu {
+
+enum class Refusal {
+  kInvalid,    // INVALID_ARGUMENT, FAILED_PRECONDITION: it can never run here
+  kQueueFull,  // RESOURCE_EXHAUSTED, as the next three
+  kQueueTokens,
+  kTenantRequests,
+  kTenantTokens,
+  kDeadlineInfeasible,  // DEADLINE_EXCEEDED
+  kDraining,            // UNAVAILABLE, as the next
+  kFailed,
+};
+inline constexpr int kRefusals = 8;
+const char* Name(Refusal refusal);  // "QUEUE_FULL"
+
+// What a refusal's status says beside its message.
+struct RefusalInfo {
+  std::string reason;
+  std::chrono::milliseconds retry_after{0};  // 0: trying again is of no use
+};
+std::optional<RefusalInfo> RefusalOf(const absl::Status& status);
+
+struct DoorOptions {
+  int32_t slots = 16;
+  int32_t prefill_chunk_tokens = 64;
+  int64_t max_waiting_requests = 256;  // of these three quarters for BATCH
+  int64_t max_waiting_tokens = 0;      // of prompts; 0: no limit, as in the next two
+  int64_t tenant_max_waiting_requests = 0;
+  int64_t tenant_max_waiting_tokens = 0;
+  // A request is refused when the predicted time is more than so many times what its deadline leaves. 0: never.
+  double deadline_slack = 1.0;
+};
+
+// received = finished + refused + cancelled + failed + live, always.
+struct Account {
+  int64_t received = 0;
+  int64_t finished = 0;
+  int64_t cancelled = 0;  // by the client, or its deadline
+  int64_t failed = 0;
+  int64_t live = 0;
+  std::array<int64_t, kRefusals> refused = {};
+
+  int64_t refused_total() const;
+};
+
+// From its arrival.
+struct Expectation {
+  double first_token_ms = 0.0;
+  double token_ms = 0.0;  // each further one
+};
+
+class Door {
+ public:
+  explicit Door(const DoorOptions& options) : options_(options) {}
+
+  // Each request goes through exactly one of these first. What it is expected to take goes to `expected`, if not null.
+  // Several samples of one prompt come in together or not at all.
+  absl::Status Admit(const Request& request, SteadyTime now, Expectation* expected = nullptr, int samples = 1);
+  absl::Status Refuse(Refusal refusal, absl::Status status, std::chrono::milliseconds retry_after, int samples = 1);
+
+  // It left the queue to run; it came back; it ended, from the queue or not.
+  void Scheduled(const Request& request);
+  void Requeued(const Request& request);
+  void Ended(const Request& request, FinishReason reason, bool waiting);
+  // How it went: after `ms` it had `tokens`. Predictions learn from it to be kept nine times in ten.
+  void NoteOutcome(const Expectation& expected, double ms, int32_t tokens);
+
+  // What predictions are made of: the costs, how many run and how many steps the first of them still needs.
+  void SetLoad(const CostParameters& costs, bool learned, Tier dearest, int32_t running, int64_t first_free_steps);
+
+  Expectation Predict(const Request& request, int samples = 1) const;
+  // From now to the last token.
+  double PredictMs(const Request& request, int samples = 1) const;
+
+  const Account& account() const { return account_; }
+  int64_t waiting() const { return waiting_; }
+  int64_t waiting(Urgency urgency) const { return waiting_of_[static_cast<size_t>(urgency)]; }
+  int64_t waiting_prompt_tokens() const { return waiting_prompt_tokens_; }
+
+ private:
+  struct Queued {
+    int64_t requests = 0, tokens = 0;
+  };
+  std::chrono::milliseconds RetryAfter() const;
+  double StepMs(int32_t rows, Tier tier) const;
+  void Move(const Request& request, int count);
+
+  const DoorOptions options_;
+  Account account_;
+  int64_t waiting_ = 0, waiting_prompt_tokens_ = 0;
+  std::array<int64_t, kUrgencies> waiting_of_ = {}, waiting_prompt_ = {}, waiting_output_ = {};
+  absl::flat_hash_map<std::string, Queued> tenants_;  // those that have something in the queue
+
+  double margin_ = 1.0;  // what predictions are multiplied by
+  CostParameters costs_;
+  bool learned_ = false;
+  Tier dearest_ = Tier::kFast;
+  int32_t running_ = 0;
+  int64_t first_free_steps_ = 0;
+};
+
+}  // namespace dejavu
+
+#endif  // ENGINE_SCHEDULING_DOOR_H_

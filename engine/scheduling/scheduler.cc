@@ -1,0 +1,375 @@
+#include "engine/scheduling/scheduler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <utility>
+
+#include "kernels/base/check.h"
+
+namespace dejavu {
+namespace {
+
+constexpr double kOutputCost = 2.0;    // of a generated token against one of a prompt, for fairness
+constexpr size_t kManyTenants = 1024;  // then those without requests are forgotten
+constexpr size_t kNobody = std::numeric_limits<size_t>::max();
+
+int Index(Urgency urgency) { return static_cast<int>(urgency); }
+
+}  // namespace
+
+Scheduler::Scheduler(BlockPool& pool, const SchedulerOptions& options, CostModel costs)
+    : pool_(pool), options_(options), costs_(std::move(costs)) {
+  for (int32_t slot = options.slots - 1; slot >= 0; --slot) free_slots_.push_back(slot);
+  running_.reserve(options.slots);
+  admitted_.reserve(options.slots);
+  preempted_.reserve(options.slots);
+}
+
+void Scheduler::Enqueue(std::unique_ptr<Sequence> sequence) {
+  Sequence& s = *sequence;
+  CHECK(pool_.BlocksFor(s.max_tokens()) <= pool_.total()) << s.max_tokens() << " tokens can never fit";
+  s.turn = ++turns_;
+  s.tenant = TenantOf(s);
+  Tenant& tenant = tenants_[s.tenant];
+  const int u = Index(s.request.urgency);
+  // Who was idle starts level with the others: the past earns no credit.
+  if (tenant.active[u] == 0) {
+    double least = std::numeric_limits<double>::infinity();
+    for (const Tenant& other : tenants_) {
+      if (other.active[u] > 0) least = std::min(least, other.served[u]);
+    }
+    if (least < std::numeric_limits<double>::infinity()) tenant.served[u] = std::max(tenant.served[u], least);
+  }
+  ++tenant.live;
+  ++tenant.active[u];
+  waiting_.push_back(std::move(sequence));
+  nothing_fits_ = false;
+}
+
+int32_t Scheduler::TenantOf(const Sequence& s) {
+  const std::string& name = s.request.tenant;
+  if (const auto known = tenant_ids_.find(name); known != tenant_ids_.end()) return known->second;
+  if (tenant_ids_.size() >= kManyTenants) {
+    for (size_t i = 0; i < tenants_.size(); ++i) {
+      if (tenants_[i].live == 0) tenant_ids_.erase(tenants_[i].name);
+    }
+  }
+  // The place of a forgotten one, or a new one.
+  size_t place = 0;
+  while (place < tenants_.size() && tenant_ids_.contains(tenants_[place].name)) ++place;
+  if (place == tenants_.size()) tenants_.emplace_back();
+  tenants_[place] = Tenant{};
+  tenants_[place].name = name;
+  for (const auto& [who, weight] : options_.tenant_weights) {
+    if (who == name) tenants_[place].weight = weight;
+  }
+  tenant_ids_.emplace(name, static_cast<int32_t>(place));
+  return static_cast<int32_t>(place);
+}
+
+void Scheduler::Charge(const Sequence& s, double tokens) {
+  Tenant& tenant = tenants_[s.tenant];
+  tenant.served[Index(s.request.urgency)] += tokens / tenant.weight;
+}
+
+double Scheduler::served(const std::string& tenant, Urgency urgency) const {
+  const auto known = tenant_ids_.find(tenant);
+  return known == tenant_ids_.end() ? 0.0 : tenants_[known->second].served[Index(urgency)];
+}
+
+void Scheduler::Plan(SteadyTime now, Batch& batch) {
+  admitted_.clear();
+  preempted_.clear();
+  NoteOthers(now);
+  Admit(now, batch);
+  batch.Clear();
+  shape_ = StepShape{Tier::kFast, 0, 0, 0};
+  for (const auto& s : running_) s->step_rows = s->step_logits = 0;
+  if (options_.overcommit) GrowAll(batch);
+  for (const auto& s : running_) {
+    if (!s->decodes()) continue;
+    AddRows(*s, 1, batch);
+    ++shape_.decode_rows;
+    shape_.context_tokens += s->computed;
+    shape_.tier = std::min(shape_.tier, s->request.sparsity.tier);
+  }
+  const StepShape decoding = shape_;
+  int32_t score_rows_left = options_.score_rows;
+  for (int u = 0; u < kUrgencies; ++u) {
+    const int32_t in_all = PrefillBudget(decoding, static_cast<Urgency>(u), batch.rows_left() + shape_.prefill_rows);
+    int32_t budget = std::max(0, in_all - shape_.prefill_rows);  // the more urgent may have had more than this one may
+    for (const auto& s : running_) {
+      if (s->decodes() || Index(s->request.urgency) != u) continue;
+      int32_t rows =
+          std::min({s->prefill_tokens - s->computed, options_.prefill_chunk_tokens, batch.rows_left(), budget});
+      if (s->request.score) {
+        rows = std::min(rows, score_rows_left);
+        score_rows_left -= rows;
+      }
+      if (rows <= 0) continue;
+      AddRows(*s, rows, batch);
+      budget -= rows;
+      shape_.prefill_rows += rows;
+      shape_.tier = std::min({shape_.tier, s->request.sparsity.tier, Tier::kExact});
+    }
+  }
+}
+
+bool Scheduler::PlanAhead(Batch& batch) {
+  const bool may_admit = !waiting_.empty() && !free_slots_.empty() && !nothing_fits_;
+  if (may_admit || shape_.prefill_rows > 0 || batch.decode_rows != static_cast<int32_t>(running_.size())) return false;
+  for (const auto& s : running_) {
+    const bool room = pool_.BlocksFor(s->computed + 2) <= static_cast<int32_t>(s->blocks.size());
+    if (s->step_rows != 1 || s->generated_tokens() + 1 >= s->request.max_new_tokens || !room) return false;
+  }
+  for (int32_t& position : batch.positions) ++position;
+  batch.follows_draws = true;
+  shape_.context_tokens += shape_.decode_rows;
+  return true;
+}
+
+// Of `all`, the prompt rows that leave the step within the target of the rows that decode and are as urgent. Where
+// there are none, or nothing is known, nothing limits them.
+int32_t Scheduler::PrefillBudget(const StepShape& decoding, Urgency urgency, int32_t all) const {
+  if (!costs_.learned()) return all;
+  const double without_ms = costs_.Predict(decoding);
+  const double usual_ms = options_.inter_token_target_ms > 0.0 ? options_.inter_token_target_ms
+                                                               : without_ms * (1.0 + options_.prefill_share);
+  double target_ms = std::numeric_limits<double>::infinity();
+  for (const auto& s : running_) {
+    if (!s->decodes() || s->request.urgency > urgency) continue;
+    const double own_ms = s->request.inter_token_target_ms;
+    target_ms = std::min(target_ms, own_ms > 0.0 ? own_ms : usual_ms);
+  }
+  if (target_ms == std::numeric_limits<double>::infinity()) return all;
+  // A prompt makes the others' tier EXACT at best.
+  StepShape with = decoding;
+  with.tier = std::min(with.tier, Tier::kExact);
+  const double left_ms = target_ms - costs_.Predict(with);
+  const double per_token_ms = costs_.parameters().prefill_token_ms;
+  const double rows = per_token_ms > 0.0 ? left_ms / per_token_ms : all;
+  return static_cast<int32_t>(std::clamp<double>(rows, std::min(all, options_.least_prefill_tokens), all));
+}
+
+// How many at once, lately, were not BATCH: so many slots are kept for them.
+void Scheduler::NoteOthers(SteadyTime now) {
+  constexpr double kMemoryS = 30.0;
+  const double passed_s = std::chrono::duration<double>(now - noted_).count();
+  noted_ = now;
+  int32_t others = 0;
+  for (const Tenant& tenant : tenants_) others += tenant.active[0] + tenant.active[1];
+  others_ = std::max<double>(others, others_ * std::exp(-std::max(0.0, passed_s) / kMemoryS));
+}
+
+void Scheduler::Admit(SteadyTime now, Batch& batch) {
+  while (!waiting_.empty() && !free_slots_.empty() && !nothing_fits_) {
+    bool aged = false;
+    const size_t next = Next(now, &aged);
+    if (next == kNobody) return;
+    Sequence& s = *waiting_[next];
+    if (!TakeBlocks(s)) {
+      nothing_fits_ = true;
+      return;
+    }
+    since_aged_ = aged ? 0 : since_aged_ + 1;
+    s.slot = free_slots_.back();
+    free_slots_.pop_back();
+    s.admission = ++admissions_;
+    ++running_of_[Index(s.request.urgency)];
+    SetBlocks(s, batch);
+    admitted_.push_back(&s);
+    running_.push_back(std::move(waiting_[next]));
+    waiting_.erase(waiting_.begin() + static_cast<ptrdiff_t>(next));
+  }
+}
+
+// The place in waiting_ of who is admitted next.
+size_t Scheduler::Next(SteadyTime now, bool* aged) {
+  dearest_ = Tier::kFast;
+  for (const auto& s : running_) dearest_ = std::min(dearest_, s->request.sparsity.tier);
+  if (running_.empty()) dearest_ = Tier::kDense;
+  const auto old =
+      now - std::chrono::duration_cast<SteadyTime::duration>(std::chrono::duration<double>(options_.ageing_s));
+  size_t best = kNobody, oldest = kNobody;
+  for (size_t i = 0; i < waiting_.size(); ++i) {
+    const Sequence& s = *waiting_[i];
+    if (!MayRun(s)) continue;
+    if (best == kNobody || Before(s, *waiting_[best])) best = i;
+    if (s.arrival <= old && (oldest == kNobody || s.turn < waiting_[oldest]->turn)) oldest = i;
+  }
+  *aged = oldest != kNobody && (oldest == best || since_aged_ + 1 >= kAgedTurn);
+  return *aged ? oldest : best;
+}
+
+bool Scheduler::Before(const Sequence& a, const Sequence& b) const {
+  if (a.request.urgency != b.request.urgency) return a.request.urgency < b.request.urgency;
+  if (a.tenant != b.tenant) {
+    const int u = Index(a.request.urgency);
+    const double of_a = tenants_[a.tenant].served[u], of_b = tenants_[b.tenant].served[u];
+    if (of_a != of_b) return of_a < of_b;
+    return a.turn < b.turn;
+  }
+  // Who reads no more than the others read already costs them nothing.
+  const auto costs_others = [&](const Sequence& s) { return s.request.sparsity.tier < dearest_; };
+  return std::make_tuple(-int64_t{a.request.priority}, a.request.deadline, costs_others(a), a.turn) <
+         std::make_tuple(-int64_t{b.request.priority}, b.request.deadline, costs_others(b), b.turn);
+}
+
+bool Scheduler::MayRun(const Sequence& s) const {
+  if (s.request.urgency == Urgency::kBatch) {
+    const int32_t reserved =
+        std::clamp(static_cast<int32_t>(std::ceil(others_)) + 1, options_.slots / 4, options_.slots * 3 / 4);
+    if (running_of_[Index(Urgency::kBatch)] >= options_.slots - reserved) return false;
+  }
+  // The first block that nobody has computed: somebody as urgent may be about to.
+  const size_t sharable = Sharable(s);
+  size_t known = 0;
+  while (known < sharable && pool_.Known(s.keys[known])) ++known;
+  const int32_t promised = known < sharable ? pool_.Promised(s.keys[known]) : -1;
+  if (promised < 0) return true;
+  return std::none_of(running_.begin(), running_.end(), [&](const auto& r) {
+    return r->request.urgency <= s.request.urgency &&
+           std::find(r->blocks.begin(), r->blocks.end(), promised) != r->blocks.end();
+  });
+}
+
+// Blocks of its prompt that others may have computed. The last token is always computed anew: its logits are wanted.
+size_t Scheduler::Sharable(const Sequence& s) const {
+  return std::min<size_t>(s.keys.size(), (s.prompt_tokens() - 1) / pool_.block_tokens());
+}
+
+bool Scheduler::TakeBlocks(Sequence& s) {
+  const int32_t tokens = static_cast<int32_t>(s.tokens.size());
+  const int32_t wanted = pool_.BlocksFor(options_.overcommit ? tokens + 1 : s.max_tokens());
+  const size_t sharable = Sharable(s);
+  // What runs will want to grow before this one has to go again.
+  const int32_t growth = options_.overcommit ? static_cast<int32_t>(running_.size()) : 0;
+  s.blocks.resize(wanted);
+  const int32_t shared = pool_.Share(absl::MakeSpan(s.keys).first(sharable), absl::MakeSpan(s.blocks));
+  if (pool_.free() < wanted - shared + growth || !pool_.Take(absl::MakeSpan(s.blocks).subspan(shared))) {
+    pool_.Give(absl::MakeSpan(s.blocks).first(shared));
+    s.blocks.clear();
+    return false;
+  }
+  for (size_t i = shared; i < s.keys.size(); ++i) pool_.Promise(s.keys[i], s.blocks[i]);
+  s.kept_blocks = shared;
+  s.computed = shared * pool_.block_tokens();
+  s.prefill_tokens = tokens;
+  s.finish.cached_prompt_tokens = std::max(s.finish.cached_prompt_tokens, s.computed);
+  return true;
+}
+
+// A block for the next position of each sequence that decodes. Where none is left the youngest of the least urgent
+// goes, perhaps the one that asks.
+void Scheduler::GrowAll(Batch& batch) {
+  for (size_t i = 0; i < running_.size();) {
+    Sequence& s = *running_[i];
+    int32_t block;
+    if (!s.decodes() || pool_.BlocksFor(s.computed + 1) <= static_cast<int32_t>(s.blocks.size())) {
+      ++i;
+    } else if (pool_.Take(absl::MakeSpan(&block, 1))) {
+      s.blocks.push_back(block);
+      SetBlocks(s, batch);
+      ++i;
+    } else {
+      const auto least = std::max_element(running_.begin(), running_.end(), [](const auto& a, const auto& b) {
+        return std::make_pair(a->request.urgency, a->admission) < std::make_pair(b->request.urgency, b->admission);
+      });
+      Preempt(**least);
+      i = 0;  // places have changed, and who has its block keeps it
+    }
+  }
+}
+
+// Back to the queue, where it keeps its turn.
+void Scheduler::Preempt(Sequence& s) {
+  const auto it = std::find_if(running_.begin(), running_.end(), [&](const auto& other) { return other.get() == &s; });
+  std::unique_ptr<Sequence> moved = std::move(*it);
+  running_.erase(it);
+  Release(s);
+  s.computed = 0;
+  ++s.preemptions;
+  preempted_.push_back(&s);
+  const auto place = std::upper_bound(waiting_.begin(), waiting_.end(), s.turn,
+                                      [](uint64_t turn, const auto& other) { return turn < other->turn; });
+  waiting_.insert(place, std::move(moved));
+}
+
+void Scheduler::SetBlocks(const Sequence& s, Batch& batch) const {
+  std::copy(s.blocks.begin(), s.blocks.end(),
+            batch.block_table.begin() + static_cast<ptrdiff_t>(s.slot) * batch.blocks_per_slot);
+}
+
+// The next `rows` uncomputed tokens of the sequence. Logits are wanted after its last token, or, to score, after each.
+void Scheduler::AddRows(Sequence& s, int32_t rows, Batch& batch) {
+  s.step_rows = rows;
+  s.first_row = batch.rows();
+  s.first_logit = static_cast<int32_t>(batch.logit_rows.size());
+  for (int32_t i = 0; i < rows; ++i) {
+    const int32_t position = s.computed + i;
+    const bool last = position + 1 == static_cast<int32_t>(s.tokens.size());
+    const bool wants_logits = last || s.request.score;
+    if (s.decodes()) {
+      batch.AddDecodeRow(s.slot, position, s.tokens[position], wants_logits, s.request.sparsity);
+    } else {
+      batch.AddRow(s.slot, position, s.tokens[position], wants_logits, std::min(s.request.sparsity.tier, Tier::kExact));
+    }
+    s.step_logits += wants_logits;
+  }
+}
+
+void Scheduler::NoteStep(double ms) {
+  if (shape_.decode_rows + shape_.prefill_rows > 0) costs_.Observe(shape_, ms);
+  for (const auto& s : running_) {
+    if (s->step_rows == 0) continue;
+    Charge(*s, s->decodes() ? kOutputCost : s->step_rows);
+    s->computed += s->step_rows;
+    const auto full = std::min<int32_t>(static_cast<int32_t>(s->keys.size()), s->computed / pool_.block_tokens());
+    if (full > s->kept_blocks) nothing_fits_ = false;  // who waited for this prefix may go on
+    for (; s->kept_blocks < full; ++s->kept_blocks) pool_.Keep(s->blocks[s->kept_blocks]);
+  }
+}
+
+void Scheduler::TellDoor(Door& door) const {
+  Tier dearest = Tier::kFast;
+  int64_t first_free = running_.empty() ? 0 : std::numeric_limits<int64_t>::max();
+  for (const auto& s : running_) {
+    dearest = std::min(dearest, s->request.sparsity.tier);
+    first_free = std::min<int64_t>(first_free, s->request.max_new_tokens - s->generated_tokens());
+  }
+  door.SetLoad(costs_.parameters(), costs_.learned(), dearest, static_cast<int32_t>(running_.size()), first_free);
+}
+
+// A prefix may have been computed in part; what is not is withdrawn by the pool.
+void Scheduler::Release(Sequence& s) {
+  free_slots_.push_back(s.slot);
+  s.slot = -1;
+  pool_.Give(s.blocks);
+  s.blocks.clear();
+  --running_of_[Index(s.request.urgency)];
+  nothing_fits_ = false;
+}
+
+std::unique_ptr<Sequence> Scheduler::Remove(const Sequence& sequence) {
+  const auto is_it = [&](const std::unique_ptr<Sequence>& s) { return s.get() == &sequence; };
+  std::unique_ptr<Sequence> removed;
+  if (auto it = std::find_if(running_.begin(), running_.end(), is_it); it != running_.end()) {
+    removed = std::move(*it);
+    running_.erase(it);
+    Release(*removed);
+  } else {
+    auto waiting = std::find_if(waiting_.begin(), waiting_.end(), is_it);
+    CHECK(waiting != waiting_.end()) << "sequence " << sequence.id << " is not here";
+    removed = std::move(*waiting);
+    waiting_.erase(waiting);
+    nothing_fits_ = false;
+  }
+  Tenant& tenant = tenants_[removed->tenant];
+  --tenant.live;
+  --tenant.active[Index(removed->request.urgency)];
+  return removed;
+}
+
+}  // namespace dejavu

@@ -1,0 +1,136 @@
+// Scheduler: which sequences run and what each contributes to the next step. A state machine: events go in with the
+// time at which they happen, a batch comes out. No threads, no device, no clock of its own. Engine thread only.
+//
+// Who comes next, when a slot and the KV blocks are free:
+//   1. the urgency: INTERACTIVE before NORMAL before BATCH;
+//   2. the tenant that has been served least for its weight (virtual token counters: Sheng et al., Fairness in Serving
+//      Large Language Models, OSDI 2024), each urgency by itself;
+//   3. within a tenant the priority, then the earliest deadline, then tiers that read no more than what runs reads
+//      already, then the order of arrival.
+// Nothing starves: who has waited longer than `ageing_s` is old, and one admission in kAgedTurn goes to the oldest of
+// those. BATCH leaves slots for as many others as there were at once lately. A sequence whose prefix another one is
+// computing waits for it, and shares it.
+//
+// By default a sequence is admitted when all the blocks that it can ever need are free, so nothing that runs is ever
+// evicted. With `overcommit` it takes blocks as it grows, and where none is left the youngest of the least urgent goes
+// back to the queue and is computed again.
+#ifndef ENGINE_SCHEDULING_SCHEDULER_H_
+#define ENGINE_SCHEDULING_SCHEDULER_H_
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "engine/model/batch.h"
+#include "engine/scheduling/block_pool.h"
+#include "engine/scheduling/cost_model.h"
+#include "engine/scheduling/door.h"
+#include "engine/scheduling/sequence.h"
+
+namespace dejavu {
+
+struct SchedulerOptions {
+  int32_t slots = 16;
+  int32_t prefill_chunk_tokens = 64;  // prompt tokens of one sequence in a step, at most
+  int32_t least_prefill_tokens = 8;   // of all sequences in a step, at least, whatever the target says
+  int32_t score_rows = 64;            // prompt positions that may ask for logits in one step, all sequences together
+  // What prompts may add to a step while others decode: up to the tightest target between two tokens. Where neither
+  // requests nor this option name one (0), that share of the step without prompts.
+  double inter_token_target_ms = 0.0;
+  double prefill_share = 0.75;
+  double ageing_s = 10.0;
+  bool overcommit = false;
+  std::vector<std::pair<std::string, double>> tenant_weights;  // 1 for those that it does not name
+};
+
+class Scheduler {
+ public:
+  static constexpr int kAgedTurn = 8;
+
+  Scheduler(BlockPool& pool, const SchedulerOptions& options, CostModel costs = CostModel());
+
+  // `arrival` and `keys` are set; the sequence fits the pool.
+  void Enqueue(std::unique_ptr<Sequence> sequence);
+
+  // Admits what fits and fills `batch` and each running sequence's step_* fields: one row for everything that decodes,
+  // then prompts in chunks, the most urgent first, as far as the target allows.
+  void Plan(SteadyTime now, Batch& batch);
+  // Turns `batch`, the last plan, which is being computed, into the step that follows it: the same rows, each a token
+  // further, whatever that token is. False, and `batch` as it was, where somebody's last token is on its way or Plan
+  // might have another idea. NoteStep is called for each of them, Plan when both are done.
+  bool PlanAhead(Batch& batch);
+  // Since when Plan has last begun; valid until something is removed.
+  const std::vector<Sequence*>& admitted() const { return admitted_; }
+  const std::vector<Sequence*>& preempted() const { return preempted_; }
+
+  // The planned step has been computed; sequences have their next tokens.
+  void NoteStep(double ms);
+
+  // Takes a sequence out, wherever it is, and frees its slot and blocks.
+  std::unique_ptr<Sequence> Remove(const Sequence& sequence);
+
+  // In order of admission, and of arrival. Remove and Plan change them.
+  const std::vector<std::unique_ptr<Sequence>>& running() const { return running_; }
+  const std::vector<std::unique_ptr<Sequence>>& waiting() const { return waiting_; }
+
+  // What predictions at the door are made of.
+  void TellDoor(Door& door) const;
+
+  // A step that was not planned here, such as one to warm up.
+  void Learn(const StepShape& shape, double ms) { costs_.Observe(shape, ms); }
+  const CostModel& costs() const { return costs_; }
+  const StepShape& shape() const { return shape_; }  // of the last Plan
+  // Tokens served, weighted as fairness counts them, to a tenant that is known; for tests and reports.
+  double served(const std::string& tenant, Urgency urgency) const;
+
+ private:
+  struct Tenant {
+    std::string name;
+    double weight = 1.0;
+    int32_t live = 0;
+    std::array<double, kUrgencies> served = {};  // tokens / weight
+    std::array<int32_t, kUrgencies> active = {};
+  };
+
+  int32_t TenantOf(const Sequence& s);
+  void Charge(const Sequence& s, double tokens);
+  void Admit(SteadyTime now, Batch& batch);
+  size_t Next(SteadyTime now, bool* aged);
+  bool Before(const Sequence& a, const Sequence& b) const;
+  bool MayRun(const Sequence& s) const;
+  bool TakeBlocks(Sequence& s);
+  size_t Sharable(const Sequence& s) const;
+  void GrowAll(Batch& batch);
+  void Preempt(Sequence& s);
+  int32_t PrefillBudget(const StepShape& decoding, Urgency urgency, int32_t all) const;
+  void NoteOthers(SteadyTime now);
+  void AddRows(Sequence& s, int32_t rows, Batch& batch);
+  void SetBlocks(const Sequence& s, Batch& batch) const;
+  void Release(Sequence& s);
+
+  BlockPool& pool_;
+  const SchedulerOptions options_;
+  CostModel costs_;
+  std::vector<int32_t> free_slots_;  // a stack
+  std::vector<std::unique_ptr<Sequence>> running_;
+  std::vector<std::unique_ptr<Sequence>> waiting_;
+  std::vector<Sequence*> admitted_, preempted_;
+  std::vector<Tenant> tenants_;
+  absl::flat_hash_map<std::string, int32_t> tenant_ids_;
+  std::array<int32_t, kUrgencies> running_of_ = {};
+  Tier dearest_ = Tier::kDense;  // of those that run, when somebody is chosen
+  double others_ = 0.0;          // the most that were not BATCH at once, fading
+  SteadyTime noted_;
+  int since_aged_ = 0;  // admissions that went before an old one
+  uint64_t turns_ = 0, admissions_ = 0;
+  bool nothing_fits_ = false;  // nor will it until something arrives or leaves
+  StepShape shape_;
+};
+
+}  // namespace dejavu
+
+#endif  // ENGINE_SCHEDULING_SCHEDULER_H_

@@ -1,0 +1,78 @@
+// Sequence: one request on its way through the engine. Engine thread only, once it has been submitted.
+#ifndef ENGINE_SCHEDULING_SEQUENCE_H_
+#define ENGINE_SCHEDULING_SEQUENCE_H_
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "engine/request.h"
+#include "engine/scheduling/block_pool.h"
+#include "engine/scheduling/door.h"
+
+namespace dejavu {
+
+// What the decode rows of a request added up to, over all layers.
+struct SparsitySums {
+  int64_t tokens = 0, selected = 0, active = 0, heads = 0;
+  int64_t union_rows = 0;  // weight rows, up and down, that the steps read
+  int64_t fallback_layers = 0;
+  int64_t shadow_tokens = 0, shadow_agreements = 0;
+  double shadow_kl_nats = 0.0;
+  double shadow_selected = 0.0, shadow_active = 0.0, shadow_hits = 0.0, shadow_mass = 0.0, shadow_missed_mass = 0.0;
+};
+
+struct Sequence {
+  Sequence(Request request, std::shared_ptr<TokenSink> sink)
+      : request(std::move(request)), sink(std::move(sink)), tokens(this->request.prompt) {
+    tokens.reserve(static_cast<size_t>(max_tokens()));
+    prefill_tokens = prompt_tokens();
+  }
+
+  // Constant after construction.
+  const Request request;
+  const std::shared_ptr<TokenSink> sink;
+
+  uint64_t id = 0;              // set once, before anybody else knows the sequence
+  std::vector<int32_t> tokens;  // prompt, then output
+  int32_t computed = 0;         // tokens whose keys and values are in the cache
+  int32_t prefill_tokens = 0;   // tokens that it had when it was admitted: computed in chunks, as a prompt is
+
+  // The scheduler's.
+  SteadyTime arrival;
+  uint64_t turn = 0;  // order of arrival
+  int32_t tenant = -1;
+  int32_t slot = -1;            // line of the block table; -1 while waiting
+  std::vector<int32_t> blocks;  // of its tokens so far, or of max_tokens()
+  std::vector<BlockKey> keys;   // of the full blocks of the prompt; empty: they are not shared
+  int32_t kept_blocks = 0;      // blocks that others may find by their key
+  uint64_t admission = 0;       // order of admission
+  int32_t preemptions = 0;
+
+  // This step.
+  int32_t step_rows = 0;  // rows that the batch holds for it, from first_row on
+  int32_t first_row = 0;
+  int32_t step_logits = 0;  // of those, how many want logits: the last ones
+  int32_t first_logit = 0;  // their first row among the batch's logits
+
+  // `score`: what the distribution at the last computed position says of the next prompt token.
+  float next_logprob = 0.0f;
+  int32_t next_rank = 0;
+
+  Expectation expected;  // the door's
+  SparsitySums sparsity;
+  SteadyTime last_token;
+  int64_t last_token_step = 0;
+  Finish finish;
+
+  int32_t prompt_tokens() const { return static_cast<int32_t>(request.prompt.size()); }
+  int32_t generated_tokens() const { return static_cast<int32_t>(tokens.size()) - prompt_tokens(); }
+  bool decodes() const { return computed >= prefill_tokens; }
+  int32_t uncomputed() const { return static_cast<int32_t>(tokens.size()) - computed; }
+  int64_t max_tokens() const { return int64_t{prompt_tokens()} + request.max_new_tokens; }
+};
+
+}  // namespace dejavu
+
+#endif  // ENGINE_SCHEDULING_SEQUENCE_H_

@@ -1,0 +1,89 @@
+// SparsityControl: what the engine does about sparsity around a step. It picks the rows that are computed a second
+// time, densely, adds up what each request and each layer read, and switches layers to EXACT where shadow checks fail.
+// Engine thread only, but for stats().
+#ifndef ENGINE_SERVING_SPARSITY_CONTROL_H_
+#define ENGINE_SERVING_SPARSITY_CONTROL_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "engine/model/batch.h"
+#include "engine/model/predictor.h"
+#include "engine/model/weight_bytes.h"
+#include "engine/scheduling/sequence.h"
+#include "engine/serving/metrics.h"
+#include "engine/serving/shadow_monitor.h"
+
+namespace dejavu {
+
+// KL(p || q) in nats and whether both have the same most likely entry, for the softmax of two rows of logits.
+struct LogitsComparison {
+  double kl_nats = 0.0;
+  bool same_top = false;
+};
+LogitsComparison CompareLogits(const float* p, const float* q, int32_t count);
+
+class SparsityControl {
+ public:
+  // `data` may be nullptr. With `fall_back` false, failed shadow checks change nothing. What is counted goes to
+  // `metrics`, too, but with `count` false what every step would add; `weights` says how many bytes that is. All but
+  // `data` must outlive the control.
+  SparsityControl(const OptConfig& config, const PredictorData* data, const OptWeights& weights, Predictor& predictor,
+                  bool fall_back, EngineMetrics& metrics);
+
+  // Marks the rows of `batch` that are to be compared in this step and puts them, DENSE, into `shadow`. The dense step
+  // comes first: the keys and values that it writes are then overwritten by the real one.
+  void PlanShadow(const std::vector<std::unique_ptr<Sequence>>& running, Batch& batch, Batch& shadow) const;
+
+  // Whether PlanShadow would mark a row of the step after the one that is planned.
+  bool ShadowFollows(const std::vector<std::unique_ptr<Sequence>>& running) const;
+
+  // After the step; `logits` are the real ones, `shadow_logits` those of the rows of `shadow`.
+  void NoteStep(const std::vector<std::unique_ptr<Sequence>>& running, const Batch& batch, const StepCounts& counts,
+                const float* logits, const float* shadow_logits);
+
+  // After the predictor was reloaded with `data`: no layer has fallen back.
+  void Reset(const PredictorData& data);
+
+  SparsityReport Report(const Sequence& sequence) const;
+  // Bytes of weights that the last step with decode rows read, on all ranks; 0 of other steps.
+  int64_t step_bytes() const { return step_bytes_; }
+
+  // Any thread.
+  SparsityStats stats() const;
+
+ private:
+  struct LayerCounters {
+    Counter<int64_t> steps, union_selected, union_active, rows, selected, active, heads;
+    Counter<int64_t> shadow_rows, shadow_selected, shadow_active, shadow_hits, fallbacks, recoveries;
+    Counter<double> shadow_mass, shadow_missed_mass;
+    std::atomic<uint32_t> exact_tiers{0};  // bit t: tier t runs EXACT here for now
+  };
+
+  static bool WantsShadow(const Sequence& sequence, int32_t generated_tokens);
+  void NoteRow(Sequence& sequence, int32_t row, const Batch& batch, const StepCounts& counts);
+  void NoteUnion(const Batch& batch, const StepCounts& counts);
+  void NoteBytes(const Batch& batch, const StepCounts& counts);
+  void NoteAudit(Sequence& sequence, int32_t audit, const StepCounts& counts);
+  void Change(ShadowMonitor::Change change, Tier tier, int32_t layer);
+
+  const OptConfig& config_;
+  Predictor& predictor_;
+  EngineMetrics& metrics_;
+  const LayerBytes layer_bytes_;  // of one layer of rank 0: all layers have one shape
+  const int64_t head_bytes_, embedding_bytes_;
+  int64_t step_bytes_ = 0;
+  const bool fall_back_;
+  ShadowMonitor monitor_;
+  std::vector<LayerCounters> layers_;
+  Counter<int64_t> shadow_tokens_, shadow_agreements_;
+  Counter<double> shadow_kl_;
+  Counter<int64_t> group_steps_;
+  Counter<double> imbalance_;
+};
+
+}  // namespace dejavu
+
+#endif  // ENGINE_SERVING_SPARSITY_CONTROL_H_

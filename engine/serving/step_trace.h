@@ -1,0 +1,122 @@
+// StepTrace: what the last steps and the slowest tokens were made of. The engine thread writes fixed arrays, without
+// locks or allocation; any thread reads.
+#ifndef ENGINE_SERVING_STEP_TRACE_H_
+#define ENGINE_SERVING_STEP_TRACE_H_
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "engine/request.h"
+
+namespace dejavu {
+
+// A value with one writer, who never waits. A reader tries again while it is being written.
+template <typename T>
+class SeqLock {
+ public:
+  void Store(const T& value) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    uint64_t words[kWords] = {};
+    std::memcpy(words, &value, sizeof(T));
+    const uint64_t version = version_.load(std::memory_order_relaxed);
+    version_.store(version + 1, std::memory_order_relaxed);
+    for (size_t i = 0; i < kWords; ++i) words_[i].store(words[i], std::memory_order_release);
+    version_.store(version + 2, std::memory_order_release);
+  }
+
+  T Load() const {
+    uint64_t words[kWords];
+    uint64_t before, after;
+    do {
+      before = version_.load(std::memory_order_acquire);
+      for (size_t i = 0; i < kWords; ++i) words[i] = words_[i].load(std::memory_order_acquire);
+      after = version_.load(std::memory_order_relaxed);
+    } while (before != after || before % 2 != 0);
+    T value;
+    std::memcpy(&value, words, sizeof(T));
+    return value;
+  }
+
+ private:
+  static constexpr size_t kWords = (sizeof(T) + 7) / 8;
+  std::atomic<uint64_t> version_{0};  // odd: being written
+  std::array<std::atomic<uint64_t>, kWords> words_{};
+};
+
+struct StepRecord {
+  int64_t step = 0;  // its number, from 1; 0: none
+  SteadyTime start;
+  // From start to the end of handing out, and its parts, in the order of time.
+  float total_ms = 0.0f, plan_ms = 0.0f, shadow_ms = 0.0f, forward_ms = 0.0f, handout_ms = 0.0f;
+  int32_t decode_rows = 0, prefill_rows = 0, shadow_rows = 0;
+  int64_t weight_bytes = 0;  // read; 0: not known
+};
+
+// The longest time between two tokens of one request that ended in `step`.
+struct SlowToken {
+  StepRecord step;
+  uint64_t sequence = 0;  // the engine's id of the request
+  SteadyTime token;       // when it came
+  float gap_ms = 0.0f;    // since the one before
+  int32_t steps = 0;      // that the engine ran in the gap, `step` included
+  int32_t generated_tokens = 0;
+};
+
+class StepTrace {
+ public:
+  static constexpr int kSteps = 2048;
+  static constexpr int kSlowTokens = 64;
+  static constexpr std::chrono::seconds kWhile{300};
+
+  // Engine thread. Tokens of a step come before it.
+  void NoteToken(uint64_t sequence, SteadyTime token, SteadyTime previous, int32_t steps, int32_t generated_tokens) {
+    if (token - previous <= gap_) return;
+    gap_ = token - previous;
+    slowest_.sequence = sequence;
+    slowest_.token = token;
+    slowest_.steps = steps;
+    slowest_.generated_tokens = generated_tokens;
+  }
+  void NoteStep(const StepRecord& step);
+
+  // Any thread, as all below. How many steps were noted.
+  int64_t noted() const { return noted_.load(std::memory_order_acquire); }
+  // Those that were noted after the first `from`, in order; of more than kSteps the last.
+  std::vector<StepRecord> StepsAfter(int64_t from) const;
+  // Of the last one to two times kWhile, slowest first; at most kSlowTokens.
+  std::vector<SlowToken> SlowestTokens() const;
+
+ private:
+  // The slowest tokens of one while.
+  struct Window {
+    std::array<SeqLock<SlowToken>, kSlowTokens> tokens;
+    // Engine thread.
+    std::array<float, kSlowTokens> gaps{};
+    int fastest = 0;  // of them
+  };
+  void Keep(const SlowToken& token);
+
+  std::array<SeqLock<StepRecord>, kSteps> steps_;
+  std::atomic<int64_t> noted_{0};
+  std::array<Window, 2> windows_;
+
+  // Engine thread.
+  int current_ = 0;
+  SteadyTime current_since_;
+  SlowToken slowest_;  // of the step that is under way
+  SteadyTime::duration gap_{0};
+};
+
+// For chrome://tracing and ui.perfetto.dev; times count from `origin`.
+std::string ChromeTrace(const std::vector<StepRecord>& steps, const std::vector<SlowToken>& tokens, SteadyTime origin);
+
+}  // namespace dejavu
+
+#endif  // ENGINE_SERVING_STEP_TRACE_H_

@@ -1,0 +1,116 @@
+// TokenStream: hears one request's tokens from the engine and makes the replies of Generate and GenerateStream of them:
+// text, stop strings, log-probabilities, the finish. What the client has not been sent yet is one pending chunk into
+// which further tokens are merged; its size is bounded. ScoreCollector does the same for Score.
+#ifndef SERVER_API_TOKEN_STREAM_H_
+#define SERVER_API_TOKEN_STREAM_H_
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "dejavu/v1/generation.pb.h"
+#include "engine/request.h"
+#include "engine/text/stop_matcher.h"
+#include "engine/text/tokenizer.h"
+#include "kernels/base/mutex.h"
+
+namespace dejavu {
+
+// How the engine's work on a request ended, for the record.
+struct EngineOutcome {
+  dejavu::Finish finish;
+  absl::string_view reason;  // as RequestRecord::finish_reason
+};
+
+// A sink whose replies an RPC pulls. OnToken, OnPromptToken and OnFinish come from the engine thread, the rest from
+// others.
+class ReplySink : public TokenSink {
+ public:
+  // See RpcHandler::NextReply.
+  virtual const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) = 0;
+
+  // With what the call ends if the engine reports the request as cancelled; the first caller's reason stays.
+  void SetCancelReason(absl::Status reason);
+
+  // Nothing before OnFinish. `wake` is called after it has changed.
+  std::optional<EngineOutcome> outcome();
+
+ protected:
+  // The status that an RPC ends with after the engine has finished so: OK for every regular end.
+  absl::Status EndStatus(const Finish& finish) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  Mutex mutex_;
+  std::optional<EngineOutcome> outcome_ ABSL_GUARDED_BY(mutex_);
+
+ private:
+  absl::Status cancel_reason_ ABSL_GUARDED_BY(mutex_);
+};
+
+struct TokenStreamOptions {
+  v1::PromptInfo prompt;
+  uint32_t sample = 0;                   // that all chunks name
+  bool streaming = true;                 // false: one reply, at the end
+  const Tokenizer* tokenizer = nullptr;  // null: no text
+  std::vector<std::string> stop_strings;
+  bool include_stop_string = false;
+  int64_t max_outbox_bytes = 0;  // of a streaming call
+  SteadyTime arrival;
+};
+
+class TokenStream final : public ReplySink {
+ public:
+  // `wake` is called when NextReply has something: once the first time by the caller itself, then from the engine
+  // thread.
+  TokenStream(TokenStreamOptions options, std::function<void()> wake);
+
+  bool OnToken(const Token& token) override;
+  bool OnPromptToken(const Token& token) override;
+  void OnFinish(const dejavu::Finish& finish) override;
+
+  const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
+
+ private:
+  void AppendText(int32_t id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void FlushText() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void FillFinish(const dejavu::Finish& finish) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  const TokenStreamOptions options_;
+  const std::function<void()> wake_;
+
+  // A GenerateResponse is a GenerateChunk that holds everything: same fields, same numbers (server_test compares them).
+  v1::GenerateChunk sent_;  // what NextReply gave out; touched by NextReply only
+  v1::GenerateChunk pending_ ABSL_GUARDED_BY(mutex_);
+  bool has_pending_ ABSL_GUARDED_BY(mutex_) = false;
+  int64_t pending_bytes_ ABSL_GUARDED_BY(mutex_) = 0;  // about what `pending_` takes on the wire
+  std::optional<absl::Status> end_ ABSL_GUARDED_BY(mutex_);
+  bool overflowed_ ABSL_GUARDED_BY(mutex_) = false;
+  int matched_stop_ ABSL_GUARDED_BY(mutex_) = -1;  // index into stop_strings
+  std::optional<Detokenizer> detokenizer_ ABSL_GUARDED_BY(mutex_);
+  StopMatcher stop_matcher_ ABSL_GUARDED_BY(mutex_);
+  std::string token_text_ ABSL_GUARDED_BY(mutex_);  // reused from token to token
+};
+
+class ScoreCollector final : public ReplySink {
+ public:
+  // `response` holds request_id and model.
+  ScoreCollector(v1::ScoreResponse response, SteadyTime arrival, std::function<void()> wake);
+
+  bool OnToken(const Token& token) override;
+  bool OnPromptToken(const Token& token) override;
+  void OnFinish(const dejavu::Finish& finish) override;
+
+  const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
+
+ private:
+  const SteadyTime arrival_;
+  const std::function<void()> wake_;
+  v1::ScoreResponse response_ ABSL_GUARDED_BY(mutex_);
+  std::optional<absl::Status> end_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace dejavu
+
+#endif  // SERVER_API_TOKEN_STREAM_H_

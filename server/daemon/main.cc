@@ -1,0 +1,302 @@
+// dejavud. The main thread starts the server, lets another thread load the model, and waits for signals.
+// Exit codes: 0 stopped by a signal after draining (or while loading); 1 cannot start: configuration, model or port, or
+// the plan does not fit; 2 usage; 3 the engine failed; 4 a second signal cut off requests that were still running.
+// Under mpirun rank 0 does all that; the other processes follow its engine and end with it, by 0, 1 or 3.
+#include <poll.h>
+#include <signal.h>
+#include <sys/eventfd.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <fstream>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "config/config.h"
+#include "engine/engine.h"
+#include "engine/planning/capacity_plan.h"
+#include "engine/planning/capacity_report.h"
+#include "engine/text/tokenizer.h"
+#include "kernels/base/check.h"
+#include "kernels/base/status_macros.h"
+#include "server/observe/logging.h"
+#include "server/server.h"
+#include "spdlog/spdlog.h"
+
+namespace dejavu {
+namespace {
+
+constexpr int kEngineCheckMs = 500;
+constexpr size_t kMaxTerminationBytes = 4000;  // Kubernetes reads 4096
+
+enum ExitCode { kDrained = 0, kCannotStart = 1, kEngineFailed = 3, kCutOff = 4 };
+
+// Wakes the main thread from another one, in poll().
+class Event {
+ public:
+  Event() : fd_(eventfd(0, EFD_CLOEXEC)) { CHECK(fd_ >= 0) << "eventfd"; }
+  ~Event() { close(fd_); }
+  void Set() { CHECK(eventfd_write(fd_, 1) == 0) << "eventfd_write"; }
+  int fd() const { return fd_; }
+
+ private:
+  const int fd_;
+};
+
+struct LoadedModel {
+  std::unique_ptr<Tokenizer> tokenizer;  // null: token ids only
+  std::unique_ptr<Engine> engine;
+};
+
+// At most a line a second, so that small models load silently.
+LoadProgress LogProgress(Server* server) {
+  const auto start = std::chrono::steady_clock::now();
+  return [server, start, last = start](int64_t done_bytes, int64_t total_bytes) mutable {
+    if (done_bytes >= total_bytes) server->SetWarming();
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last >= std::chrono::seconds(1)) {
+      last = now;
+      const double done_gb = static_cast<double>(done_bytes) / 1e9;
+      spdlog::info("loading: {:.1f} of {:.1f} GB ({:.0f} %), {:.2f} GB/s", done_gb,
+                   static_cast<double>(total_bytes) / 1e9, 100.0 * static_cast<double>(done_bytes) / total_bytes,
+                   done_gb / std::chrono::duration<double>(now - start).count());
+    }
+    return true;
+  };
+}
+
+// nullptr with a word in the log where the model has none.
+absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const EngineOptions& options) {
+  absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer = Tokenizer::Load(options.model);
+  if (!absl::IsNotFound(tokenizer.status())) return tokenizer;
+  spdlog::warn("{} holds no tokenizer: token ids only", options.model);
+  return nullptr;
+}
+
+int32_t SampledVocab(const Tokenizer* tokenizer) { return tokenizer == nullptr ? 0 : tokenizer->vocab_size(); }
+
+absl::StatusOr<LoadedModel> LoadModel(const EngineOptions& options, Server* server) {
+  LoadedModel model;
+  ASSIGN_OR_RETURN(model.tokenizer, LoadTokenizer(options));
+  ASSIGN_OR_RETURN(model.engine, Engine::Create(options, SampledVocab(model.tokenizer.get()), LogProgress(server)));
+  return model;
+}
+
+void BlockSignals(const sigset_t& signals) {
+  CHECK(pthread_sigmask(SIG_BLOCK, &signals, nullptr) == 0) << "pthread_sigmask";
+}
+
+sigset_t StopSignals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  return signals;
+}
+
+// Logs why the daemon is about to exit with a failure, and leaves it where an orchestrator looks for it.
+void Fail(const ServerOptions& options, const std::string& reason) {
+  spdlog::critical("{}", reason);
+  if (options.log_termination_file.empty()) return;
+  std::ofstream file(options.log_termination_file);
+  file << reason.substr(0, kMaxTerminationBytes) << "\n";
+  file.close();
+  if (!file) spdlog::error("cannot write log.termination_file {}", options.log_termination_file);
+}
+
+// A process of mpirun that is not rank 0. Once it is loaded signals are rank 0's affair: mpirun sends them to all, and
+// who leaves before rank 0 has drained takes its model away.
+int Follow(const Config& config) {
+  const EngineOptions& options = config.engine;
+  for (const int number : {SIGTERM, SIGINT}) signal(number, [](int) { _exit(kDrained); });
+  const auto follow = [&]() -> absl::Status {
+    ASSIGN_OR_RETURN(const std::unique_ptr<Tokenizer> tokenizer, LoadTokenizer(options));
+    return FollowEngine(options, SampledVocab(tokenizer.get()), [] {
+      for (const int number : {SIGTERM, SIGINT}) signal(number, SIG_IGN);
+    });
+  };
+  const absl::Status status = follow();
+  if (status.ok()) return kDrained;
+  Fail(config.server, std::string(status.message()));
+  if (!absl::IsAborted(status)) return kCannotStart;
+  StopLogging();
+  _exit(kEngineFailed);  // MPI cannot be ended without the others
+}
+
+class Daemon {
+ public:
+  explicit Daemon(Config config) : config_(std::move(config)) {}
+  int Run();
+
+ private:
+  // What poll() found. Without a timeout it waits for one of both.
+  struct Woken {
+    bool signal = false;
+    bool event = false;
+  };
+  Woken WaitFor(const Event& event, int timeout_ms);
+
+  std::optional<int> Load(Server* server);
+  int Serve(Server* server);
+  int Drain(Server* server);
+  void EndIfFailed(Server* server);
+
+  const Config config_;
+  int signal_fd_ = -1;
+  LoadedModel model_;  // outlives the server
+};
+
+int Daemon::Run() {
+  // Before any thread exists: one that had them unblocked would die of the first signal.
+  const sigset_t signals = StopSignals();
+  BlockSignals(signals);
+  signal_fd_ = signalfd(-1, &signals, SFD_CLOEXEC);
+  CHECK(signal_fd_ >= 0) << "signalfd";
+
+  absl::StatusOr<std::unique_ptr<Server>> server =
+      Server::Start(config_.server, config_.engine, [] { kill(getpid(), SIGTERM); });
+  if (!server.ok()) {
+    Fail(config_.server, absl::StrCat("cannot start: ", server.status().message()));
+    return kCannotStart;
+  }
+  spdlog::info("listening on {} (port {}), loading {}", config_.server.listen, (*server)->port(), config_.engine.model);
+  if ((*server)->admin_port() != 0) {
+    spdlog::info("operators are listened to on {} (port {})", config_.server.admin_listen, (*server)->admin_port());
+  }
+  if (const std::optional<int> exit_code = Load(server->get())) return *exit_code;
+  return Serve(server->get());
+}
+
+Daemon::Woken Daemon::WaitFor(const Event& event, int timeout_ms) {
+  pollfd fds[] = {{signal_fd_, POLLIN, 0}, {event.fd(), POLLIN, 0}};
+  const int ready = poll(fds, 2, timeout_ms);
+  CHECK(ready >= 0 || errno == EINTR) << "poll";
+  Woken woken;
+  if (ready <= 0) return woken;
+  woken.event = (fds[1].revents & POLLIN) != 0;
+  signalfd_siginfo info;
+  woken.signal = (fds[0].revents & POLLIN) != 0 && read(signal_fd_, &info, sizeof(info)) == sizeof(info);
+  return woken;
+}
+
+// Nothing: the server serves.
+std::optional<int> Daemon::Load(Server* server) {
+  Event done;
+  absl::StatusOr<LoadedModel> loaded = absl::UnknownError("not loaded");
+  const auto start = std::chrono::steady_clock::now();
+  std::thread loader([&] {
+    loaded = LoadModel(config_.engine, server);
+    done.Set();
+  });
+  Woken woken;
+  while (!woken.event && !woken.signal) woken = WaitFor(done, -1);
+  if (woken.signal) {
+    spdlog::info("stopped by a signal while loading");
+    server->Stop();
+    StopLogging();
+    _exit(kDrained);  // the loader may be deep in a read; nothing of it is worth waiting for
+  }
+  loader.join();
+  if (!loaded.ok()) {
+    Fail(config_.server, absl::StrCat("cannot load the model: ", loaded.status().message()));
+    return kCannotStart;
+  }
+  const absl::Status default_tier = loaded->engine->CheckTier(config_.server.default_tier);
+  if (!default_tier.ok()) {
+    Fail(config_.server, absl::StrCat("cannot serve sparsity.default_tier: ", default_tier.message()));
+    return kCannotStart;
+  }
+  model_ = *std::move(loaded);
+  if (!model_.engine->synthetic().empty()) spdlog::warn("SYNTHETIC model: {}", model_.engine->synthetic());
+  server->SetReady(model_.engine.get(), model_.tokenizer.get());
+  spdlog::info("serving \"{}\" on {} after {:.1f} s: {:.2f} GB of {} weights", server->model_name(),
+               model_.engine->backend_description(),
+               std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(),
+               static_cast<double>(model_.engine->weight_bytes()) / 1e9, Name(model_.engine->weight_dtype()));
+  return std::nullopt;
+}
+
+int Daemon::Serve(Server* server) {
+  const Event never;
+  while (!WaitFor(never, kEngineCheckMs).signal) EndIfFailed(server);
+  return Drain(server);
+}
+
+void Daemon::EndIfFailed(Server* server) {
+  if (!model_.engine->failed()) return;
+  Fail(config_.server, "the engine has failed; exiting");
+  server->SetFailed();
+  server->Stop();
+  StopLogging();
+  _exit(kEngineFailed);  // the engine thread may hang in a step: nothing of it can be joined
+}
+
+int Daemon::Drain(Server* server) {
+  spdlog::info("draining for at most {} s; a second signal stops at once", config_.server.drain_timeout_s);
+  Event done;
+  bool complete = false;
+  std::thread drainer([&] {
+    complete = server->Drain();
+    done.Set();
+  });
+  Woken woken;
+  while (!woken.event && !woken.signal) {
+    woken = WaitFor(done, kEngineCheckMs);
+    EndIfFailed(server);
+  }
+  if (!woken.event) {
+    const bool idle = server->idle();
+    if (idle) {
+      spdlog::warn("stopped by a second signal");
+    } else {
+      Fail(config_.server, "stopped by a second signal; running requests are cut off");
+    }
+    StopLogging();
+    _exit(idle ? kDrained : kCutOff);
+  }
+  drainer.join();
+  if (complete) {
+    spdlog::info("drained");
+  } else {
+    spdlog::warn("the drain timeout has passed; what still ran was cut off");
+  }
+  return kDrained;
+}
+
+// --plan: nothing is loaded and no device is touched.
+int Plan(const Config& config, const PlanOptions& devices) {
+  const auto plan = [&]() -> absl::StatusOr<CapacityPlan> {
+    ASSIGN_OR_RETURN(const PlannedModel model,
+                     DescribeModel(config.engine, config.server.highest_tier, config.server.lowest_tier));
+    return PlanCapacity(model, config.engine, devices);
+  }();
+  if (!plan.ok()) {
+    std::fprintf(stderr, "dejavud: cannot plan: %s\n", std::string(plan.status().message()).c_str());
+    return kCannotStart;
+  }
+  std::fputs((devices.json ? CapacityJson(*plan) : CapacityText(*plan)).c_str(), stdout);
+  return plan->fits ? kDrained : kCannotStart;
+}
+
+}  // namespace
+}  // namespace dejavu
+
+int main(int argc, char** argv) {
+  const dejavu::ParsedCommandLine command_line = dejavu::ParseCommandLine(argc, argv);
+  if (command_line.exit_code.has_value()) return *command_line.exit_code;
+  if (command_line.plan.has_value()) return dejavu::Plan(command_line.config, *command_line.plan);
+  const dejavu::ServerOptions& server = command_line.config.server;
+  dejavu::StartLogging(server.log_level,
+                       server.log_format == "json" ? dejavu::LogFormat::kJson : dejavu::LogFormat::kText);
+  const int exit_code = dejavu::FollowsAnEngine(command_line.config.engine) ? dejavu::Follow(command_line.config)
+                                                                            : dejavu::Daemon(command_line.config).Run();
+  dejavu::StopLogging();
+  return exit_code;
+}

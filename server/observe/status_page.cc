@@ -1,0 +1,144 @@
+#include "server/observe/status_page.h"
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/ascii.h"
+#include "engine/serving/metrics.h"
+#include "nlohmann/json.hpp"
+#include "server/api/sparsity_messages.h"
+
+namespace dejavu {
+
+extern const char kStatusPageHtml[];  // made by the build
+
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+std::string StateName(v1::ServerState state) {
+  return absl::AsciiStrToLower(v1::ServerState_Name(state).substr(sizeof "SERVER_STATE_" - 1));
+}
+
+// All tiers and urgencies together.
+Json Merged(const EngineMetrics& metrics, Histogram EngineMetrics::Latencies::*which) {
+  std::vector<int64_t> counts;
+  double sum = 0.0;
+  for (const EngineMetrics::Latencies& latencies : metrics.latencies) {
+    const Histogram::Snapshot snapshot = (latencies.*which).snapshot();
+    counts.resize(snapshot.counts.size());
+    for (size_t i = 0; i < counts.size(); ++i) counts[i] += snapshot.counts[i];
+    sum += snapshot.sum;
+  }
+  return {{"edges", (metrics.latencies.front().*which).edges()}, {"counts", counts}, {"sum", sum}};
+}
+
+Json LatencyJson(const EngineMetrics& metrics) {
+  using Latencies = EngineMetrics::Latencies;
+  return {{"time_to_first_token", Merged(metrics, &Latencies::time_to_first_token)},
+          {"inter_token", Merged(metrics, &Latencies::inter_token)},
+          {"queue", Merged(metrics, &Latencies::queue)},
+          {"duration", Merged(metrics, &Latencies::duration)}};
+}
+
+Json LoadJson(const EngineStats& stats) {
+  return {{"running", stats.running},
+          {"waiting", stats.waiting},
+          {"oldest_wait_seconds", stats.oldest_wait_s},
+          {"kv_blocks_total", stats.kv_blocks_total},
+          {"kv_blocks_free", stats.kv_blocks_free},
+          {"kv_blocks_cached", stats.kv_blocks_cached},
+          {"steps", stats.steps},
+          {"prompt_tokens", stats.prompt_tokens},
+          {"generated_tokens", stats.generated_tokens},
+          {"preemptions", stats.preemptions}};
+}
+
+Json StepJson(const EngineMetrics& metrics) {
+  const auto sum = [&](StepComponent part) { return metrics.step_component[part].snapshot().sum; };
+  return {{"parts",
+           {{"plan", sum(kPlanPart)},
+            {"shadow", sum(kShadowPart)},
+            {"forward", sum(kForwardPart)},
+            {"handout", sum(kHandOutPart)}}}};
+}
+
+Json RequestsJson(const Account& account) {
+  Json refused = Json::object();
+  for (int i = 0; i < kRefusals; ++i) refused[Name(static_cast<Refusal>(i))] = account.refused[i];
+  return {{"received", account.received}, {"finished", account.finished}, {"cancelled", account.cancelled},
+          {"failed", account.failed},     {"live", account.live},         {"refused", std::move(refused)}};
+}
+
+Json SparsityJson(const Engine& engine, const SparsityStats& stats) {
+  const EngineMetrics& metrics = engine.metrics();
+  int64_t fallbacks = 0, recoveries = 0, bytes = 0;
+  for (const LayerSparsityStats& layer : stats.layers) {
+    fallbacks += layer.fallbacks;
+    recoveries += layer.recoveries;
+  }
+  for (const auto& kind : metrics.weight_bytes_read) bytes += kind.value();
+  return {{"predictor", engine.predictor().path},
+          {"shadow_tokens", stats.shadow_tokens},
+          {"shadow_agreements", stats.shadow_agreements},
+          {"fallbacks", fallbacks},
+          {"recoveries", recoveries},
+          {"weight_bytes_read", bytes},
+          {"weight_bytes_saved", metrics.weight_bytes_saved.value()},
+          {"bandwidth", metrics.bandwidth.value()},
+          {"measured_bandwidth", metrics.measured_bandwidth.value()}};
+}
+
+Json LayersJson(const SparsityStats& stats, const OptConfig& config) {
+  Json layers = Json::array();
+  for (size_t l = 0; l < stats.layers.size(); ++l) {
+    const LayerShares shares = SharesOf(stats.layers[l], config);
+    layers.push_back({{"layer", l},
+                      {"decode_rows", stats.layers[l].rows},
+                      {"mlp_density", shares.mlp_density},
+                      {"head_density", shares.head_density},
+                      {"union_density", shares.union_density},
+                      {"recall", shares.recall},
+                      {"missed_mass", shares.missed_mass},
+                      {"exact_tiers", Json::array()}});
+  }
+  for (const SparsityStats::Fallback& fallback : stats.exact_now) {
+    layers[fallback.layer]["exact_tiers"].push_back(std::string(Name(fallback.tier)));
+  }
+  return layers;
+}
+
+}  // namespace
+
+std::string StatusPage() { return kStatusPageHtml; }
+
+std::string StatusJson(const GenerationService& generation) {
+  v1::GetServerInfoResponse info;
+  const absl::Status told = generation.GetServerInfo(&info);
+  Json json = {{"version", info.version()},
+               {"state", StateName(info.state())},
+               {"model", info.model()},
+               {"uptime_seconds", info.uptime_seconds()},
+               {"default_tier", std::string(Name(generation.default_tier()))}};
+  const ServedModel* const model = generation.model_if_loaded();
+  if (told.ok() && model != nullptr) {
+    const Engine& engine = *model->engine;
+    const EngineStats stats = engine.stats();
+    const SparsityStats sparsity = engine.sparsity_stats();
+    json["backend"] = info.backend();
+    json["synthetic"] = info.synthetic();
+    json["limits"] = {{"max_batch", info.limits().max_batch()},
+                      {"max_waiting_requests", info.limits().max_waiting_requests()}};
+    json["load"] = LoadJson(stats);
+    json["latency"] = LatencyJson(engine.metrics());
+    json["step"] = StepJson(engine.metrics());
+    json["layers"] = LayersJson(sparsity, engine.model());
+    json["sparsity"] = SparsityJson(engine, sparsity);
+    json["requests"] = RequestsJson(stats.account);
+  }
+  // A model may be called anything.
+  return json.dump(-1, ' ', false, Json::error_handler_t::replace);
+}
+
+}  // namespace dejavu

@@ -1,0 +1,38 @@
+#include "server/rpc/dispatcher.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "kernels/base/check.h"
+#include "server/rpc/error_details.h"
+
+namespace dejavu {
+
+void Dispatcher::Register(const std::string& service, const std::string& method, HandlerFactory factory) {
+  const bool fresh =
+      methods_.emplace(absl::StrCat("/", service, "/", method), Method{service, method, std::move(factory)}).second;
+  CHECK(fresh) << service << "/" << method << " is registered twice";
+  if (std::find(services_.begin(), services_.end(), service) == services_.end()) services_.push_back(service);
+}
+
+grpc::ServerGenericBidiReactor* Dispatcher::CreateReactor(grpc::GenericCallbackServerContext* context) {
+  const auto method = methods_.find(context->method());
+  const bool known = method != methods_.end();
+  // Nobody asked for traces of probes.
+  const bool probe = !known || absl::StartsWith(method->second.service, "grpc.");
+  RequestRecord record = Rpc::Describe(*context, probe ? 0.0 : ends_->trace_ratio());
+  record.service = known ? method->second.service : "";
+  record.method = known ? method->second.name : "unknown";
+  const absl::Status admitted = gate_->Admit(context->method(), *context, &record);
+  if (!admitted.ok()) return Rpc::Refuse(context, admitted, std::move(record), *ends_);
+  if (!known) {
+    return Rpc::Refuse(context,
+                       absl::UnimplementedError(absl::StrCat("no such method: ", Printable(context->method(), 200))),
+                       std::move(record), *ends_);
+  }
+  return Rpc::Start(context, writer_, ends_, std::move(record), method->second.factory());
+}
+
+}  // namespace dejavu

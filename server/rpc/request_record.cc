@@ -1,0 +1,36 @@
+#include "server/rpc/request_record.h"
+
+#include <algorithm>
+#include <array>
+
+namespace dejavu {
+
+absl::string_view CodeName(grpc::StatusCode code) {
+  constexpr std::array<absl::string_view, 17> kNames = {
+      "OK",        "CANCELLED",      "UNKNOWN",           "INVALID_ARGUMENT",   "DEADLINE_EXCEEDED",
+      "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
+      "ABORTED",   "OUT_OF_RANGE",   "UNIMPLEMENTED",     "INTERNAL",           "UNAVAILABLE",
+      "DATA_LOSS", "UNAUTHENTICATED"};
+  const auto index = static_cast<size_t>(code);
+  return index < kNames.size() ? kNames[index] : "UNKNOWN";
+}
+
+absl::string_view Name(Urgency urgency) {
+  switch (urgency) {
+    case Urgency::kInteractive:
+      return "interactive";
+    case Urgency::kNormal:
+      return "normal";
+    case Urgency::kBatch:
+      return "batch";
+  }
+  return "normal";
+}
+
+std::optional<double> MeanInterTokenSeconds(const RequestRecord& record) {
+  const int64_t gaps = record.generated_tokens / std::max(record.samples, 1) - 1;  // of one sample
+  if (!record.engine() || gaps < 1) return std::nullopt;
+  return std::chrono::duration<double>(record.finished - record.first_token).count() / static_cast<double>(gaps);
+}
+
+}  // namespace dejavu

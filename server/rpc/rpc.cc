@@ -1,0 +1,250 @@
+// Who may issue the next write is decided by busy_: taken in Pump, given back in OnWriteDone or when there was nothing
+// to send. A producer adds to the handler first and calls Wake then; Wake sets again_ when somebody is in Pump, so
+// nothing is left lying.
+#include "server/rpc/rpc.h"
+
+#include <string>
+#include <utility>
+
+#include "server/rpc/error_details.h"
+
+namespace dejavu {
+namespace {
+
+class RefusedRpc final : public grpc::ServerGenericBidiReactor {
+ public:
+  explicit RefusedRpc(const absl::Status& status) { Finish(ToGrpcStatus(status)); }
+  void OnDone() override { delete this; }
+};
+
+// Null: the client sent no such metadata.
+std::optional<absl::string_view> Metadata(const grpc::CallbackServerContext& context, const char* key) {
+  const auto found = context.client_metadata().find(key);
+  if (found == context.client_metadata().end()) return std::nullopt;
+  return absl::string_view(found->second.data(), found->second.size());
+}
+
+// gRPC keeps deadlines as system time; the engine's clock is the steady one.
+SteadyTime SteadyDeadline(const grpc::CallbackServerContext& context) {
+  const auto deadline = context.deadline();
+  if (deadline == std::chrono::system_clock::time_point::max()) return SteadyTime::max();
+  return std::chrono::steady_clock::now() + (deadline - std::chrono::system_clock::now());
+}
+
+// What retryPolicy of gRPC's service configs waits for instead of its own pause. Before the call is finished.
+void AdviseRetry(const absl::Status& status, grpc::CallbackServerContext* context) {
+  if (!absl::IsUnavailable(status)) return;
+  if (const auto delay = RetryDelay(status)) {
+    context->AddTrailingMetadata("grpc-retry-pushback-ms", std::to_string(delay->count()));
+  }
+}
+
+void Serialize(const google::protobuf::MessageLite& message, grpc::ByteBuffer* bytes) {
+  grpc::Slice slice(message.ByteSizeLong());
+  message.SerializeWithCachedSizesToArray(const_cast<uint8_t*>(slice.begin()));
+  *bytes = grpc::ByteBuffer(&slice, 1);
+}
+
+}  // namespace
+
+RequestRecord Rpc::Describe(const grpc::CallbackServerContext& context, double trace_ratio) {
+  RequestRecord record;
+  record.arrival = std::chrono::steady_clock::now();
+  record.tenant = std::string(Metadata(context, "x-tenant").value_or(""));
+  record.peer = context.peer();
+  record.trace = ContextFor(Metadata(context, "traceparent"), trace_ratio);
+  return record;
+}
+
+grpc::ServerGenericBidiReactor* Rpc::Refuse(grpc::CallbackServerContext* context, const absl::Status& status,
+                                            RequestRecord record, const CallEnds& ends) {
+  record.code = static_cast<grpc::StatusCode>(status.code());
+  record.ended = std::chrono::steady_clock::now();
+  ends.Report(record);
+  AdviseRetry(status, context);
+  return new RefusedRpc(status);
+}
+
+grpc::ServerGenericBidiReactor* Rpc::Start(grpc::CallbackServerContext* context, Writer* writer,
+                                           std::shared_ptr<CallEnds> ends, RequestRecord record,
+                                           std::unique_ptr<RpcHandler> handler) {
+  const SteadyTime deadline = SteadyDeadline(*context);
+  // gRPC runs a handler even when the deadline has passed before it started.
+  if (deadline <= record.arrival) {
+    return Refuse(context, absl::DeadlineExceededError("the deadline passed before the request arrived"),
+                  std::move(record), *ends);
+  }
+  const std::shared_ptr<Rpc> rpc(
+      new Rpc(context, writer, std::move(ends), deadline, std::move(record), std::move(handler)));
+  rpc->self_ = rpc;
+  rpc->StartRead(&rpc->request_);
+  return rpc.get();
+}
+
+Rpc::Rpc(grpc::CallbackServerContext* context, Writer* writer, std::shared_ptr<CallEnds> ends, SteadyTime deadline,
+         RequestRecord record, std::unique_ptr<RpcHandler> handler)
+    : context_(context),
+      writer_(writer),
+      ends_(std::move(ends)),
+      deadline_(deadline),
+      record_(std::move(record)),
+      handler_(std::move(handler)) {}
+
+void Rpc::Wake() {
+  std::shared_ptr<RecordSource> lost;  // its sinks hold this object
+  MutexLock lock(mutex_);
+  if (queued_) return;
+  if (source_ != nullptr) {  // the server may be gone
+    queued_ = true;
+    if (!ends_->Post(shared_from_this())) lost = std::move(source_);
+    return;
+  }
+  if (finished_) return;
+  if (busy_) {
+    again_ = true;
+    if (stalled_since_ == SteadyTime()) stalled_since_ = std::chrono::steady_clock::now();
+    return;
+  }
+  queued_ = true;
+  // Under the lock: OnDone takes it too, so neither this object nor the writer can go away in the middle.
+  writer_->Post(shared_from_this());
+}
+
+void Rpc::RunInWriter() {
+  bool over = false;
+  {
+    MutexLock lock(mutex_);
+    queued_ = false;
+    over = source_ != nullptr;
+  }
+  if (over) {
+    Report();
+  } else {
+    Pump();
+  }
+}
+
+void Rpc::Pump() {
+  {
+    MutexLock lock(mutex_);
+    if (finished_) return;
+    again_ = true;
+    if (busy_) return;
+    busy_ = true;
+  }
+  while (true) {
+    std::optional<absl::Status> end;
+    {
+      MutexLock lock(mutex_);
+      if (!again_) {
+        busy_ = false;
+        return;
+      }
+      again_ = false;
+      if (stalled_since_ != SteadyTime()) stall_ += std::chrono::steady_clock::now() - stalled_since_;
+      stalled_since_ = SteadyTime();
+      end = forced_end_;
+    }
+    const google::protobuf::MessageLite* const message = end.has_value() ? nullptr : handler_->NextReply(&end);
+    if (message != nullptr) Serialize(*message, &reply_);
+    if (end.has_value()) {
+      {
+        MutexLock lock(mutex_);
+        finished_ = true;
+        code_ = static_cast<grpc::StatusCode>(end->code());
+      }
+      AdviseRetry(*end, context_);
+      // Nothing of this object may be touched after either call.
+      if (message != nullptr) {
+        StartWriteAndFinish(&reply_, grpc::WriteOptions(), ToGrpcStatus(*end));
+      } else {
+        Finish(ToGrpcStatus(*end));
+      }
+      return;
+    }
+    if (message != nullptr) {
+      StartWrite(&reply_);
+      return;
+    }
+  }
+}
+
+void Rpc::End(absl::Status status) {
+  {
+    MutexLock lock(mutex_);
+    if (!forced_end_.has_value()) forced_end_ = std::move(status);
+  }
+  Pump();
+}
+
+void Rpc::OnReadDone(bool ok) {
+  if (!ok) {
+    End(handler_->streams_requests() ? absl::OkStatus()
+                                     : absl::InvalidArgumentError("the call holds no request message"));
+    return;
+  }
+  const absl::Status status = handler_->OnRequest(shared_from_this(), request_);
+  request_.Clear();
+  if (status.ok()) {
+    Pump();
+  } else {
+    End(status);
+  }
+}
+
+void Rpc::OnWriteDone(bool ok) {
+  if (ok && handler_->streams_requests()) StartRead(&request_);
+  {
+    MutexLock lock(mutex_);
+    busy_ = false;
+  }
+  if (ok) {
+    Pump();
+  } else {
+    End(absl::CancelledError("the client has gone"));
+  }
+}
+
+void Rpc::OnCancel() {
+  handler_->OnCancel();
+  const bool late = std::chrono::steady_clock::now() >= deadline_;
+  End(late ? absl::DeadlineExceededError("the deadline passed") : absl::CancelledError("the client has gone"));
+}
+
+void Rpc::OnDone() {
+  std::shared_ptr<RecordSource> source = handler_->record_source();
+  handler_.reset();
+  {
+    MutexLock lock(mutex_);  // a Wake that had begun is through
+    source_ = std::move(source);
+    record_.code = code_;
+    record_.client_stall_seconds = std::chrono::duration<double>(stall_).count();
+  }
+  Report();
+  self_.reset();
+}
+
+void Rpc::Report() {
+  std::shared_ptr<RecordSource> source;
+  bool expected = false;
+  {
+    MutexLock lock(mutex_);
+    if (reported_) return;
+    if (source_ != nullptr && !source_->Fill(&record_)) {
+      if (!expected_) ends_->Expect();
+      expected_ = true;
+      return;
+    }
+    source = std::move(source_);
+    expected = expected_;
+    reported_ = true;
+  }
+  record_.ended = std::chrono::steady_clock::now();
+  if (expected) {
+    ends_->ReportLate(record_);
+  } else {
+    ends_->Report(record_);
+  }
+}
+
+}  // namespace dejavu

@@ -1,0 +1,143 @@
+// Rpc: one call of one method, from its first byte to its last. It hides gRPC's reactor: reads the request (or
+// requests), has exactly one write outstanding, ends the call once, and says when the client has gone. RpcHandler is
+// the method's part. Replies are pulled: whenever a write may be issued, the handler is asked for the next one, so that
+// what a slow client has not read yet stays with the handler, which can merge it.
+#ifndef SERVER_RPC_RPC_H_
+#define SERVER_RPC_RPC_H_
+
+#include <functional>
+#include <memory>
+#include <optional>
+
+#include "absl/status/status.h"
+#include "engine/request.h"
+#include "google/protobuf/message.h"
+#include "grpcpp/generic/async_generic_service.h"
+#include "kernels/base/mutex.h"
+#include "server/rpc/call_ends.h"
+#include "server/rpc/parse.h"
+#include "server/rpc/request_record.h"
+#include "server/rpc/writer.h"
+
+namespace dejavu {
+
+class Rpc;
+
+// What a handler knows of its call. It may outlive the handler.
+class RecordSource {
+ public:
+  virtual ~RecordSource() = default;
+  // False while the engine still works for the call: a Wake says when to ask again. Any thread but the engine's.
+  virtual bool Fill(RequestRecord* record) = 0;
+};
+
+// Destroyed when the call is over and no callback runs any more.
+class RpcHandler {
+ public:
+  virtual ~RpcHandler() = default;
+
+  // A request: exactly one, unless the method streams requests. An error ends the call with it. From one of gRPC's
+  // threads.
+  virtual absl::Status OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) = 0;
+
+  // The next reply, valid until the next call, or null when there is none now. With the last one, or alone, `end` is
+  // set. From the writer's or one of gRPC's threads, never two at once; first after OnRequest or a Wake that it led to.
+  virtual const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) = 0;
+
+  // The client has gone or the deadline has passed; nothing that is still sent arrives. May run beside the others.
+  virtual void OnCancel() {}
+
+  // True: a further request is read after each reply, and the client's half-close ends the call.
+  virtual bool streams_requests() const { return false; }
+
+  // Asked for when the call is over. Null: there is nothing to add to what the call itself knows.
+  virtual std::shared_ptr<RecordSource> record_source() { return nullptr; }
+};
+
+class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, public std::enable_shared_from_this<Rpc> {
+ public:
+  // Answers a call without looking at it further, and reports it.
+  static grpc::ServerGenericBidiReactor* Refuse(grpc::CallbackServerContext* context, const absl::Status& status,
+                                                RequestRecord record, const CallEnds& ends);
+  // `record` holds what Describe says.
+  static grpc::ServerGenericBidiReactor* Start(grpc::CallbackServerContext* context, Writer* writer,
+                                               std::shared_ptr<CallEnds> ends, RequestRecord record,
+                                               std::unique_ptr<RpcHandler> handler);
+
+  // What is known of a call when it arrives: now.
+  static RequestRecord Describe(const grpc::CallbackServerContext& context, double trace_ratio);
+
+  // Tells that NextReply has something now. Any thread, the engine's too: the write is issued by another one.
+  void Wake();
+
+  SteadyTime arrival() const { return record_.arrival; }
+  SteadyTime deadline() const { return deadline_; }  // SteadyTime::max(): none
+  // The token's, or where there are no tokens metadata x-tenant as the client sent it.
+  const std::string& tenant() const { return record_.tenant; }
+
+ private:
+  Rpc(grpc::CallbackServerContext* context, Writer* writer, std::shared_ptr<CallEnds> ends, SteadyTime deadline,
+      RequestRecord record, std::unique_ptr<RpcHandler> handler);
+
+  void OnReadDone(bool ok) override;
+  void OnWriteDone(bool ok) override;
+  void OnCancel() override;
+  void OnDone() override;
+  void RunInWriter() override;
+
+  // Sends what there is to send, unless a write is outstanding: its end will.
+  void Pump();
+  // Ends the call with `status` as soon as no write is outstanding.
+  void End(absl::Status status);
+  // After OnDone: reports the call unless the engine still works for it; then a Wake leads here again.
+  void Report();
+
+  grpc::CallbackServerContext* const context_;  // until OnDone
+  Writer* const writer_;
+  const std::shared_ptr<CallEnds> ends_;
+  const SteadyTime deadline_;
+  RequestRecord record_;  // as it was at the arrival, until Report; one thread at a time
+  std::unique_ptr<RpcHandler> handler_;
+  std::shared_ptr<Rpc> self_;  // until OnDone
+  grpc::ByteBuffer request_;   // of the read that is outstanding
+  grpc::ByteBuffer reply_;     // of the write that is outstanding
+
+  Mutex mutex_;
+  bool busy_ ABSL_GUARDED_BY(mutex_) = false;      // a write is outstanding, or a thread is in Pump
+  bool again_ ABSL_GUARDED_BY(mutex_) = false;     // the thread in Pump shall ask the handler once more
+  bool queued_ ABSL_GUARDED_BY(mutex_) = false;    // in the writer's queue
+  bool finished_ ABSL_GUARDED_BY(mutex_) = false;  // gRPC has been told the end: it may call OnDone at any moment
+  std::optional<absl::Status> forced_end_ ABSL_GUARDED_BY(mutex_);
+  grpc::StatusCode code_ ABSL_GUARDED_BY(mutex_) = grpc::StatusCode::UNKNOWN;  // that gRPC has been told
+  SteadyTime stalled_since_ ABSL_GUARDED_BY(mutex_);  // a reply is ready and a write outstanding; SteadyTime(): not so
+  SteadyTime::duration stall_ ABSL_GUARDED_BY(mutex_) = {};
+  std::shared_ptr<RecordSource> source_ ABSL_GUARDED_BY(mutex_);  // after OnDone, until Report has what it needs
+  bool expected_ ABSL_GUARDED_BY(mutex_) = false;                 // `ends_` has been told that Report comes late
+  bool reported_ ABSL_GUARDED_BY(mutex_) = false;
+};
+
+// A method with one request and one reply, answered at once.
+template <typename Request, typename Response>
+class UnaryHandler final : public RpcHandler {
+ public:
+  using Function = std::function<absl::Status(const Request&, Response*)>;
+  explicit UnaryHandler(Function function) : function_(std::move(function)) {}
+
+  absl::Status OnRequest(const std::shared_ptr<Rpc>&, const grpc::ByteBuffer& bytes) override {
+    Request request;
+    const absl::Status status = ParseMessage(bytes, &request);
+    return status.ok() ? function_(request, &response_) : status;
+  }
+  const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override {
+    *end = absl::OkStatus();
+    return &response_;
+  }
+
+ private:
+  const Function function_;
+  Response response_;
+};
+
+}  // namespace dejavu
+
+#endif  // SERVER_RPC_RPC_H_

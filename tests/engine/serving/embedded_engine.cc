@@ -1,0 +1,91 @@
+#include "tests/engine/serving/embedded_engine.h"
+
+#include <algorithm>
+#include <fstream>
+#include <iterator>
+#include <latch>
+#include <utility>
+
+#include "engine/text/tokenizer.h"
+#include "kernels/base/check.h"
+
+namespace dejavu {
+
+std::unique_ptr<Engine> MakeEngine(EngineOptions options) {
+  if (options.model.empty()) options.model = EMBEDDED_MODEL;
+  options.device = "cpu";
+  options.threads = 2;
+  options.pin_threads = false;
+  // What is in a step shall not depend on how long it takes.
+  options.prefill_share = 1e6;
+  options.ageing_s = 1e6;
+  auto engine = Engine::Create(options, 0, nullptr);
+  CHECK(engine.ok()) << engine.status().ToString();
+  return *std::move(engine);
+}
+
+const std::vector<std::vector<int32_t>>& TextPrompts() {
+  static const auto* const kPrompts = [] {
+    std::ifstream file(std::string(TESTDATA) + "/text/prompts.txt", std::ios::binary);
+    const std::string text(std::istreambuf_iterator<char>(file), {});
+    CHECK(text.size() > 40000) << text.size() << " bytes of text";
+    const auto tokenizer = Tokenizer::Load(EMBEDDED_MODEL).value();
+    auto* prompts = new std::vector<std::vector<int32_t>>;
+    for (size_t i = 0; i < 100; ++i) {
+      const size_t first = text.find(' ', i * (text.size() / 100)) + 1;
+      const size_t last = text.find(' ', first + 40 + 4 * (i * 37 % 100));
+      prompts->push_back(tokenizer->EncodePrompt(text.substr(first, last - first)));
+    }
+    return prompts;
+  }();
+  return *kPrompts;
+}
+
+Request SparseRequest(std::vector<int32_t> prompt, int max_new_tokens, const SparsityParams& sparsity) {
+  Request request;
+  request.prompt = std::move(prompt);
+  request.max_new_tokens = max_new_tokens;
+  request.sparsity = sparsity;
+  request.ignore_eos = true;
+  request.logprobs = true;
+  return request;
+}
+
+Heard Listen(CollectingSink& sink) {
+  Heard heard;
+  heard.finish = sink.WaitForFinish();
+  for (const auto& token : sink.tokens()) {
+    heard.ids.push_back(token.id);
+    heard.logprobs.push_back(token.logprob);
+  }
+  return heard;
+}
+
+Heard Generate(Engine& engine, Request request) { return GenerateTogether(engine, {std::move(request)})[0]; }
+
+std::vector<Heard> GenerateTogether(Engine& engine, const std::vector<Request>& requests) {
+  // Until all are there, the engine stands still in the only token of somebody else, who counts nowhere.
+  std::latch all_there{1};
+  const auto gate = std::make_shared<CollectingSink>([&](size_t) {
+    all_there.wait();
+    return true;
+  });
+  if (requests.size() > 1) {
+    CHECK(engine.Submit(SparseRequest({2}, 1, {Tier::kDense, false, 0}), gate).ok());
+    gate->WaitForTokens(1);
+  }
+  std::vector<std::shared_ptr<CollectingSink>> sinks;
+  for (const Request& request : requests) {
+    sinks.push_back(std::make_shared<CollectingSink>());
+    const auto id = engine.Submit(request, sinks.back());
+    CHECK(id.ok()) << id.status().ToString();
+  }
+  all_there.count_down();
+  if (requests.size() > 1) gate->WaitForFinish();
+  std::vector<Heard> heard;
+  heard.reserve(sinks.size());
+  for (const auto& sink : sinks) heard.push_back(Listen(*sink));
+  return heard;
+}
+
+}  // namespace dejavu

@@ -1,0 +1,36 @@
+// The engine with the embedded model, and prompts from a book that it has not seen.
+#ifndef TESTS_ENGINE_SERVING_EMBEDDED_ENGINE_H_
+#define TESTS_ENGINE_SERVING_EMBEDDED_ENGINE_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+#include "tests/engine/serving/collecting_sink.h"
+
+namespace dejavu {
+
+// On the CPU, two threads. `options.model` empty: the embedded model.
+std::unique_ptr<Engine> MakeEngine(EngineOptions options = {});
+
+// 100 pieces of tests/testdata/text/prompts.txt, 10 to about 100 tokens each, with the leading </s>.
+const std::vector<std::vector<int32_t>>& TextPrompts();
+
+// Greedy, without an end token.
+Request SparseRequest(std::vector<int32_t> prompt, int max_new_tokens, const SparsityParams& sparsity);
+
+struct Heard {
+  std::vector<int32_t> ids;
+  std::vector<float> logprobs;
+  Finish finish;
+};
+Heard Listen(CollectingSink& sink);  // waits for the end
+Heard Generate(Engine& engine, Request request);
+// Submitted together, in order.
+std::vector<Heard> GenerateTogether(Engine& engine, const std::vector<Request>& requests);
+
+}  // namespace dejavu
+
+#endif  // TESTS_ENGINE_SERVING_EMBEDDED_ENGINE_H_
