@@ -12,7 +12,7 @@
 
 #include "absl/status/statusor.h"
 #include "engine/options.h"
-#include "engine/planning/plan_options.h"
+#include "engine/plan_options.h"
 #include "server/options.h"
 
 namespace dejavu {

@@ -20,8 +20,7 @@ struct Option {
   std::string group;  // heading in --help
   std::string help;   // one line, with the unit
   std::variant<std::string*, Tier*, bool*, int*, int64_t*, double*> target;
-  double min = 0;  // numbers only, inclusive
-  double max = 0;
+  Limits limits = {};                                        // numbers only
   std::vector<std::string> choices = {};                     // text only; empty: any. Of a tier: its names in order
   absl::Status (*check)(absl::string_view value) = nullptr;  // strings only; what no list can say
 

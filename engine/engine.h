@@ -3,7 +3,6 @@
 #ifndef ENGINE_ENGINE_H_
 #define ENGINE_ENGINE_H_
 
-#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -13,40 +12,16 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "engine/model/opt_config.h"
-#include "engine/model/opt_weights.h"
+#include "engine/load_progress.h"
+#include "engine/metrics.h"
+#include "engine/model_shape.h"
 #include "engine/options.h"
 #include "engine/request.h"
-#include "engine/scheduling/cost_model.h"
-#include "engine/scheduling/door.h"
-#include "engine/serving/metrics.h"
-#include "engine/serving/step_trace.h"
 #include "engine/sparsity.h"
-#include "kernels/communicator.h"
+#include "engine/stats.h"
+#include "engine/step_trace.h"
 
 namespace dejavu {
-
-// A snapshot; the fields are read one by one and belong to the same moment only when nothing runs.
-struct EngineStats {
-  int32_t running = 0;
-  int32_t waiting = 0;
-  int32_t kv_blocks_total = 0;
-  int32_t kv_blocks_free = 0;    // without a user
-  int32_t kv_blocks_cached = 0;  // of those, holding a prompt's prefix that may be wanted again
-  int64_t steps = 0;
-  int64_t prompt_tokens = 0;
-  int64_t generated_tokens = 0;
-  int64_t cached_prompt_tokens = 0;  // not computed: their blocks were there
-  int64_t preemptions = 0;
-  Account account;
-  std::array<int32_t, kUrgencies> waiting_of = {};
-  int64_t waiting_tokens = 0;  // of their prompts
-  double oldest_wait_s = 0.0;
-  CommunicatorStats communication;  // of rank 0, when a step last ended
-  int32_t ranks = 1;
-  CostParameters costs;
-  int64_t cost_steps = 0;  // that the costs were learned from
-};
 
 class Engine {
  public:
@@ -57,10 +32,10 @@ class Engine {
   // Stops at the next step; what still runs finishes with kShutdown.
   virtual ~Engine() = default;
 
-  virtual const OptConfig& model() const = 0;
+  virtual const ModelShape& model() const = 0;
   virtual std::string backend_description() const = 0;
   virtual int64_t weight_bytes() const = 0;
-  virtual DType weight_dtype() const = 0;
+  virtual const char* weight_type() const = 0;  // of the matrices, such as "float16"
   virtual const PredictorInfo& predictor() const = 0;
   // How the weights were generated, on one line; empty for real ones.
   virtual const std::string& synthetic() const = 0;
@@ -69,7 +44,7 @@ class Engine {
   // operating point for them. Else FAILED_PRECONDITION with the reason, from Submit too.
   virtual absl::Status CheckTier(Tier tier) const = 0;
 
-  // On success the sink will hear OnFinish; returns the engine's id. Refusals are those of engine/scheduling/door.h:
+  // On success the sink will hear OnFinish; returns the engine's id. Refusals are those of engine/refusal.h:
   // INVALID_ARGUMENT for a request that can never run, RESOURCE_EXHAUSTED when a queue is full, DEADLINE_EXCEEDED when
   // the deadline cannot be met, UNAVAILABLE after Drain.
   absl::StatusOr<uint64_t> Submit(Request request, std::shared_ptr<TokenSink> sink) {

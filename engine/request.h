@@ -2,7 +2,6 @@
 #ifndef ENGINE_REQUEST_H_
 #define ENGINE_REQUEST_H_
 
-#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -11,12 +10,12 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "engine/sparsity.h"
+#include "kernels/base/clock.h"
 
 namespace dejavu {
-
-using SteadyTime = std::chrono::steady_clock::time_point;
 
 // How the next token is chosen. Order: logit bias and allowed tokens, penalties, then greedy, or temperature, top-k,
 // top-p, min-p and a draw. The draw is a pure function of (seed, index of the token, token id).
@@ -36,6 +35,7 @@ struct SamplingParams {
 // Whom to serve first: a class goes before the ones below it, whatever the tenant.
 enum class Urgency : uint8_t { kInteractive, kNormal, kBatch };
 inline constexpr int kUrgencies = 3;
+absl::string_view Name(Urgency urgency);  // "interactive", "normal", "batch"
 
 struct Request {
   std::vector<int32_t> prompt;  // 1 ... context ids, each below the vocabulary; taken as they are

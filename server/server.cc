@@ -159,7 +159,7 @@ Server::Server(const ServerOptions& options, const EngineOptions& engine_options
       generation_(options, engine_options, model_name_, &lifecycle_),
       health_(&lifecycle_),
       admin_(&generation_, &lifecycle_, std::move(drain)),
-      metrics_(model_name_, engine_options.metric_edges, options.metrics_per_layer, &lifecycle_) {
+      metrics_(model_name_, engine_options.metrics.edges, options.metrics_per_layer, &lifecycle_) {
   ends_->Add(&metrics_);
   metrics_.AddCounter("log_lines_dropped_total", "Lines of the log that nobody took in time.", LogLinesDropped);
   const TraceExporter* const traces = trace_exporter_.get();

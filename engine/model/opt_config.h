@@ -6,24 +6,18 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "engine/model_shape.h"
 
 namespace dejavu {
 
-struct OptConfig {
-  int32_t hidden = 0;        // hidden_size
-  int32_t layers = 0;        // num_hidden_layers
-  int32_t heads = 0;         // num_attention_heads
-  int32_t head_dim = 0;      // hidden / heads
-  int32_t ffn = 0;           // ffn_dim
-  int32_t vocab = 0;         // vocab_size
-  int32_t context = 0;       // max_position_embeddings
+// The shape's fields are hidden_size, num_hidden_layers, num_attention_heads, ffn_dim, vocab_size and
+// max_position_embeddings.
+struct OptConfig : ModelShape {
   int32_t embed = 0;         // word_embed_proj_dim; other than hidden: project_in and project_out (OPT-350m)
   bool pre_norm = true;      // do_layer_norm_before; false: OPT-350m
   bool final_norm = true;    // pre_norm and not _remove_final_layer_norm
   bool biases = true;        // enable_bias
   bool affine_norms = true;  // layer_norm_elementwise_affine
-  int32_t bos_token = 2;
-  int32_t eos_token = 2;
 
   // INVALID_ARGUMENT with file, field, value and what is supported for anything but an OPT decoder with ReLU.
   static absl::StatusOr<OptConfig> Load(const std::string& directory);

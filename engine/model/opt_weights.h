@@ -5,21 +5,18 @@
 #define ENGINE_MODEL_OPT_WEIGHTS_H_
 
 #include <cstdint>
-#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "engine/formats/checkpoint.h"
+#include "engine/load_progress.h"
 #include "engine/model/opt_config.h"
 #include "engine/model/shard.h"
 #include "kernels/backend.h"
 
 namespace dejavu {
-
-// Bytes of what is loaded, as stored, so far and in all. Returning false stops the load with CANCELLED.
-using LoadProgress = std::function<bool(int64_t done_bytes, int64_t total_bytes)>;
 
 // Heads, neurons and tokens are the shard's own, in ascending order. What is added to a sum over the ranks, the biases
 // of `out` and `mlp.down`, is the first rank's and empty elsewhere. Norms, position embedding and project_in and -out

@@ -136,7 +136,7 @@ absl::StatusOr<Space> Measure(const PlannedModel& model, const EngineOptions& op
   const OptConfig& config = model.config;
   ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseWeights(options.weights));
   Space space;
-  ASSIGN_OR_RETURN(space.kv, ParseKvType(options.kv_dtype));
+  ASSIGN_OR_RETURN(space.kv, ParseKvType(options.kv.dtype));
   if (devices.devices < 1 || devices.devices > std::min(config.ffn, config.vocab)) {
     return absl::InvalidArgumentError(absl::StrCat(devices.devices, " devices for ", config.ffn, " neurons and ",
                                                    config.vocab, " tokens: each needs one of both"));
@@ -149,11 +149,12 @@ absl::StatusOr<Space> Measure(const PlannedModel& model, const EngineOptions& op
   space.budget = static_cast<int64_t>(options.memory_share * static_cast<double>(MemoryBytes(devices)));
   space.for_kv = space.budget - space.weight_bytes.total() - space.predictor_bytes.total() - space.activations;
 
-  space.block_bytes = KvCache::BlockBytes(config, options.kv_block_tokens, space.kv, space.shard.heads.count);
-  space.per_sequence = (config.context + options.kv_block_tokens - 1) / options.kv_block_tokens;
-  const int64_t useful = options.max_batch * space.per_sequence;
-  space.blocks = std::min(
-      useful, (options.kv_mib > 0 ? options.kv_mib * kMib : std::max<int64_t>(space.for_kv, 0)) / space.block_bytes);
+  space.block_bytes = KvCache::BlockBytes(config, options.kv.block_tokens, space.kv, space.shard.heads.count);
+  space.per_sequence = (config.context + options.kv.block_tokens - 1) / options.kv.block_tokens;
+  const int64_t useful = options.scheduler.max_batch * space.per_sequence;
+  space.blocks =
+      std::min(useful, (options.kv.memory_mib > 0 ? options.kv.memory_mib * kMib : std::max<int64_t>(space.for_kv, 0)) /
+                           space.block_bytes);
   return space;
 }
 
@@ -195,16 +196,17 @@ std::vector<PlanAlternative> FindAlternatives(const PlannedModel& model, const E
   }
   if (space.kv == DType::kFloat32) {
     EngineOptions other = options;
-    other.kv_dtype = "fp16";
+    other.kv.dtype = "fp16";
     if (fits(other, devices.devices)) found.push_back({"--kv-dtype fp16", "keys and values in float16"});
   }
-  if (options.kv_mib > 0) {
+  if (options.kv.memory_mib > 0) {
     EngineOptions other = options;
     const int64_t least = (space.per_sequence * space.block_bytes + kMib - 1) / kMib;
-    other.kv_mib = std::max(least, std::min(options.kv_mib, space.for_kv / kMib));
+    other.kv.memory_mib = std::max(least, std::min(options.kv.memory_mib, space.for_kv / kMib));
     if (fits(other, devices.devices)) {
-      found.push_back({absl::StrCat("--kv-memory-mib ", other.kv_mib),
-                       absl::StrCat("keys and values in ", other.kv_mib, " MiB (", least, " hold one sequence)")});
+      found.push_back(
+          {absl::StrCat("--kv-memory-mib ", other.kv.memory_mib),
+           absl::StrCat("keys and values in ", other.kv.memory_mib, " MiB (", least, " hold one sequence)")});
     }
   }
   return found;
@@ -350,7 +352,7 @@ void TakeDense(PlannedModel* model) {
 
 absl::StatusOr<PlannedModel> DescribeModel(const EngineOptions& options, Tier highest, Tier lowest) {
   PlannedModel model;
-  for (int batch = 1; batch <= options.max_batch; batch *= 2) model.batches.push_back(batch);
+  for (int batch = 1; batch <= options.scheduler.max_batch; batch *= 2) model.batches.push_back(batch);
   std::string predictor = options.predictor == "none" ? "" : options.predictor;
   if (!IsSynthetic(options.model) && access(options.model.c_str(), F_OK) == 0) {
     model.name = options.model;
@@ -410,14 +412,14 @@ absl::StatusOr<CapacityPlan> PlanCapacity(const PlannedModel& model, const Engin
   plan.predictor_bytes = space.predictor_bytes;
   plan.activation_bytes = space.activations;
   plan.kv_bytes = space.blocks * space.block_bytes;
-  plan.kv_token_bytes = space.block_bytes / options.kv_block_tokens;
+  plan.kv_token_bytes = space.block_bytes / options.kv.block_tokens;
   plan.left_bytes = space.for_kv - plan.kv_bytes;
-  plan.kv_tokens = space.blocks * options.kv_block_tokens;
-  plan.kv_tokens_room = std::max<int64_t>(space.for_kv, 0) / space.block_bytes * options.kv_block_tokens;
-  plan.largest_batch = options.max_batch;
+  plan.kv_tokens = space.blocks * options.kv.block_tokens;
+  plan.kv_tokens_room = std::max<int64_t>(space.for_kv, 0) / space.block_bytes * options.kv.block_tokens;
+  plan.largest_batch = options.scheduler.max_batch;
 
   const Shapes shapes(config, space.shard, space.weights, model.stored);
-  const int64_t context_blocks = (plan.context_tokens + options.kv_block_tokens - 1) / options.kv_block_tokens;
+  const int64_t context_blocks = (plan.context_tokens + options.kv.block_tokens - 1) / options.kv.block_tokens;
   plan.batches = model.batches;
   for (const Tier tier : model.tiers) {
     TierPlan& of = plan.tiers.emplace_back();

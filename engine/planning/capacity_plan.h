@@ -14,7 +14,7 @@
 #include "engine/model/predictor_file.h"
 #include "engine/model/shard.h"
 #include "engine/options.h"
-#include "engine/planning/plan_options.h"
+#include "engine/plan_options.h"
 #include "engine/sparsity.h"
 #include "kernels/tensor.h"
 

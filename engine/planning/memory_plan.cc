@@ -20,7 +20,8 @@ int64_t ActivationBytes(const EngineOptions& options, const OptConfig& config, c
   const int64_t row = 4 * (config.hidden + features) + int64_t{2} * shard.neuron_count;
   const int64_t logits = int64_t{shard.vocab.count} + config.hidden;
   return static_cast<int64_t>(sizeof(float)) *
-         (options.max_step_tokens * row + (options.max_batch + options.score_rows) * logits + options.max_batch * row);
+         (options.scheduler.max_step_tokens * row +
+          (options.scheduler.max_batch + options.scheduler.score_rows) * logits + options.scheduler.max_batch * row);
 }
 
 std::string MemoryPlan::ToString() const {
@@ -31,7 +32,7 @@ std::string MemoryPlan::ToString() const {
 
 absl::StatusOr<MemoryPlan> PlanMemory(const EngineOptions& options, const OptConfig& config, const Backend& backend,
                                       int rank, int ranks) {
-  ASSIGN_OR_RETURN(const DType kv_dtype, ParseKvType(options.kv_dtype));
+  ASSIGN_OR_RETURN(const DType kv_dtype, ParseKvType(options.kv.dtype));
   ASSIGN_OR_RETURN(const ModelBytes model,
                    MeasureModel({options.model, options.weights, options.predictor, rank, ranks}, config));
   ASSIGN_OR_RETURN(const Shard shard, MakeShard(config, nullptr, rank, ranks));
@@ -43,10 +44,10 @@ absl::StatusOr<MemoryPlan> PlanMemory(const EngineOptions& options, const OptCon
   plan.activation_bytes = ActivationBytes(options, config, shard);
   const int64_t left = plan.budget_bytes - plan.weight_bytes - plan.predictor_bytes - plan.activation_bytes;
 
-  const int64_t block_bytes = KvCache::BlockBytes(config, options.kv_block_tokens, kv_dtype, shard.heads.count);
-  const int64_t per_sequence = (config.context + options.kv_block_tokens - 1) / options.kv_block_tokens;
-  const int64_t useful = options.max_batch * per_sequence;
-  const int64_t most = options.kv_mib > 0 ? options.kv_mib << 20 : std::max<int64_t>(left, 0);
+  const int64_t block_bytes = KvCache::BlockBytes(config, options.kv.block_tokens, kv_dtype, shard.heads.count);
+  const int64_t per_sequence = (config.context + options.kv.block_tokens - 1) / options.kv.block_tokens;
+  const int64_t useful = options.scheduler.max_batch * per_sequence;
+  const int64_t most = options.kv.memory_mib > 0 ? options.kv.memory_mib << 20 : std::max<int64_t>(left, 0);
   const int64_t wanted = block_bytes > 0 ? std::min(useful, most / block_bytes) : useful;
   plan.kv_bytes = wanted * block_bytes;
   plan.kv_blocks = static_cast<int32_t>(wanted);

@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "engine/sparsity.h"
+#include "engine/stats.h"
 
 namespace dejavu {
 
@@ -20,11 +21,6 @@ struct StepShape {
   int32_t decode_rows = 0;
   int32_t prefill_rows = 0;
   int64_t context_tokens = 0;  // positions that the decode rows look back at, all together
-};
-
-struct CostParameters {
-  double dense_ms = 0.0, exact_ms = 0.0, predicted_ms = 0.0;  // a step by itself
-  double row_ms = 0.0, prefill_token_ms = 0.0, context_token_ms = 0.0;
 };
 
 class CostModel {

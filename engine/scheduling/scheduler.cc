@@ -17,14 +17,20 @@ constexpr size_t kNobody = std::numeric_limits<size_t>::max();
 
 int Index(Urgency urgency) { return static_cast<int>(urgency); }
 
+TenantWeights WeightsIn(const SchedulerOptions& options) {
+  absl::StatusOr<TenantWeights> weights = ParseTenantWeights(options.tenant_weights);
+  CHECK(weights.ok()) << weights.status();
+  return *std::move(weights);
+}
+
 }  // namespace
 
 Scheduler::Scheduler(BlockPool& pool, const SchedulerOptions& options, CostModel costs)
-    : pool_(pool), options_(options), costs_(std::move(costs)) {
-  for (int32_t slot = options.slots - 1; slot >= 0; --slot) free_slots_.push_back(slot);
-  running_.reserve(options.slots);
-  admitted_.reserve(options.slots);
-  preempted_.reserve(options.slots);
+    : pool_(pool), options_(options), weights_(WeightsIn(options)), costs_(std::move(costs)) {
+  for (int32_t slot = options.max_batch - 1; slot >= 0; --slot) free_slots_.push_back(slot);
+  running_.reserve(options.max_batch);
+  admitted_.reserve(options.max_batch);
+  preempted_.reserve(options.max_batch);
 }
 
 void Scheduler::Enqueue(std::unique_ptr<Sequence> sequence) {
@@ -62,7 +68,7 @@ int32_t Scheduler::TenantOf(const Sequence& s) {
   if (place == tenants_.size()) tenants_.emplace_back();
   tenants_[place] = Tenant{};
   tenants_[place].name = name;
-  for (const auto& [who, weight] : options_.tenant_weights) {
+  for (const auto& [who, weight] : weights_) {
     if (who == name) tenants_[place].weight = weight;
   }
   tenant_ids_.emplace(name, static_cast<int32_t>(place));
@@ -220,8 +226,8 @@ bool Scheduler::Before(const Sequence& a, const Sequence& b) const {
 bool Scheduler::MayRun(const Sequence& s) const {
   if (s.request.urgency == Urgency::kBatch) {
     const int32_t reserved =
-        std::clamp(static_cast<int32_t>(std::ceil(others_)) + 1, options_.slots / 4, options_.slots * 3 / 4);
-    if (running_of_[Index(Urgency::kBatch)] >= options_.slots - reserved) return false;
+        std::clamp(static_cast<int32_t>(std::ceil(others_)) + 1, options_.max_batch / 4, options_.max_batch * 3 / 4);
+    if (running_of_[Index(Urgency::kBatch)] >= options_.max_batch - reserved) return false;
   }
   // The first block that nobody has computed: somebody as urgent may be about to.
   const size_t sharable = Sharable(s);
@@ -332,14 +338,14 @@ void Scheduler::NoteStep(double ms) {
   }
 }
 
-void Scheduler::TellDoor(Door& door) const {
+void Scheduler::Inform(Admission& admission) const {
   Tier dearest = Tier::kFast;
   int64_t first_free = running_.empty() ? 0 : std::numeric_limits<int64_t>::max();
   for (const auto& s : running_) {
     dearest = std::min(dearest, s->request.sparsity.tier);
     first_free = std::min<int64_t>(first_free, s->request.max_new_tokens - s->generated_tokens());
   }
-  door.SetLoad(costs_.parameters(), costs_.learned(), dearest, static_cast<int32_t>(running_.size()), first_free);
+  admission.SetLoad(costs_.parameters(), costs_.learned(), dearest, static_cast<int32_t>(running_.size()), first_free);
 }
 
 // A prefix may have been computed in part; what is not is withdrawn by the pool.

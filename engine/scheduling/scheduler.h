@@ -26,26 +26,13 @@
 
 #include "absl/container/flat_hash_map.h"
 #include "engine/model/batch.h"
+#include "engine/options.h"
+#include "engine/scheduling/admission.h"
 #include "engine/scheduling/block_pool.h"
 #include "engine/scheduling/cost_model.h"
-#include "engine/scheduling/door.h"
 #include "engine/scheduling/sequence.h"
 
 namespace dejavu {
-
-struct SchedulerOptions {
-  int32_t slots = 16;
-  int32_t prefill_chunk_tokens = 64;  // prompt tokens of one sequence in a step, at most
-  int32_t least_prefill_tokens = 8;   // of all sequences in a step, at least, whatever the target says
-  int32_t score_rows = 64;            // prompt positions that may ask for logits in one step, all sequences together
-  // What prompts may add to a step while others decode: up to the tightest target between two tokens. Where neither
-  // requests nor this option name one (0), that share of the step without prompts.
-  double inter_token_target_ms = 0.0;
-  double prefill_share = 0.75;
-  double ageing_s = 10.0;
-  bool overcommit = false;
-  std::vector<std::pair<std::string, double>> tenant_weights;  // 1 for those that it does not name
-};
 
 class Scheduler {
  public:
@@ -77,8 +64,8 @@ class Scheduler {
   const std::vector<std::unique_ptr<Sequence>>& running() const { return running_; }
   const std::vector<std::unique_ptr<Sequence>>& waiting() const { return waiting_; }
 
-  // What predictions at the door are made of.
-  void TellDoor(Door& door) const;
+  // What its predictions are made of.
+  void Inform(Admission& admission) const;
 
   // A step that was not planned here, such as one to warm up.
   void Learn(const StepShape& shape, double ms) { costs_.Observe(shape, ms); }
@@ -114,6 +101,7 @@ class Scheduler {
 
   BlockPool& pool_;
   const SchedulerOptions options_;
+  const TenantWeights weights_;  // 1 for tenants that it does not name
   CostModel costs_;
   std::vector<int32_t> free_slots_;  // a stack
   std::vector<std::unique_ptr<Sequence>> running_;

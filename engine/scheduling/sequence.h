@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "engine/request.h"
+#include "engine/scheduling/admission.h"
 #include "engine/scheduling/block_pool.h"
-#include "engine/scheduling/door.h"
 
 namespace dejavu {
 
@@ -60,7 +60,7 @@ struct Sequence {
   float next_logprob = 0.0f;
   int32_t next_rank = 0;
 
-  Expectation expected;  // the door's
+  Expectation expected;  // Admission's
   SparsitySums sparsity;
   SteadyTime last_token;
   int64_t last_token_step = 0;

@@ -29,11 +29,12 @@
 #include "engine/model/predictor_file.h"
 #include "engine/planning/memory_plan.h"
 #include "engine/ranks/model_group.h"
+#include "engine/scheduling/admission.h"
 #include "engine/scheduling/block_pool.h"
-#include "engine/scheduling/door.h"
 #include "engine/scheduling/scheduler.h"
 #include "engine/serving/sampler.h"
 #include "engine/serving/sparsity_control.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/mutex.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/draw.h"
@@ -43,79 +44,6 @@
 namespace dejavu {
 namespace {
 
-absl::StatusOr<std::vector<std::pair<std::string, double>>> ParseTenantWeights(const std::string& text) {
-  std::vector<std::pair<std::string, double>> weights;
-  for (absl::string_view entry : absl::StrSplit(text, ',', absl::SkipEmpty())) {
-    const std::pair<std::string, std::string> parts = absl::StrSplit(entry, absl::MaxSplits('=', 1));
-    double weight = 0.0;
-    if (parts.first.empty() || !absl::SimpleAtod(parts.second, &weight) || !(weight > 0.0 && weight <= 1e6)) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "tenant_weights has '", entry, "'; an entry is tenant=weight with a weight above 0 and at most 1000000"));
-    }
-    weights.emplace_back(parts.first, weight);
-  }
-  return weights;
-}
-
-absl::Status CheckOptions(const EngineOptions& o) {
-  const auto check = [](const char* name, int64_t value, int64_t least, int64_t most) {
-    if (least <= value && value <= most) return absl::OkStatus();
-    return absl::InvalidArgumentError(absl::StrCat(name, " is ", value, "; it must be in ", least, " ... ", most));
-  };
-  RETURN_IF_ERROR(check("max_batch", o.max_batch, 1, 1024));
-  RETURN_IF_ERROR(check("max_step_tokens", o.max_step_tokens, o.max_batch, 1 << 16));
-  RETURN_IF_ERROR(check("prefill_chunk_tokens", o.prefill_chunk_tokens, 1, 1 << 16));
-  RETURN_IF_ERROR(check("max_waiting_requests", o.max_waiting_requests, 1, 1 << 16));
-  RETURN_IF_ERROR(check("max_waiting_tokens", o.max_waiting_tokens, 0, int64_t{1} << 40));
-  RETURN_IF_ERROR(check("tenant_max_waiting_requests", o.tenant_max_waiting_requests, 0, 1 << 16));
-  RETURN_IF_ERROR(check("tenant_max_waiting_tokens", o.tenant_max_waiting_tokens, 0, int64_t{1} << 40));
-  const auto check_time = [](const char* name, double value) {
-    if (0.0 <= value && value <= 1e6) return absl::OkStatus();
-    return absl::InvalidArgumentError(absl::StrCat(name, " is ", value, "; it must be in 0 ... 1000000"));
-  };
-  RETURN_IF_ERROR(check_time("inter_token_target_ms", o.inter_token_target_ms));
-  RETURN_IF_ERROR(check_time("prefill_share", o.prefill_share));
-  RETURN_IF_ERROR(check_time("ageing_s", o.ageing_s));
-  RETURN_IF_ERROR(check_time("deadline_slack", o.deadline_slack));
-  RETURN_IF_ERROR(check_time("watchdog_s", o.watchdog_s));
-  RETURN_IF_ERROR(check_time("peer_timeout_s", o.peer_timeout_s));
-  RETURN_IF_ERROR(check("tensor_parallel", o.tensor_parallel, 0, 64));
-  RETURN_IF_ERROR(ParseTenantWeights(o.tenant_weights).status());
-  RETURN_IF_ERROR(MetricEdgesFrom(o.metric_edges).status());
-  RETURN_IF_ERROR(check("kv block_tokens", o.kv_block_tokens, 1, 4096));
-  if (!(o.memory_share > 0.0 && o.memory_share <= 1.0)) {
-    return absl::InvalidArgumentError(absl::StrCat("memory_share is ", o.memory_share, "; it must be in (0, 1]"));
-  }
-  return check("kv memory_mib", o.kv_mib, 0, int64_t{1} << 24);
-}
-
-SchedulerOptions ForScheduler(const EngineOptions& o) {
-  SchedulerOptions options;
-  options.slots = o.max_batch;
-  options.prefill_chunk_tokens = o.prefill_chunk_tokens;
-  options.score_rows = o.score_rows;
-  options.inter_token_target_ms = o.inter_token_target_ms;
-  options.prefill_share = o.prefill_share;
-  options.ageing_s = o.ageing_s;
-  options.overcommit = o.kv_overcommit;
-  const auto weights = ParseTenantWeights(o.tenant_weights);
-  CHECK(weights.ok()) << weights.status();
-  options.tenant_weights = *weights;
-  return options;
-}
-
-DoorOptions ForDoor(const EngineOptions& o) {
-  DoorOptions options;
-  options.slots = o.max_batch;
-  options.prefill_chunk_tokens = o.prefill_chunk_tokens;
-  options.max_waiting_requests = o.max_waiting_requests;
-  options.max_waiting_tokens = o.max_waiting_tokens;
-  options.tenant_max_waiting_requests = o.tenant_max_waiting_requests;
-  options.tenant_max_waiting_tokens = o.tenant_max_waiting_tokens;
-  options.deadline_slack = o.deadline_slack;
-  return options;
-}
-
 absl::StatusOr<GroupOptions> ForGroup(const EngineOptions& o, const OptConfig& config, int32_t sampled_vocab) {
   GroupOptions group;
   group.model = {o.model, o.weights, o.predictor};
@@ -124,13 +52,13 @@ absl::StatusOr<GroupOptions> ForGroup(const EngineOptions& o, const OptConfig& c
   group.pin = o.pin_threads;
   group.ranks = o.tensor_parallel;
   group.timeout_s = o.peer_timeout_s;
-  group.max_rows = o.max_step_tokens;
-  group.max_logit_rows = o.max_batch + o.score_rows;
-  group.slots = group.max_audits = o.max_batch;
-  group.blocks_per_slot = (config.context + o.kv_block_tokens - 1) / o.kv_block_tokens;
-  group.block_tokens = o.kv_block_tokens;
+  group.max_rows = o.scheduler.max_step_tokens;
+  group.max_logit_rows = o.scheduler.max_batch + o.scheduler.score_rows;
+  group.slots = group.max_audits = o.scheduler.max_batch;
+  group.blocks_per_slot = (config.context + o.kv.block_tokens - 1) / o.kv.block_tokens;
+  group.block_tokens = o.kv.block_tokens;
   group.candidates = sampled_vocab > 0 ? std::min(sampled_vocab, config.vocab) : config.vocab;
-  ASSIGN_OR_RETURN(group.kv_dtype, ParseKvType(o.kv_dtype));
+  ASSIGN_OR_RETURN(group.kv_dtype, ParseKvType(o.kv.dtype));
   group.plan_kv_blocks = [o, config](const Backend& backend, int rank, int ranks) -> absl::StatusOr<int32_t> {
     ASSIGN_OR_RETURN(const MemoryPlan plan, PlanMemory(o, config, backend, rank, ranks));
     const std::string who = ranks > 1 ? absl::StrCat("rank ", rank, " of ", ranks, ", ") : "";
@@ -158,34 +86,29 @@ absl::StatusOr<Fault> ParseFault(const std::string& text) {
   return fault;
 }
 
-double Seconds(SteadyTime from, SteadyTime to) { return std::chrono::duration<double>(to - from).count(); }
-
-double MsSince(SteadyTime start) {
-  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
-}
-
 class StepEngine final : public Engine {
  public:
   StepEngine(const EngineOptions& options, const OptConfig& config, int32_t candidates,
              std::unique_ptr<ModelGroup> group)
       : options_(options),
         config_(config),
-        metrics_(*MetricEdgesFrom(options.metric_edges)),
+        metrics_(*MetricEdgesFrom(options.metrics.edges)),
         group_(std::move(group)),
-        pool_(group_->kv_blocks(), options.kv_block_tokens),
-        scheduler_(pool_, ForScheduler(options)),
-        batch_(options.max_step_tokens, options.max_batch + options.score_rows, options.max_batch,
-               pool_.BlocksFor(config.context)),
+        pool_(group_->kv_blocks(), options.kv.block_tokens),
+        scheduler_(pool_, options.scheduler),
+        batch_(options.scheduler.max_step_tokens, options.scheduler.max_batch + options.scheduler.score_rows,
+               options.scheduler.max_batch, pool_.BlocksFor(config.context)),
         sampler_(config.vocab, candidates),
         logits_(static_cast<size_t>(batch_.max_logit_rows) * config.vocab),
-        shadow_batch_(options.max_batch, options.max_batch, options.max_batch, batch_.blocks_per_slot),
-        door_(ForDoor(options)) {
-    counts_.reserve(options.max_batch);
-    for (int i = 0; i < options.max_batch; ++i)
+        shadow_batch_(options.scheduler.max_batch, options.scheduler.max_batch, options.scheduler.max_batch,
+                      batch_.blocks_per_slot),
+        admission_(options.admission, options.scheduler) {
+    counts_.reserve(options.scheduler.max_batch);
+    for (int i = 0; i < options.scheduler.max_batch; ++i)
       counts_.emplace_back(config.vocab);  // copies would lose what is reserved
-    metrics_.counting = options.count_metrics;
+    metrics_.counting = options.metrics.count;
     banned_.reserve(64);
-    finished_.reserve(options.max_batch);
+    finished_.reserve(options.scheduler.max_batch);
   }
   ~StepEngine() override;
 
@@ -193,10 +116,10 @@ class StepEngine final : public Engine {
   absl::Status Prepare(double load_seconds);
   void Start();
 
-  const OptConfig& model() const override { return config_; }
+  const ModelShape& model() const override { return config_; }
   std::string backend_description() const override { return group_->Description(); }
   int64_t weight_bytes() const override { return group_->weight_bytes(); }
-  DType weight_dtype() const override { return group_->loaded().weights.dtype(); }
+  const char* weight_type() const override { return Name(group_->loaded().weights.dtype()); }
   const PredictorInfo& predictor() const override { return predictor_info_; }
   const std::string& synthetic() const override { return group_->loaded().synthetic; }
   absl::Status CheckTier(Tier tier) const override;
@@ -247,7 +170,7 @@ class StepEngine final : public Engine {
   void Fail(const char* reason, const absl::Status& status);
   void Step();
   void NoteAdmissions();
-  void TellTheDoor() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void InformAdmission() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Watch();
   StepOutputs OutputsOf(Flight& flight);
   void Launch(Flight& flight);
@@ -304,7 +227,7 @@ class StepEngine final : public Engine {
   std::shared_ptr<Reload> reload_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::unique_ptr<Sequence>> submitted_ ABSL_GUARDED_BY(mutex_);
   std::vector<uint64_t> cancelled_ ABSL_GUARDED_BY(mutex_);
-  Door door_ ABSL_GUARDED_BY(mutex_);
+  Admission admission_ ABSL_GUARDED_BY(mutex_);
   uint64_t next_id_ ABSL_GUARDED_BY(mutex_) = 1;
   int32_t unheard_ ABSL_GUARDED_BY(mutex_) = 0;  // accepted, OnFinish not called yet
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
@@ -350,7 +273,7 @@ absl::Status StepEngine::Prepare(double load_seconds) {
   const PredictorData* const from = loaded.predictor.has_value() ? &*loaded.predictor : nullptr;
   if (from != nullptr) {
     predictor_info_ = {loaded.predictor_path, std::string(Name(from->tap)), from->tiers, group_->predictor().bytes()};
-    shadow_logits_.resize(static_cast<size_t>(options_.max_batch) * config_.vocab);
+    shadow_logits_.resize(static_cast<size_t>(options_.scheduler.max_batch) * config_.vocab);
   }
   sparsity_ = std::make_unique<SparsityControl>(config_, from, loaded.weights, group_->predictor(),
                                                 options_.shadow_fallback, metrics_);
@@ -380,8 +303,8 @@ void StepEngine::WarmUp() {
   const SteadyTime start = std::chrono::steady_clock::now();
   MeasureBandwidth();
   std::iota(batch_.block_table.begin(), batch_.block_table.begin() + batch_.blocks_per_slot, 0);
-  const int32_t batch = std::min(options_.max_batch, config_.context);
-  const int32_t chunk = std::min({options_.prefill_chunk_tokens, config_.context - 1, batch_.max_rows - 1});
+  const int32_t batch = std::min(options_.scheduler.max_batch, config_.context);
+  const int32_t chunk = std::min({options_.scheduler.prefill_chunk_tokens, config_.context - 1, batch_.max_rows - 1});
   // Where prompts are cheap the largest step at once: its scratch is taken now, or never.
   WarmUpStep(0, group_->RunsAhead() ? batch_.max_rows : std::max(batch, chunk), /*learn=*/false);
   for (int i = 0; i < 3; ++i) {
@@ -390,10 +313,10 @@ void StepEngine::WarmUp() {
     if (chunk > 0) WarmUpStep(1, chunk, /*learn=*/true);
   }
   stat_cost_steps_ = scheduler_.costs().steps();
-  metrics_.warm_up_seconds.Set(MsSince(start) / 1e3);
+  metrics_.warm_up_seconds.Set(MillisecondsSince(start) / 1e3);
   PublishStats();
   MutexLock lock(mutex_);
-  TellTheDoor();
+  InformAdmission();
 }
 
 // How fast rank 0's device reads what it holds of the weights, or a part of a large model.
@@ -424,7 +347,7 @@ void StepEngine::WarmUpStep(int32_t decode_rows, int32_t prefill_rows, bool lear
   const SteadyTime start = std::chrono::steady_clock::now();
   group_->Forward(batch_, {logits_.data()});
   const int64_t context = int64_t{decode_rows} * (decode_rows - 1) / 2;
-  if (learn) scheduler_.Learn({Tier::kExact, decode_rows, prefill_rows, context}, MsSince(start));
+  if (learn) scheduler_.Learn({Tier::kExact, decode_rows, prefill_rows, context}, MillisecondsSince(start));
   batch_.Clear();
 }
 
@@ -474,15 +397,15 @@ absl::StatusOr<uint64_t> StepEngine::SubmitSamples(Request request, std::vector<
   valid.Update(CheckTier(request.sparsity.tier));
   if (!valid.ok()) {
     MutexLock lock(mutex_);
-    return door_.Refuse(Refusal::kInvalid, std::move(valid), std::chrono::milliseconds(0), samples);
+    return admission_.Refuse(Refusal::kInvalid, std::move(valid), std::chrono::milliseconds(0), samples);
   }
   // All that needs no lock.
   const SteadyTime now = std::chrono::steady_clock::now();
   std::vector<BlockKey> keys;
-  const bool cached = options_.prefix_cache && request.prefix_cache;
+  const bool cached = options_.kv.prefix_cache && request.prefix_cache;
   if (!request.score && (cached || samples > 1)) {
     keys =
-        BlockKeys(request.tenant, request.cache_salt, request.prompt, options_.kv_block_tokens, cached ? 0 : ++groups_);
+        BlockKeys(request.tenant, request.cache_salt, request.prompt, options_.kv.block_tokens, cached ? 0 : ++groups_);
   }
   std::vector<std::unique_ptr<Sequence>> sequences;
   for (std::shared_ptr<TokenSink>& sink : sinks) {
@@ -496,15 +419,17 @@ absl::StatusOr<uint64_t> StepEngine::SubmitSamples(Request request, std::vector<
   constexpr std::chrono::milliseconds kElsewhere(1000);  // another server, or this one after its restart
   MutexLock lock(mutex_);
   if (failed_) {
-    return door_.Refuse(Refusal::kFailed, absl::UnavailableError("the engine has failed; the server must be restarted"),
-                        kElsewhere, samples);
+    return admission_.Refuse(Refusal::kFailed,
+                             absl::UnavailableError("the engine has failed; the server must be restarted"), kElsewhere,
+                             samples);
   }
   if (draining_ || stopping_) {
-    return door_.Refuse(Refusal::kDraining, absl::UnavailableError("the engine is draining; it takes no new requests"),
-                        kElsewhere, samples);
+    return admission_.Refuse(Refusal::kDraining,
+                             absl::UnavailableError("the engine is draining; it takes no new requests"), kElsewhere,
+                             samples);
   }
   Expectation expected;
-  RETURN_IF_ERROR(door_.Admit(request, now, &expected, samples));
+  RETURN_IF_ERROR(admission_.Admit(request, now, &expected, samples));
   const uint64_t first = next_id_;
   for (std::unique_ptr<Sequence>& sequence : sequences) {
     sequence->expected = expected;
@@ -544,20 +469,21 @@ EngineStats StepEngine::stats() const {
   EngineStats stats;
   {
     MutexLock lock(mutex_);
-    stats.waiting = static_cast<int32_t>(door_.waiting());
-    stats.waiting_tokens = door_.waiting_prompt_tokens();
+    stats.waiting = static_cast<int32_t>(admission_.waiting());
+    stats.waiting_tokens = admission_.waiting_prompt_tokens();
     for (int u = 0; u < kUrgencies; ++u) {
-      stats.waiting_of[u] = static_cast<int32_t>(door_.waiting(static_cast<Urgency>(u)));
+      stats.waiting_of[u] = static_cast<int32_t>(admission_.waiting(static_cast<Urgency>(u)));
     }
-    stats.account = door_.account();
+    stats.account = admission_.account();
     stats.costs = costs_;
   }
   stats.cost_steps = stat_cost_steps_;
   if (const int64_t oldest = stat_oldest_arrival_.load(std::memory_order_relaxed); oldest != 0) {
-    stats.oldest_wait_s = MsSince(SteadyTime(SteadyTime::duration(oldest))) / 1e3;
+    stats.oldest_wait_s = MillisecondsSince(SteadyTime(SteadyTime::duration(oldest))) / 1e3;
   }
   stats.ranks = group_->ranks();
-  stats.communication = {stat_all_reduces_.value(), stat_all_reduce_ns_.value()};
+  stats.all_reduces = stat_all_reduces_.value();
+  stats.all_reduce_ns = stat_all_reduce_ns_.value();
   stats.kv_blocks_cached = stat_cached_blocks_;
   stats.cached_prompt_tokens = stat_cached_prompt_tokens_;
   stats.preemptions = stat_preemptions_;
@@ -836,8 +762,8 @@ void StepEngine::NoteEnd(const Sequence& s, bool waiting) {
   const auto note_slo = [&](Slo slo, double target_ms, double seconds) {
     if (target_ms > 0.0) (seconds * 1e3 <= target_ms ? metrics_.slo_attained : metrics_.slo_missed)[slo].Add(1);
   };
-  note_slo(kTtftSlo, options_.slo_ttft_ms, Seconds(f.queued, f.first_token));
-  if (tokens > 1) note_slo(kItlSlo, options_.slo_itl_ms, per_token_s);
+  note_slo(kTtftSlo, options_.metrics.slo_ttft_ms, Seconds(f.queued, f.first_token));
+  if (tokens > 1) note_slo(kItlSlo, options_.metrics.slo_itl_ms, per_token_s);
 }
 
 StepOutputs StepEngine::OutputsOf(Flight& flight) { return {logits_.data(), flight.drawn.data(), &flight.counts}; }
@@ -900,13 +826,13 @@ void StepEngine::NoteAdmissions() {
   stat_preemptions_.fetch_add(static_cast<int64_t>(scheduler_.preempted().size()), std::memory_order_relaxed);
   PublishStats();
   MutexLock lock(mutex_);
-  for (const Sequence* s : scheduler_.admitted()) door_.Scheduled(s->request);
-  for (const Sequence* s : scheduler_.preempted()) door_.Requeued(s->request);
-  TellTheDoor();
+  for (const Sequence* s : scheduler_.admitted()) admission_.Scheduled(s->request);
+  for (const Sequence* s : scheduler_.preempted()) admission_.Requeued(s->request);
+  InformAdmission();
 }
 
-void StepEngine::TellTheDoor() {
-  scheduler_.TellDoor(door_);
+void StepEngine::InformAdmission() {
+  scheduler_.Inform(admission_);
   costs_ = scheduler_.costs().parameters();
 }
 
@@ -1052,13 +978,13 @@ void StepEngine::End(const Sequence& sequence, FinishReason reason, absl::Status
   NoteEnd(*s, waiting);
   {
     MutexLock lock(mutex_);
-    door_.Ended(s->request, reason, waiting);
+    admission_.Ended(s->request, reason, waiting);
     // Who left by itself says nothing about how long it would have taken; a deadline says that it took too long.
     if (reason != FinishReason::kCancelled && reason != FinishReason::kError && reason != FinishReason::kShutdown) {
       const double ms = std::chrono::duration<double, std::milli>(finish.finished - s->arrival).count();
-      door_.NoteOutcome(s->expected, ms, finish.generated_tokens);
+      admission_.NoteOutcome(s->expected, ms, finish.generated_tokens);
     }
-    TellTheDoor();
+    InformAdmission();
   }
   s->sink->OnFinish(finish);
   MutexLock lock(mutex_);
@@ -1094,7 +1020,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   ASSIGN_OR_RETURN(const GroupOptions group_options, ForGroup(options, config, sampled_vocab));
   ASSIGN_OR_RETURN(std::unique_ptr<ModelGroup> group, ModelGroup::Create(group_options, config, progress));
   auto engine = std::make_unique<StepEngine>(options, config, group_options.candidates, std::move(group));
-  RETURN_IF_ERROR(engine->Prepare(MsSince(start) / 1e3));
+  RETURN_IF_ERROR(engine->Prepare(MillisecondsSince(start) / 1e3));
   engine->Start();
   return engine;
 }

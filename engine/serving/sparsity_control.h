@@ -9,11 +9,11 @@
 #include <memory>
 #include <vector>
 
+#include "engine/metrics.h"
 #include "engine/model/batch.h"
 #include "engine/model/predictor.h"
 #include "engine/model/weight_bytes.h"
 #include "engine/scheduling/sequence.h"
-#include "engine/serving/metrics.h"
 #include "engine/serving/shadow_monitor.h"
 
 namespace dejavu {

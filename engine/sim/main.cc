@@ -11,6 +11,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "engine/sim/simulator.h"
 
@@ -18,7 +19,6 @@ namespace dejavu {
 namespace {
 
 constexpr char kTraceHeader[] = "arrival_s,prompt_tokens,output_tokens,urgency,tenant,tier,deadline_s";
-const char* const kUrgencyNames[] = {"interactive", "normal", "batch"};
 
 struct Arguments {
   SimOptions sim;
@@ -49,7 +49,7 @@ std::vector<std::pair<std::string, double>> Parse(const char* flag, const std::v
 
 Urgency ParseUrgency(const std::string& name) {
   for (int u = 0; u < kUrgencies; ++u) {
-    if (name == kUrgencyNames[u]) return static_cast<Urgency>(u);
+    if (name == Name(static_cast<Urgency>(u))) return static_cast<Urgency>(u);
   }
   throw CLI::ValidationError("urgency", absl::StrCat("'", name, "' is not interactive, normal or batch"));
 }
@@ -168,7 +168,7 @@ void Print(const SimResult& r, const SimOptions& options) {
   for (int u = 0; u < kUrgencies; ++u) {
     const SimClass& of = r.of_urgency[u];
     if (of.ttft_ms.count() == 0) continue;
-    absl::PrintF("%s: %d finished, %d good\n", kUrgencyNames[u], of.finished, of.good);
+    absl::PrintF("%s: %d finished, %d good\n", Name(static_cast<Urgency>(u)), of.finished, of.good);
     PrintHistogram("queue", of.queue_ms);
     PrintHistogram("time to first token", of.ttft_ms);
     PrintHistogram("between tokens", of.inter_token_ms);
@@ -220,16 +220,16 @@ int Run(int argc, char** argv) {
   app.add_option("--prefill-token-ms", s.costs.prefill_token_ms, "more for each prompt token")->default_val("0.2");
   app.add_option("--context-token-ms", s.costs.context_token_ms, "more for each token of context")
       ->default_val("0.0001");
-  app.add_option("--max-batch", s.scheduler.slots, "sequences at once")
+  app.add_option("--max-batch", s.scheduler.max_batch, "sequences at once")
       ->capture_default_str()
       ->check(CLI::Range(1, 1024));
-  app.add_option("--max-step-tokens", s.max_step_tokens, "of one step")->capture_default_str();
+  app.add_option("--max-step-tokens", s.scheduler.max_step_tokens, "of one step")->capture_default_str();
   app.add_option("--prefill-chunk-tokens", s.scheduler.prefill_chunk_tokens, "of one sequence in a step")
       ->capture_default_str();
-  app.add_option("--max-waiting-requests", s.door.max_waiting_requests, "in the queue")->capture_default_str();
-  app.add_option("--max-waiting-tokens", s.door.max_waiting_tokens, "of their prompts; 0: no limit")
+  app.add_option("--max-waiting-requests", s.admission.max_waiting_requests, "in the queue")->capture_default_str();
+  app.add_option("--max-waiting-tokens", s.admission.max_waiting_tokens, "of their prompts; 0: no limit")
       ->capture_default_str();
-  app.add_option("--deadline-slack", s.door.deadline_slack, "see dejavud --help")->capture_default_str();
+  app.add_option("--deadline-slack", s.admission.deadline_slack, "see dejavud --help")->capture_default_str();
   app.add_option("--tenant-weight", weights, "such as a=1 b=3");
   app.add_option("--ageing-s", s.scheduler.ageing_s, "see dejavud --help")->capture_default_str();
   app.add_option("--prefill-share", s.scheduler.prefill_share, "see dejavud --help")->capture_default_str();
@@ -250,10 +250,11 @@ int Run(int argc, char** argv) {
                                  absl::StrCat("is ", s.kv_blocks, "; one sequence of ", s.context, " tokens needs ",
                                               (s.context + s.block_tokens - 1) / s.block_tokens));
     }
-    s.max_step_tokens = std::max(s.max_step_tokens, s.scheduler.slots);
-    s.scheduler.tenant_weights = Parse("--tenant-weight", weights);
-    s.door.slots = s.scheduler.slots;
-    s.door.prefill_chunk_tokens = s.scheduler.prefill_chunk_tokens;
+    s.scheduler.max_step_tokens = std::max(s.scheduler.max_step_tokens, s.scheduler.max_batch);
+    s.scheduler.tenant_weights = absl::StrJoin(weights, ",");
+    if (const absl::Status checked = ParseTenantWeights(s.scheduler.tenant_weights).status(); !checked.ok()) {
+      throw CLI::ValidationError("--tenant-weight", std::string(checked.message()));
+    }
     s.prefix_cache = !a.no_prefix_cache;
     const auto progress = [](double seconds) { std::fprintf(stderr, "\rdejavu-sim: %.0f s of virtual time", seconds); };
     SimResult result;

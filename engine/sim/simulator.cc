@@ -24,9 +24,9 @@ class Simulation {
         truth_(options.costs),
         pool_(options.kv_blocks, options.block_tokens),
         scheduler_(pool_, options.scheduler),
-        door_(options.door),
-        batch_(options.max_step_tokens, options.scheduler.slots + options.scheduler.score_rows, options.scheduler.slots,
-               pool_.BlocksFor(options.context)) {}
+        admission_(options.admission, options.scheduler),
+        batch_(options.scheduler.max_step_tokens, options.scheduler.max_batch + options.scheduler.score_rows,
+               options.scheduler.max_batch, pool_.BlocksFor(options.context)) {}
 
   SimResult Run(const std::function<std::optional<SimRequest>()>& next, const std::function<void(double)>& progress);
 
@@ -47,7 +47,7 @@ class Simulation {
   const CostModel truth_;
   BlockPool pool_;
   Scheduler scheduler_;
-  Door door_;
+  Admission admission_;
   Batch batch_;
   double now_s_ = 0.0;
   uint64_t next_id_ = 1;
@@ -70,7 +70,7 @@ void Simulation::Arrive(const SimRequest& r) {
   request.sparsity.tier = r.tier;
   if (r.deadline_s > 0.0) request.deadline = At(r.arrival_s + r.deadline_s);
   Expectation expected;
-  if (!door_.Admit(request, At(r.arrival_s), &expected).ok()) return;
+  if (!admission_.Admit(request, At(r.arrival_s), &expected).ok()) return;
   auto sequence = std::make_unique<Sequence>(std::move(request), nullptr);
   sequence->expected = expected;
   sequence->id = next_id_++;
@@ -100,7 +100,7 @@ void Simulation::Step(bool arriving) {
   EndOverdue();
   scheduler_.Plan(At(now_s_), batch_);
   for (Sequence* s : scheduler_.admitted()) {
-    door_.Scheduled(s->request);
+    admission_.Scheduled(s->request);
     if (s->preemptions > 0) continue;
     const double waited_s = now_s_ - live_[s->id].request.arrival_s;
     result_.longest_queue_age_s = std::max(result_.longest_queue_age_s, waited_s);
@@ -109,7 +109,7 @@ void Simulation::Step(bool arriving) {
     }
     result_.cached_prompt_tokens += s->computed;
   }
-  for (Sequence* s : scheduler_.preempted()) door_.Requeued(s->request);
+  for (Sequence* s : scheduler_.preempted()) admission_.Requeued(s->request);
   result_.preemptions += static_cast<int64_t>(scheduler_.preempted().size());
   result_.most_kv_blocks = std::max(result_.most_kv_blocks, pool_.total() - pool_.free());
   if (batch_.rows() == 0) return;
@@ -125,7 +125,7 @@ void Simulation::Step(bool arriving) {
   scheduler_.NoteStep(ms);
   for (const auto& [s, reason] : ending_) End(*s, reason);
   ending_.clear();
-  scheduler_.TellDoor(door_);
+  scheduler_.Inform(admission_);
 }
 
 void Simulation::Token(Sequence& s, bool arriving) {
@@ -148,9 +148,9 @@ void Simulation::Token(Sequence& s, bool arriving) {
 void Simulation::End(const Sequence& sequence, FinishReason reason) {
   const bool waiting = sequence.slot < 0;
   const std::unique_ptr<Sequence> s = scheduler_.Remove(sequence);
-  door_.Ended(s->request, reason, waiting);
+  admission_.Ended(s->request, reason, waiting);
   const Live& live = live_[s->id];
-  door_.NoteOutcome(s->expected, 1000.0 * (now_s_ - live.request.arrival_s), s->generated_tokens());
+  admission_.NoteOutcome(s->expected, 1000.0 * (now_s_ - live.request.arrival_s), s->generated_tokens());
   if (reason == FinishReason::kLength) {
     const double ttft_ms = 1000.0 * (live.first_token_s - live.request.arrival_s);
     const int32_t gaps = s->generated_tokens() - 1;
@@ -183,7 +183,7 @@ SimResult Simulation::Run(const std::function<std::optional<SimRequest>()>& next
     if (progress != nullptr && now_s_ - told_s > 60.0) progress(told_s = now_s_);
   }
   result_.seconds = now_s_;
-  result_.account = door_.account();
+  result_.account = admission_.account();
   return std::move(result_);
 }
 

@@ -1,4 +1,4 @@
-// The scheduler and the door, as the engine runs them, on a virtual clock: what a server with given costs would do with
+// Scheduler and admission, as the engine runs them, on a virtual clock: what a server with given costs would do with
 // given arrivals. For planning capacity, and for tests that no real clock could repeat.
 #ifndef ENGINE_SIM_SIMULATOR_H_
 #define ENGINE_SIM_SIMULATOR_H_
@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "engine/request.h"
+#include "engine/scheduling/admission.h"
 #include "engine/scheduling/cost_model.h"
-#include "engine/scheduling/door.h"
 #include "engine/scheduling/scheduler.h"
 
 namespace dejavu {
@@ -49,12 +49,11 @@ class Histogram {
 
 struct SimOptions {
   SchedulerOptions scheduler;
-  DoorOptions door;
+  AdmissionOptions admission;
   CostParameters costs;  // the truth, which the scheduler learns
   int32_t kv_blocks = 1024;
   int32_t block_tokens = 16;
   int32_t context = 2048;
-  int32_t max_step_tokens = 256;
   bool prefix_cache = true;
   // What goodput counts: requests whose first token and whose mean inter-token time were that fast. 0: any.
   double ttft_target_ms = 0.0, inter_token_target_ms = 0.0;

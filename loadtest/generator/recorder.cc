@@ -13,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
 #include "loadtest/client/status_code.h"
 
@@ -24,10 +25,6 @@ constexpr float kNone = std::numeric_limits<float>::quiet_NaN();
 constexpr size_t kFineIntervals = 200;
 constexpr size_t kMaxIntervals = 3600;
 constexpr double kFine_s = 0.1, kCoarse_s = 1.0;
-
-double Milliseconds(SteadyTime from, SteadyTime to) {
-  return std::chrono::duration<double, std::milli>(to - from).count();
-}
 
 // The shortest text that reads as the same number; null for NaN.
 template <typename Number>

@@ -18,13 +18,12 @@
 #include "absl/strings/string_view.h"
 #include "dejavu/v1/generation.pb.h"
 #include "grpcpp/support/status_code_enum.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/mutex.h"
 #include "loadtest/generator/histogram.h"
 #include "loadtest/generator/workload.h"
 
 namespace dejavu {
-
-using SteadyTime = std::chrono::steady_clock::time_point;
 
 // One call, at its end. In a closed loop `scheduled` is `sent`.
 struct Outcome {

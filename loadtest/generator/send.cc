@@ -1,4 +1,5 @@
 #include "loadtest/generator/send.h"
+#include "kernels/base/clock.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -20,8 +21,6 @@ constexpr auto kLookForInterrupt = std::chrono::milliseconds(100);
 SteadyClock::duration Duration(double seconds) {
   return std::chrono::duration_cast<SteadyClock::duration>(std::chrono::duration<double>(seconds));
 }
-
-double SecondsSince(SteadyTime begin) { return std::chrono::duration<double>(SteadyClock::now() - begin).count(); }
 
 void Sleep(SteadyTime until) {
   const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(until.time_since_epoch()).count();

@@ -23,8 +23,8 @@ constexpr int64_t kTracedSteps = 512;          // that a dump holds: what a repl
 
 absl::Status Stopped() { return UnavailableRetry("the server has stopped", std::chrono::seconds(1)); }
 
-void FillLayer(const LayerSparsityStats& from, const OptConfig& config, v1::LayerState* to) {
-  const LayerShares shares = SharesOf(from, config);
+void FillLayer(const LayerSparsityStats& from, const ModelShape& shape, v1::LayerState* to) {
+  const LayerShares shares = SharesOf(from, shape);
   to->set_decode_rows(static_cast<uint64_t>(from.rows));
   to->set_mlp_density(shares.mlp_density);
   to->set_head_density(shares.head_density);

@@ -22,7 +22,7 @@ namespace {
 absl::Status RefusedByEngine(const absl::Status& status) {
   const std::optional<RefusalInfo> refusal = RefusalOf(status);
   if (!refusal.has_value() || refusal->retry_after.count() == 0) return absl::Status(status.code(), status.message());
-  return RefusedWithRetry(status.code(), status.message(), refusal->reason, refusal->retry_after);
+  return RefusedWithRetry(status.code(), status.message(), Name(refusal->reason), refusal->retry_after);
 }
 
 // The first `characters` of a prompt in text, which is valid UTF-8.
@@ -385,16 +385,16 @@ absl::Status GenerationService::GetModelInfo(const v1::GetModelInfoRequest& requ
                                              v1::GetModelInfoResponse* response) const {
   RETURN_IF_ERROR(CheckModelName(request.model(), model()));
   const Engine& engine = *model().engine;
-  const OptConfig& config = engine.model();
+  const ModelShape& config = engine.model();
   response->set_model(model().name);
-  response->set_architecture("opt");
+  response->set_architecture(kModelFamily);
   response->set_layers(static_cast<uint32_t>(config.layers));
   response->set_hidden_size(static_cast<uint32_t>(config.hidden));
   response->set_attention_heads(static_cast<uint32_t>(config.heads));
   response->set_ffn_size(static_cast<uint32_t>(config.ffn));
   response->set_vocabulary_size(static_cast<uint32_t>(config.vocab));
   response->set_context_tokens(static_cast<uint32_t>(config.context));
-  response->set_weight_dtype(dejavu::Name(engine.weight_dtype()));
+  response->set_weight_dtype(engine.weight_type());
   response->set_weight_bytes(static_cast<uint64_t>(engine.weight_bytes()));
   response->set_has_tokenizer(model().tokenizer != nullptr);
   response->set_bos_token_id(static_cast<uint32_t>(config.bos_token));
@@ -409,8 +409,8 @@ absl::Status GenerationService::GetServerInfo(v1::GetServerInfoResponse* respons
   response->set_uptime_seconds(std::chrono::duration<double>(std::chrono::steady_clock::now() - started_).count());
 
   v1::Limits* limits = response->mutable_limits();
-  limits->set_max_batch(static_cast<uint32_t>(engine_options_.max_batch));
-  limits->set_max_waiting_requests(static_cast<uint32_t>(engine_options_.max_waiting_requests));
+  limits->set_max_batch(static_cast<uint32_t>(engine_options_.scheduler.max_batch));
+  limits->set_max_waiting_requests(static_cast<uint32_t>(engine_options_.admission.max_waiting_requests));
   limits->set_default_max_new_tokens(static_cast<uint32_t>(options_.default_max_new_tokens));
   limits->set_max_top_logprobs(static_cast<uint32_t>(options_.max_top_logprobs));
   limits->set_max_stop_strings(static_cast<uint32_t>(options_.max_stop_strings));
@@ -419,9 +419,9 @@ absl::Status GenerationService::GetServerInfo(v1::GetServerInfoResponse* respons
   limits->set_max_logit_bias(static_cast<uint32_t>(options_.max_logit_bias));
   limits->set_max_message_bytes(static_cast<uint64_t>(options_.max_message_bytes));
   limits->set_max_samples(static_cast<uint32_t>(options_.max_samples));
-  limits->set_max_waiting_tokens(static_cast<uint64_t>(engine_options_.max_waiting_tokens));
-  limits->set_tenant_max_waiting_requests(static_cast<uint32_t>(engine_options_.tenant_max_waiting_requests));
-  limits->set_tenant_max_waiting_tokens(static_cast<uint64_t>(engine_options_.tenant_max_waiting_tokens));
+  limits->set_max_waiting_tokens(static_cast<uint64_t>(engine_options_.admission.max_waiting_tokens));
+  limits->set_tenant_max_waiting_requests(static_cast<uint32_t>(engine_options_.admission.tenant_max_waiting_requests));
+  limits->set_tenant_max_waiting_tokens(static_cast<uint64_t>(engine_options_.admission.tenant_max_waiting_tokens));
 
   const ServedModel* const model = model_.load(std::memory_order_acquire);
   FillInfo(options_, model == nullptr ? nullptr : model->engine, response->mutable_sparsity());

@@ -35,13 +35,13 @@ void FillStats(const SparsityStats& stats, v1::SparsityInfo* message) {
 
 }  // namespace
 
-LayerShares SharesOf(const LayerSparsityStats& layer, const OptConfig& config) {
+LayerShares SharesOf(const LayerSparsityStats& layer, const ModelShape& shape) {
   const auto share = [](auto part, double whole) { return whole > 0.0 ? static_cast<double>(part) / whole : 0.0; };
   const auto rows = static_cast<double>(layer.rows), steps = static_cast<double>(layer.steps);
   LayerShares shares;
-  shares.mlp_density = share(layer.selected + layer.active, 2.0 * rows * config.ffn);
-  shares.head_density = share(layer.heads, rows * config.heads);
-  shares.union_density = share(layer.union_selected, steps * config.ffn);
+  shares.mlp_density = share(layer.selected + layer.active, 2.0 * rows * shape.ffn);
+  shares.head_density = share(layer.heads, rows * shape.heads);
+  shares.union_density = share(layer.union_selected, steps * shape.ffn);
   shares.recall = share(layer.shadow_hits, static_cast<double>(layer.shadow_active));
   shares.precision = share(layer.shadow_hits, static_cast<double>(layer.shadow_selected));
   shares.missed_mass = share(layer.shadow_missed_mass, layer.shadow_mass);

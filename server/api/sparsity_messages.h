@@ -21,7 +21,7 @@ struct LayerShares {
   double union_density = 0.0;  // neurons that a step computes for all its rows
   double recall = 0.0, precision = 0.0, missed_mass = 0.0;
 };
-LayerShares SharesOf(const LayerSparsityStats& layer, const OptConfig& config);
+LayerShares SharesOf(const LayerSparsityStats& layer, const ModelShape& shape);
 
 // The tiers that `options` lets requests ask for.
 bool IsAllowed(Tier tier, const ServerOptions& options);

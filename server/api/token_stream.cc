@@ -4,15 +4,12 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
+#include "kernels/base/clock.h"
 #include "server/api/sparsity_messages.h"
 #include "server/rpc/error_details.h"
 
 namespace dejavu {
 namespace {
-
-double Milliseconds(SteadyTime from, SteadyTime to) {
-  return std::chrono::duration<double, std::milli>(to - from).count();
-}
 
 void FillTimings(const Finish& finish, SteadyTime arrival, v1::Timings* timings) {
   timings->set_queue_ms(Milliseconds(arrival, finish.scheduled));

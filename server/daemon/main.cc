@@ -219,7 +219,7 @@ std::optional<int> Daemon::Load(Server* server) {
   spdlog::info("serving \"{}\" on {} after {:.1f} s: {:.2f} GB of {} weights", server->model_name(),
                model_.engine->backend_description(),
                std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(),
-               static_cast<double>(model_.engine->weight_bytes()) / 1e9, Name(model_.engine->weight_dtype()));
+               static_cast<double>(model_.engine->weight_bytes()) / 1e9, model_.engine->weight_type());
   return std::nullopt;
 }
 

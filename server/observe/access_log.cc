@@ -1,14 +1,11 @@
 #include "server/observe/access_log.h"
 
 #include "absl/strings/match.h"
+#include "kernels/base/clock.h"
 #include "server/observe/logging.h"
 
 namespace dejavu {
 namespace {
-
-double Milliseconds(SteadyTime from, SteadyTime to) {
-  return std::chrono::duration<double, std::milli>(to - from).count();
-}
 
 double UnixSeconds(SteadyTime time) {
   const auto ago = std::chrono::steady_clock::now() - time;

@@ -21,12 +21,13 @@ namespace {
 
 using Labels = std::vector<std::pair<std::string, std::string>>;
 
-constexpr std::array<const char*, kUrgencies> kPriorityNames = {"interactive", "normal", "batch"};
 constexpr std::array<const char*, kStepPhases> kPhaseNames = {"prefill", "decode", "mixed"};
 constexpr std::array<const char*, kStepComponents> kComponentNames = {"plan", "forward", "shadow", "handout"};
 constexpr std::array<const char*, kRequestStages> kStageNames = {"queued", "prefill", "decode"};
 constexpr std::array<const char*, kWeightKinds> kWeightNames = {"mlp", "attention", "predictor", "embedding", "head"};
 constexpr std::array<const char*, kSlos> kSloNames = {"ttft", "itl"};
+std::string PriorityName(int urgency) { return std::string(Name(static_cast<Urgency>(urgency))); }
+
 // The states of engine_state, as Phase has them.
 constexpr std::array<const char*, 5> kStateNames = {"loading", "warming", "serving", "draining", "failed"};
 
@@ -240,7 +241,7 @@ void Metrics::AddEngine(const Engine& engine, Page& page) const {
   const EngineStats stats = engine.stats();
   const PredictorInfo& predictor = engine.predictor();
   page.Gauge("model_info", "1; the labels say what is served.", 1,
-             {{"dtype", std::string(Name(engine.weight_dtype()))},
+             {{"dtype", std::string(engine.weight_type())},
               {"layers", std::to_string(engine.model().layers)},
               {"ranks", std::to_string(stats.ranks)},
               {"device", engine.backend_description()},
@@ -253,7 +254,7 @@ void Metrics::AddEngine(const Engine& engine, Page& page) const {
   }
   page.Gauge("requests_running", "Requests in the running batch.", stats.running);
   for (int u = 0; u < kUrgencies; ++u) {
-    page.Gauge("requests_waiting", "Requests in the queue.", stats.waiting_of[u], {{"priority", kPriorityNames[u]}});
+    page.Gauge("requests_waiting", "Requests in the queue.", stats.waiting_of[u], {{"priority", PriorityName(u)}});
   }
   page.Gauge("queue_tokens", "Prompt tokens in the queue.", static_cast<double>(stats.waiting_tokens));
   page.Gauge("queue_oldest_age_seconds", "How long the request has waited that has waited longest.",
@@ -302,16 +303,16 @@ void Metrics::AddEngine(const Engine& engine, Page& page) const {
   if (stats.ranks == 1) return;
   page.IfSeen("rank_imbalance_ratio", "Per step: active neurons of the slowest rank over the mean of all ranks.",
               m.imbalance, {});
-  page.Counter("all_reduces_total", "Sums over the ranks.", static_cast<double>(stats.communication.all_reduces));
+  page.Counter("all_reduces_total", "Sums over the ranks.", static_cast<double>(stats.all_reduces));
   page.Counter("all_reduce_seconds_total", "Time that rank 0 spent in sums over the ranks, waiting included.",
-               static_cast<double>(stats.communication.all_reduce_ns) / 1e9);
+               static_cast<double>(stats.all_reduce_ns) / 1e9);
 }
 
 void Metrics::AddLatencies(const EngineMetrics& metrics, Page& page) const {
   const auto add = [&](const char* name, const char* help, Histogram EngineMetrics::Latencies::*member) {
     for (size_t i = 0; i < metrics.latencies.size(); ++i) {
       page.IfSeen(name, help, metrics.latencies[i].*member,
-                  {{"tier", TierName(i / kUrgencies)}, {"priority", kPriorityNames[i % kUrgencies]}});
+                  {{"tier", TierName(i / kUrgencies)}, {"priority", PriorityName(i % kUrgencies)}});
     }
   };
   using L = EngineMetrics::Latencies;

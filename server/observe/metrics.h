@@ -12,7 +12,7 @@
 #include <tuple>
 
 #include "engine/engine.h"
-#include "engine/serving/metrics.h"
+#include "engine/metrics.h"
 #include "kernels/base/mutex.h"
 #include "server/rpc/lifecycle.h"
 #include "server/rpc/request_record.h"

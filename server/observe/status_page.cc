@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "absl/strings/ascii.h"
-#include "engine/serving/metrics.h"
+#include "engine/metrics.h"
 #include "nlohmann/json.hpp"
 #include "server/api/sparsity_messages.h"
 
@@ -90,10 +90,10 @@ Json SparsityJson(const Engine& engine, const SparsityStats& stats) {
           {"measured_bandwidth", metrics.measured_bandwidth.value()}};
 }
 
-Json LayersJson(const SparsityStats& stats, const OptConfig& config) {
+Json LayersJson(const SparsityStats& stats, const ModelShape& shape) {
   Json layers = Json::array();
   for (size_t l = 0; l < stats.layers.size(); ++l) {
-    const LayerShares shares = SharesOf(stats.layers[l], config);
+    const LayerShares shares = SharesOf(stats.layers[l], shape);
     layers.push_back({{"layer", l},
                       {"decode_rows", stats.layers[l].rows},
                       {"mlp_density", shares.mlp_density},

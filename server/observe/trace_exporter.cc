@@ -8,6 +8,7 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "grpcpp/create_channel.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/utf8.h"
 #include "spdlog/spdlog.h"
 
@@ -16,8 +17,6 @@ namespace dejavu {
 namespace otlp = opentelemetry::proto::collector::trace::v1;
 
 namespace {
-
-double Seconds(SteadyTime from, SteadyTime to) { return std::chrono::duration<double>(to - from).count(); }
 
 // A protobuf string must be valid UTF-8, and what clients send need not be.
 std::string ValidUtf8(absl::string_view text) {

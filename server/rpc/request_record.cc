@@ -15,18 +15,6 @@ absl::string_view CodeName(grpc::StatusCode code) {
   return index < kNames.size() ? kNames[index] : "UNKNOWN";
 }
 
-absl::string_view Name(Urgency urgency) {
-  switch (urgency) {
-    case Urgency::kInteractive:
-      return "interactive";
-    case Urgency::kNormal:
-      return "normal";
-    case Urgency::kBatch:
-      return "batch";
-  }
-  return "normal";
-}
-
 std::optional<double> MeanInterTokenSeconds(const RequestRecord& record) {
   const int64_t gaps = record.generated_tokens / std::max(record.samples, 1) - 1;  // of one sample
   if (!record.engine() || gaps < 1) return std::nullopt;

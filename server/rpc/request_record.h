@@ -57,7 +57,6 @@ struct RequestRecord {
 
 // "OK", "DEADLINE_EXCEEDED", ...
 absl::string_view CodeName(grpc::StatusCode code);
-absl::string_view Name(Urgency urgency);  // "interactive", ...
 
 // Between two tokens of a sample, by the mean length of the samples; nothing where they have one token or none.
 std::optional<double> MeanInterTokenSeconds(const RequestRecord& record);

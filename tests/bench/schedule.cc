@@ -121,7 +121,7 @@ double BookkeepingUs(int rows) {
   constexpr int kSteps = 400, kBlockTokens = 16, kContext = 512;
   BlockPool pool(rows * kContext / kBlockTokens, kBlockTokens);
   SchedulerOptions options;
-  options.slots = rows;
+  options.max_batch = rows;
   Scheduler scheduler(pool, options);
   Batch batch(256, rows + options.score_rows, rows, kContext / kBlockTokens);
   for (int i = 0; i < rows; ++i) {
@@ -151,8 +151,8 @@ absl::StatusOr<std::unique_ptr<Engine>> Create(const ScheduleBenchOptions& optio
   engine.threads = options.threads;
   engine.predictor = "none";
   if (!chunked) {
-    engine.max_step_tokens = engine.prefill_chunk_tokens = std::max(512, options.prompt_tokens);
-    engine.prefill_share = 1e6;
+    engine.scheduler.max_step_tokens = engine.scheduler.prefill_chunk_tokens = std::max(512, options.prompt_tokens);
+    engine.scheduler.prefill_share = 1e6;
   }
   return Engine::Create(engine, 0, nullptr);
 }

@@ -72,9 +72,9 @@ TEST(Config, AFlagWinsOverTheEnvironmentWhichWinsOverTheFileWhichWinsOverTheDefa
   const absl::StatusOr<Config> config = LoadConfig(sources);
   ASSERT_TRUE(config.ok()) << config.status();
   EXPECT_EQ(config->engine.threads, 3);
-  EXPECT_EQ(config->engine.kv_block_tokens, 2);
-  EXPECT_EQ(config->engine.max_batch, 1);
-  EXPECT_EQ(config->engine.max_step_tokens, EngineOptions().max_step_tokens);
+  EXPECT_EQ(config->engine.kv.block_tokens, 2);
+  EXPECT_EQ(config->engine.scheduler.max_batch, 1);
+  EXPECT_EQ(config->engine.scheduler.max_step_tokens, EngineOptions().scheduler.max_step_tokens);
 }
 
 // A value that differs from the default and keeps to the limits, those of the default values of other keys too.
@@ -83,8 +83,8 @@ std::string OtherValue(const Option& option) {
   if (option.key == "sparsity.highest_tier" || option.key == "sparsity.lowest_tier") return "exact";
   if (option.key == "sparsity.min_shadow_every") return "2";
   if (!option.is_text()) {
-    const std::string most = absl::StrCat(static_cast<int64_t>(option.max));
-    return most == OptionText(option) ? absl::StrCat(static_cast<int64_t>(option.min)) : most;
+    const std::string most = absl::StrCat(static_cast<int64_t>(option.limits.most));
+    return most == OptionText(option) ? absl::StrCat(static_cast<int64_t>(option.limits.least)) : most;
   }
   if (!option.choices.empty())
     return option.choices.back() == OptionText(option) ? option.choices[0] : option.choices.back();
@@ -296,7 +296,7 @@ TEST(CommandLine, ReadsFlagsAndFile) {
   EXPECT_EQ(parsed.config.server.port_file, "p");
   EXPECT_EQ(parsed.config.server.served_model_name, "opt");
   EXPECT_EQ(parsed.config.engine.threads, 1);
-  EXPECT_EQ(parsed.config.engine.kv_block_tokens, 8);
+  EXPECT_EQ(parsed.config.engine.kv.block_tokens, 8);
   EXPECT_FALSE(parsed.config.engine.pin_threads);
   EXPECT_FALSE(parsed.config.server.reflection);
   EXPECT_EQ(parsed.config.engine.predictor, "none");
@@ -314,7 +314,7 @@ TEST(CommandLine, TakesTheFileAndKeysFromTheEnvironment) {
   ASSERT_FALSE(parsed.exit_code.has_value());
   EXPECT_EQ(parsed.config.engine.model, "m");
   EXPECT_EQ(parsed.config.engine.threads, 2);
-  EXPECT_EQ(parsed.config.engine.kv_block_tokens, 4);
+  EXPECT_EQ(parsed.config.engine.kv.block_tokens, 4);
 }
 
 TEST(CommandLine, WrongUsageExitsWithTwoAndNamesTheFlag) {

@@ -632,7 +632,7 @@ def test_operations_lists_every_exit_code():
 
 
 def test_operations_lists_every_refusal():
-    sources = [path.read_text() for path in [*(ROOT / "server").rglob("*.cc"), ROOT / "engine/scheduling/door.cc"]]
+    sources = [path.read_text() for path in [*(ROOT / "server").rglob("*.cc"), ROOT / "engine/scheduling/admission.cc"]]
     words = {word for text in sources for word in re.findall(r'"([A-Z][A-Z_]{4,})"', text)}
     codes = {code.name for code in grpc.StatusCode}
     assert set(table("Reason")) == words - codes - {"FEATURE", "SERVER_STATE_"}

@@ -22,7 +22,7 @@ class FakeEngine final : public Engine {
   }
 
   // What it says; set by the test.
-  OptConfig config;
+  ModelShape config;
   PredictorInfo predictor_info;
   std::string synthetic_description;
   SparsityStats stats_of_sparsity;
@@ -32,10 +32,10 @@ class FakeEngine final : public Engine {
   // What it heard.
   Request request;
 
-  const OptConfig& model() const override { return config; }
+  const ModelShape& model() const override { return config; }
   std::string backend_description() const override { return "fake"; }
   int64_t weight_bytes() const override { return 0; }
-  DType weight_dtype() const override { return DType::kFloat32; }
+  const char* weight_type() const override { return "float32"; }
   const PredictorInfo& predictor() const override { return predictor_info; }
   const std::string& synthetic() const override { return synthetic_description; }
   absl::Status CheckTier(Tier tier) const override {

@@ -31,10 +31,10 @@ EngineOptions ServedOptions(const std::string& checkpoint, const std::string& de
   options.tensor_parallel = ranks;
   options.threads = 1;
   options.pin_threads = false;
-  options.max_batch = 4;
-  options.max_step_tokens = 32;
-  options.prefill_share = 1e6;     // what is in a step shall not depend on how long it takes
-  options.peer_timeout_s = 100.0;  // nor on who waits for whom
+  options.scheduler.max_batch = 4;
+  options.scheduler.max_step_tokens = 32;
+  options.scheduler.prefill_share = 1e6;  // what is in a step shall not depend on how long it takes
+  options.peer_timeout_s = 100.0;         // nor on who waits for whom
   return options;
 }
 

@@ -202,19 +202,19 @@ TEST(CapacityPlan, SaysWhatWouldFitWhereItDoesNot) {
 
 TEST(CapacityPlan, ABudgetOfKeysAndValuesIsTakenAsItIs) {
   EngineOptions options = Options("opt-6.7b");  // 0.5 MiB a token, 1 GiB a sequence
-  options.kv_mib = 4096;
+  options.kv.memory_mib = 4096;
   EXPECT_EQ(Plan(options, Devices(1, 80)).kv_tokens, 4 * 2048);
-  options.kv_mib = 1000;
+  options.kv.memory_mib = 1000;
   const CapacityPlan small = Plan(options, Devices(1, 80));
   EXPECT_FALSE(small.fits);
   EXPECT_THAT(small.reason, HasSubstr("kv.memory_mib"));
   EXPECT_THAT(Flags(small), ElementsAre("--plan-devices 2", "--kv-memory-mib 1024"));
-  options.kv_mib = 16384;
+  options.kv.memory_mib = 16384;
   const CapacityPlan large = Plan(options, Devices(1, 24));
   EXPECT_FALSE(large.fits);
-  options.kv_mib = std::stoll(Flags(large).back().substr(std::string("--kv-memory-mib ").size()));
+  options.kv.memory_mib = std::stoll(Flags(large).back().substr(std::string("--kv-memory-mib ").size()));
   EXPECT_TRUE(Plan(options, Devices(1, 24)).fits);
-  options.kv_mib = 2048;  // room for two sequences of 2048 or eight of 512
+  options.kv.memory_mib = 2048;  // room for two sequences of 2048 or eight of 512
   const CapacityPlan two = Plan(options, Devices(1, 24));
   EXPECT_NE(Of(two, Tier::kDense).ms[3], std::nullopt);
   EXPECT_EQ(Of(two, Tier::kDense).ms[4], std::nullopt);
@@ -242,7 +242,7 @@ TEST(CapacityPlan, ADirectoryAgreesWithWhatTheEnginePlans) {
 TEST(CapacityPlan, ASyntheticModelAgreesWithWhatTheEnginePlans) {
   const auto backend = *CreateCpuBackend({1, /*pin=*/false});
   EngineOptions options = Options("synthetic:opt-125m", "stored");
-  options.kv_mib = 256;
+  options.kv.memory_mib = 256;
   const OptConfig config = *LoadModelConfig(options.model);
   for (const int ranks : {1, 2, 5}) {
     const CapacityPlan plan = Plan(options, Devices(ranks, 4));

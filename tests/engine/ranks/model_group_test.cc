@@ -173,8 +173,8 @@ std::vector<std::vector<int32_t>> Generate(const std::string& name, int ranks, c
   options.tensor_parallel = ranks;
   options.threads = 1;
   options.pin_threads = false;
-  options.max_batch = 4;
-  options.prefill_share = 1e6;
+  options.scheduler.max_batch = 4;
+  options.scheduler.prefill_share = 1e6;
   options.peer_timeout_s = 60;
   auto engine = Engine::Create(options, 0, nullptr);
   EXPECT_TRUE(engine.ok()) << engine.status();

@@ -1,4 +1,4 @@
-// The scheduler and the door under long random sequences of events: what must hold after every one of them.
+// Scheduler and admission under long random sequences of events: what must hold after every one of them.
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "engine/scheduling/door.h"
+#include "engine/scheduling/admission.h"
 #include "engine/scheduling/scheduler.h"
 #include "gtest/gtest.h"
 
@@ -24,23 +24,22 @@ class World {
         random_(seed),
         pool_(kBlocks, kBlockTokens),
         scheduler_(pool_, Options(overcommit)),
-        door_(DoorOf()),
+        admission_(Bounds(), Options(overcommit)),
         batch_(16, 4 + 2, 4, kContext / kBlockTokens) {}
 
   static SchedulerOptions Options(bool overcommit) {
     SchedulerOptions options;
-    options.slots = 4;
+    options.max_batch = 4;
     options.prefill_chunk_tokens = 6;
     options.least_prefill_tokens = 2;
     options.score_rows = 2;
     options.ageing_s = 0.5;
     options.overcommit = overcommit;
-    options.tenant_weights = {{"b", 3.0}};
+    options.tenant_weights = "b=3";
     return options;
   }
-  static DoorOptions DoorOf() {
-    DoorOptions options;
-    options.slots = 4;
+  static AdmissionOptions Bounds() {
+    AdmissionOptions options;
     options.max_waiting_requests = 12;
     options.max_waiting_tokens = 200;
     options.tenant_max_waiting_requests = 8;
@@ -69,8 +68,8 @@ class World {
     Check();
     ASSERT_TRUE(scheduler_.running().empty() && scheduler_.waiting().empty()) << "something never ends";
     ASSERT_EQ(pool_.free(), pool_.total());
-    ASSERT_EQ(door_.account().live, 0);
-    ASSERT_EQ(door_.waiting(), 0);
+    ASSERT_EQ(admission_.account().live, 0);
+    ASSERT_EQ(admission_.waiting(), 0);
   }
 
  private:
@@ -87,7 +86,7 @@ class World {
     r.tenant = std::string(1, static_cast<char>('a' + Draw(3)));
     r.sparsity.tier = kAllTiers[Draw(5)];
     if (Draw(crowded_ ? 40 : 4) == 0) r.deadline = now_ + std::chrono::milliseconds(1 + Draw(400));
-    if (!door_.Admit(r, now_).ok()) return;
+    if (!admission_.Admit(r, now_).ok()) return;
     auto s = std::make_unique<Sequence>(r, nullptr);
     s->id = next_id_++;
     s->arrival = now_;
@@ -102,9 +101,9 @@ class World {
     for (const auto& s : scheduler_.waiting()) before[s->id] = s.get();
     scheduler_.Plan(now_, batch_);
     CheckAdmissions(before);
-    for (Sequence* s : scheduler_.admitted()) door_.Scheduled(s->request);
+    for (Sequence* s : scheduler_.admitted()) admission_.Scheduled(s->request);
     for (Sequence* s : scheduler_.preempted()) {
-      door_.Requeued(s->request);
+      admission_.Requeued(s->request);
       old_.erase(s->id);  // it counts anew
     }
     CheckBatch();
@@ -121,7 +120,7 @@ class World {
     scheduler_.NoteStep(ms);
     now_ += std::chrono::microseconds(static_cast<int64_t>(1000 * ms));
     for (const Sequence* s : done) End(*s, FinishReason::kLength);
-    scheduler_.TellDoor(door_);
+    scheduler_.Inform(admission_);
   }
 
   // Nobody is passed by the less urgent, but by those that have waited long; and these are not passed for ever.
@@ -191,15 +190,15 @@ class World {
     const auto s = scheduler_.Remove(sequence);
     ASSERT_EQ(alive_.erase(s->id), 1u) << s->id << " ended twice";
     old_.erase(s->id);
-    door_.Ended(s->request, reason, waiting);
+    admission_.Ended(s->request, reason, waiting);
   }
 
   void Check() {
-    const Account& a = door_.account();
+    const Account& a = admission_.account();
     ASSERT_EQ(a.received, a.finished + a.refused_total() + a.cancelled + a.failed + a.live);
     ASSERT_EQ(a.live, static_cast<int64_t>(alive_.size()));
     ASSERT_EQ(alive_.size(), scheduler_.running().size() + scheduler_.waiting().size());
-    ASSERT_EQ(door_.waiting(), static_cast<int64_t>(scheduler_.waiting().size()));
+    ASSERT_EQ(admission_.waiting(), static_cast<int64_t>(scheduler_.waiting().size()));
     if (++checks_ % 16 == 0) pool_.CheckConsistent();
   }
 
@@ -207,7 +206,7 @@ class World {
   std::mt19937_64 random_;
   BlockPool pool_;
   Scheduler scheduler_;
-  Door door_;
+  Admission admission_;
   Batch batch_;
   SteadyTime now_;
   uint64_t next_id_ = 1;

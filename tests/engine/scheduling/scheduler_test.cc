@@ -62,7 +62,7 @@ class SchedulerTest : public testing::Test {
 
   static SchedulerOptions Options() {
     SchedulerOptions options;
-    options.slots = kSlots;
+    options.max_batch = kSlots;
     options.prefill_chunk_tokens = kChunk;
     options.score_rows = kScoreRows;
     return options;
@@ -193,7 +193,7 @@ TEST_F(SchedulerTest, ATierThatReadsMoreThanWhatRunsComesAfterThoseThatDoNot) {
 
 TEST_F(SchedulerTest, BatchNeverHoldsTheLastSlots) {
   SchedulerOptions options = Options();
-  options.slots = 4;
+  options.max_batch = 4;
   Scheduler scheduler(pool_, options);
   Batch batch(kMaxRows, 4 + kScoreRows, 4, kContext / kBlockTokens);
   for (int i = 0; i < 4; ++i) {
@@ -228,7 +228,7 @@ TEST_F(SchedulerTest, WhoHasWaitedLongGetsEveryEighthAdmission) {
 
 TEST_F(SchedulerTest, TenantsAreServedByTheirWeights) {
   SchedulerOptions options = Options();
-  options.tenant_weights = {{"paying", 3.0}};
+  options.tenant_weights = "paying=3";
   BlockPool pool(64, kBlockTokens);
   Scheduler scheduler(pool, options);
   std::map<std::string, int> tokens;

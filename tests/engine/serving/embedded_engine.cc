@@ -17,8 +17,8 @@ std::unique_ptr<Engine> MakeEngine(EngineOptions options) {
   options.threads = 2;
   options.pin_threads = false;
   // What is in a step shall not depend on how long it takes.
-  options.prefill_share = 1e6;
-  options.ageing_s = 1e6;
+  options.scheduler.prefill_share = 1e6;
+  options.scheduler.ageing_s = 1e6;
   auto engine = Engine::Create(options, 0, nullptr);
   CHECK(engine.ok()) << engine.status().ToString();
   return *std::move(engine);

@@ -233,7 +233,7 @@ TEST(EngineSparsity, DensitiesAreThoseOfAKnownSelection) {
 
 TEST(EngineSparsity, InABatchTheUnionIsAtLeastWhatEachSelectsAndTheCountersAddUp) {
   const auto engine = MakeEngine(WithoutFallback());
-  const OptConfig& config = engine->model();
+  const ModelShape& config = engine->model();
   std::vector<Request> requests;
   for (int i = 0; i < 15; ++i) {
     requests.push_back(SparseRequest(TextPrompts()[i], 25, {kPredictedTiers[i % 3], i % 5 == 0, /*shadow_every=*/4}));

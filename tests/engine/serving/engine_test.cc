@@ -9,6 +9,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "kernels/base/check.h"
 #include "tests/engine/golden.h"
 #include "tests/engine/serving/collecting_sink.h"
 #include "tests/engine/tiny_checkpoint.h"
@@ -91,7 +92,7 @@ TEST_P(EngineGolden, ContinuesGreedilyAsTransformersDoes) {
 
 TEST_P(EngineGolden, ScoresPromptsAsTransformersDoes) {
   EngineOptions options;
-  options.prefill_chunk_tokens = 5;
+  options.scheduler.prefill_chunk_tokens = 5;
   const auto engine = MakeEngine(CheckpointPath(GetParam()), options);
   const int vocab = engine->model().vocab;
   for (const Golden& golden : LoadGoldens(GetParam())) {
@@ -138,8 +139,8 @@ TEST(Engine, SixteenRequestsTogetherGetWhatEachGetsAlone) {
 
   for (int prefill_chunk : {3, 64}) {
     EngineOptions options;
-    options.prefill_chunk_tokens = prefill_chunk;
-    options.max_step_tokens = 40;
+    options.scheduler.prefill_chunk_tokens = prefill_chunk;
+    options.scheduler.max_step_tokens = 40;
     const auto shared = MakeEngine(EMBEDDED_MODEL, options);
     std::vector<std::shared_ptr<CollectingSink>> sinks;
     for (int i = 0; i < kRequests; ++i) {
@@ -176,7 +177,7 @@ TEST(Engine, TwoHundredCancellationsAtRandomMomentsLeaveNothingBehind) {
 
 TEST(Engine, ADeadlineEndsARequestInMidStream) {
   EngineOptions options;
-  options.deadline_slack = 0.0;  // or it would not be let in
+  options.admission.deadline_slack = 0.0;  // or it would not be let in
   const auto engine = MakeEngine(EMBEDDED_MODEL, options);
   auto sink = std::make_shared<CollectingSink>();
   Request request = Prompt({2, 100}, 500);
@@ -267,8 +268,8 @@ TEST(Engine, RefusesRequestsThatCanNeverRun) {
 
 TEST(Engine, RefusesBeyondItsQueueAndWhileDraining) {
   EngineOptions options;
-  options.max_batch = 1;
-  options.max_waiting_requests = 2;
+  options.scheduler.max_batch = 1;
+  options.admission.max_waiting_requests = 2;
   const auto engine = MakeEngine(EMBEDDED_MODEL, options);
   std::latch go_on{1};
   auto running = std::make_shared<CollectingSink>([&](size_t count) {
@@ -291,7 +292,7 @@ TEST(Engine, RefusesBeyondItsQueueAndWhileDraining) {
 
 TEST(Engine, FinishesEverythingWhenItIsDestroyed) {
   EngineOptions options;
-  options.max_batch = 1;
+  options.scheduler.max_batch = 1;
   auto engine = MakeEngine(EMBEDDED_MODEL, options);
   auto running = std::make_shared<CollectingSink>(TakesItsTime), waiting = std::make_shared<CollectingSink>();
   ASSERT_TRUE(engine->Submit(Prompt({2}, 500), running).ok());
@@ -357,7 +358,7 @@ TEST(Engine, AModelThatTheDeviceCannotHoldIsRefusedBeforeItIsLoaded) {
 TEST(Engine, MemoryForTheCacheIsRefusedWithTheFiguresWhenTooSmall) {
   EngineOptions options;
   options.model = EMBEDDED_MODEL;
-  options.kv_mib = 1;
+  options.kv.memory_mib = 1;
   const auto engine = Engine::Create(options, 0, nullptr);
   EXPECT_EQ(engine.status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(engine.status().message()), testing::HasSubstr("512 tokens"));

@@ -56,7 +56,7 @@ TEST(Simulator, RunsOneRequestInTheTimeThatItsStepsTake) {
   ExpectBooksBalanced(r);
 }
 
-// Deadlines are what the door can act upon: who could not be served in time is told at once.
+// Deadlines are what the admission can act upon: who could not be served in time is told at once.
 TEST(Simulator, GoodputDoesNotCollapseUnderThreeTimesTheCapacity) {
   SimOptions options = Options();
   options.ttft_target_ms = 0.0;
@@ -66,7 +66,7 @@ TEST(Simulator, GoodputDoesNotCollapseUnderThreeTimesTheCapacity) {
                                                   [](SimRequest* request, auto&) { request->deadline_s = 5.0; }));
     ExpectBooksBalanced(r);
     (rate < 30.0 ? peak : overloaded) = rate < 30.0 ? std::max(peak, r.goodput_per_s()) : r.goodput_per_s();
-    EXPECT_LE(r.most_waiting, options.door.max_waiting_requests);
+    EXPECT_LE(r.most_waiting, options.admission.max_waiting_requests);
     EXPECT_LT(r.longest_queue_age_s, 5.0);
     EXPECT_LE(r.most_kv_blocks, options.kv_blocks);
   }
@@ -75,8 +75,8 @@ TEST(Simulator, GoodputDoesNotCollapseUnderThreeTimesTheCapacity) {
 
 TEST(Simulator, TenantsShareByWeightWhereBothSaturate) {
   SimOptions options = Options();
-  options.scheduler.tenant_weights = {{"paying", 3.0}};
-  options.door.tenant_max_waiting_requests = 40;
+  options.scheduler.tenant_weights = "paying=3";
+  options.admission.tenant_max_waiting_requests = 40;
   const SimResult r = Simulate(options, Poisson(60.0, 300.0, 2, [](SimRequest* request, std::mt19937_64& random) {
                                  request->tenant = random() % 2 == 0 ? "free" : "paying";
                                }));

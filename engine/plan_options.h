@@ -1,7 +1,7 @@
 // What `dejavud --plan` is asked, beside the daemon's own options: devices, which need not be there. Plain data; any
 // thread.
-#ifndef ENGINE_PLANNING_PLAN_OPTIONS_H_
-#define ENGINE_PLANNING_PLAN_OPTIONS_H_
+#ifndef ENGINE_PLAN_OPTIONS_H_
+#define ENGINE_PLAN_OPTIONS_H_
 
 #include <string>
 
@@ -37,4 +37,4 @@ struct PlanOptions {
 
 }  // namespace dejavu
 
-#endif  // ENGINE_PLANNING_PLAN_OPTIONS_H_
+#endif  // ENGINE_PLAN_OPTIONS_H_

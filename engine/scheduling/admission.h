@@ -1,63 +1,22 @@
-// Door: who may come in. Bounded queues, for everybody and for each tenant, and deadlines that can be met; and the
+// Admission: who may come in. Bounded queues, for everybody and for each tenant, and deadlines that can be met; and the
 // books of what became of every request. A state machine without a clock: the caller keeps it under a lock.
-#ifndef ENGINE_SCHEDULING_DOOR_H_
-#define ENGINE_SCHEDULING_DOOR_H_
+#ifndef ENGINE_SCHEDULING_ADMISSION_H_
+#define ENGINE_SCHEDULING_ADMISSION_H_
 
 #include <array>
 #include <chrono>
 #include <cstdint>
-#include <optional>
 #include <string>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
+#include "engine/options.h"
+#include "engine/refusal.h"
 #include "engine/request.h"
 #include "engine/scheduling/cost_model.h"
+#include "engine/stats.h"
 
 namespace dejavu {
-
-enum class Refusal {
-  kInvalid,    // INVALID_ARGUMENT, FAILED_PRECONDITION: it can never run here
-  kQueueFull,  // RESOURCE_EXHAUSTED, as the next three
-  kQueueTokens,
-  kTenantRequests,
-  kTenantTokens,
-  kDeadlineInfeasible,  // DEADLINE_EXCEEDED
-  kDraining,            // UNAVAILABLE, as the next
-  kFailed,
-};
-inline constexpr int kRefusals = 8;
-const char* Name(Refusal refusal);  // "QUEUE_FULL"
-
-// What a refusal's status says beside its message.
-struct RefusalInfo {
-  std::string reason;
-  std::chrono::milliseconds retry_after{0};  // 0: trying again is of no use
-};
-std::optional<RefusalInfo> RefusalOf(const absl::Status& status);
-
-struct DoorOptions {
-  int32_t slots = 16;
-  int32_t prefill_chunk_tokens = 64;
-  int64_t max_waiting_requests = 256;  // of these three quarters for BATCH
-  int64_t max_waiting_tokens = 0;      // of prompts; 0: no limit, as in the next two
-  int64_t tenant_max_waiting_requests = 0;
-  int64_t tenant_max_waiting_tokens = 0;
-  // A request is refused when the predicted time is more than so many times what its deadline leaves. 0: never.
-  double deadline_slack = 1.0;
-};
-
-// received = finished + refused + cancelled + failed + live, always.
-struct Account {
-  int64_t received = 0;
-  int64_t finished = 0;
-  int64_t cancelled = 0;  // by the client, or its deadline
-  int64_t failed = 0;
-  int64_t live = 0;
-  std::array<int64_t, kRefusals> refused = {};
-
-  int64_t refused_total() const;
-};
 
 // From its arrival.
 struct Expectation {
@@ -65,9 +24,10 @@ struct Expectation {
   double token_ms = 0.0;  // each further one
 };
 
-class Door {
+class Admission {
  public:
-  explicit Door(const DoorOptions& options) : options_(options) {}
+  explicit Admission(const AdmissionOptions& options, const SchedulerOptions& scheduler = {})
+      : options_(options), scheduler_(scheduler) {}
 
   // Each request goes through exactly one of these first. What it is expected to take goes to `expected`, if not null.
   // Several samples of one prompt come in together or not at all.
@@ -101,7 +61,8 @@ class Door {
   double StepMs(int32_t rows, Tier tier) const;
   void Move(const Request& request, int count);
 
-  const DoorOptions options_;
+  const AdmissionOptions options_;
+  const SchedulerOptions scheduler_;
   Account account_;
   int64_t waiting_ = 0, waiting_prompt_tokens_ = 0;
   std::array<int64_t, kUrgencies> waiting_of_ = {}, waiting_prompt_ = {}, waiting_output_ = {};
@@ -117,4 +78,4 @@ class Door {
 
 }  // namespace dejavu
 
-#endif  // ENGINE_SCHEDULING_DOOR_H_
+#endif  // ENGINE_SCHEDULING_ADMISSION_H_

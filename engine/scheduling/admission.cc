@@ -1,73 +1,32 @@
-#include "engine/scheduling/door.h"
+#include "engine/scheduling/admission.h"
 
 #include <algorithm>
 #include <cmath>
 
-#include "absl/strings/cord.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_split.h"
 #include "kernels/base/check.h"
 
 namespace dejavu {
 namespace {
 
-constexpr char kPayload[] = "dejavud/refusal";
 constexpr std::chrono::milliseconds kLeastRetry(100), kMostRetry(30'000);
 
 }  // namespace
 
-const char* Name(Refusal refusal) {
-  switch (refusal) {
-    case Refusal::kInvalid:
-      return "INVALID";
-    case Refusal::kQueueFull:
-      return "QUEUE_FULL";
-    case Refusal::kQueueTokens:
-      return "QUEUE_TOKENS";
-    case Refusal::kTenantRequests:
-      return "TENANT_REQUESTS";
-    case Refusal::kTenantTokens:
-      return "TENANT_TOKENS";
-    case Refusal::kDeadlineInfeasible:
-      return "DEADLINE_INFEASIBLE";
-    case Refusal::kDraining:
-      return "DRAINING";
-    case Refusal::kFailed:
-      return "FAILED";
-  }
-  return "?";
-}
-
-std::optional<RefusalInfo> RefusalOf(const absl::Status& status) {
-  const absl::optional<absl::Cord> payload = status.GetPayload(kPayload);
-  if (!payload.has_value()) return std::nullopt;
-  const std::pair<std::string, std::string> parts = absl::StrSplit(std::string(*payload), absl::MaxSplits('|', 1));
-  int64_t ms = 0;
-  CHECK(absl::SimpleAtoi(parts.second, &ms)) << parts.second;
-  return RefusalInfo{parts.first, std::chrono::milliseconds(ms)};
-}
-
-int64_t Account::refused_total() const {
-  int64_t total = 0;
-  for (int64_t count : refused) total += count;
-  return total;
-}
-
-absl::Status Door::Refuse(Refusal refusal, absl::Status status, std::chrono::milliseconds retry_after, int samples) {
+absl::Status Admission::Refuse(Refusal refusal, absl::Status status, std::chrono::milliseconds retry_after,
+                               int samples) {
   account_.received += samples;
   account_.refused[static_cast<int>(refusal)] += samples;
-  status.SetPayload(kPayload, absl::Cord(absl::StrCat(Name(refusal), "|", retry_after.count())));
-  return status;
+  return WithRefusal(std::move(status), {refusal, retry_after});
 }
 
-absl::Status Door::Admit(const Request& request, SteadyTime now, Expectation* expected, int samples) {
+absl::Status Admission::Admit(const Request& request, SteadyTime now, Expectation* expected, int samples) {
   const std::string wanted = samples == 1 ? "" : absl::StrCat(" and this one asks for ", samples, " samples");
   const auto full = [&](Refusal refusal, const std::string& what, int64_t limit) {
     return Refuse(refusal, absl::ResourceExhaustedError(absl::StrCat(what, "; the limit is ", limit)), RetryAfter(),
                   samples);
   };
-  const DoorOptions& o = options_;
+  const AdmissionOptions& o = options_;
   const auto prompt = static_cast<int64_t>(request.prompt.size()) * samples;
   // The last quarter of the queue is not for those who can wait.
   const int64_t places =
@@ -113,10 +72,10 @@ absl::Status Door::Admit(const Request& request, SteadyTime now, Expectation* ex
   return absl::OkStatus();
 }
 
-void Door::Scheduled(const Request& request) { Move(request, -1); }
-void Door::Requeued(const Request& request) { Move(request, 1); }
+void Admission::Scheduled(const Request& request) { Move(request, -1); }
+void Admission::Requeued(const Request& request) { Move(request, 1); }
 
-void Door::Ended(const Request& request, FinishReason reason, bool waiting) {
+void Admission::Ended(const Request& request, FinishReason reason, bool waiting) {
   if (waiting) Move(request, -1);
   --account_.live;
   switch (reason) {
@@ -138,7 +97,7 @@ void Door::Ended(const Request& request, FinishReason reason, bool waiting) {
   }
 }
 
-void Door::Move(const Request& request, int count) {
+void Admission::Move(const Request& request, int count) {
   const auto prompt = static_cast<int64_t>(request.prompt.size());
   const int u = static_cast<int>(request.urgency);
   waiting_ += count;
@@ -153,7 +112,8 @@ void Door::Move(const Request& request, int count) {
   if (mine.requests == 0) tenants_.erase(request.tenant);
 }
 
-void Door::SetLoad(const CostParameters& costs, bool learned, Tier dearest, int32_t running, int64_t first_free_steps) {
+void Admission::SetLoad(const CostParameters& costs, bool learned, Tier dearest, int32_t running,
+                        int64_t first_free_steps) {
   costs_ = costs;
   learned_ = learned;
   dearest_ = dearest;
@@ -161,7 +121,7 @@ void Door::SetLoad(const CostParameters& costs, bool learned, Tier dearest, int3
   first_free_steps_ = first_free_steps;
 }
 
-double Door::StepMs(int32_t rows, Tier tier) const {
+double Admission::StepMs(int32_t rows, Tier tier) const {
   const double base = tier == Tier::kDense   ? costs_.dense_ms
                       : tier == Tier::kExact ? costs_.exact_ms
                                              : costs_.predicted_ms;
@@ -169,8 +129,8 @@ double Door::StepMs(int32_t rows, Tier tier) const {
 }
 
 // The queue ahead shares the slots; then the prompt, in steps of its own; then a step for each token.
-Expectation Door::Predict(const Request& request, int samples) const {
-  const int32_t slots = options_.slots;
+Expectation Admission::Predict(const Request& request, int samples) const {
+  const int32_t slots = scheduler_.max_batch;
   const int32_t rows =
       std::min<int32_t>(slots, running_ + static_cast<int32_t>(std::min<int64_t>(waiting_, slots)) + samples);
   const double step_ms = StepMs(rows, std::min(request.sparsity.tier, running_ > 0 ? dearest_ : Tier::kFast));
@@ -186,17 +146,17 @@ Expectation Door::Predict(const Request& request, int samples) const {
     ms += outputs / slots * step_ms + prompts * costs_.prefill_token_ms;
   }
   const auto prompt = static_cast<double>(request.prompt.size());
-  ms += prompt * costs_.prefill_token_ms + std::ceil(prompt / options_.prefill_chunk_tokens) * step_ms;
+  ms += prompt * costs_.prefill_token_ms + std::ceil(prompt / scheduler_.prefill_chunk_tokens) * step_ms;
   return {ms * margin_, step_ms * margin_};
 }
 
-double Door::PredictMs(const Request& request, int samples) const {
+double Admission::PredictMs(const Request& request, int samples) const {
   const Expectation expected = Predict(request, samples);
   return expected.first_token_ms + std::max(0, request.max_new_tokens - 1) * expected.token_ms;
 }
 
 // A quantile followed in small steps: up nine times as fast as down.
-void Door::NoteOutcome(const Expectation& expected, double ms, int32_t tokens) {
+void Admission::NoteOutcome(const Expectation& expected, double ms, int32_t tokens) {
   constexpr double kStep = 0.02, kKept = 0.9, kMost = 8.0;
   const double expected_ms = expected.first_token_ms + std::max(0, tokens - 1) * expected.token_ms;
   if (!learned_ || expected_ms <= 0.0) return;
@@ -205,9 +165,9 @@ void Door::NoteOutcome(const Expectation& expected, double ms, int32_t tokens) {
 }
 
 // When a place in the queue is likely to be free: one request of the usual size from now.
-std::chrono::milliseconds Door::RetryAfter() const {
+std::chrono::milliseconds Admission::RetryAfter() const {
   if (!learned_) return std::chrono::milliseconds(1000);
-  const double step_ms = StepMs(std::min(options_.slots, running_ + 1), dearest_);
+  const double step_ms = StepMs(std::min(scheduler_.max_batch, running_ + 1), dearest_);
   const auto ms = static_cast<int64_t>(static_cast<double>(std::max<int64_t>(1, first_free_steps_)) * step_ms);
   return std::clamp(std::chrono::milliseconds(ms), kLeastRetry, kMostRetry);
 }

@@ -1,4 +1,4 @@
-#include "engine/serving/metrics.h"
+#include "engine/metrics.h"
 
 #include <algorithm>
 #include <cmath>

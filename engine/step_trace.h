@@ -1,7 +1,7 @@
 // StepTrace: what the last steps and the slowest tokens were made of. The engine thread writes fixed arrays, without
 // locks or allocation; any thread reads.
-#ifndef ENGINE_SERVING_STEP_TRACE_H_
-#define ENGINE_SERVING_STEP_TRACE_H_
+#ifndef ENGINE_STEP_TRACE_H_
+#define ENGINE_STEP_TRACE_H_
 
 #include <array>
 #include <atomic>
@@ -119,4 +119,4 @@ std::string ChromeTrace(const std::vector<StepRecord>& steps, const std::vector<
 
 }  // namespace dejavu
 
-#endif  // ENGINE_SERVING_STEP_TRACE_H_
+#endif  // ENGINE_STEP_TRACE_H_

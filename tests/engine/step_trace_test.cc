@@ -1,4 +1,4 @@
-#include "engine/serving/step_trace.h"
+#include "engine/step_trace.h"
 
 #include <thread>
 

@@ -1,8 +1,8 @@
 // EngineMetrics: what the engine counts for those who watch it. The engine thread writes plain counters without locks,
 // allocation or names; whoever is asked for them takes a snapshot and gives them names (server/observe/metrics.h).
 // Every counter has one writer; a snapshot may fall between two of them.
-#ifndef ENGINE_SERVING_METRICS_H_
-#define ENGINE_SERVING_METRICS_H_
+#ifndef ENGINE_METRICS_H_
+#define ENGINE_METRICS_H_
 
 #include <array>
 #include <atomic>
@@ -112,4 +112,4 @@ struct EngineMetrics {
 
 }  // namespace dejavu
 
-#endif  // ENGINE_SERVING_METRICS_H_
+#endif  // ENGINE_METRICS_H_

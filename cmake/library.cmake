@@ -1,0 +1,52 @@
+# Libraries by folder, and which of them may see which.
+
+# dejavu_target(name visibility FOLDER f SOURCES ... USES ... LINKS ... PRIVATE_LINKS ...): what libraries and programs share.
+function(dejavu_target name visibility)
+  cmake_parse_arguments(TARGET "" "FOLDER" "HEADERS;SOURCES;USES;LINKS;PRIVATE_LINKS" ${ARGN})
+  foreach(source ${TARGET_SOURCES})
+    if(IS_ABSOLUTE ${source})
+      target_sources(${name} PRIVATE ${source})
+    else()
+      target_sources(${name} PRIVATE ${CMAKE_SOURCE_DIR}/${TARGET_FOLDER}/${source})
+    endif()
+  endforeach()
+  target_include_directories(${name} ${visibility} ${CMAKE_SOURCE_DIR})
+  target_link_libraries(${name} ${visibility} ${TARGET_USES} ${TARGET_LINKS})
+  if(TARGET_PRIVATE_LINKS)
+    target_link_libraries(${name} PRIVATE ${TARGET_PRIVATE_LINKS})
+  endif()
+  list(JOIN TARGET_USES " " uses)
+  set_property(GLOBAL APPEND PROPERTY DEJAVU_LAYERS "${name}: ${TARGET_FOLDER} ${TARGET_HEADERS} uses ${uses}")
+endfunction()
+
+function(dejavu_library name)
+  cmake_parse_arguments(LIBRARY "" "" "SOURCES" ${ARGN})
+  if(LIBRARY_SOURCES)
+    add_library(${name} STATIC)
+    dejavu_target(${name} PUBLIC ${ARGN})
+  else()
+    add_library(${name} INTERFACE)
+    dejavu_target(${name} INTERFACE ${ARGN})
+  endif()
+endfunction()
+
+function(dejavu_program name)
+  add_executable(${name})
+  cmake_parse_arguments(PROGRAM "" "FOLDER" "" ${ARGN})
+  target_compile_definitions(${name} PRIVATE DEJAVU_VERSION="${PROJECT_VERSION}")
+  dejavu_target(${name} PRIVATE ${ARGN} HEADERS ${PROGRAM_FOLDER}/main.cc)
+endfunction()
+
+# A line for each: its name, the folder or headers that are its own, and what it uses.
+function(dejavu_write_layers file)
+  get_property(layers GLOBAL PROPERTY DEJAVU_LAYERS)
+  list(JOIN layers "\n" text)
+  file(WRITE ${file} "${text}\n")
+endfunction()
+
+# The text of `file` as the variable `name` of `source`, which is made in the build folder from SOURCE.in.
+function(dejavu_embed name file source)
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/${file})
+  file(READ ${CMAKE_SOURCE_DIR}/${file} ${name})
+  configure_file(${CMAKE_SOURCE_DIR}/${source}.in ${CMAKE_BINARY_DIR}/${source} @ONLY)
+endfunction()

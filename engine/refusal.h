@@ -1,0 +1,35 @@
+// Why the engine refuses a request, as callers of Submit read it from the status. Any thread.
+#ifndef ENGINE_REFUSAL_H_
+#define ENGINE_REFUSAL_H_
+
+#include <chrono>
+#include <optional>
+
+#include "absl/status/status.h"
+
+namespace dejavu {
+
+enum class Refusal {
+  kInvalid,    // INVALID_ARGUMENT, FAILED_PRECONDITION: it can never run here
+  kQueueFull,  // RESOURCE_EXHAUSTED, as the next three
+  kQueueTokens,
+  kTenantRequests,
+  kTenantTokens,
+  kDeadlineInfeasible,  // DEADLINE_EXCEEDED
+  kDraining,            // UNAVAILABLE, as the next
+  kFailed,
+};
+inline constexpr int kRefusals = 8;
+const char* Name(Refusal refusal);  // "QUEUE_FULL"
+
+// What the status of a refused request says beside its message.
+struct RefusalInfo {
+  Refusal reason = Refusal::kInvalid;
+  std::chrono::milliseconds retry_after{0};  // 0: trying again is of no use
+};
+absl::Status WithRefusal(absl::Status status, const RefusalInfo& info);
+std::optional<RefusalInfo> RefusalOf(const absl::Status& status);  // nothing where the engine refused nothing
+
+}  // namespace dejavu
+
+#endif  // ENGINE_REFUSAL_H_
