@@ -29,10 +29,10 @@ absl::Status CheckScheduler(const SchedulerOptions& o) {
 
 absl::Status CheckAdmission(const AdmissionOptions& o) {
   RETURN_IF_ERROR(Check("max_waiting_requests", o.max_waiting_requests, AdmissionOptions::kMaxWaitingRequests));
-  RETURN_IF_ERROR(Check("max_waiting_tokens", static_cast<double>(o.max_waiting_tokens),
-                        AdmissionOptions::kMaxWaitingTokens));
-  RETURN_IF_ERROR(Check("tenant_max_waiting_requests", o.tenant_max_waiting_requests,
-                        AdmissionOptions::kTenantMaxWaitingRequests));
+  RETURN_IF_ERROR(
+      Check("max_waiting_tokens", static_cast<double>(o.max_waiting_tokens), AdmissionOptions::kMaxWaitingTokens));
+  RETURN_IF_ERROR(
+      Check("tenant_max_waiting_requests", o.tenant_max_waiting_requests, AdmissionOptions::kTenantMaxWaitingRequests));
   RETURN_IF_ERROR(Check("tenant_max_waiting_tokens", static_cast<double>(o.tenant_max_waiting_tokens),
                         AdmissionOptions::kMaxWaitingTokens));
   return Check("deadline_slack", o.deadline_slack, AdmissionOptions::kDeadlineSlack);

@@ -40,8 +40,7 @@ const char* Name(Refusal refusal) {
 }
 
 absl::Status WithRefusal(absl::Status status, const RefusalInfo& info) {
-  status.SetPayload(kPayload,
-                    absl::Cord(absl::StrCat(static_cast<int>(info.reason), " ", info.retry_after.count())));
+  status.SetPayload(kPayload, absl::Cord(absl::StrCat(static_cast<int>(info.reason), " ", info.retry_after.count())));
   return status;
 }
 

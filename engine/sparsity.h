@@ -72,17 +72,22 @@ struct LayerSparsityStats {
   int64_t shadow_hits = 0;    // selected and not zero
   double shadow_mass = 0.0;   // sum of activation^2 |down row|^2
   double shadow_missed_mass = 0.0;
-  int64_t fallbacks = 0;   // times that a tier went EXACT here
-  int64_t recoveries = 0;  // times that one came back
+  int64_t fallbacks = 0;     // times that a tier went EXACT here
+  int64_t recoveries = 0;    // times that one came back
+  uint32_t exact_tiers = 0;  // bit t: tier t runs EXACT here now, because its shadow checks failed
 };
 
-struct SparsityStats {
-  std::vector<LayerSparsityStats> layers;
+// Of all layers; they only grow.
+struct SparsityTotals {
   int64_t shadow_tokens = 0;
   int64_t shadow_agreements = 0;  // of those, how many had the same most likely successor
   double shadow_kl_nats = 0.0;    // sum
   int64_t group_steps = 0;        // steps with decode rows of a group of ranks
   double imbalance = 0.0;         // sum over them of StepCounts::imbalance
+};
+
+struct SparsityStats : SparsityTotals {
+  std::vector<LayerSparsityStats> layers;
   // What runs EXACT now because its shadow checks failed.
   struct Fallback {
     Tier tier;

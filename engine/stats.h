@@ -44,8 +44,8 @@ struct EngineStats {
   std::array<int32_t, kUrgencies> waiting_of = {};
   int64_t waiting_tokens = 0;  // of their prompts
   double oldest_wait_s = 0.0;
-  int64_t all_reduces = 0;     // of rank 0, when a step last ended, as the next
-  int64_t all_reduce_ns = 0;   // waiting for the others included
+  int64_t all_reduces = 0;    // of rank 0, when a step last ended, as the next
+  int64_t all_reduce_ns = 0;  // waiting for the others included
   int32_t ranks = 1;
   CostParameters costs;
   int64_t cost_steps = 0;  // that the costs were learned from

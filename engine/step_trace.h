@@ -7,48 +7,15 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "engine/request.h"
+#include "kernels/base/clock.h"
+#include "kernels/base/seq_lock.h"
 
 namespace dejavu {
-
-// A value with one writer, who never waits. A reader tries again while it is being written.
-template <typename T>
-class SeqLock {
- public:
-  void Store(const T& value) {
-    static_assert(std::is_trivially_copyable_v<T>);
-    uint64_t words[kWords] = {};
-    std::memcpy(words, &value, sizeof(T));
-    const uint64_t version = version_.load(std::memory_order_relaxed);
-    version_.store(version + 1, std::memory_order_relaxed);
-    for (size_t i = 0; i < kWords; ++i) words_[i].store(words[i], std::memory_order_release);
-    version_.store(version + 2, std::memory_order_release);
-  }
-
-  T Load() const {
-    uint64_t words[kWords];
-    uint64_t before, after;
-    do {
-      before = version_.load(std::memory_order_acquire);
-      for (size_t i = 0; i < kWords; ++i) words[i] = words_[i].load(std::memory_order_acquire);
-      after = version_.load(std::memory_order_relaxed);
-    } while (before != after || before % 2 != 0);
-    T value;
-    std::memcpy(&value, words, sizeof(T));
-    return value;
-  }
-
- private:
-  static constexpr size_t kWords = (sizeof(T) + 7) / 8;
-  std::atomic<uint64_t> version_{0};  // odd: being written
-  std::array<std::atomic<uint64_t>, kWords> words_{};
-};
 
 struct StepRecord {
   int64_t step = 0;  // its number, from 1; 0: none

@@ -10,8 +10,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/model/weight_bytes.h"
+#include "engine/serving/compare_logits.h"
 #include "engine/serving/sampler.h"
-#include "engine/serving/sparsity_control.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/draw.h"
 

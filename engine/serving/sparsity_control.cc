@@ -1,54 +1,17 @@
 #include "engine/serving/sparsity_control.h"
 
 #include <algorithm>
-#include <cmath>
 
-#include "kernels/base/fast_exp.h"
+#include "engine/serving/compare_logits.h"
 #include "kernels/draw.h"
 #include "spdlog/spdlog.h"
 
 namespace dejavu {
 namespace {
 
-// The sum of function(i) over 0 ... count, with several sums side by side: one after the other would wait for itself.
-template <typename Function>
-double Sum(int32_t count, const Function& function) {
-  constexpr int32_t kSums = 16;
-  double sums[kSums] = {};
-  int32_t i = 0;
-  for (; i + kSums <= count; i += kSums) {
-    float terms[kSums];
-    for (int32_t k = 0; k < kSums; ++k) terms[k] = function(i + k);
-    for (int32_t k = 0; k < kSums; ++k) sums[k] += terms[k];
-  }
-  double sum = 0.0;
-  for (; i < count; ++i) sum += function(i);
-  for (const double part : sums) sum += part;
-  return sum;
-}
-
-float ExpBelow(float x) { return FastExp(std::max(x, -80.0f)); }
-
-double LogSumExp(const float* logits, int32_t count, float largest) {
-  return largest + std::log(Sum(count, [=](int32_t i) { return ExpBelow(logits[i] - largest); }));
-}
-
 double Ratio(double part, double whole) { return whole > 0.0 ? part / whole : 0.0; }
 
 }  // namespace
-
-LogitsComparison CompareLogits(const float* p, const float* q, int32_t count) {
-  const float* const top_p = std::max_element(p, p + count);
-  const float* const top_q = std::max_element(q, q + count);
-  const double log_p = LogSumExp(p, count, *top_p), log_q = LogSumExp(q, count, *top_q);
-  LogitsComparison comparison;
-  comparison.same_top = top_p - p == top_q - q;
-  // sum of p (log p - log q); what both logarithms have in common comes out of the sum, so that equal rows give 0.
-  const auto shift = static_cast<float>(log_p);
-  const double difference = Sum(count, [=](int32_t i) { return ExpBelow(p[i] - shift) * (p[i] - q[i]); });
-  comparison.kl_nats = std::max(0.0, difference - (log_p - log_q));
-  return comparison;
-}
 
 SparsityControl::SparsityControl(const OptConfig& config, const PredictorData* data, const OptWeights& weights,
                                  Predictor& predictor, bool fall_back, EngineMetrics& metrics)
@@ -60,7 +23,8 @@ SparsityControl::SparsityControl(const OptConfig& config, const PredictorData* d
       embedding_bytes_(EmbeddingBytes(weights)),
       fall_back_(fall_back),
       monitor_(data, config.layers),
-      layers_(config.layers) {}
+      layers_(config.layers),
+      published_layers_(config.layers) {}
 
 // Requests take turns, so that short ones are looked at too.
 bool SparsityControl::WantsShadow(const Sequence& s, int32_t generated_tokens) {
@@ -94,8 +58,8 @@ void SparsityControl::NoteStep(const std::vector<std::unique_ptr<Sequence>>& run
   if (batch.decode_rows == 0) return;
   if (count) NoteUnion(batch, counts);
   if (counts.ranks > 1) {
-    group_steps_.Add(1);
-    imbalance_.Add(counts.imbalance);
+    ++totals_.group_steps;
+    totals_.imbalance += counts.imbalance;
     metrics_.imbalance.Observe(counts.imbalance);
   }
   // All rows first: what the audits then switch holds from the next step on.
@@ -106,30 +70,41 @@ void SparsityControl::NoteStep(const std::vector<std::unique_ptr<Sequence>>& run
   const int32_t audits = static_cast<int32_t>(batch.audit_rows.size());
   for (const auto& s : running) {
     if (s->step_rows == 0 || audit == audits || batch.audit_rows[audit] != s->first_row) continue;
-    const float* const sparse = logits + static_cast<size_t>(s->first_logit) * config_.vocab;
-    const float* const dense = shadow_logits + static_cast<size_t>(audit) * config_.vocab;
-    if (AllFinite(sparse, config_.vocab) && AllFinite(dense, config_.vocab)) {
-      const LogitsComparison comparison = CompareLogits(dense, sparse, config_.vocab);
-      ++s->sparsity.shadow_tokens;
-      s->sparsity.shadow_agreements += comparison.same_top;
-      s->sparsity.shadow_kl_nats += comparison.kl_nats;
-      shadow_tokens_.Add(1);
-      shadow_agreements_.Add(comparison.same_top);
-      shadow_kl_.Add(comparison.kl_nats);
-      const auto tier = static_cast<size_t>(s->request.sparsity.tier);
-      metrics_.shadow_tokens[tier].Add(1);
-      metrics_.shadow_disagreements[tier].Add(!comparison.same_top);
-      metrics_.shadow_kl[tier].Observe(comparison.kl_nats);
-      NoteAudit(*s, audit, counts);
-    }
+    NoteShadow(*s, audit, counts, logits + static_cast<size_t>(s->first_logit) * config_.vocab,
+               shadow_logits + static_cast<size_t>(audit) * config_.vocab);
     ++audit;
   }
   for (int32_t l = 0; l < config_.layers; ++l) {
     if (counts.union_selected[l] == config_.ffn) continue;
-    layers_[l].steps.Add(1);
-    layers_[l].union_selected.Add(counts.union_selected[l]);
-    layers_[l].union_active.Add(counts.active_of(l, batch.decode_rows));
+    ++layers_[l].steps;
+    layers_[l].union_selected += counts.union_selected[l];
+    layers_[l].union_active += counts.active_of(l, batch.decode_rows);
   }
+  const auto first_tier = batch.tiers.begin();
+  if (counts.ranks > 1 || std::any_of(first_tier, first_tier + batch.decode_rows, IsPredicted)) Publish();
+}
+
+void SparsityControl::Publish() {
+  for (size_t l = 0; l < layers_.size(); ++l) published_layers_[l].Store(layers_[l]);
+  published_totals_.Store(totals_);
+}
+
+// `sparse` and `dense` are the two rows of logits, [vocab].
+void SparsityControl::NoteShadow(Sequence& s, int32_t audit, const StepCounts& counts, const float* sparse,
+                                 const float* dense) {
+  if (!AllFinite(sparse, config_.vocab) || !AllFinite(dense, config_.vocab)) return;
+  const LogitsComparison comparison = CompareLogits(dense, sparse, config_.vocab);
+  ++s.sparsity.shadow_tokens;
+  s.sparsity.shadow_agreements += comparison.same_top;
+  s.sparsity.shadow_kl_nats += comparison.kl_nats;
+  ++totals_.shadow_tokens;
+  totals_.shadow_agreements += comparison.same_top;
+  totals_.shadow_kl_nats += comparison.kl_nats;
+  const auto tier = static_cast<size_t>(s.request.sparsity.tier);
+  metrics_.shadow_tokens[tier].Add(1);
+  metrics_.shadow_disagreements[tier].Add(!comparison.same_top);
+  metrics_.shadow_kl[tier].Observe(comparison.kl_nats);
+  NoteAudit(s, audit, counts);
 }
 
 // What of each quarter of the layers the step read, and how much more that was than what its rows wanted.
@@ -192,11 +167,11 @@ void SparsityControl::NoteRow(Sequence& s, int32_t row, const Batch& batch, cons
     sums.union_rows += counts.union_selected[l] + counts.union_down_of(l);
     if (!IsPredicted(tier)) continue;
     sums.fallback_layers += monitor_.fallen_back(tier, l);
-    LayerCounters& layer = layers_[l];
-    layer.rows.Add(1);
-    layer.selected.Add(selected);
-    layer.active.Add(active);
-    layer.heads.Add(heads);
+    LayerSparsityStats& layer = layers_[l];
+    ++layer.rows;
+    layer.selected += selected;
+    layer.active += active;
+    layer.heads += heads;
   }
 }
 
@@ -214,13 +189,13 @@ void SparsityControl::NoteAudit(Sequence& s, int32_t audit, const StepCounts& co
     sums.shadow_hits += found[kAuditHits];
     sums.shadow_mass += found[kAuditMass];
     sums.shadow_missed_mass += found[kAuditMissedMass];
-    LayerCounters& layer = layers_[l];
-    layer.shadow_rows.Add(1);
-    layer.shadow_selected.Add(static_cast<int64_t>(found[kAuditSelected]));
-    layer.shadow_active.Add(static_cast<int64_t>(found[kAuditActive]));
-    layer.shadow_hits.Add(static_cast<int64_t>(found[kAuditHits]));
-    layer.shadow_mass.Add(found[kAuditMass]);
-    layer.shadow_missed_mass.Add(found[kAuditMissedMass]);
+    LayerSparsityStats& layer = layers_[l];
+    ++layer.shadow_rows;
+    layer.shadow_selected += static_cast<int64_t>(found[kAuditSelected]);
+    layer.shadow_active += static_cast<int64_t>(found[kAuditActive]);
+    layer.shadow_hits += static_cast<int64_t>(found[kAuditHits]);
+    layer.shadow_mass += found[kAuditMass];
+    layer.shadow_missed_mass += found[kAuditMissedMass];
     auto& group = groups[l * kLayerGroups / config_.layers];
     group.selected += found[kAuditSelected];
     group.active += found[kAuditActive];
@@ -242,23 +217,24 @@ void SparsityControl::Change(ShadowMonitor::Change change, Tier tier, int32_t l)
   if (change == ShadowMonitor::Change::kNone) return;
   const bool falls_back = change == ShadowMonitor::Change::kFallBack;
   predictor_.SwitchNeurons(l, tier, !falls_back);
-  LayerCounters& layer = layers_[l];
+  LayerSparsityStats& layer = layers_[l];
   const uint32_t bit = 1u << static_cast<uint32_t>(tier);
   if (falls_back) {
-    layer.fallbacks.Add(1);
-    layer.exact_tiers.fetch_or(bit, std::memory_order_relaxed);
+    ++layer.fallbacks;
+    layer.exact_tiers |= bit;
     spdlog::warn("tier {}, layer {}: shadow checks miss more than {:.1f} % of the mass; it runs exact until they pass",
                  std::string(Name(tier)), l, 100.0 * monitor_.limit(tier, l));
   } else {
-    layer.recoveries.Add(1);
-    layer.exact_tiers.fetch_and(~bit, std::memory_order_relaxed);
+    ++layer.recoveries;
+    layer.exact_tiers &= ~bit;
     spdlog::info("tier {}, layer {}: shadow checks pass again; it is predicted", std::string(Name(tier)), l);
   }
 }
 
 void SparsityControl::Reset(const PredictorData& data) {
   monitor_ = ShadowMonitor(&data, config_.layers);
-  for (LayerCounters& layer : layers_) layer.exact_tiers.store(0, std::memory_order_relaxed);
+  for (LayerSparsityStats& layer : layers_) layer.exact_tiers = 0;
+  Publish();
 }
 
 SparsityReport SparsityControl::Report(const Sequence& s) const {
@@ -288,35 +264,14 @@ SparsityReport SparsityControl::Report(const Sequence& s) const {
 
 SparsityStats SparsityControl::stats() const {
   SparsityStats stats;
-  for (size_t l = 0; l < layers_.size(); ++l) {
-    const LayerCounters& from = layers_[l];
-    LayerSparsityStats to;
-    to.steps = from.steps.value();
-    to.union_selected = from.union_selected.value();
-    to.union_active = from.union_active.value();
-    to.rows = from.rows.value();
-    to.selected = from.selected.value();
-    to.active = from.active.value();
-    to.heads = from.heads.value();
-    to.shadow_rows = from.shadow_rows.value();
-    to.shadow_selected = from.shadow_selected.value();
-    to.shadow_active = from.shadow_active.value();
-    to.shadow_hits = from.shadow_hits.value();
-    to.shadow_mass = from.shadow_mass.value();
-    to.shadow_missed_mass = from.shadow_missed_mass.value();
-    to.fallbacks = from.fallbacks.value();
-    to.recoveries = from.recoveries.value();
-    stats.layers.push_back(to);
+  static_cast<SparsityTotals&>(stats) = published_totals_.Load();
+  for (const SeqLock<LayerSparsityStats>& published : published_layers_) {
+    const auto l = static_cast<int32_t>(stats.layers.size());
+    const LayerSparsityStats& layer = stats.layers.emplace_back(published.Load());
     for (const Tier tier : kAllTiers) {
-      if ((from.exact_tiers.load(std::memory_order_relaxed) >> static_cast<uint32_t>(tier) & 1) == 0) continue;
-      stats.exact_now.push_back({tier, static_cast<int32_t>(l)});
+      if ((layer.exact_tiers >> static_cast<uint32_t>(tier) & 1) != 0) stats.exact_now.push_back({tier, l});
     }
   }
-  stats.shadow_tokens = shadow_tokens_.value();
-  stats.shadow_agreements = shadow_agreements_.value();
-  stats.shadow_kl_nats = shadow_kl_.value();
-  stats.group_steps = group_steps_.value();
-  stats.imbalance = imbalance_.value();
   return stats;
 }
 

@@ -4,7 +4,6 @@
 #ifndef ENGINE_SERVING_SPARSITY_CONTROL_H_
 #define ENGINE_SERVING_SPARSITY_CONTROL_H_
 
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -15,15 +14,9 @@
 #include "engine/model/weight_bytes.h"
 #include "engine/scheduling/sequence.h"
 #include "engine/serving/shadow_monitor.h"
+#include "kernels/base/seq_lock.h"
 
 namespace dejavu {
-
-// KL(p || q) in nats and whether both have the same most likely entry, for the softmax of two rows of logits.
-struct LogitsComparison {
-  double kl_nats = 0.0;
-  bool same_top = false;
-};
-LogitsComparison CompareLogits(const float* p, const float* q, int32_t count);
 
 class SparsityControl {
  public:
@@ -55,19 +48,14 @@ class SparsityControl {
   SparsityStats stats() const;
 
  private:
-  struct LayerCounters {
-    Counter<int64_t> steps, union_selected, union_active, rows, selected, active, heads;
-    Counter<int64_t> shadow_rows, shadow_selected, shadow_active, shadow_hits, fallbacks, recoveries;
-    Counter<double> shadow_mass, shadow_missed_mass;
-    std::atomic<uint32_t> exact_tiers{0};  // bit t: tier t runs EXACT here for now
-  };
-
   static bool WantsShadow(const Sequence& sequence, int32_t generated_tokens);
   void NoteRow(Sequence& sequence, int32_t row, const Batch& batch, const StepCounts& counts);
   void NoteUnion(const Batch& batch, const StepCounts& counts);
   void NoteBytes(const Batch& batch, const StepCounts& counts);
   void NoteAudit(Sequence& sequence, int32_t audit, const StepCounts& counts);
+  void NoteShadow(Sequence& sequence, int32_t audit, const StepCounts& counts, const float* sparse, const float* dense);
   void Change(ShadowMonitor::Change change, Tier tier, int32_t layer);
+  void Publish();
 
   const OptConfig& config_;
   Predictor& predictor_;
@@ -77,11 +65,11 @@ class SparsityControl {
   int64_t step_bytes_ = 0;
   const bool fall_back_;
   ShadowMonitor monitor_;
-  std::vector<LayerCounters> layers_;
-  Counter<int64_t> shadow_tokens_, shadow_agreements_;
-  Counter<double> shadow_kl_;
-  Counter<int64_t> group_steps_;
-  Counter<double> imbalance_;
+  // What has been counted so far, and what others read of it.
+  std::vector<LayerSparsityStats> layers_;
+  SparsityTotals totals_;
+  std::vector<SeqLock<LayerSparsityStats>> published_layers_;
+  SeqLock<SparsityTotals> published_totals_;
 };
 
 }  // namespace dejavu

@@ -10,7 +10,7 @@
 #include "engine/load/checkpoint_writer.h"
 #include "engine/model/weight_bytes.h"
 #include "engine/ranks/model_runner.h"
-#include "engine/serving/sparsity_control.h"
+#include "engine/serving/compare_logits.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/engine/golden.h"

@@ -1,0 +1,113 @@
+#include "engine/serving/hand_out.h"
+
+#include <algorithm>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/draw.h"
+
+namespace dejavu {
+
+HandOut::HandOut(const ModelShape& shape, int32_t candidates, int32_t slots, Recorder& recorder)
+    : shape_(shape), recorder_(recorder), sampler_(shape.vocab, candidates) {
+  counts_.reserve(slots);
+  for (int32_t i = 0; i < slots; ++i) counts_.emplace_back(shape.vocab);  // copies would lose what is reserved
+  banned_.reserve(64);
+}
+
+void HandOut::Begin(const Sequence& s) {
+  TokenCounts& counts = counts_[s.slot];
+  counts.Clear();
+  for (int32_t i = 0; i < s.prefill_tokens; ++i) {
+    i < s.prompt_tokens() ? counts.AddPrompt(s.tokens[i]) : counts.AddOutput(s.tokens[i]);
+  }
+}
+
+std::optional<Ending> HandOut::Give(Sequence& s, const StepResults& results) {
+  recorder_.NotePromptTokens(std::min(s.step_rows, std::max(0, s.prompt_tokens() - s.computed)));
+  if (s.request.score) return GiveScores(s, results);
+  return s.step_logits > 0 ? GiveToken(s, results) : std::nullopt;
+}
+
+std::optional<Ending> HandOut::GiveScores(Sequence& s, const StepResults& results) {
+  for (int32_t i = 0; i < s.step_rows; ++i) {
+    const float* logits = results.logits + static_cast<size_t>(s.first_logit + i) * shape_.vocab;
+    const int32_t position = s.computed + i;
+    if (!AllFinite(logits, shape_.vocab)) {
+      return Ending{FinishReason::kError, absl::DataLossError(absl::StrCat("the logits after prompt token ", position,
+                                                                           " are not finite"))};
+    }
+    Token token;
+    token.id = s.tokens[position];
+    token.has_logprob = position > 0;
+    token.logprob = s.next_logprob;
+    token.rank = s.next_rank;
+    token.top = sampler_.Top(logits, s.request.top_logprobs);
+    if (!s.sink->OnPromptToken(token)) return Ending{FinishReason::kSink, absl::OkStatus()};
+    if (position + 1 == s.prompt_tokens()) return Ending{FinishReason::kLength, absl::OkStatus()};
+    const Sampler::Choice next = sampler_.Describe(logits, s.tokens[position + 1]);
+    s.next_logprob = next.logprob;
+    s.next_rank = next.rank;
+  }
+  return std::nullopt;
+}
+
+Sampler::Choice HandOut::Choose(const Sequence& s, const StepResults& results) {
+  if (results.drawn != nullptr) return {results.drawn[s.first_logit]};
+  const Request& r = s.request;
+  banned_.clear();
+  if (s.generated_tokens() < r.min_new_tokens) {
+    if (!r.ignore_eos) banned_.push_back(shape_.eos_token);
+    banned_.insert(banned_.end(), r.stop_token_ids.begin(), r.stop_token_ids.end());
+  }
+  const float* logits = results.logits + static_cast<size_t>(s.first_logit) * shape_.vocab;
+  return sampler_.Sample(logits, r.sampling, counts_[s.slot], banned_, static_cast<uint64_t>(s.generated_tokens()),
+                         r.logprobs);
+}
+
+std::optional<Ending> HandOut::GiveToken(Sequence& s, const StepResults& results) {
+  const Request& r = s.request;
+  const Sampler::Choice choice = Choose(s, results);
+  if (choice.id < 0) {
+    const std::string at = absl::StrCat(" after ", s.generated_tokens(), " new tokens");
+    return Ending{FinishReason::kError,
+                  choice.id == Sampler::kNotFinite
+                      ? absl::DataLossError("the logits are not finite" + at)
+                      : absl::InvalidArgumentError(
+                            "logit_bias, allowed_token_ids and min_new_tokens leave no token to sample" + at)};
+  }
+  const std::optional<FinishReason> stop = StopAt(r, choice.id);
+  Token token;
+  token.id = choice.id;
+  token.has_logprob = r.logprobs;
+  token.logprob = choice.logprob;
+  token.rank = choice.rank;
+  if (r.top_logprobs > 0) {
+    token.top = sampler_.Top(results.logits + static_cast<size_t>(s.first_logit) * shape_.vocab, r.top_logprobs);
+  }
+  token.stop = stop.has_value();
+  recorder_.NoteToken(s, results.done, results.step);
+  if (s.generated_tokens() == 0) s.finish.first_token = results.done;
+  s.last_token = results.done;
+  s.last_token_step = results.step;
+  s.tokens.push_back(choice.id);
+  counts_[s.slot].AddOutput(choice.id);
+
+  if (!s.sink->OnToken(token)) return Ending{FinishReason::kSink, absl::OkStatus()};
+  if (stop.has_value()) {
+    s.finish.stop_token_id = choice.id;
+    return Ending{*stop, absl::OkStatus()};
+  }
+  if (s.generated_tokens() == r.max_new_tokens) return Ending{FinishReason::kLength, absl::OkStatus()};
+  return std::nullopt;
+}
+
+// The end of the text, if `id` is one for that request.
+std::optional<FinishReason> HandOut::StopAt(const Request& r, int32_t id) const {
+  if (id == shape_.eos_token && !r.ignore_eos) return FinishReason::kEos;
+  const auto& stops = r.stop_token_ids;
+  if (std::find(stops.begin(), stops.end(), id) != stops.end()) return FinishReason::kStopToken;
+  return std::nullopt;
+}
+
+}  // namespace dejavu

@@ -1,0 +1,67 @@
+#include "engine/serving/warm_up.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+
+#include "kernels/base/clock.h"
+
+namespace dejavu {
+namespace {
+
+// How long the step took, in ms.
+double Step(ModelGroup& group, const ModelShape& shape, int32_t decode_rows, int32_t prefill_rows, Batch& batch,
+            float* logits) {
+  batch.Clear();
+  SparsityParams exact;
+  exact.tier = Tier::kExact;
+  for (int32_t i = 0; i < decode_rows; ++i) batch.AddDecodeRow(0, i, shape.bos_token, /*wants_logits=*/true, exact);
+  for (int32_t i = 0; i < prefill_rows; ++i) {
+    const bool last = i + 1 == prefill_rows;
+    batch.AddRow(0, (decode_rows == 0 ? i : i + 1) % shape.context, shape.bos_token, last);
+  }
+  const SteadyTime start = std::chrono::steady_clock::now();
+  group.Forward(batch, {logits});
+  const double ms = MillisecondsSince(start);
+  batch.Clear();
+  return ms;
+}
+
+}  // namespace
+
+void WarmUp(ModelGroup& group, const ModelShape& shape, const SchedulerOptions& options, Batch& batch, float* logits,
+            Scheduler& scheduler) {
+  std::iota(batch.block_table.begin(), batch.block_table.begin() + batch.blocks_per_slot, 0);
+  const int32_t rows = std::min(options.max_batch, shape.context);
+  const int32_t chunk = std::min({options.prefill_chunk_tokens, shape.context - 1, batch.max_rows - 1});
+  const auto learn = [&](int32_t decode_rows, int32_t prefill_rows) {
+    const double ms = Step(group, shape, decode_rows, prefill_rows, batch, logits);
+    const int64_t context = int64_t{decode_rows} * (decode_rows - 1) / 2;
+    scheduler.Learn({Tier::kExact, decode_rows, prefill_rows, context}, ms);
+  };
+  // Where prompts are cheap the largest step at once: its scratch is taken now, or never.
+  Step(group, shape, 0, group.RunsAhead() ? batch.max_rows : std::max(rows, chunk), batch, logits);
+  for (int i = 0; i < 3; ++i) {
+    learn(1, 0);
+    learn(rows, 0);
+    if (chunk > 0) learn(1, chunk);
+  }
+}
+
+double MeasureBandwidth(ModelGroup& group) {
+  constexpr int64_t kMostBytes = int64_t{1} << 30;
+  constexpr int kPasses = 3;
+  Backend& device = group.backend();
+  const Tensor all = group.loaded().weights.memory(), memory = all.Cols(0, std::min(all.cols, kMostBytes));
+  double best_ms = std::numeric_limits<double>::infinity();
+  for (int i = 0; i < kPasses; ++i) {
+    device.Stamp(0);
+    device.ReadAll(memory);
+    device.Stamp(1);
+    best_ms = std::min(best_ms, device.ElapsedMs(0, 1));
+  }
+  return static_cast<double>(memory.bytes()) * group.ranks() / (best_ms / 1e3);
+}
+
+}  // namespace dejavu
