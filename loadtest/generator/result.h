@@ -1,5 +1,5 @@
 // The result document of a run: the keys of `vllm bench serve`, and beside them what makes it believable. Latencies and
-// goodput are of the normal requests that were answered. README.md, "Load", tells what the keys mean.
+// goodput are of the normal requests that were answered. docs/measuring.md, "Load", tells what the keys mean.
 #ifndef LOADTEST_GENERATOR_RESULT_H_
 #define LOADTEST_GENERATOR_RESULT_H_
 

@@ -263,7 +263,7 @@ TEST(CapacityPlan, ADirectoryIsReadAsFarAsItGoes) {
   EXPECT_EQ(plan.weights, DType::kFloat16);
   EXPECT_FALSE(plan.synthetic);
   EXPECT_EQ(plan.tiers.size(), kAllTiers.size());
-  // README: the byte ceilings of EXACT and BALANCED on the evaluation's text are 1.30 and 1.79.
+  // docs/benchmarks/tiers.md: the byte ceilings of EXACT and BALANCED on the evaluation's text are 1.30 and 1.79.
   const double dense = Of(plan, Tier::kDense).step_bytes[0];
   EXPECT_NEAR(dense / Of(plan, Tier::kExact).step_bytes[0], 1.30, 0.02);
   EXPECT_NEAR(dense / Of(plan, Tier::kBalanced).step_bytes[0], 1.79, 0.03);
