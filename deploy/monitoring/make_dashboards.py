@@ -2,7 +2,7 @@
 """Writes the Grafana dashboards in dashboards/. With --check it writes nothing and fails where they are not up to date.
 
 Expressions below name a metric and the labels that matter to the panel. The matchers of the dashboard's variables are added from
-the labels that ../docs/metrics.md documents; a metric that is not there is an error.
+the labels that docs/operations/metrics.md documents; a metric that is not there is an error.
 """
 import json
 import pathlib
@@ -10,7 +10,7 @@ import re
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
-METRICS = HERE.parent / "docs/metrics.md"
+METRICS = HERE.parents[1] / "docs/operations/metrics.md"
 DASHBOARDS = HERE / "dashboards"
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 WIDTH = 24

@@ -1,4 +1,4 @@
-// What a dejavud counted during a run (its /metrics, see deploy/docs/metrics.md) beside what the client saw.
+// What a dejavud counted during a run (its /metrics, see docs/operations/metrics.md) beside what the client saw.
 #ifndef LOADTEST_GENERATOR_SERVER_METRICS_H_
 #define LOADTEST_GENERATOR_SERVER_METRICS_H_
 

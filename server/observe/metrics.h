@@ -1,4 +1,4 @@
-// Metrics: what the daemon says of itself in Prometheus' terms, as deploy/docs/metrics.md lists it. Nothing is kept
+// Metrics: what the daemon says of itself in Prometheus' terms, as docs/operations/metrics.md lists it. Nothing is kept
 // here but what calls end with; the rest is a snapshot of the engine's counters, named when somebody asks. Any thread.
 #ifndef SERVER_OBSERVE_METRICS_H_
 #define SERVER_OBSERVE_METRICS_H_

@@ -1,4 +1,4 @@
-"""What deploy/monitoring and deploy/docs say, for the tests, and a real Prometheus to ask."""
+"""What deploy/monitoring and docs/operations say, for the tests, and a real Prometheus to ask."""
 import collections
 import contextlib
 import json
@@ -16,8 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 DASHBOARDS = DEPLOY / "monitoring/dashboards"
 RULES = DEPLOY / "monitoring/rules"
-METRICS = DEPLOY / "docs/metrics.md"
-RUNBOOKS = DEPLOY / "docs/runbooks.md"
+METRICS = ROOT / "docs/operations/metrics.md"
+RUNBOOKS = ROOT / "docs/operations/runbooks.md"
 PATIENCE_S = 60
 
 # What Grafana puts in the place of its variables. `.*` is what "All" is set to.
@@ -38,7 +38,7 @@ class Expression(collections.namedtuple("Expression", "dashboard panel text need
 
 
 def documented_metrics():
-    """Name to Metric, of deploy/docs/metrics.md. Histograms by their family's name."""
+    """Name to Metric, of docs/operations/metrics.md. Histograms by their family's name."""
     metrics = {}
     for line in METRICS.read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]

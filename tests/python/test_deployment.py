@@ -303,7 +303,7 @@ def test_probes_ask_for_what_the_daemon_answers(start, tmp_path):
 
 
 def test_what_is_monitored_exists():
-    metrics = set(re.findall(r"^\| `(dejavu_\w+)` \| gauge", (DEPLOY / "docs/metrics.md").read_text(), re.M))
+    metrics = set(re.findall(r"^\| `(dejavu_\w+)` \| gauge", (ROOT / "docs/operations/metrics.md").read_text(), re.M))
     scaler, = of_kind("monitoring", "HorizontalPodAutoscaler")
     assert {metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]} <= metrics
     deployment, = of_kind("monitoring", "Deployment")
@@ -610,7 +610,7 @@ def test_the_image_holds_only_what_runs():
 
 # --- operations.md
 
-OPERATIONS = (DEPLOY / "docs/operations.md").read_text()
+OPERATIONS = (ROOT / "docs/operations/deploy.md").read_text()
 
 
 def table(heading):
