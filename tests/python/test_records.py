@@ -155,8 +155,7 @@ def test_the_access_line_says_what_the_client_saw(start, api, log_format):
     assert not any(l.get("method") in ("Check", "Watch") for l in lines_of(daemon))
 
 
-def test_every_end_has_its_line(start, api):
-    daemon = start("--scheduler-max-batch", "2", "--scheduler-deadline-slack", "0")
+def expect_line_of_a_cancelled_stream(daemon):
     for n in range(20):  # a stream of so small a model may end before the server hears of it
         stream = daemon.stub.GenerateStream(daemon.request([2, 100], 500, request_id=f"left-{n}"), timeout=PATIENCE_S)
         next(chunk for chunk in stream if chunk.token_ids)
@@ -167,6 +166,8 @@ def test_every_end_has_its_line(start, api):
     assert (line["code"], line["finish_reason"]) == ("CANCELLED", "cancelled")
     assert int(line["generated_tokens"]) >= 1  # the engine's count, though it let go after the call was over
 
+
+def expect_line_of_an_aborted_stream(daemon, api):
     for _ in range(20):
         stream = daemon.stub.GenerateStream(daemon.request([2, 100], 500), timeout=PATIENCE_S)
         aborted = next(stream).prompt.request_id
@@ -176,6 +177,8 @@ def test_every_end_has_its_line(start, api):
         list(stream)
     assert line_of(daemon, aborted)["code"] == "CANCELLED"
 
+
+def expect_lines_of_late_streams(daemon):
     streams = [daemon.stub.GenerateStream(daemon.request([2, i], 500, request_id=f"late-{i}"), timeout=0.5) for i in range(16)]
     for i, stream in enumerate(streams):
         with contextlib.suppress(grpc.RpcError):
@@ -188,7 +191,9 @@ def test_every_end_has_its_line(start, api):
         ends = {("DEADLINE_EXCEEDED", "deadline"), ("CANCELLED", "cancelled"), ("CANCELLED", "deadline")}
         assert (line["code"], line["finish_reason"]) in ends
 
-    # The end token, a stop token, a stop string.
+
+def expect_lines_of_stops(daemon, api):
+    """A stop token and a stop string."""
     request = daemon.request([2, 100, 200], 20)
     ids = daemon.stub.Generate(request, timeout=PATIENCE_S).token_ids
     request.request_id = "stop-token"
@@ -202,13 +207,18 @@ def test_every_end_has_its_line(start, api):
     request.stopping.stop_strings.append(text[10:17])
     daemon.stub.Generate(request, timeout=PATIENCE_S)
     assert line_of(daemon, "stop-string")["finish_reason"] == "stop_string"
+
+
+def expect_line_of_a_score(daemon, api):
     score = api.pb.ScoreRequest(request_id="score")
     score.token_ids.ids.extend([2, 100, 200])
     daemon.stub.Score(score, timeout=PATIENCE_S)
     line = line_of(daemon, "score")
     assert (line["method"], line["finish_reason"], int(line["prompt_tokens"])) == ("Score", "length", 3)
 
-    # Refused before and at the door.
+
+def expect_lines_of_refusals(daemon):
+    """Before and at admission."""
     with pytest.raises(grpc.RpcError):
         daemon.stub.Generate(daemon.request([2, 9999], 1, request_id="wrong"), timeout=PATIENCE_S)
     line = line_of(daemon, "wrong")
@@ -218,6 +228,15 @@ def test_every_end_has_its_line(start, api):
     line = poll(lambda: [l for l in lines_of(daemon) if l.get("code") == "UNIMPLEMENTED"], daemon.log)[0]
     assert line["method"] == "unknown"
 
+
+def test_every_end_has_its_line(start, api):
+    daemon = start("--scheduler-max-batch", "2", "--scheduler-deadline-slack", "0")
+    expect_line_of_a_cancelled_stream(daemon)
+    expect_line_of_an_aborted_stream(daemon, api)
+    expect_lines_of_late_streams(daemon)
+    expect_lines_of_stops(daemon, api)
+    expect_line_of_a_score(daemon, api)
+    expect_lines_of_refusals(daemon)
     daemon.stop()
     ids = [l["request_id"] for l in lines_of(daemon) if l.get("event") == "request" and "request_id" in l]
     assert len(ids) == len(set(ids)), "a call has two lines"

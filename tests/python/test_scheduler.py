@@ -48,6 +48,9 @@ def prompt(length, start=10):
 
 # Queued, in prefill (a step takes one token of a prompt), between tokens, during the last token.
 STATES = ("queued", "prefill", "decode", "last")
+TOKENS = {"queued": 200, "prefill": 200, "decode": 2000, "last": 8}
+CODES = {"cancel": grpc.StatusCode.CANCELLED, "abort": grpc.StatusCode.CANCELLED,
+         "deadline": grpc.StatusCode.DEADLINE_EXCEEDED, "slow reader": grpc.StatusCode.RESOURCE_EXHAUSTED}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,38 @@ def slow(api, tmp_path_factory):
     assert daemon.process.returncode == 0, daemon.log()
 
 
-@pytest.mark.parametrize("way", ("cancel", "deadline", "abort", "slow reader"))
+def ask(slow, api, state, way):
+    """The stream of a request that is to end in this way in that state."""
+    victim = slow.request(prompt(1000 if state == "prefill" else 4, 900), TOKENS[state], request_id="victim")
+    # A deadline meets it in its state because the state lasts longer; the last token may win the race.
+    timeout = {"queued": 0.2, "prefill": 0.3, "decode": 0.5, "last": 0.05}[state] if way == "deadline" else PATIENCE_S
+    if way != "slow reader":
+        return slow.stub.GenerateStream(victim, timeout=timeout)
+    # A connection of its own, whose window stays small; and output enough to fill window and outbox, but at the end.
+    channel = grpc.insecure_channel(slow.address, options=[("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)])
+    if state != "last":
+        victim.output.top_logprobs = 100
+        victim.stopping.max_new_tokens = 400
+        victim.stopping.min_new_tokens = 400
+    return api.rpc.GenerationServiceStub(channel).GenerateStream(victim, timeout=timeout)
+
+
+def wait_for_state(slow, state, stream):
+    """Until the stream's request is in it. Returns the chunks that came until then."""
+    chunks = []
+    if state == "queued":
+        wait_for(slow, lambda load: load.waiting_requests == 1)
+    elif state == "prefill":
+        before = slow.load().prompt_tokens
+        wait_for(slow, lambda load: load.prompt_tokens > before + 10)
+    else:
+        wanted = 1 if state == "decode" else TOKENS[state] - 1
+        while sum(len(c.token_ids) for c in chunks) < wanted:
+            chunks.append(next(stream))
+    return chunks
+
+
+@pytest.mark.parametrize("way", CODES)
 @pytest.mark.parametrize("state", STATES)
 def test_a_request_ends_in_every_state_and_hurts_nobody(slow, api, state, way):
     neighbour = slow.request(prompt(4), 60)
@@ -73,33 +107,9 @@ def test_a_request_ends_in_every_state_and_hurts_nobody(slow, api, state, way):
     else:
         beside = slow.stub.Generate.future(neighbour, timeout=PATIENCE_S)
 
-    length = 1000 if state == "prefill" else 4
-    tokens = {"queued": 200, "prefill": 200, "decode": 2000, "last": 8}[state]
-    victim = slow.request(prompt(length, 900), tokens, request_id="victim")
-    # A deadline meets it in its state because the state lasts longer; the last token may win the race.
-    timeout = {"queued": 0.2, "prefill": 0.3, "decode": 0.5, "last": 0.05}[state] if way == "deadline" else PATIENCE_S
-    stub = slow.stub
-    if way == "slow reader":
-        # A connection of its own, whose window stays small; and output enough to fill window and outbox, but at the end.
-        channel = grpc.insecure_channel(slow.address, options=[("grpc.http2.bdp_probe", 0),
-                                                               ("grpc.use_local_subchannel_pool", 1)])
-        stub = api.rpc.GenerationServiceStub(channel)
-        if state != "last":
-            victim.output.top_logprobs = 100
-            victim.stopping.max_new_tokens = 400
-            victim.stopping.min_new_tokens = 400
-    stream = stub.GenerateStream(victim, timeout=timeout)
-    chunks = []
+    stream, chunks = ask(slow, api, state, way), []
     if way in ("cancel", "abort"):
-        if state == "queued":
-            wait_for(slow, lambda load: load.waiting_requests == 1)
-        elif state == "prefill":
-            before = slow.load().prompt_tokens
-            wait_for(slow, lambda load: load.prompt_tokens > before + 10)
-        else:
-            wanted = 1 if state == "decode" else tokens - 1
-            while sum(len(c.token_ids) for c in chunks) < wanted:
-                chunks.append(next(stream))
+        chunks = wait_for_state(slow, state, stream)
         if way == "cancel":
             stream.cancel()
         else:
@@ -114,12 +124,10 @@ def test_a_request_ends_in_every_state_and_hurts_nobody(slow, api, state, way):
         wait_for(slow, lambda load: load.running_requests == 0 and load.waiting_requests == 0)
 
     error = read(stream, chunks)
-    code = {"cancel": grpc.StatusCode.CANCELLED, "abort": grpc.StatusCode.CANCELLED,
-            "deadline": grpc.StatusCode.DEADLINE_EXCEEDED, "slow reader": grpc.StatusCode.RESOURCE_EXHAUSTED}[way]
     if error is None:
-        assert state == "last" and chunks[-1].finish.generated_tokens == tokens
+        assert state == "last" and chunks[-1].finish.generated_tokens == TOKENS[state]
     else:
-        assert error.code() == code, error
+        assert error.code() == CODES[way], error
     for blocker in blockers:
         blocker.cancel()
     if state != "queued" and way != "slow reader":
