@@ -21,6 +21,7 @@ from manifests import dejavud
 from monitoring import documented_metrics, family
 
 PROGRAMS = ("dejavud", "dejavu-cli", "dejavu-loadtest", "dejavu-eval", "dejavu-calibrate", "dejavu-sim")
+KUBERNETES_KEYS = {"limits.cpu", "limits.memory"}  # these look like settings
 # What a page's commands must say on standard error, besides ending well.
 SAID = {"docs/operations/security.md": "the token is not known here"}
 
@@ -92,18 +93,18 @@ def test_blocks_can_be_followed(each, checkout, tmp_path):
 
 def test_the_important_pages_have_blocks_that_run():
     assert page("README.md").local_blocks()
-    assert sum(len(page.local_blocks()) for page in pages() if page.name.startswith("docs/operations/")) >= 8
+    assert sum(len(each.local_blocks()) for each in pages() if each.name.startswith("docs/operations/")) >= 8
 
 
 def test_blocks_that_run_build_and_install_nothing():
-    for page in pages():
-        for block in page.local_blocks():
+    for each in pages():
+        for block in each.local_blocks():
             run = [words for words in commands(block) if words[0].endswith("/run")]
-            assert all(words[1] == "help" for words in run), f"{page.name}:{block.line}: make it ```sh, without local"
+            assert all(words[1] == "help" for words in run), f"{each.name}:{block.line}: make it ```sh, without local"
 
 
 def test_manifests_that_pages_apply_exist():
-    named = {path for page in pages() for path in re.findall(r"-k (deploy/[\w/-]+)", page.text)}
+    named = {path for each in pages() for path in re.findall(r"-k (deploy/[\w/-]+)", each.text)}
     assert named
     for path in named:
         assert (ROOT / path / "kustomization.yaml").exists(), path
@@ -115,9 +116,9 @@ def test_manifests_that_pages_apply_exist():
 def test_commands_of_run_exist():
     listed = subprocess.run([ROOT / "run", "help"], capture_output=True, text=True, check=True, timeout=PATIENCE_S).stdout
     known = set(re.findall(r"^\./run ([\w-]+)", listed, re.M)) | {"help"}
-    for page in pages():
-        for command in re.findall(r"(?<![\w/.])\./run ([a-z][\w-]*)", page.text):
-            assert command in known, f"{page.name}: ./run {command}"
+    for each in pages():
+        for command in re.findall(r"(?<![\w/.])\./run ([a-z][\w-]*)", each.text):
+            assert command in known, f"{each.name}: ./run {command}"
     readme = page("README.md")
     assert any(words[0] == "./run" for words in commands(readme.blocks[0])), "README begins with how to try it"
 
@@ -142,8 +143,8 @@ def unknown_flags(words):
             path.append(word)
             more, subcommands = helped(*path)
             known = known | more
-        elif re.match(r"--[a-z]", word):
-            unknown.append(word.split("=")[0])
+        elif flag := re.match(r"\[?(--[a-z][\w-]*)", word):
+            unknown.append(flag[1])
     return [flag for flag in unknown if flag not in known | {"--help"}]
 
 
@@ -151,14 +152,14 @@ def unknown_flags(words):
 def test_flags_exist(program):
     """In blocks and in inline code that begins with the program's name."""
     checked = 0
-    for page in pages():
-        found = [words for block in page.blocks for words in commands(block)]
-        found += [code.split() for code in re.findall(r"`([^`\n]+)`", page.prose)]
+    for each in pages():
+        found = [words for block in each.blocks for words in commands(block)]
+        found += [code.split() for code in re.findall(r"`([^`\n]+)`", each.prose)]
         for words in found:
-            at = [i for i, word in enumerate(words) if pathlib.PurePath(word).name == program]
+            at = [i for i, word in enumerate(words) if word == program or word.endswith(f"/bin/{program}")]
             if at:
                 checked += 1
-                assert unknown_flags([program, *words[at[0] + 1:]]) == [], f"{page.name}: {' '.join(words)}"
+                assert unknown_flags([program, *words[at[0] + 1:]]) == [], f"{each.name}: {' '.join(words)}"
     assert checked
 
 
@@ -177,7 +178,7 @@ def test_settings_exist(each, settings):
     variables = {"DEJAVUD_CONFIG"} | {f"DEJAVUD_{section}_{key}".upper() for section in sections for key in sections[section]}
     variables |= {f"DEJAVUD_{key}".upper() for key in settings[1]}
     for section, key in re.findall(r"`([a-z]+)\.([a-z_]+)[`:]", each.prose):
-        if section in sections and key not in ("md", "cc", "h", "py", "yaml"):
+        if section in sections and f"{section}.{key}" not in KUBERNETES_KEYS and key not in ("md", "cc", "h", "py", "yaml"):
             prefix = key.endswith("_")  # `metrics.slo_*`
             assert key in sections[section] or prefix and any(k.startswith(key) for k in sections[section]), f"{section}.{key}"
     for variable in re.findall(r"\bDEJAVUD_[A-Z_]+\b", each.text):
