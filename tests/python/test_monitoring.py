@@ -1,5 +1,4 @@
 """Dashboards, rules, their tests, runbooks and the list of metrics, against each other and a real Prometheus without data."""
-import json
 import re
 import subprocess
 import sys
@@ -85,7 +84,7 @@ def test_runbooks_name_only_what_there_is(alerts):
     admin = (ROOT / "proto/dejavu/v1/admin.proto").read_text()
     for method in re.findall(r"`admin (\w+)`", text):
         assert re.search(rf"rpc {method}\(", admin), method
-    options = (ROOT / "config/option_table.cc").read_text()
+    options = "".join(path.read_text() for path in sorted((ROOT / "config").glob("*.cc")))
     for option in re.findall(r"`((?:admin|drain|kv|limits|log|metrics|scheduler|sparsity|trace)\.\w+)", text):
         assert option.endswith("slo_") or f'"{option}"' in options, option
     for link in re.findall(r"\]\(#(\w+)\)", text):

@@ -5,7 +5,6 @@ import re
 import grpc
 import jsonschema
 import kubernetes_validate
-import yaml
 
 from conftest import ROOT
 from documents import page, pages
