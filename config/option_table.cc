@@ -16,22 +16,13 @@
 namespace dejavu {
 namespace {
 
-// "127.0.0.1:50051", "[::1]:0", "host.name:80".
-absl::Status CheckListen(absl::string_view value) {
-  const size_t colon = value.rfind(':');
-  const absl::string_view host = value.substr(0, colon == value.npos ? 0 : colon);
-  const bool bracketed = host.size() > 2 && host.front() == '[' && host.back() == ']';
-  uint32_t port = 0;
-  const absl::string_view digits = value.substr(host.size() + (colon == value.npos ? 0 : 1));
-  const bool port_ok = !digits.empty() && digits.find_first_not_of("0123456789") == digits.npos &&
-                       absl::SimpleAtoi(digits, &port) && port <= 65535;
-  const bool host_ok = !host.empty() && (bracketed || host.find_first_of(": []/") == host.npos);
-  if (colon != value.npos && port_ok && host_ok) return absl::OkStatus();
+absl::Status CheckAddress(absl::string_view value) {
+  if (IsHostAndPort(value)) return absl::OkStatus();
   return absl::InvalidArgumentError("must be HOST:PORT with a port from 0 to 65535, an IPv6 address in brackets");
 }
 
 absl::Status CheckAddressIfAny(absl::string_view value) {
-  return value.empty() ? absl::OkStatus() : CheckListen(value);
+  return value.empty() ? absl::OkStatus() : CheckAddress(value);
 }
 
 std::string NumberText(double value) {
@@ -98,7 +89,7 @@ std::vector<Option> OptionTable(Config* config) {
        .group = "Server",
        .help = "HOST:PORT to listen on; port 0: any free one",
        .target = &s.listen,
-       .check = CheckListen},
+       .check = CheckAddress},
       {.key = "port_file",
        .group = "Server",
        .help = "file to write the port number to once the server listens; empty: none",

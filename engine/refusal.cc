@@ -14,6 +14,7 @@ namespace dejavu {
 namespace {
 
 constexpr char kPayload[] = "dejavud/refusal";
+constexpr int kNoReason = -1;
 
 }  // namespace
 
@@ -40,7 +41,8 @@ const char* Name(Refusal refusal) {
 }
 
 absl::Status WithRefusal(absl::Status status, const RefusalInfo& info) {
-  status.SetPayload(kPayload, absl::Cord(absl::StrCat(static_cast<int>(info.reason), " ", info.retry_after.count())));
+  const int reason = info.reason.has_value() ? static_cast<int>(*info.reason) : kNoReason;
+  status.SetPayload(kPayload, absl::Cord(absl::StrCat(reason, " ", info.retry_after.count())));
   return status;
 }
 
@@ -51,7 +53,10 @@ std::optional<RefusalInfo> RefusalOf(const absl::Status& status) {
   int reason = 0;
   int64_t ms = 0;
   CHECK(absl::SimpleAtoi(parts.first, &reason) && absl::SimpleAtoi(parts.second, &ms)) << std::string(*payload);
-  return RefusalInfo{static_cast<Refusal>(reason), std::chrono::milliseconds(ms)};
+  RefusalInfo info;
+  if (reason != kNoReason) info.reason = static_cast<Refusal>(reason);
+  info.retry_after = std::chrono::milliseconds(ms);
+  return info;
 }
 
 }  // namespace dejavu

@@ -1,4 +1,4 @@
-// Why the engine refuses a request, as callers of Submit read it from the status. Any thread.
+// Why a request is refused, as a status carries it from where it is refused to the end of the call. Any thread.
 #ifndef ENGINE_REFUSAL_H_
 #define ENGINE_REFUSAL_H_
 
@@ -24,11 +24,11 @@ const char* Name(Refusal refusal);  // "QUEUE_FULL"
 
 // What the status of a refused request says beside its message.
 struct RefusalInfo {
-  Refusal reason = Refusal::kInvalid;
+  std::optional<Refusal> reason = {};        // the engine's; nothing where it was not the engine that refused
   std::chrono::milliseconds retry_after{0};  // 0: trying again is of no use
 };
 absl::Status WithRefusal(absl::Status status, const RefusalInfo& info);
-std::optional<RefusalInfo> RefusalOf(const absl::Status& status);  // nothing where the engine refused nothing
+std::optional<RefusalInfo> RefusalOf(const absl::Status& status);  // nothing where nothing was refused
 
 }  // namespace dejavu
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "absl/strings/string_view.h"
 #include "engine/sparsity.h"
 
 namespace dejavu {
@@ -32,7 +33,8 @@ struct ServerOptions {
   std::string health_listen;
   std::string health_port_file;  // as port_file
 
-  // AdminService is served there and nowhere else; empty: it is not. Without tokens whoever reaches it may use it.
+  // AdminService is served there and nowhere else; empty: it is not. Without tokens everybody who reaches it may use
+  // it.
   std::string admin_listen;
   std::string admin_port_file;  // as port_file
 
@@ -86,6 +88,9 @@ struct ServerOptions {
   double trace_sample_ratio = 0;    // share of the calls without a traceparent that are traced
   int trace_max_queue = 4096;       // spans that may wait for the collector; more are dropped
 };
+
+// Whether that is host:port as options have it: "127.0.0.1:50051", "[::1]:0", "host.name:80".
+bool IsHostAndPort(absl::string_view address);
 
 }  // namespace dejavu
 

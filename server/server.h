@@ -13,10 +13,10 @@
 #include "engine/engine.h"
 #include "engine/options.h"
 #include "engine/text/tokenizer.h"
-#include "grpcpp/server.h"
 #include "server/api/admin_service.h"
-#include "server/api/generation_service.h"
 #include "server/api/health.h"
+#include "server/api/serving_state.h"
+#include "server/grpc_port.h"
 #include "server/observe/access_log.h"
 #include "server/observe/engine_log.h"
 #include "server/observe/http_server.h"
@@ -24,7 +24,6 @@
 #include "server/observe/trace_exporter.h"
 #include "server/options.h"
 #include "server/rpc/call_ends.h"
-#include "server/rpc/dispatcher.h"
 #include "server/rpc/gate.h"
 #include "server/rpc/lifecycle.h"
 #include "server/rpc/writer.h"
@@ -35,18 +34,18 @@ namespace dejavu {
 class Server {
  public:
   // Binds the addresses and writes the port files. UNAVAILABLE when a port is taken, INVALID_ARGUMENT for a bad
-  // address. `drain` is called when an operator asks to drain: it tells whoever owns the server, and returns at once.
+  // address. `drain` is called when an operator asks to drain: it tells the owner of the server, and returns at once.
   static absl::StatusOr<std::unique_ptr<Server>> Start(const ServerOptions& options,
                                                        const EngineOptions& engine_options,
                                                        std::function<void()> drain = nullptr);
   // As Stop.
   ~Server();
 
-  int port() const { return port_; }
-  int admin_port() const { return admin_port_; }    // 0: there is none
-  int health_port() const { return health_port_; }  // likewise
+  int port() const { return public_port_.port(); }
+  int admin_port() const { return admin_port_.port(); }    // 0: there is none
+  int health_port() const { return health_port_.port(); }  // likewise
   int metrics_port() const { return http_ == nullptr ? 0 : http_->port(); }
-  const std::string& model_name() const { return model_name_; }
+  const std::string& model_name() const { return state_.model_name(); }
   const TraceExporter* trace_exporter() const { return trace_exporter_.get(); }  // null: off
 
   // Begins to serve. `tokenizer` may be null; it and the engine must outlive the server.
@@ -65,37 +64,39 @@ class Server {
   void Stop();
 
   // No generation or score call is under way.
-  bool idle() { return generation_.live_requests().idle(); }
+  bool idle() { return state_.live_requests().idle(); }
 
  private:
-  Server(const ServerOptions& options, const EngineOptions& engine_options, std::string model_name,
-         std::unique_ptr<Security> security, std::function<void()> drain);
+  Server(const ServerOptions& options, const EngineOptions& engine_options, std::unique_ptr<Security> security,
+         std::function<void()> drain);
 
+  void RegisterMethods();
+  void AddObservers();
   absl::Status Listen();
+  absl::Status WritePortFiles() const;
   void SendGoaway(SteadyTime deadline);
 
   const ServerOptions options_;
-  const std::string model_name_;
   const std::unique_ptr<Security> security_;
   Lifecycle lifecycle_;
   Gate gate_;
+  ServingState state_;
+  Engine* engine_ = nullptr;  // null while loading
+
+  // What is told of calls' ends, and what the daemon says of itself.
   AccessLog access_log_;
-  std::unique_ptr<TraceExporter> trace_exporter_;  // null: off
+  const std::unique_ptr<TraceExporter> trace_exporter_;  // null: off
+  Metrics metrics_;
+  std::unique_ptr<EngineLog> engine_log_;  // while it serves
+  std::unique_ptr<HttpServer> http_;       // null: off
   Writer writer_;
   const std::shared_ptr<CallEnds> ends_;  // calls hold it too
-  Dispatcher dispatcher_, admin_dispatcher_, health_dispatcher_;
-  GenerationService generation_;
+
+  // Services, and then the ports where they are served: without a port no call is left.
   Health health_;
   AdminService admin_;
-  Metrics metrics_;
-  int port_ = 0, admin_port_ = 0, health_port_ = 0;
-  Engine* engine_ = nullptr;
-  std::unique_ptr<EngineLog> engine_log_;       // while it serves
-  std::unique_ptr<HttpServer> http_;            // nullptr: off, or stopped
-  std::unique_ptr<grpc::Server> grpc_server_;   // null once stopped; after its Shutdown no call is left
-  std::unique_ptr<grpc::Server> admin_server_;  // likewise; null where it is off, too
-  std::unique_ptr<grpc::Server> health_server_;
-  std::future<void> goaway_;  // grpc_server_'s Shutdown, while what runs goes on
+  GrpcPort public_port_, admin_port_, health_port_;
+  std::future<void> goaway_;  // the public port's Shutdown, while what runs goes on
 };
 
 // The name of the model in requests and replies: what the options say, or the last part of the model's directory.

@@ -15,6 +15,11 @@ inline double Milliseconds(SteadyTime from, SteadyTime to) {
 inline double SecondsSince(SteadyTime start) { return Seconds(start, std::chrono::steady_clock::now()); }
 inline double MillisecondsSince(SteadyTime start) { return Milliseconds(start, std::chrono::steady_clock::now()); }
 
+// So many seconds as a duration that a point of time can be moved by.
+inline SteadyTime::duration Lasting(double seconds) {
+  return std::chrono::duration_cast<SteadyTime::duration>(std::chrono::duration<double>(seconds));
+}
+
 }  // namespace dejavu
 
 #endif  // KERNELS_BASE_CLOCK_H_

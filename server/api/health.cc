@@ -5,7 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
-#include "server/api/generation_service.h"
+#include "server/api/service_names.h"
 #include "server/rpc/error_details.h"
 #include "server/rpc/parse.h"
 
@@ -27,7 +27,7 @@ class WatchCall final : public RpcHandler {
   }
 
   const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override {
-    if (health_->phase() == Phase::kStopped) *end = UnavailableRetry("the server has stopped", std::chrono::seconds(1));
+    if (health_->phase() == Phase::kStopped) *end = ServerStopped();
     const HealthCheckResponse::ServingStatus status = health_->Status(request_.service());
     if (sent_ && status == reply_.status()) return nullptr;
     sent_ = true;
@@ -49,13 +49,15 @@ Health::Health(Lifecycle* lifecycle) : lifecycle_(lifecycle) {
 }
 
 void Health::Register(Dispatcher* dispatcher) {
+  const std::string name = kHealthService;
+  const Needs nothing = {Caller::kAnybody, Resource::kNone};
   dispatcher->RegisterUnary<HealthCheckRequest, HealthCheckResponse>(
-      kName, "Check", [this](const HealthCheckRequest& request, HealthCheckResponse* response) {
+      name, "Check", nothing, [this](const HealthCheckRequest& request, HealthCheckResponse* response) {
         response->set_status(Status(request.service()));
         if (response->status() != HealthCheckResponse::SERVICE_UNKNOWN) return absl::OkStatus();
         return absl::NotFoundError(absl::StrCat("no health is kept for service ", Printable(request.service(), 200)));
       });
-  dispatcher->Register(kName, "Watch", [this] { return std::make_unique<WatchCall>(this); });
+  dispatcher->Register(name, "Watch", nothing, [this] { return std::make_unique<WatchCall>(this); });
 }
 
 HealthCheckResponse::ServingStatus Health::Status(const std::string& service) const {
@@ -64,7 +66,7 @@ HealthCheckResponse::ServingStatus Health::Status(const std::string& service) co
     return condition ? HealthCheckResponse::SERVING : HealthCheckResponse::NOT_SERVING;
   };
   if (service == "liveness") return serving_if(phase != Phase::kFailed);
-  if (service.empty() || service == GenerationService::kName) return serving_if(phase == Phase::kServing);
+  if (service.empty() || service == kGenerationService) return serving_if(phase == Phase::kServing);
   return HealthCheckResponse::SERVICE_UNKNOWN;
 }
 

@@ -16,8 +16,6 @@ namespace dejavu {
 
 class Health {
  public:
-  static constexpr char kName[] = "grpc.health.v1.Health";
-
   // Follows the lifecycle from now on; both live until no call is left.
   explicit Health(Lifecycle* lifecycle);
 

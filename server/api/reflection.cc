@@ -92,7 +92,7 @@ class ReflectionCall final : public RpcHandler {
 
 template <typename Request, typename Response>
 void RegisterVersion(const std::string& service, Dispatcher* dispatcher) {
-  dispatcher->Register(service, "ServerReflectionInfo",
+  dispatcher->Register(service, "ServerReflectionInfo", {Caller::kTenant, Resource::kNone},
                        [dispatcher] { return std::make_unique<ReflectionCall<Request, Response>>(dispatcher); });
 }
 

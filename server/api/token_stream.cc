@@ -84,7 +84,7 @@ absl::Status ReplySink::EndStatus(const Finish& finish) {
       return absl::DeadlineExceededError(
           absl::StrCat("the deadline passed after ", finish.generated_tokens, " generated tokens"));
     case FinishReason::kShutdown:
-      return UnavailableRetry("the server stopped before the request was done", std::chrono::seconds(1));
+      return StoppedBeforeDone();
     case FinishReason::kError:
       if (finish.status.ok()) return absl::InternalError("the engine ended the request without a reason");
       if (absl::IsUnavailable(finish.status)) return UnavailableRetry(finish.status.message(), std::chrono::seconds(1));

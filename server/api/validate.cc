@@ -10,6 +10,7 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
 #include "server/api/sparsity_messages.h"
 #include "server/rpc/error_details.h"
@@ -235,8 +236,7 @@ absl::Status CheckStopping(const v1::Stopping& stopping, const ServerOptions& op
   if (stopping.has_max_time_s()) {
     ASSIGN_OR_RETURN(const float seconds,
                      CheckFloat("stopping.max_time_s", stopping.max_time_s(), {0, kMostTime, /*open_low=*/true}));
-    request.stop_at = std::chrono::steady_clock::now() +
-                      std::chrono::duration_cast<SteadyTime::duration>(std::chrono::duration<double>(seconds));
+    request.stop_at = std::chrono::steady_clock::now() + Lasting(seconds);
   }
   const int64_t prompt_tokens = static_cast<int64_t>(request.prompt.size());
   const int64_t room = model.context - prompt_tokens;

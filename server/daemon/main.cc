@@ -25,6 +25,7 @@
 #include "engine/planning/capacity_report.h"
 #include "engine/text/tokenizer.h"
 #include "kernels/base/check.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
 #include "server/observe/logging.h"
 #include "server/server.h"
@@ -50,7 +51,7 @@ class Event {
   const int fd_;
 };
 
-struct LoadedModel {
+struct EngineAndTokenizer {
   std::unique_ptr<Tokenizer> tokenizer;  // null: token ids only
   std::unique_ptr<Engine> engine;
 };
@@ -66,7 +67,7 @@ LoadProgress LogProgress(Server* server) {
       const double done_gb = static_cast<double>(done_bytes) / 1e9;
       spdlog::info("loading: {:.1f} of {:.1f} GB ({:.0f} %), {:.2f} GB/s", done_gb,
                    static_cast<double>(total_bytes) / 1e9, 100.0 * static_cast<double>(done_bytes) / total_bytes,
-                   done_gb / std::chrono::duration<double>(now - start).count());
+                   done_gb / Seconds(start, now));
     }
     return true;
   };
@@ -82,11 +83,11 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const EngineOptions& op
 
 int32_t SampledVocab(const Tokenizer* tokenizer) { return tokenizer == nullptr ? 0 : tokenizer->vocab_size(); }
 
-absl::StatusOr<LoadedModel> LoadModel(const EngineOptions& options, Server* server) {
-  LoadedModel model;
-  ASSIGN_OR_RETURN(model.tokenizer, LoadTokenizer(options));
-  ASSIGN_OR_RETURN(model.engine, Engine::Create(options, SampledVocab(model.tokenizer.get()), LogProgress(server)));
-  return model;
+absl::StatusOr<EngineAndTokenizer> LoadEngineAndTokenizer(const EngineOptions& options, Server* server) {
+  EngineAndTokenizer loaded;
+  ASSIGN_OR_RETURN(loaded.tokenizer, LoadTokenizer(options));
+  ASSIGN_OR_RETURN(loaded.engine, Engine::Create(options, SampledVocab(loaded.tokenizer.get()), LogProgress(server)));
+  return loaded;
 }
 
 void BlockSignals(const sigset_t& signals) {
@@ -150,7 +151,7 @@ class Daemon {
 
   const Config config_;
   int signal_fd_ = -1;
-  LoadedModel model_;  // outlives the server
+  EngineAndTokenizer model_;  // outlives the server
 };
 
 int Daemon::Run() {
@@ -189,10 +190,10 @@ Daemon::Woken Daemon::WaitFor(const Event& event, int timeout_ms) {
 // Nothing: the server serves.
 std::optional<int> Daemon::Load(Server* server) {
   Event done;
-  absl::StatusOr<LoadedModel> loaded = absl::UnknownError("not loaded");
+  absl::StatusOr<EngineAndTokenizer> loaded = absl::UnknownError("not loaded");
   const auto start = std::chrono::steady_clock::now();
   std::thread loader([&] {
-    loaded = LoadModel(config_.engine, server);
+    loaded = LoadEngineAndTokenizer(config_.engine, server);
     done.Set();
   });
   Woken woken;
@@ -217,8 +218,7 @@ std::optional<int> Daemon::Load(Server* server) {
   if (!model_.engine->synthetic().empty()) spdlog::warn("SYNTHETIC model: {}", model_.engine->synthetic());
   server->SetReady(model_.engine.get(), model_.tokenizer.get());
   spdlog::info("serving \"{}\" on {} after {:.1f} s: {:.2f} GB of {} weights", server->model_name(),
-               model_.engine->backend_description(),
-               std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(),
+               model_.engine->backend_description(), SecondsSince(start),
                static_cast<double>(model_.engine->weight_bytes()) / 1e9, model_.engine->weight_type());
   return std::nullopt;
 }

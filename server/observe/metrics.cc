@@ -28,27 +28,6 @@ constexpr std::array<const char*, kWeightKinds> kWeightNames = {"mlp", "attentio
 constexpr std::array<const char*, kSlos> kSloNames = {"ttft", "itl"};
 std::string PriorityName(int urgency) { return std::string(Name(static_cast<Urgency>(urgency))); }
 
-// The states of engine_state, as Phase has them.
-constexpr std::array<const char*, 5> kStateNames = {"loading", "warming", "serving", "draining", "failed"};
-
-size_t StateOf(Phase phase) {
-  switch (phase) {
-    case Phase::kLoading:
-      return 0;
-    case Phase::kWarming:
-      return 1;
-    case Phase::kServing:
-      return 2;
-    case Phase::kLeaving:
-    case Phase::kDraining:
-    case Phase::kStopped:
-      return 3;
-    case Phase::kFailed:
-      return 4;
-  }
-  return 0;
-}
-
 std::string TierName(size_t tier) { return absl::AsciiStrToLower(Name(kAllTiers[tier])); }
 
 double Seconds(const timeval& time) {
@@ -218,10 +197,10 @@ std::string Metrics::Text() const {
 void Metrics::AddState(Page& page) const {
   page.Gauge("build_info", "1; the labels say what was built.", 1,
              {{"version", DEJAVU_VERSION}, {"compiler", absl::StrCat("gcc ", __VERSION__)}});
-  const size_t state = StateOf(lifecycle_->phase());
-  for (size_t i = 0; i < kStateNames.size(); ++i) {
-    page.Gauge("engine_state", "1 for the state that the daemon is in, 0 for the others.", i == state ? 1 : 0,
-               {{"state", kStateNames[i]}});
+  const v1::ServerState now = StateOf(lifecycle_->phase());
+  for (const v1::ServerState state : kServerStates) {
+    page.Gauge("engine_state", "1 for the state that the daemon is in, 0 for the others.", state == now ? 1 : 0,
+               {{"state", Name(state)}});
   }
 }
 

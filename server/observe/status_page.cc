@@ -4,10 +4,11 @@
 #include <utility>
 #include <vector>
 
-#include "absl/strings/ascii.h"
 #include "engine/metrics.h"
 #include "nlohmann/json.hpp"
+#include "server/api/server_info.h"
 #include "server/api/sparsity_messages.h"
+#include "server/rpc/lifecycle.h"
 
 namespace dejavu {
 
@@ -16,10 +17,6 @@ extern const char kStatusPageHtml[];  // made by the build
 namespace {
 
 using Json = nlohmann::ordered_json;
-
-std::string StateName(v1::ServerState state) {
-  return absl::AsciiStrToLower(v1::ServerState_Name(state).substr(sizeof "SERVER_STATE_" - 1));
-}
 
 // All tiers and urgencies together.
 Json Merged(const EngineMetrics& metrics, Histogram EngineMetrics::Latencies::*which) {
@@ -113,16 +110,14 @@ Json LayersJson(const SparsityStats& stats, const ModelShape& shape) {
 
 std::string StatusPage() { return kStatusPageHtml; }
 
-std::string StatusJson(const GenerationService& generation) {
-  v1::GetServerInfoResponse info;
-  const absl::Status told = generation.GetServerInfo(&info);
+std::string StatusJson(const ServingState& state) {
+  const v1::GetServerInfoResponse info = ServerInfo(state);
   Json json = {{"version", info.version()},
-               {"state", StateName(info.state())},
+               {"state", Name(info.state())},
                {"model", info.model()},
                {"uptime_seconds", info.uptime_seconds()},
-               {"default_tier", std::string(Name(generation.default_tier()))}};
-  const ServedModel* const model = generation.model_if_loaded();
-  if (told.ok() && model != nullptr) {
+               {"default_tier", std::string(Name(state.default_tier()))}};
+  if (const ServedModel* const model = state.model_if_loaded()) {
     const Engine& engine = *model->engine;
     const EngineStats stats = engine.stats();
     const SparsityStats sparsity = engine.sparsity_stats();

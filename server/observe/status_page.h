@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "server/api/generation_service.h"
+#include "server/api/serving_state.h"
 
 namespace dejavu {
 
@@ -13,7 +13,7 @@ namespace dejavu {
 std::string StatusPage();
 
 // An object: `version`, `state`, `model` and `uptime_seconds`, and once the model is loaded all the rest.
-std::string StatusJson(const GenerationService& generation);
+std::string StatusJson(const ServingState& state);
 
 }  // namespace dejavu
 

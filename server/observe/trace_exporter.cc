@@ -10,6 +10,7 @@
 #include "grpcpp/create_channel.h"
 #include "kernels/base/clock.h"
 #include "kernels/base/utf8.h"
+#include "server/rpc/random.h"
 #include "spdlog/spdlog.h"
 
 namespace dejavu {

@@ -10,7 +10,8 @@
 
 namespace dejavu {
 
-void Dispatcher::Register(const std::string& service, const std::string& method, HandlerFactory factory) {
+void Dispatcher::Register(const std::string& service, const std::string& method, Needs needs, HandlerFactory factory) {
+  gate_->Register(service, method, needs);
   const bool fresh =
       methods_.emplace(absl::StrCat("/", service, "/", method), Method{service, method, std::move(factory)}).second;
   CHECK(fresh) << service << "/" << method << " is registered twice";

@@ -1,5 +1,6 @@
-// Dispatcher: the one gRPC service. It takes every call, whatever its name, asks the gate, and hands it to the handler
-// that is registered for the method.
+// Dispatcher: the one gRPC service of a port. It takes every call, whatever its name, asks the gate, and hands it to
+// the handler that is registered for the method. Registration is for one thread, before the server starts; calls come
+// from gRPC's threads.
 #ifndef SERVER_RPC_DISPATCHER_H_
 #define SERVER_RPC_DISPATCHER_H_
 
@@ -22,16 +23,27 @@ class Dispatcher final : public grpc::CallbackGenericService {
  public:
   using HandlerFactory = std::function<std::unique_ptr<RpcHandler>()>;
 
-  Dispatcher(const Gate* gate, Writer* writer, std::shared_ptr<CallEnds> ends)
+  Dispatcher(Gate* gate, Writer* writer, std::shared_ptr<CallEnds> ends)
       : gate_(gate), writer_(writer), ends_(std::move(ends)) {}
 
   // Before the server starts. `service` is the full name, "dejavu.v1.GenerationService".
-  void Register(const std::string& service, const std::string& method, HandlerFactory factory);
+  void Register(const std::string& service, const std::string& method, Needs needs, HandlerFactory factory);
 
+  // A method with one request and one reply, answered at once.
   template <typename Request, typename Response>
-  void RegisterUnary(const std::string& service, const std::string& method,
+  void RegisterUnary(const std::string& service, const std::string& method, Needs needs,
                      typename UnaryHandler<Request, Response>::Function function) {
-    Register(service, method, [function] { return std::make_unique<UnaryHandler<Request, Response>>(function); });
+    Register(service, method, needs,
+             [function] { return std::make_unique<UnaryHandler<Request, Response>>(function); });
+  }
+  // The same by a function that gets `object`, which must outlive the server's calls.
+  template <typename Object, typename Taken, typename Request, typename Response>
+  void RegisterUnary(const std::string& service, const std::string& method, Needs needs, Object* object,
+                     absl::Status (*function)(Taken&, const Request&, Response*)) {
+    RegisterUnary<Request, Response>(service, method, needs,
+                                     [object, function](const Request& request, Response* response) {
+                                       return function(*object, request, response);
+                                     });
   }
 
   // Full names, in the order of registration.
@@ -46,7 +58,7 @@ class Dispatcher final : public grpc::CallbackGenericService {
     HandlerFactory factory;
   };
 
-  const Gate* const gate_;
+  Gate* const gate_;
   Writer* const writer_;
   const std::shared_ptr<CallEnds> ends_;
   absl::flat_hash_map<std::string, Method> methods_;  // by path; constant once the server runs

@@ -1,19 +1,20 @@
 #include "server/rpc/error_details.h"
 
-#include <algorithm>
+#include <optional>
 
 #include "absl/strings/cord.h"
 #include "absl/strings/escaping.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "dejavu/rpc/status.pb.h"
+#include "engine/refusal.h"
 
 namespace dejavu {
 namespace {
 
 constexpr size_t kMaxMessageBytes = 1024;  // percent-encoding may triple it on the wire
 constexpr size_t kMaxDetailBytes = 2048;
-
-std::string TypeUrl(absl::string_view message) { return absl::StrCat("type.googleapis.com/google.rpc.", message); }
+constexpr absl::string_view kTypeUrls = "type.googleapis.com/google.rpc.";
 
 // At most `max_bytes`, not cut inside a UTF-8 sequence.
 std::string Truncated(absl::string_view text, size_t max_bytes) {
@@ -25,14 +26,28 @@ std::string Truncated(absl::string_view text, size_t max_bytes) {
 
 // The type URLs are Google's, the messages our wire-compatible copies.
 void Attach(absl::string_view type, const google::protobuf::MessageLite& detail, absl::Status* status) {
-  status->SetPayload(TypeUrl(type), absl::Cord(detail.SerializeAsString()));
+  status->SetPayload(absl::StrCat(kTypeUrls, type), absl::Cord(detail.SerializeAsString()));
 }
 
-void AttachRetry(std::chrono::milliseconds delay, absl::Status* status) {
+void AttachQuotaFailure(absl::string_view subject, absl::string_view description, absl::Status* status) {
+  rpc::QuotaFailure failure;
+  auto* violation = failure.add_violations();
+  violation->set_subject(std::string(subject));
+  violation->set_description(Truncated(description, 512));
+  Attach("QuotaFailure", failure, status);
+}
+
+// `status` with details for what its refusal says.
+absl::Status WithRefusalDetails(absl::Status status) {
+  const std::optional<RefusalInfo> refusal = RefusalOf(status);
+  if (!refusal.has_value() || refusal->retry_after.count() == 0) return status;
   rpc::RetryInfo retry;
-  retry.mutable_retry_delay()->set_seconds(delay.count() / 1000);
-  retry.mutable_retry_delay()->set_nanos(static_cast<int>(delay.count() % 1000) * 1'000'000);
-  Attach("RetryInfo", retry, status);
+  retry.mutable_retry_delay()->set_seconds(refusal->retry_after.count() / 1000);
+  retry.mutable_retry_delay()->set_nanos(static_cast<int>(refusal->retry_after.count() % 1000) * 1'000'000);
+  Attach("RetryInfo", retry, &status);
+  if (!refusal->reason.has_value()) return status;
+  if (absl::IsResourceExhausted(status)) AttachQuotaFailure("engine", status.message(), &status);
+  return WithErrorInfo(std::move(status), Name(*refusal->reason));
 }
 
 }  // namespace
@@ -58,35 +73,19 @@ absl::Status WithErrorInfo(absl::Status status, absl::string_view reason,
 }
 
 absl::Status UnavailableRetry(absl::string_view message, std::chrono::milliseconds delay) {
-  absl::Status status = absl::UnavailableError(message);
-  AttachRetry(delay, &status);
-  return status;
+  return WithRefusal(absl::UnavailableError(message), {.retry_after = delay});
+}
+
+absl::Status ServerStopped() { return UnavailableRetry("the server has stopped", std::chrono::seconds(1)); }
+
+absl::Status StoppedBeforeDone() {
+  return UnavailableRetry("the server stopped before the request was done", std::chrono::seconds(1));
 }
 
 absl::Status QuotaExceeded(absl::string_view subject, absl::string_view message, std::chrono::milliseconds delay) {
-  absl::Status status = absl::ResourceExhaustedError(message);
-  rpc::QuotaFailure failure;
-  auto* violation = failure.add_violations();
-  violation->set_subject(std::string(subject));
-  violation->set_description(Truncated(message, 512));
-  Attach("QuotaFailure", failure, &status);
-  AttachRetry(delay, &status);
+  absl::Status status = WithRefusal(absl::ResourceExhaustedError(message), {.retry_after = delay});
+  AttachQuotaFailure(subject, message, &status);
   return status;
-}
-
-absl::Status RefusedWithRetry(absl::StatusCode code, absl::string_view message, absl::string_view reason,
-                              std::chrono::milliseconds delay) {
-  absl::Status status = code == absl::StatusCode::kResourceExhausted ? QuotaExceeded("engine", message, delay)
-                                                                     : absl::Status(code, message);
-  AttachRetry(delay, &status);
-  return WithErrorInfo(std::move(status), reason);
-}
-
-std::optional<std::chrono::milliseconds> RetryDelay(const absl::Status& status) {
-  const absl::optional<absl::Cord> detail = status.GetPayload(TypeUrl("RetryInfo"));
-  rpc::RetryInfo retry;
-  if (!detail.has_value() || !retry.ParseFromString(std::string(*detail))) return std::nullopt;
-  return std::chrono::milliseconds(retry.retry_delay().seconds() * 1000 + retry.retry_delay().nanos() / 1'000'000);
 }
 
 absl::Status MissingFeature(absl::string_view subject, absl::string_view message) {
@@ -111,7 +110,8 @@ grpc::Status ToGrpcStatus(const absl::Status& status) {
   packed.set_code(static_cast<int>(status.code()));
   packed.set_message(Truncated(status.message(), kMaxMessageBytes));
   size_t detail_bytes = 0;
-  status.ForEachPayload([&](absl::string_view type_url, const absl::Cord& payload) {
+  WithRefusalDetails(status).ForEachPayload([&](absl::string_view type_url, const absl::Cord& payload) {
+    if (!absl::StartsWith(type_url, kTypeUrls)) return;    // ours alone
     detail_bytes += type_url.size() + payload.size() + 8;  // 8: tags and lengths
     if (detail_bytes > kMaxDetailBytes) return;
     auto* detail = packed.add_details();

@@ -1,10 +1,10 @@
-// Errors with google.rpc details. An absl::Status carries each detail as a payload under the detail's Google type URL;
-// ToGrpcStatus packs them into `grpc-status-details-bin`, where grpcio-status and its like find them. Any thread.
+// Errors with google.rpc details. An absl::Status carries each detail as a payload under the detail's Google type URL,
+// and the advice to try again as the engine does (engine/refusal.h); ToGrpcStatus packs both into
+// `grpc-status-details-bin`, where grpcio-status and its like find them. Any thread.
 #ifndef SERVER_RPC_ERROR_DETAILS_H_
 #define SERVER_RPC_ERROR_DETAILS_H_
 
 #include <chrono>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -28,15 +28,12 @@ absl::Status WithErrorInfo(absl::Status status, absl::string_view reason,
 // UNAVAILABLE with RetryInfo: the same request may succeed after `delay`, here or elsewhere.
 absl::Status UnavailableRetry(absl::string_view message, std::chrono::milliseconds delay);
 
+// Such errors of a server that ends: of a call that it does not take any more, and of one that it has cut off.
+absl::Status ServerStopped();
+absl::Status StoppedBeforeDone();
+
 // RESOURCE_EXHAUSTED with QuotaFailure and RetryInfo.
 absl::Status QuotaExceeded(absl::string_view subject, absl::string_view message, std::chrono::milliseconds delay);
-
-// `code` with ErrorInfo, RetryInfo and, for RESOURCE_EXHAUSTED, QuotaFailure.
-absl::Status RefusedWithRetry(absl::StatusCode code, absl::string_view message, absl::string_view reason,
-                              std::chrono::milliseconds delay);
-
-// What RetryInfo of such a status says; nothing without one.
-std::optional<std::chrono::milliseconds> RetryDelay(const absl::Status& status);
 
 // FAILED_PRECONDITION with PreconditionFailure: the server as it was started cannot do that.
 absl::Status MissingFeature(absl::string_view subject, absl::string_view message);
@@ -44,6 +41,8 @@ absl::Status MissingFeature(absl::string_view subject, absl::string_view message
 // A client's string as it may stand in a message: valid UTF-8, printable, cut after `max_bytes`, in quotes.
 std::string Printable(absl::string_view text, size_t max_bytes = 64);
 
+// The one place where a status becomes what the client hears. RetryInfo is there for every refusal that says when to
+// try again; where the engine refused, so are ErrorInfo with its reason and, for RESOURCE_EXHAUSTED, QuotaFailure.
 // Message and details together stay below 4 KiB, as clients limit the metadata that they accept (8 KiB by default): a
 // long message is cut, details that do not fit are left out.
 grpc::Status ToGrpcStatus(const absl::Status& status);

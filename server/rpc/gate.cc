@@ -1,5 +1,6 @@
 #include "server/rpc/gate.h"
 
+#include <algorithm>
 #include <chrono>
 #include <iterator>
 #include <optional>
@@ -7,34 +8,13 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "kernels/base/check.h"
 #include "kernels/base/status_macros.h"
 #include "server/rpc/error_details.h"
 
 namespace dejavu {
 namespace {
-
-constexpr absl::string_view kGeneration = "/dejavu.v1.GenerationService/";
-constexpr absl::string_view kAdmin = "/dejavu.v1.AdminService/";
-constexpr absl::string_view kHealth = "/grpc.health.v1.Health/";  // open to probes, which know no token
-
-enum class Needs {
-  kNothing,   // answers in every phase: probes, reflection, what the server is
-  kModel,     // needs a loaded model, goes on while the server drains
-  kCapacity,  // new work for the engine
-};
-
-Needs NeedsOfAdmin(absl::string_view method) {
-  return method == "GetEngineState" || method == "Drain" || method == "AbortRequest" ? Needs::kNothing : Needs::kModel;
-}
-
-Needs NeedsOf(absl::string_view method) {
-  if (absl::StartsWith(method, kAdmin)) return NeedsOfAdmin(method.substr(kAdmin.size()));
-  if (!absl::StartsWith(method, kGeneration)) return Needs::kNothing;
-  method.remove_prefix(kGeneration.size());
-  if (method == "GetServerInfo" || method == "Abort") return Needs::kNothing;
-  if (method == "Tokenize" || method == "Detokenize" || method == "GetModelInfo") return Needs::kModel;
-  return Needs::kCapacity;
-}
 
 absl::Status Unauthenticated(absl::string_view reason, absl::string_view message) {
   return WithErrorInfo(absl::UnauthenticatedError(message), reason);
@@ -61,16 +41,34 @@ absl::StatusOr<absl::string_view> BearerToken(const grpc::CallbackServerContext&
 
 }  // namespace
 
-absl::Status Gate::Admit(absl::string_view method, const grpc::CallbackServerContext& context,
-                         RequestRecord* record) const {
-  if (tokens_ != nullptr && !absl::StartsWith(method, kHealth)) {
-    RETURN_IF_ERROR(CheckToken(method, context, record));
-  }
-  return CheckPhase(method);
+void Gate::Register(const std::string& service, const std::string& method, Needs needs) {
+  const auto [entry, fresh] = methods_.emplace(absl::StrCat("/", service, "/", method), needs);
+  CHECK(fresh || entry->second == needs) << entry->first << " is registered with different needs";
+  Needs& strictest = strictest_.emplace(service, needs).first->second;
+  strictest.caller = std::max(strictest.caller, needs.caller);
+  strictest.resource = std::max(strictest.resource, needs.resource);
 }
 
-absl::Status Gate::CheckToken(absl::string_view method, const grpc::CallbackServerContext& context,
-                              RequestRecord* record) const {
+absl::Status Gate::Admit(absl::string_view path, const grpc::CallbackServerContext& context,
+                         RequestRecord* record) const {
+  const Needs needs = NeedsOf(path);
+  if (tokens_ != nullptr && needs.caller != Caller::kAnybody) {
+    RETURN_IF_ERROR(CheckToken(needs.caller, context, record));
+  }
+  return CheckPhase(needs.resource);
+}
+
+// A method that its service does not have needs what the strictest of them needs.
+Needs Gate::NeedsOf(absl::string_view path) const {
+  const auto method = methods_.find(path);
+  if (method != methods_.end()) return method->second;
+  absl::string_view name = path;
+  absl::ConsumePrefix(&name, "/");
+  const auto service = strictest_.find(name.substr(0, name.find('/')));
+  return service == strictest_.end() ? Needs() : service->second;
+}
+
+absl::Status Gate::CheckToken(Caller caller, const grpc::CallbackServerContext& context, RequestRecord* record) const {
   const std::string claimed = std::move(record->tenant);
   record->tenant.clear();  // nobody's, until the token says whose
   ASSIGN_OR_RETURN(const absl::string_view token, BearerToken(context));
@@ -82,15 +80,14 @@ absl::Status Gate::CheckToken(absl::string_view method, const grpc::CallbackServ
                              absl::StrCat("x-tenant is ", Printable(claimed), ", and the token another tenant's")),
                          "TENANT_MISMATCH");
   }
-  if (absl::StartsWith(method, kAdmin) && record->tenant != admin_tenant_) {
+  if (caller == Caller::kOperator && record->tenant != admin_tenant_) {
     return WithErrorInfo(absl::PermissionDeniedError("only operators may call the AdminService"), "NOT_AN_OPERATOR");
   }
   return absl::OkStatus();
 }
 
-absl::Status Gate::CheckPhase(absl::string_view method) const {
-  const Needs needs = NeedsOf(method);
-  if (needs == Needs::kNothing) return absl::OkStatus();
+absl::Status Gate::CheckPhase(Resource resource) const {
+  if (resource == Resource::kNone) return absl::OkStatus();
   switch (lifecycle_->phase()) {
     case Phase::kLoading:
     case Phase::kWarming:
@@ -99,12 +96,12 @@ absl::Status Gate::CheckPhase(absl::string_view method) const {
     case Phase::kLeaving:
       return absl::OkStatus();
     case Phase::kDraining:
-      if (needs == Needs::kModel) return absl::OkStatus();
+      if (resource == Resource::kModel) return absl::OkStatus();
       return UnavailableRetry("the server is shutting down and takes no new requests", std::chrono::seconds(1));
     case Phase::kFailed:
       return UnavailableRetry("the engine has failed; the server is about to exit", std::chrono::seconds(5));
     case Phase::kStopped:
-      return UnavailableRetry("the server has stopped", std::chrono::seconds(1));
+      return ServerStopped();
   }
   return absl::InternalError("unknown phase");
 }

@@ -2,10 +2,14 @@
 #ifndef SERVER_RPC_LIFECYCLE_H_
 #define SERVER_RPC_LIFECYCLE_H_
 
+#include <array>
 #include <atomic>
 #include <functional>
+#include <string>
 #include <utility>
 #include <vector>
+
+#include "dejavu/v1/generation.pb.h"
 
 namespace dejavu {
 
@@ -18,6 +22,13 @@ enum class Phase {
   kFailed,    // the engine broke; only a restart helps
   kStopped,   // the last words are being sent
 };
+
+// What clients, metrics and people are told of a phase, from the first state to the last.
+inline constexpr std::array kServerStates = {v1::SERVER_STATE_LOADING, v1::SERVER_STATE_WARMING,
+                                             v1::SERVER_STATE_SERVING, v1::SERVER_STATE_DRAINING,
+                                             v1::SERVER_STATE_FAILED};
+v1::ServerState StateOf(Phase phase);
+std::string Name(v1::ServerState state);  // "loading"
 
 class Lifecycle {
  public:

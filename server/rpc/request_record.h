@@ -17,12 +17,23 @@ namespace dejavu {
 // Strings of clients are as they sent them: any bytes, and long. Logs and traces cut them after so many.
 inline constexpr size_t kMaxRecordedBytes = 256;
 
-struct RequestRecord {
-  std::string service;     // "dejavu.v1.GenerationService"; empty: no such method
-  std::string method;      // "GenerateStream"; "unknown": no such method. One of a small fixed set
-  std::string request_id;  // the client's or the drawn one; empty: the call has none
-  std::string tenant;      // metadata x-tenant
-  std::string peer;        // "ipv4:127.0.0.1:4711"
+// What a call asks of the engine: Generate, GenerateStream and Score, once the request has been understood.
+struct RequestAsked {
+  std::string request_id;    // the client's or the drawn one; empty: the call has none
+  std::string prompt_text;   // its first log.prompt_chars characters
+  std::optional<Tier> tier;  // not for Score
+  std::optional<Urgency> urgency;
+  int32_t samples = 0;
+  int64_t asked_prompt_tokens = 0;  // of a sample, as the next; also where the request was refused then
+  int32_t max_new_tokens = 0;       // 0 for Score
+  std::optional<uint64_t> seed;     // of the first sample; not for Score
+};
+
+struct RequestRecord : RequestAsked {
+  std::string service;  // "dejavu.v1.GenerationService"; empty: no such method
+  std::string method;   // "GenerateStream"; "unknown": no such method. One of a small fixed set
+  std::string tenant;   // metadata x-tenant
+  std::string peer;     // "ipv4:127.0.0.1:4711"
   TraceContext trace;
   grpc::StatusCode code = grpc::StatusCode::OK;
 
@@ -30,15 +41,6 @@ struct RequestRecord {
   // engine had no part in the call. Of several samples the one that ended last.
   std::string finish_reason = "none";
   bool engine() const { return finish_reason != "none"; }
-
-  // Generate, GenerateStream and Score, once the request has been understood.
-  std::optional<Tier> tier;  // not for Score
-  std::optional<Urgency> urgency;
-  int32_t samples = 0;
-  int64_t asked_prompt_tokens = 0;  // of a sample, as the next; also where the request was refused then
-  int32_t max_new_tokens = 0;       // 0 for Score
-  std::optional<uint64_t> seed;     // of the first sample; not for Score
-  std::string prompt_text;          // its first log.prompt_chars characters
 
   // Only with engine(). Tokens are sums over the samples.
   int64_t prompt_tokens = 0;

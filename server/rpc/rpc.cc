@@ -1,11 +1,12 @@
-// Who may issue the next write is decided by busy_: taken in Pump, given back in OnWriteDone or when there was nothing
-// to send. A producer adds to the handler first and calls Wake then; Wake sets again_ when somebody is in Pump, so
-// nothing is left lying.
+// busy_ decides which thread may issue the next write: Pump takes it, OnWriteDone gives it back, or Pump itself where
+// there was nothing to send. A producer adds to the handler first and calls Wake then; Wake sets again_ when another
+// thread is in Pump, so that nothing is left lying.
 #include "server/rpc/rpc.h"
 
 #include <string>
 #include <utility>
 
+#include "engine/refusal.h"
 #include "server/rpc/error_details.h"
 
 namespace dejavu {
@@ -34,9 +35,9 @@ SteadyTime SteadyDeadline(const grpc::CallbackServerContext& context) {
 // What retryPolicy of gRPC's service configs waits for instead of its own pause. Before the call is finished.
 void AdviseRetry(const absl::Status& status, grpc::CallbackServerContext* context) {
   if (!absl::IsUnavailable(status)) return;
-  if (const auto delay = RetryDelay(status)) {
-    context->AddTrailingMetadata("grpc-retry-pushback-ms", std::to_string(delay->count()));
-  }
+  const std::optional<RefusalInfo> refusal = RefusalOf(status);
+  if (!refusal.has_value() || refusal->retry_after.count() == 0) return;
+  context->AddTrailingMetadata("grpc-retry-pushback-ms", std::to_string(refusal->retry_after.count()));
 }
 
 void Serialize(const google::protobuf::MessageLite& message, grpc::ByteBuffer* bytes) {
@@ -74,54 +75,46 @@ grpc::ServerGenericBidiReactor* Rpc::Start(grpc::CallbackServerContext* context,
     return Refuse(context, absl::DeadlineExceededError("the deadline passed before the request arrived"),
                   std::move(record), *ends);
   }
-  const std::shared_ptr<Rpc> rpc(
-      new Rpc(context, writer, std::move(ends), deadline, std::move(record), std::move(handler)));
+  auto report = std::make_shared<CallReport>(std::move(ends), std::move(record));
+  const std::shared_ptr<Rpc> rpc(new Rpc(context, writer, deadline, std::move(report), std::move(handler)));
   rpc->self_ = rpc;
   rpc->StartRead(&rpc->request_);
   return rpc.get();
 }
 
-Rpc::Rpc(grpc::CallbackServerContext* context, Writer* writer, std::shared_ptr<CallEnds> ends, SteadyTime deadline,
-         RequestRecord record, std::unique_ptr<RpcHandler> handler)
+Rpc::Rpc(grpc::CallbackServerContext* context, Writer* writer, SteadyTime deadline, std::shared_ptr<CallReport> report,
+         std::unique_ptr<RpcHandler> handler)
     : context_(context),
       writer_(writer),
-      ends_(std::move(ends)),
       deadline_(deadline),
-      record_(std::move(record)),
+      report_(std::move(report)),
       handler_(std::move(handler)) {}
 
 void Rpc::Wake() {
-  std::shared_ptr<RecordSource> lost;  // its sinks hold this object
+  if (!WakePump()) report_->Wake();
+}
+
+bool Rpc::WakePump() {
   MutexLock lock(mutex_);
-  if (queued_) return;
-  if (source_ != nullptr) {  // the server may be gone
-    queued_ = true;
-    if (!ends_->Post(shared_from_this())) lost = std::move(source_);
-    return;
-  }
-  if (finished_) return;
+  if (finished_) return false;
+  if (queued_) return true;
   if (busy_) {
     again_ = true;
     if (stalled_since_ == SteadyTime()) stalled_since_ = std::chrono::steady_clock::now();
-    return;
+    return true;
   }
   queued_ = true;
-  // Under the lock: OnDone takes it too, so neither this object nor the writer can go away in the middle.
+  // Under the lock: the call cannot finish without it, so neither this object nor the writer goes away in the middle.
   writer_->Post(shared_from_this());
+  return true;
 }
 
 void Rpc::RunInWriter() {
-  bool over = false;
   {
     MutexLock lock(mutex_);
     queued_ = false;
-    over = source_ != nullptr;
   }
-  if (over) {
-    Report();
-  } else {
-    Pump();
-  }
+  Pump();
 }
 
 void Rpc::Pump() {
@@ -214,37 +207,15 @@ void Rpc::OnCancel() {
 void Rpc::OnDone() {
   std::shared_ptr<RecordSource> source = handler_->record_source();
   handler_.reset();
-  {
-    MutexLock lock(mutex_);  // a Wake that had begun is through
-    source_ = std::move(source);
-    record_.code = code_;
-    record_.client_stall_seconds = std::chrono::duration<double>(stall_).count();
-  }
-  Report();
-  self_.reset();
-}
-
-void Rpc::Report() {
-  std::shared_ptr<RecordSource> source;
-  bool expected = false;
+  grpc::StatusCode code = grpc::StatusCode::UNKNOWN;
+  SteadyTime::duration stall = {};
   {
     MutexLock lock(mutex_);
-    if (reported_) return;
-    if (source_ != nullptr && !source_->Fill(&record_)) {
-      if (!expected_) ends_->Expect();
-      expected_ = true;
-      return;
-    }
-    source = std::move(source_);
-    expected = expected_;
-    reported_ = true;
+    code = code_;
+    stall = stall_;
   }
-  record_.ended = std::chrono::steady_clock::now();
-  if (expected) {
-    ends_->ReportLate(record_);
-  } else {
-    ends_->Report(record_);
-  }
+  report_->EndCall(code, stall, std::move(source));
+  self_.reset();
 }
 
 }  // namespace dejavu

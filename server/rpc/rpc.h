@@ -1,7 +1,8 @@
-// Rpc: one call of one method, from its first byte to its last. It hides gRPC's reactor: reads the request (or
-// requests), has exactly one write outstanding, ends the call once, and says when the client has gone. RpcHandler is
-// the method's part. Replies are pulled: whenever a write may be issued, the handler is asked for the next one, so that
-// what a slow client has not read yet stays with the handler, which can merge it.
+// Rpc: one call of one method on the wire, from its first byte to its last. It hides gRPC's reactor: reads the request
+// (or requests), has exactly one write outstanding, ends the call once, and says when the client has gone. RpcHandler
+// is the method's part. Replies are pulled: whenever a write may be issued, the handler is asked for the next one, so
+// that what a slow client has not read yet stays with the handler, which can merge it. What observers hear of the call
+// is CallReport's part.
 #ifndef SERVER_RPC_RPC_H_
 #define SERVER_RPC_RPC_H_
 
@@ -15,6 +16,7 @@
 #include "grpcpp/generic/async_generic_service.h"
 #include "kernels/base/mutex.h"
 #include "server/rpc/call_ends.h"
+#include "server/rpc/call_report.h"
 #include "server/rpc/parse.h"
 #include "server/rpc/request_record.h"
 #include "server/rpc/writer.h"
@@ -22,14 +24,6 @@
 namespace dejavu {
 
 class Rpc;
-
-// What a handler knows of its call. It may outlive the handler.
-class RecordSource {
- public:
-  virtual ~RecordSource() = default;
-  // False while the engine still works for the call: a Wake says when to ask again. Any thread but the engine's.
-  virtual bool Fill(RequestRecord* record) = 0;
-};
 
 // Destroyed when the call is over and no callback runs any more.
 class RpcHandler {
@@ -67,17 +61,18 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   // What is known of a call when it arrives: now.
   static RequestRecord Describe(const grpc::CallbackServerContext& context, double trace_ratio);
 
-  // Tells that NextReply has something now. Any thread, the engine's too: the write is issued by another one.
+  // Tells that the handler, or what it has left to the report, has something new. Any thread, the engine's too: the
+  // work is another one's.
   void Wake();
 
-  SteadyTime arrival() const { return record_.arrival; }
+  SteadyTime arrival() const { return report_->arrival(); }
   SteadyTime deadline() const { return deadline_; }  // SteadyTime::max(): none
   // The token's, or where there are no tokens metadata x-tenant as the client sent it.
-  const std::string& tenant() const { return record_.tenant; }
+  const std::string& tenant() const { return report_->tenant(); }
 
  private:
-  Rpc(grpc::CallbackServerContext* context, Writer* writer, std::shared_ptr<CallEnds> ends, SteadyTime deadline,
-      RequestRecord record, std::unique_ptr<RpcHandler> handler);
+  Rpc(grpc::CallbackServerContext* context, Writer* writer, SteadyTime deadline, std::shared_ptr<CallReport> report,
+      std::unique_ptr<RpcHandler> handler);
 
   void OnReadDone(bool ok) override;
   void OnWriteDone(bool ok) override;
@@ -85,18 +80,17 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   void OnDone() override;
   void RunInWriter() override;
 
+  // Has the writer's thread pump. False once gRPC has been told the end.
+  bool WakePump();
   // Sends what there is to send, unless a write is outstanding: its end will.
   void Pump();
   // Ends the call with `status` as soon as no write is outstanding.
   void End(absl::Status status);
-  // After OnDone: reports the call unless the engine still works for it; then a Wake leads here again.
-  void Report();
 
   grpc::CallbackServerContext* const context_;  // until OnDone
   Writer* const writer_;
-  const std::shared_ptr<CallEnds> ends_;
   const SteadyTime deadline_;
-  RequestRecord record_;  // as it was at the arrival, until Report; one thread at a time
+  const std::shared_ptr<CallReport> report_;
   std::unique_ptr<RpcHandler> handler_;
   std::shared_ptr<Rpc> self_;  // until OnDone
   grpc::ByteBuffer request_;   // of the read that is outstanding
@@ -111,9 +105,6 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   grpc::StatusCode code_ ABSL_GUARDED_BY(mutex_) = grpc::StatusCode::UNKNOWN;  // that gRPC has been told
   SteadyTime stalled_since_ ABSL_GUARDED_BY(mutex_);  // a reply is ready and a write outstanding; SteadyTime(): not so
   SteadyTime::duration stall_ ABSL_GUARDED_BY(mutex_) = {};
-  std::shared_ptr<RecordSource> source_ ABSL_GUARDED_BY(mutex_);  // after OnDone, until Report has what it needs
-  bool expected_ ABSL_GUARDED_BY(mutex_) = false;                 // `ends_` has been told that Report comes late
-  bool reported_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 // A method with one request and one reply, answered at once.

@@ -1,6 +1,6 @@
 #include "server/rpc/trace_context.h"
 
-#include <random>
+#include "server/rpc/random.h"
 
 namespace dejavu {
 namespace {
@@ -10,11 +10,6 @@ constexpr size_t kTraceparentBytes = 55;
 
 bool IsHex(absl::string_view text) { return text.find_first_not_of("0123456789abcdef") == text.npos; }
 bool IsZero(absl::string_view text) { return text.find_first_not_of('0') == text.npos; }
-
-std::mt19937_64& Random() {
-  thread_local std::mt19937_64 random{(uint64_t{std::random_device{}()} << 32) | std::random_device{}()};
-  return random;
-}
 
 }  // namespace
 
@@ -30,24 +25,11 @@ std::optional<TraceContext> ParseTraceparent(absl::string_view value) {
   return TraceContext{std::string(trace_id), std::string(span_id), sampled};
 }
 
-std::string RandomHex(int digits) {
-  std::string text(static_cast<size_t>(digits), '0');
-  while (IsZero(text)) {
-    uint64_t bits = 0;
-    for (size_t i = 0; i < text.size(); ++i) {
-      if (i % 16 == 0) bits = Random()();
-      text[i] = "0123456789abcdef"[bits & 15];
-      bits >>= 4;
-    }
-  }
-  return text;
-}
-
 TraceContext ContextFor(std::optional<absl::string_view> traceparent, double sample_ratio) {
   if (traceparent.has_value()) {
     if (std::optional<TraceContext> context = ParseTraceparent(*traceparent)) return *std::move(context);
   }
-  if (sample_ratio <= 0.0 || std::uniform_real_distribution<double>()(Random()) >= sample_ratio) return {};
+  if (sample_ratio <= 0.0 || RandomShare() >= sample_ratio) return {};
   return {RandomHex(32), "", true};
 }
 

@@ -19,9 +19,6 @@ struct TraceContext {
 // The value of `traceparent`; nothing where it is malformed. Later versions are read as far as version 00 goes.
 std::optional<TraceContext> ParseTraceparent(absl::string_view value);
 
-// So many random hexadecimal digits, not all of them 0.
-std::string RandomHex(int digits);
-
 // What the client says; where it says nothing, a trace of its own for the share `sample_ratio` of the calls.
 TraceContext ContextFor(std::optional<absl::string_view> traceparent, double sample_ratio);
 

@@ -6,6 +6,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
 #include "spdlog/spdlog.h"
 
@@ -65,8 +66,7 @@ std::shared_ptr<grpc::ServerCredentials> Security::CredentialsForPort() {
 }
 
 void Security::Run() {
-  const auto every = std::chrono::duration_cast<std::chrono::steady_clock::duration>(
-      std::chrono::duration<double>(options_.tls_reload_s));
+  const SteadyTime::duration every = Lasting(options_.tls_reload_s);
   while (true) {
     const auto next = std::chrono::steady_clock::now() + every;
     {

@@ -21,7 +21,7 @@ void ExpectRefused(const absl::Status& status, absl::StatusCode code, const char
   EXPECT_EQ(status.code(), code) << status;
   const auto info = RefusalOf(status);
   ASSERT_TRUE(info.has_value());
-  EXPECT_STREQ(Name(info->reason), reason);
+  EXPECT_STREQ(Name(info->reason.value()), reason);
   EXPECT_GE(info->retry_after, milliseconds(100));
 }
 

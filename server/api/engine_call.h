@@ -1,0 +1,74 @@
+// EngineCall: a call that the engine works on. It hands the request over, sends what the sinks of its samples have to
+// say, can be stopped by the request's id, and keeps what the call's record needs. What is particular to a method is in
+// the classes that derive from it: GenerateCall, ScoreCall. Threads as RpcHandler says; Stop from any.
+#ifndef SERVER_API_ENGINE_CALL_H_
+#define SERVER_API_ENGINE_CALL_H_
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+#include "engine/request.h"
+#include "kernels/base/mutex.h"
+#include "server/api/engine_record.h"
+#include "server/api/serving_state.h"
+#include "server/api/token_stream.h"
+#include "server/rpc/live_requests.h"
+#include "server/rpc/rpc.h"
+
+namespace dejavu {
+
+class EngineCall : public RpcHandler, public LiveRequest {
+ public:
+  explicit EngineCall(ServingState* state) : state_(*state) {}
+  ~EngineCall() override;
+
+  // What any sink has to say. The call ends with the last of them, or with the first that fails.
+  const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
+
+  void OnCancel() override { StopEngine(); }
+
+  std::shared_ptr<RecordSource> record_source() override { return record_; }
+
+  void Stop(const absl::Status& reason) override;
+
+ protected:
+  // Of a request that has been parsed: its id, or one that is drawn. The checks come after it.
+  template <typename ProtoRequest>
+  void Note(const ProtoRequest& request) {
+    NoteAsked(request.request_id(), request.text());
+  }
+
+  // A sink for each sample; their first reply may be pulled as soon as this has returned OK. The refusals of the engine
+  // are passed on as they are.
+  absl::Status Submit(Request request, std::vector<std::shared_ptr<ReplySink>> sinks, const Rpc& rpc);
+
+  ServingState& state() const { return state_; }
+  RequestAsked& asked() { return record_->asked; }  // until Submit
+
+ private:
+  void NoteAsked(const std::string& request_id, absl::string_view text);
+  // Beside OnRequest, possibly before the engine has given an id.
+  void StopEngine();
+  void CancelAll() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  ServingState& state_;
+  const std::shared_ptr<EngineRecord> record_ = std::make_shared<EngineRecord>();
+
+  std::vector<std::shared_ptr<ReplySink>> sinks_;  // set in OnRequest
+  std::vector<bool> ended_;                        // which of them; NextReply's, as the next
+  size_t ends_ = 0;
+  std::string live_id_;    // registered under this id; empty: not
+  bool released_ = false;  // the id is free again; the calls to NextReply and the destructor come one by one
+
+  Mutex mutex_;
+  uint64_t engine_id_ ABSL_GUARDED_BY(mutex_) = 0;  // of the first sample; 0: not submitted
+  bool stop_ ABSL_GUARDED_BY(mutex_) = false;
+};
+
+}  // namespace dejavu
+
+#endif  // SERVER_API_ENGINE_CALL_H_

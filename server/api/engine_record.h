@@ -1,0 +1,28 @@
+// EngineRecord: what a call that the engine works on adds to its record. Written by the call's handler in OnRequest,
+// read once the call is over, perhaps before the engine has let go of it.
+#ifndef SERVER_API_ENGINE_RECORD_H_
+#define SERVER_API_ENGINE_RECORD_H_
+
+#include <memory>
+#include <vector>
+
+#include "server/api/token_stream.h"
+#include "server/rpc/call_report.h"
+#include "server/rpc/request_record.h"
+
+namespace dejavu {
+
+class EngineRecord final : public RecordSource {
+ public:
+  RequestAsked asked;
+  std::vector<std::shared_ptr<ReplySink>> sinks;  // that the engine has taken
+
+  bool Fill(RequestRecord* record) override;
+
+ private:
+  bool Finished();
+};
+
+}  // namespace dejavu
+
+#endif  // SERVER_API_ENGINE_RECORD_H_

@@ -1,0 +1,87 @@
+#include "server/api/generate_call.h"
+
+#include <utility>
+
+#include "kernels/base/status_macros.h"
+#include "server/api/sparsity_messages.h"
+#include "server/rpc/parse.h"
+#include "server/rpc/random.h"
+
+namespace dejavu {
+namespace {
+
+// Below 2^32, so that every JSON client can hold it.
+uint64_t DrawSeed() { return RandomBits() >> 32; }
+
+}  // namespace
+
+absl::Status GenerateCall::OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) {
+  v1::GenerateRequest request;
+  RETURN_IF_ERROR(ParseMessage(bytes, &request));
+  Note(request);
+  if (request.sparsity().tier() == v1::TIER_UNSPECIFIED) {
+    request.mutable_sparsity()->set_tier(ToMessage(state().default_tier()));
+  }
+  ASSIGN_OR_RETURN(CheckedGenerate checked,
+                   CheckGenerate(request, state().options(), state().model(), DrawSeed(), streaming_));
+  NoteChecked(checked);
+  gathers_ = !streaming_ && checked.samples > 1;
+  std::vector<std::shared_ptr<ReplySink>> streams = MakeStreams(&checked, rpc);
+  return Submit(std::move(checked.request), std::move(streams), *rpc);
+}
+
+void GenerateCall::NoteChecked(const CheckedGenerate& checked) {
+  const Request& request = checked.request;
+  asked().tier = request.sparsity.tier;
+  asked().urgency = request.urgency;
+  asked().samples = checked.samples;
+  asked().asked_prompt_tokens = static_cast<int64_t>(request.prompt.size());
+  asked().max_new_tokens = request.max_new_tokens;
+  asked().seed = request.sampling.seed;
+}
+
+std::vector<std::shared_ptr<ReplySink>> GenerateCall::MakeStreams(CheckedGenerate* checked,
+                                                                  const std::shared_ptr<Rpc>& rpc) {
+  const Request& request = checked->request;
+  TokenStreamOptions options;
+  options.prompt.set_request_id(asked().request_id);
+  options.prompt.set_model(state().model().name);
+  options.prompt.set_prompt_tokens(static_cast<uint32_t>(request.prompt.size()));
+  options.prompt.set_seed(request.sampling.seed);
+  options.prompt.set_max_new_tokens(static_cast<uint32_t>(request.max_new_tokens));
+  options.prompt.set_tier(ToMessage(request.sparsity.tier));
+  options.streaming = streaming_;
+  options.tokenizer = state().model().tokenizer;
+  options.stop_strings = std::move(checked->stop_strings);
+  options.include_stop_string = checked->include_stop_string;
+  options.max_outbox_bytes = state().options().max_outbox_bytes;
+  options.arrival = rpc->arrival();
+  std::vector<std::shared_ptr<ReplySink>> streams;
+  for (int i = 0; i < checked->samples; ++i) {
+    options.sample = static_cast<uint32_t>(i);
+    streams.push_back(std::make_shared<TokenStream>(options, [rpc] { rpc->Wake(); }));
+    options.prompt.set_seed(options.prompt.seed() + 1);
+  }
+  return streams;
+}
+
+// Where one reply must hold all samples, each of them gives one chunk, when it has ended.
+const google::protobuf::MessageLite* GenerateCall::NextReply(std::optional<absl::Status>* end) {
+  if (!gathers_) return EngineCall::NextReply(end);
+  while (const auto* reply = static_cast<const v1::GenerateChunk*>(EngineCall::NextReply(end))) {
+    if (reply->sample() >= static_cast<uint32_t>(chunks_.size())) chunks_.resize(reply->sample() + 1);
+    chunks_[reply->sample()] = *reply;
+    if (end->has_value()) break;
+  }
+  if (!end->has_value() || !(*end)->ok()) return nullptr;
+  v1::GenerateChunk& first = chunks_[0];
+  response_.mutable_prompt()->Swap(first.mutable_prompt());
+  response_.mutable_text()->swap(*first.mutable_text());
+  response_.mutable_token_ids()->Swap(first.mutable_token_ids());
+  response_.mutable_logprobs()->Swap(first.mutable_logprobs());
+  response_.mutable_finish()->Swap(first.mutable_finish());
+  for (size_t i = 1; i < chunks_.size(); ++i) response_.add_more_samples()->Swap(&chunks_[i]);
+  return &response_;
+}
+
+}  // namespace dejavu

@@ -1,0 +1,19 @@
+// GetServerInfo: what the server is, what it allows, and how busy it is. Any thread.
+#ifndef SERVER_API_SERVER_INFO_H_
+#define SERVER_API_SERVER_INFO_H_
+
+#include "absl/status/status.h"
+#include "dejavu/v1/generation.pb.h"
+#include "server/api/serving_state.h"
+
+namespace dejavu {
+
+// For the operators' service and the status page, too. While the model is loading it lacks what only an engine knows.
+v1::GetServerInfoResponse ServerInfo(const ServingState& state);
+
+absl::Status GetServerInfo(const ServingState& state, const v1::GetServerInfoRequest& request,
+                           v1::GetServerInfoResponse* response);
+
+}  // namespace dejavu
+
+#endif  // SERVER_API_SERVER_INFO_H_

@@ -1,0 +1,13 @@
+// The full names of the services that the daemon has, as they stand on the wire.
+#ifndef SERVER_API_SERVICE_NAMES_H_
+#define SERVER_API_SERVICE_NAMES_H_
+
+namespace dejavu {
+
+inline constexpr char kGenerationService[] = "dejavu.v1.GenerationService";
+inline constexpr char kAdminService[] = "dejavu.v1.AdminService";
+inline constexpr char kHealthService[] = "grpc.health.v1.Health";
+
+}  // namespace dejavu
+
+#endif  // SERVER_API_SERVICE_NAMES_H_

@@ -1,0 +1,90 @@
+#include "server/grpc_port.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "grpc/grpc.h"
+#include "grpc/support/log.h"
+#include "grpcpp/resource_quota.h"
+#include "grpcpp/server_builder.h"
+#include "server/rpc/error_details.h"
+#include "spdlog/spdlog.h"
+
+namespace dejavu {
+namespace {
+
+constexpr int kMaxMetadataBytes = 16 << 10;
+constexpr int kKeepaliveTimeMs = 60'000;     // an idle connection is pinged that often
+constexpr int kKeepaliveTimeoutMs = 20'000;  // and dropped when no answer comes
+constexpr int kMinClientPingIntervalMs = 10'000;
+
+// gRPC writes to stderr by itself, even what any client can provoke: its lines go to our log, where they are usually
+// off.
+void OnGrpcLog(gpr_log_func_args* args) {
+  spdlog::log(args->severity == GPR_LOG_SEVERITY_DEBUG ? spdlog::level::trace : spdlog::level::debug, "grpc: {}",
+              args->message);
+}
+
+int WholeMilliseconds(double seconds) { return std::max(1, static_cast<int>(seconds * 1000)); }
+
+void Configure(const ServerOptions& options, grpc::ServerBuilder* builder) {
+  builder->SetMaxReceiveMessageSize(static_cast<int>(options.max_message_bytes));
+  builder->SetMaxSendMessageSize(-1);  // replies are bounded before they are made
+  // A few megabytes of gzip may unfold to gigabytes before gRPC looks at their size.
+  builder->SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_DEFLATE, false);
+  builder->SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_GZIP, false);
+  builder->AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // else two daemons would share a port unnoticed
+  builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, options.max_concurrent_streams);
+  builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, kMaxMetadataBytes);
+  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveTimeMs);
+  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
+  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  if (options.connection_max_age_s > 0) {
+    builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_MS, WholeMilliseconds(options.connection_max_age_s));
+  }
+  if (options.connection_max_age_grace_s > 0) {
+    builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS,
+                                WholeMilliseconds(options.connection_max_age_grace_s));
+  }
+  builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, kMinClientPingIntervalMs);
+  grpc::ResourceQuota quota("dejavud");
+  quota.Resize(static_cast<size_t>(options.max_transport_mib) << 20);
+  builder->SetResourceQuota(quota);
+}
+
+}  // namespace
+
+absl::Status GrpcPort::Listen(const ServerOptions& options, const std::string& address,
+                              const std::shared_ptr<grpc::ServerCredentials>& credentials) {
+  grpc::ServerBuilder builder;
+  Configure(options, &builder);
+  int port = 0;
+  builder.AddListeningPort(address, credentials, &port);
+  builder.RegisterCallbackGenericService(&dispatcher_);
+  server_ = builder.BuildAndStart();
+  if (server_ == nullptr || port == 0) {
+    return absl::UnavailableError(
+        absl::StrCat("cannot listen on ", address, ": the port is in use, or the address is not this machine's"));
+  }
+  port_ = port;
+  return absl::OkStatus();
+}
+
+void GrpcPort::CancelCalls() { grpc_server_cancel_all_calls(server_->c_server()); }
+
+void GrpcPort::Stop(std::chrono::system_clock::time_point deadline) {
+  if (server_ == nullptr) return;
+  server_->Shutdown(deadline);
+  server_->Wait();
+  server_.reset();
+}
+
+absl::Status CheckListen(const char* option, const std::string& address) {
+  if (IsHostAndPort(address)) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(option, " is ", Printable(address, 256), "; it must be host:port with a port of 0 to 65535"));
+}
+
+void RouteGrpcLog() { gpr_set_log_function(OnGrpcLog); }
+
+}  // namespace dejavu

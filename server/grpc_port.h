@@ -1,0 +1,53 @@
+// GrpcPort: a port of the daemon, with the methods that are served there. One thread at a time, but CancelCalls beside
+// Shutdown.
+#ifndef SERVER_GRPC_PORT_H_
+#define SERVER_GRPC_PORT_H_
+
+#include <chrono>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "grpcpp/security/server_credentials.h"
+#include "grpcpp/server.h"
+#include "server/options.h"
+#include "server/rpc/dispatcher.h"
+
+namespace dejavu {
+
+class GrpcPort {
+ public:
+  GrpcPort(Gate* gate, Writer* writer, std::shared_ptr<CallEnds> ends) : dispatcher_(gate, writer, std::move(ends)) {}
+
+  // Where methods are registered, before Listen.
+  Dispatcher* dispatcher() { return &dispatcher_; }
+
+  // UNAVAILABLE where the address cannot be had.
+  absl::Status Listen(const ServerOptions& options, const std::string& address,
+                      const std::shared_ptr<grpc::ServerCredentials>& credentials);
+  bool listens() const { return server_ != nullptr; }
+  int port() const { return port_; }  // 0: it never listened
+
+  // Takes no connections and calls any more, tells those that are there to go, and waits for the calls that run; ends
+  // them at `deadline`.
+  void Shutdown(std::chrono::system_clock::time_point deadline) { server_->Shutdown(deadline); }
+  void CancelCalls();  // now
+  // As Shutdown; then no call is left. Nothing where it does not listen.
+  void Stop(std::chrono::system_clock::time_point deadline);
+
+ private:
+  Dispatcher dispatcher_;
+  std::unique_ptr<grpc::Server> server_;  // null before Listen and after Stop
+  int port_ = 0;
+};
+
+// host:port with a port of 0 to 65535, or INVALID_ARGUMENT that names the option.
+absl::Status CheckListen(const char* option, const std::string& address);
+
+// Where gRPC's own lines go: to our log. For the whole process.
+void RouteGrpcLog();
+
+}  // namespace dejavu
+
+#endif  // SERVER_GRPC_PORT_H_
