@@ -21,8 +21,7 @@
 #include "absl/strings/str_cat.h"
 #include "config/config.h"
 #include "engine/engine.h"
-#include "engine/planning/capacity_plan.h"
-#include "engine/planning/capacity_report.h"
+#include "engine/plan.h"
 #include "engine/text/tokenizer.h"
 #include "kernels/base/check.h"
 #include "kernels/base/clock.h"
@@ -270,18 +269,14 @@ int Daemon::Drain(Server* server) {
   return kDrained;
 }
 
-// --plan: nothing is loaded and no device is touched.
-int Plan(const Config& config, const PlanOptions& devices) {
-  const auto plan = [&]() -> absl::StatusOr<CapacityPlan> {
-    ASSIGN_OR_RETURN(const PlannedModel model,
-                     DescribeModel(config.engine, config.server.highest_tier, config.server.lowest_tier));
-    return PlanCapacity(model, config.engine, devices);
-  }();
+int PrintPlan(const Config& config, const PlanOptions& devices) {
+  const absl::StatusOr<Plan> plan =
+      MakePlan(config.engine, config.server.highest_tier, config.server.lowest_tier, devices);
   if (!plan.ok()) {
     std::fprintf(stderr, "dejavud: cannot plan: %s\n", std::string(plan.status().message()).c_str());
     return kCannotStart;
   }
-  std::fputs((devices.json ? CapacityJson(*plan) : CapacityText(*plan)).c_str(), stdout);
+  std::fputs(plan->text.c_str(), stdout);
   return plan->fits ? kDrained : kCannotStart;
 }
 
@@ -291,7 +286,7 @@ int Plan(const Config& config, const PlanOptions& devices) {
 int main(int argc, char** argv) {
   const dejavu::ParsedCommandLine command_line = dejavu::ParseCommandLine(argc, argv);
   if (command_line.exit_code.has_value()) return *command_line.exit_code;
-  if (command_line.plan.has_value()) return dejavu::Plan(command_line.config, *command_line.plan);
+  if (command_line.plan.has_value()) return dejavu::PrintPlan(command_line.config, *command_line.plan);
   const dejavu::ServerOptions& server = command_line.config.server;
   dejavu::StartLogging(server.log_level,
                        server.log_format == "json" ? dejavu::LogFormat::kJson : dejavu::LogFormat::kText);
