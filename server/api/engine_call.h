@@ -14,8 +14,8 @@
 #include "engine/request.h"
 #include "kernels/base/mutex.h"
 #include "server/api/engine_record.h"
+#include "server/api/reply_sink.h"
 #include "server/api/serving_state.h"
-#include "server/api/token_stream.h"
 #include "server/rpc/live_requests.h"
 #include "server/rpc/rpc.h"
 

@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "server/api/token_stream.h"
+#include "server/api/reply_sink.h"
 #include "server/rpc/call_report.h"
 #include "server/rpc/request_record.h"
 

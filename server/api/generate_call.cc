@@ -4,6 +4,7 @@
 
 #include "kernels/base/status_macros.h"
 #include "server/api/sparsity_messages.h"
+#include "server/api/token_stream.h"
 #include "server/rpc/parse.h"
 #include "server/rpc/random.h"
 

@@ -4,6 +4,7 @@
 
 #include "dejavu/v1/generation.pb.h"
 #include "kernels/base/status_macros.h"
+#include "server/api/score_collector.h"
 #include "server/api/validate.h"
 #include "server/rpc/parse.h"
 

@@ -4,94 +4,10 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
-#include "kernels/base/clock.h"
 #include "server/api/sparsity_messages.h"
 #include "server/rpc/error_details.h"
 
 namespace dejavu {
-namespace {
-
-void FillTimings(const Finish& finish, SteadyTime arrival, v1::Timings* timings) {
-  timings->set_queue_ms(Milliseconds(arrival, finish.scheduled));
-  timings->set_ttft_ms(Milliseconds(arrival, finish.first_token));
-  timings->set_total_ms(Milliseconds(arrival, finish.finished));
-  if (finish.generated_tokens > 1) {
-    timings->set_mean_itl_ms(Milliseconds(finish.first_token, finish.finished) / (finish.generated_tokens - 1));
-  }
-}
-
-absl::string_view ReasonName(FinishReason reason) {
-  switch (reason) {
-    case FinishReason::kLength:
-      return "length";
-    case FinishReason::kTime:
-      return "time";
-    case FinishReason::kEos:
-      return "eos";
-    case FinishReason::kStopToken:
-      return "stop_token";
-    case FinishReason::kSink:
-      return "stop_string";
-    case FinishReason::kCancelled:
-      return "cancelled";
-    case FinishReason::kDeadline:
-      return "deadline";
-    case FinishReason::kShutdown:
-      return "shutdown";
-    case FinishReason::kError:
-      return "error";
-  }
-  return "error";
-}
-
-// Works for TokenLogprobs and ScoredToken.
-template <typename Message>
-void FillLogprobs(const Token& token, Message* message) {
-  if (token.has_logprob) {
-    message->set_logprob(token.logprob);
-    message->set_rank(static_cast<uint32_t>(token.rank));
-  }
-  for (const TokenLogprob& alternative : token.top) {
-    v1::TokenLogprob* top = message->add_top();
-    top->set_id(static_cast<uint32_t>(alternative.id));
-    top->set_logprob(alternative.logprob);
-  }
-}
-
-}  // namespace
-
-void ReplySink::SetCancelReason(absl::Status reason) {
-  MutexLock lock(mutex_);
-  if (cancel_reason_.ok()) cancel_reason_ = std::move(reason);
-}
-
-std::optional<EngineOutcome> ReplySink::outcome() {
-  MutexLock lock(mutex_);
-  return outcome_;
-}
-
-absl::Status ReplySink::EndStatus(const Finish& finish) {
-  switch (finish.reason) {
-    case FinishReason::kLength:
-    case FinishReason::kTime:
-    case FinishReason::kEos:
-    case FinishReason::kStopToken:
-    case FinishReason::kSink:
-      return absl::OkStatus();
-    case FinishReason::kCancelled:
-      return cancel_reason_.ok() ? absl::CancelledError("the request was cancelled") : cancel_reason_;
-    case FinishReason::kDeadline:
-      return absl::DeadlineExceededError(
-          absl::StrCat("the deadline passed after ", finish.generated_tokens, " generated tokens"));
-    case FinishReason::kShutdown:
-      return StoppedBeforeDone();
-    case FinishReason::kError:
-      if (finish.status.ok()) return absl::InternalError("the engine ended the request without a reason");
-      if (absl::IsUnavailable(finish.status)) return UnavailableRetry(finish.status.message(), std::chrono::seconds(1));
-      return finish.status;
-  }
-  return absl::InternalError("unknown finish reason");
-}
 
 TokenStream::TokenStream(TokenStreamOptions options, std::function<void()> wake)
     : options_(std::move(options)),
@@ -204,38 +120,6 @@ const google::protobuf::MessageLite* TokenStream::NextReply(std::optional<absl::
   has_pending_ = false;
   pending_bytes_ = 0;
   return &sent_;
-}
-
-ScoreCollector::ScoreCollector(v1::ScoreResponse response, SteadyTime arrival, std::function<void()> wake)
-    : arrival_(arrival), wake_(std::move(wake)), response_(std::move(response)) {}
-
-bool ScoreCollector::OnToken(const Token& /*token*/) {
-  CHECK(false) << "a score request generated a token";
-  return false;
-}
-
-bool ScoreCollector::OnPromptToken(const Token& token) {
-  MutexLock lock(mutex_);
-  v1::ScoredToken* scored = response_.add_tokens();
-  scored->set_id(static_cast<uint32_t>(token.id));
-  FillLogprobs(token, scored);
-  return true;
-}
-
-void ScoreCollector::OnFinish(const dejavu::Finish& finish) {
-  {
-    MutexLock lock(mutex_);
-    end_ = EndStatus(finish);
-    outcome_ = {finish, ReasonName(finish.reason)};
-    if (end_->ok()) FillTimings(finish, arrival_, response_.mutable_timings());
-  }
-  wake_();
-}
-
-const google::protobuf::MessageLite* ScoreCollector::NextReply(std::optional<absl::Status>* end) {
-  MutexLock lock(mutex_);
-  *end = end_;
-  return end_.has_value() && end_->ok() ? &response_ : nullptr;  // nothing changes it after OnFinish
 }
 
 }  // namespace dejavu

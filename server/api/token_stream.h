@@ -1,6 +1,6 @@
 // TokenStream: hears one request's tokens from the engine and makes the replies of Generate and GenerateStream of them:
 // text, stop strings, log-probabilities, the finish. What the client has not been sent yet is one pending chunk into
-// which further tokens are merged; its size is bounded. ScoreCollector does the same for Score.
+// which further tokens are merged; its size is bounded.
 #ifndef SERVER_API_TOKEN_STREAM_H_
 #define SERVER_API_TOKEN_STREAM_H_
 
@@ -12,42 +12,11 @@
 
 #include "absl/status/status.h"
 #include "dejavu/v1/generation.pb.h"
-#include "engine/request.h"
 #include "engine/text/stop_matcher.h"
 #include "engine/text/tokenizer.h"
-#include "kernels/base/mutex.h"
+#include "server/api/reply_sink.h"
 
 namespace dejavu {
-
-// How the engine's work on a request ended, for the record.
-struct EngineOutcome {
-  dejavu::Finish finish;
-  absl::string_view reason;  // as RequestRecord::finish_reason
-};
-
-// A sink whose replies an RPC pulls. OnToken, OnPromptToken and OnFinish come from the engine thread, the rest from
-// others.
-class ReplySink : public TokenSink {
- public:
-  // See RpcHandler::NextReply.
-  virtual const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) = 0;
-
-  // With what the call ends if the engine reports the request as cancelled; the first caller's reason stays.
-  void SetCancelReason(absl::Status reason);
-
-  // Nothing before OnFinish. `wake` is called after it has changed.
-  std::optional<EngineOutcome> outcome();
-
- protected:
-  // The status that an RPC ends with after the engine has finished so: OK for every regular end.
-  absl::Status EndStatus(const Finish& finish) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-
-  Mutex mutex_;
-  std::optional<EngineOutcome> outcome_ ABSL_GUARDED_BY(mutex_);
-
- private:
-  absl::Status cancel_reason_ ABSL_GUARDED_BY(mutex_);
-};
 
 struct TokenStreamOptions {
   v1::PromptInfo prompt;
@@ -91,24 +60,6 @@ class TokenStream final : public ReplySink {
   std::optional<Detokenizer> detokenizer_ ABSL_GUARDED_BY(mutex_);
   StopMatcher stop_matcher_ ABSL_GUARDED_BY(mutex_);
   std::string token_text_ ABSL_GUARDED_BY(mutex_);  // reused from token to token
-};
-
-class ScoreCollector final : public ReplySink {
- public:
-  // `response` holds request_id and model.
-  ScoreCollector(v1::ScoreResponse response, SteadyTime arrival, std::function<void()> wake);
-
-  bool OnToken(const Token& token) override;
-  bool OnPromptToken(const Token& token) override;
-  void OnFinish(const dejavu::Finish& finish) override;
-
-  const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
-
- private:
-  const SteadyTime arrival_;
-  const std::function<void()> wake_;
-  v1::ScoreResponse response_ ABSL_GUARDED_BY(mutex_);
-  std::optional<absl::Status> end_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace dejavu

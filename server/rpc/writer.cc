@@ -21,7 +21,7 @@ void Writer::Post(std::shared_ptr<WriterTask> task) {
   do {
     node->next_ = below;
   } while (!newest_.compare_exchange_weak(below, node, std::memory_order_release, std::memory_order_relaxed));
-  if (below != nullptr) return;  // whoever pushed the first one has woken the writer
+  if (below != nullptr) return;  // the thread that pushed the first one has woken the writer
   signal_.fetch_add(1, std::memory_order_release);
   signal_.notify_one();
 }

@@ -25,7 +25,7 @@ class Tokens {
   static constexpr size_t kMaxFileBytes = 1 << 20;
   static constexpr size_t kMaxTokenBytes = 4096;  // of what a client sends
 
-  // INVALID_ARGUMENT names the file and the line, never what stands there.
+  // INVALID_ARGUMENT names the file and the line, never what it holds.
   static absl::StatusOr<std::unique_ptr<Tokens>> Load(const std::string& path);
 
   // Whose token that is. Takes the same time whichever line it is, or none.
