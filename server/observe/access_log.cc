@@ -38,7 +38,8 @@ void AccessLog::OnRequestEnd(const RequestRecord& record) {
     if (const auto gap = MeanInterTokenSeconds(record)) fields.Number("mean_itl_ms", *gap * 1e3, 3);
     if (record.density.has_value()) fields.Number("density", *record.density, 4);
   }
-  // With these a log can be replayed (dejavu-loadtest run --replay), what was refused for want of room included.
+  // With these a log can be replayed (dejavu-loadtest run --replay), including requests that were refused for lack of
+  // room.
   if (record.max_new_tokens > 0 && record.seed.has_value()) {
     if (!record.engine()) fields.Count("prompt_tokens", record.asked_prompt_tokens * record.samples);
     fields.Count("max_new_tokens", record.max_new_tokens).Unsigned("seed", *record.seed);

@@ -1,5 +1,5 @@
-// AccessLog: one line about every call (server/observe/logging.h), those of probes and reflection at level debug. Any
-// thread.
+// AccessLog: logs one line for every call (server/observe/logging.h); calls of probes and of reflection are logged at
+// level debug. Any thread.
 #ifndef SERVER_OBSERVE_ACCESS_LOG_H_
 #define SERVER_OBSERVE_ACCESS_LOG_H_
 

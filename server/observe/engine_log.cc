@@ -1,5 +1,6 @@
 #include "server/observe/engine_log.h"
 
+#include "kernels/base/clock.h"
 #include "server/observe/logging.h"
 
 namespace dejavu {
@@ -45,7 +46,7 @@ void EngineLog::Run() {
 
 void EngineLog::Write(const Snapshot& before, const Snapshot& now) const {
   if (!LogsEvents(spdlog::level::info)) return;
-  const double seconds = std::chrono::duration<double>(now.at - before.at).count();
+  const double seconds = Seconds(before.at, now.at);
   const auto grown = [&](int64_t EngineStats::*counter) {
     return static_cast<double>(now.stats.*counter - before.stats.*counter);
   };

@@ -1,5 +1,5 @@
-// EngineLog: a line about the engine every few seconds while it works, from a thread of its own. Start and destruction
-// by one thread; the engine must outlive it.
+// EngineLog: logs a line about the engine every few seconds while the engine works, from a thread of its own. Construct
+// and destroy it in one thread; the engine must outlive it.
 #ifndef SERVER_OBSERVE_ENGINE_LOG_H_
 #define SERVER_OBSERVE_ENGINE_LOG_H_
 

@@ -1,6 +1,6 @@
-// TraceExporter: sends spans of the sampled calls to an OpenTelemetry collector, by OTLP over gRPC. A call gives
-// `request` and, where the engine worked, its children `queue`, `prefill` and `decode`. A thread of its own sends them
-// in batches; whatever the collector does, calls only ever leave a record in a bounded queue, or lose it. Any thread.
+// TraceExporter: sends the spans of sampled calls (server/observe/spans.h) to an OpenTelemetry collector, by OTLP over
+// gRPC. A thread of its own sends them in batches. A call only puts its record into a bounded queue, and loses it if
+// the queue is full, whatever the collector does. Any thread.
 #ifndef SERVER_OBSERVE_TRACE_EXPORTER_H_
 #define SERVER_OBSERVE_TRACE_EXPORTER_H_
 
@@ -29,16 +29,6 @@ struct TraceExporterOptions {
   std::chrono::milliseconds export_timeout{5000};
   std::chrono::milliseconds last_timeout{1000};  // for what is left when it stops
 };
-
-// A moment on both clocks, by which steady times become times of day.
-struct TraceClock {
-  SteadyTime now = std::chrono::steady_clock::now();
-  std::chrono::system_clock::time_point now_unix = std::chrono::system_clock::now();
-};
-// The spans of a call that is over: SpanCount of them.
-int SpanCount(const RequestRecord& record);
-void AppendSpans(const RequestRecord& record, const std::string& model, const TraceClock& clock,
-                 opentelemetry::proto::collector::trace::v1::ScopeSpans* spans);
 
 class TraceExporter final : public RequestObserver {
  public:

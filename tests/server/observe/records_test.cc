@@ -1,17 +1,11 @@
-// What is written about calls: escaping, repeats, a pipe that blocks or is closed, trace contexts and spans.
-#include <fcntl.h>
-#include <signal.h>
-#include <unistd.h>
-
+// What is written about calls: trace contexts, records and spans.
 #include <string>
 
 #include "absl/strings/escaping.h"
-#include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/base/utf8.h"
-#include "nlohmann/json.hpp"
-#include "server/observe/logging.h"
+#include "server/observe/spans.h"
 #include "server/observe/trace_exporter.h"
 #include "server/rpc/call_ends.h"
 #include "server/rpc/request_record.h"
@@ -24,153 +18,7 @@ namespace otlp = opentelemetry::proto::collector::trace::v1;
 using std::chrono::milliseconds;
 using std::chrono::seconds;
 using testing::ElementsAre;
-using testing::EndsWith;
-using testing::HasSubstr;
-using testing::IsEmpty;
 using testing::SizeIs;
-
-// All bytes, pairs of them, and what is special in Unicode.
-std::vector<std::string> HostileTexts() {
-  std::vector<std::string> texts = {
-      "",     "\xE2\x80\xAE",  "\xC2\x85",    "\xE2\x80\xA8",     "\xED\xA0\x80", "\xF4\x90\x80\x80",
-      "\xC3", "a\"b\\c\nd\te", "\x1b[31mred", "\xF0\x9F\x98\x80", "\xC3\xA9"};
-  for (int a = 0; a < 256; ++a) {
-    texts.push_back({static_cast<char>(a)});
-    for (const char b : {'"', '\\', '\n', '\x80', '\xBF', 'u'}) texts.push_back({static_cast<char>(a), b});
-  }
-  return texts;
-}
-
-TEST(JsonString, IsJsonForAnyBytes) {
-  for (const std::string& text : HostileTexts()) {
-    const std::string json = JsonString(text);
-    const nlohmann::json parsed = nlohmann::json::parse(json, nullptr, /*allow_exceptions=*/false);
-    ASSERT_TRUE(parsed.is_string()) << absl::CHexEscape(text);
-    if (IsValidUtf8(text)) {
-      EXPECT_EQ(parsed.get<std::string>(), text);
-    }
-    for (const char c : json) EXPECT_FALSE(static_cast<uint8_t>(c) < 0x20 || c == 0x7F) << absl::CHexEscape(text);
-  }
-  EXPECT_EQ(JsonString("\xC3(\xC2\x85\xE2\x80\xAE"), "\"\\ufffd(\\u0085\\u202e\"");
-  EXPECT_EQ(JsonString("\xC3\xA9"), "\"\xC3\xA9\"");
-}
-
-TEST(EscapedForText, LeavesNothingThatEndsALineOrCommandsATerminal) {
-  for (const std::string& text : HostileTexts()) {
-    const std::string escaped = EscapedForText(text, /*quoted=*/true);
-    EXPECT_TRUE(IsValidUtf8(escaped)) << absl::CHexEscape(text);
-    for (const char c : escaped) EXPECT_FALSE(static_cast<uint8_t>(c) < 0x20 || c == 0x7F) << absl::CHexEscape(text);
-  }
-  EXPECT_EQ(EscapedForText("a\nb\x1b[0m\xFF\xC2\x85", false), "a\\nb\\x1b[0m\\xff\\xc2\\x85");
-  EXPECT_EQ(EscapedForText("say \"\\\"", true), "say \\\"\\\\\\\"");
-  EXPECT_EQ(EscapedForText("say \"\\\"", false), "say \"\\\"");
-}
-
-TEST(LogFields, QuotesWhatIsNotPlain) {
-  LogFields text(LogFormat::kText);
-  text.Text("id", "req-1.a:b").Text("tenant", "a b=c").Text("empty", "").Count("n", -3).Number("ms", 1.23456, 3);
-  text.Number("nan", std::nan(""), 3);
-  EXPECT_EQ(text.text(), "id=req-1.a:b tenant=\"a b=c\" empty=\"\" n=-3 ms=1.235");
-  LogFields json(LogFormat::kJson);
-  json.Text("id", "a\n").Count("n", 3).Number("ms", 1.5, 3);
-  EXPECT_EQ(json.text(), "\"id\":\"a\\u000a\",\"n\":3,\"ms\":1.500");
-}
-
-TEST(RepeatFilter, LetsTheFirstThroughAndCountsTheRestOfTheWindow) {
-  RepeatFilter filter;
-  const RepeatFilter::Time start = std::chrono::steady_clock::now();
-  EXPECT_EQ(filter.next_end(), RepeatFilter::Time::max());
-  EXPECT_TRUE(filter.Admit(spdlog::level::warn, "a", start));
-  EXPECT_TRUE(filter.Admit(spdlog::level::warn, "b", start + seconds(1)));
-  for (int i = 0; i < 7; ++i) EXPECT_FALSE(filter.Admit(spdlog::level::warn, "a", start + seconds(9)));
-  EXPECT_EQ(filter.next_end(), start + seconds(10));
-  EXPECT_THAT(filter.TakeEnded(start + seconds(9)), IsEmpty());
-  const auto ended = filter.TakeEnded(start + seconds(10));
-  ASSERT_THAT(ended, SizeIs(1));
-  EXPECT_EQ(ended[0].message, "a");
-  EXPECT_EQ(ended[0].count, 7);
-  EXPECT_TRUE(filter.Admit(spdlog::level::warn, "a", start + seconds(10)));
-  EXPECT_FALSE(filter.Admit(spdlog::level::warn, "a", start + seconds(11)));
-  EXPECT_THAT(filter.TakeEnded(start + seconds(12)), IsEmpty());  // b's window left nothing out
-}
-
-TEST(RepeatFilter, WatchesABoundedNumberOfMessages) {
-  RepeatFilter filter;
-  const RepeatFilter::Time now = std::chrono::steady_clock::now();
-  for (size_t i = 0; i < 2 * RepeatFilter::kMaxMessages; ++i) {
-    EXPECT_TRUE(filter.Admit(spdlog::level::warn, absl::StrCat(i), now));
-  }
-  EXPECT_FALSE(filter.Admit(spdlog::level::warn, "0", now));
-  EXPECT_TRUE(filter.Admit(spdlog::level::warn, "later", now + seconds(10)) ||
-              !filter.TakeEnded(now + seconds(10)).empty());
-}
-
-class LogPipeTest : public testing::Test {
- protected:
-  LogPipeTest() {
-    signal(SIGPIPE, SIG_IGN);
-    EXPECT_EQ(pipe(fds_), 0);
-  }
-  ~LogPipeTest() override {
-    for (const int fd : fds_) {
-      if (fd >= 0) close(fd);
-    }
-  }
-  std::unique_ptr<LogPipe> Pipe(size_t max_bytes = 1 << 16) {
-    return std::make_unique<LogPipe>(
-        fds_[1], max_bytes, [](int64_t n) { return absl::StrCat("lost ", n, "\n"); },
-        [] { return LogPipe::Time::max(); });
-  }
-  std::string ReadSome() {
-    std::string text(1 << 20, '\0');
-    const ssize_t n = read(fds_[0], text.data(), text.size());
-    text.resize(n < 0 ? 0 : static_cast<size_t>(n));
-    return text;
-  }
-
-  int fds_[2] = {-1, -1};
-};
-
-TEST_F(LogPipeTest, WritesLinesInOrder) {
-  auto pipe = Pipe();
-  const std::string large(10'000, 'x');
-  pipe->Write("a\n");
-  pipe->Write(large + "\n");
-  pipe->Write("b\n");
-  EXPECT_TRUE(pipe->Flush(seconds(60)));
-  EXPECT_EQ(ReadSome(), "a\n" + large + "\nb\n");
-  EXPECT_EQ(pipe->dropped(), 0);
-}
-
-TEST_F(LogPipeTest, DropsAndCountsWhatNobodyReadsAndSaysSoLater) {
-  auto pipe = Pipe(/*max_bytes=*/10'000);
-  const std::string line = std::string(999, 'x') + "\n";
-  pipe->Write(line);
-  while (pipe->Flush(seconds(2))) pipe->Write(line);  // until the pipe is full
-  EXPECT_EQ(pipe->dropped(), 0);
-  for (int i = 0; i < 100; ++i) pipe->Write(line);
-  EXPECT_EQ(pipe->dropped(), 90);
-  std::string text;
-  while (text.find("lost") == std::string::npos) text += ReadSome();
-  EXPECT_THAT(text, HasSubstr("\nlost 90\n"));
-}
-
-TEST_F(LogPipeTest, EndsInTimeWhenNobodyReads) {
-  auto pipe = Pipe();
-  for (int i = 0; i < 200; ++i) pipe->Write(std::string(1000, 'x'));
-  const auto start = std::chrono::steady_clock::now();
-  pipe->Close(milliseconds(300));
-  EXPECT_LT(std::chrono::steady_clock::now() - start, seconds(5));
-  EXPECT_GT(pipe->dropped(), 0);
-}
-
-TEST_F(LogPipeTest, SurvivesAReaderThatIsGone) {
-  auto pipe = Pipe();
-  close(std::exchange(fds_[0], -1));
-  for (int i = 0; i < 10; ++i) pipe->Write("line\n");
-  EXPECT_TRUE(pipe->Flush(seconds(60)));
-  EXPECT_EQ(pipe->dropped(), 10);
-}
 
 constexpr char kParent[] = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 
