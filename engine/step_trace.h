@@ -1,5 +1,5 @@
-// StepTrace: what the last steps and the slowest tokens were made of. The engine thread writes fixed arrays, without
-// locks or allocation; any thread reads.
+// StepTrace: keeps how the last steps and the slowest tokens spent their time. The engine thread writes fixed arrays,
+// without locks or allocation; any thread reads.
 #ifndef ENGINE_STEP_TRACE_H_
 #define ENGINE_STEP_TRACE_H_
 
@@ -7,11 +7,8 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <memory>
-#include <string>
 #include <vector>
 
-#include "engine/request.h"
 #include "kernels/base/clock.h"
 #include "kernels/base/seq_lock.h"
 
@@ -42,7 +39,7 @@ class StepTrace {
   static constexpr int kSlowTokens = 64;
   static constexpr std::chrono::seconds kWhile{300};
 
-  // Engine thread. Tokens of a step come before it.
+  // Engine thread. A step is noted after its tokens.
   void NoteToken(uint64_t sequence, SteadyTime token, SteadyTime previous, int32_t steps, int32_t generated_tokens) {
     if (token - previous <= gap_) return;
     gap_ = token - previous;
@@ -53,11 +50,11 @@ class StepTrace {
   }
   void NoteStep(const StepRecord& step);
 
-  // Any thread, as all below. How many steps were noted.
+  // Any thread, as all below. How many steps have been noted.
   int64_t noted() const { return noted_.load(std::memory_order_acquire); }
-  // Those that were noted after the first `from`, in order; of more than kSteps the last.
+  // The steps after the first `from`, in order; at most the last kSteps.
   std::vector<StepRecord> StepsAfter(int64_t from) const;
-  // Of the last one to two times kWhile, slowest first; at most kSlowTokens.
+  // Those of the last one to two times kWhile, slowest first; at most kSlowTokens.
   std::vector<SlowToken> SlowestTokens() const;
 
  private:
@@ -77,12 +74,9 @@ class StepTrace {
   // Engine thread.
   int current_ = 0;
   SteadyTime current_since_;
-  SlowToken slowest_;  // of the step that is under way
+  SlowToken slowest_;  // of the current step
   SteadyTime::duration gap_{0};
 };
-
-// For chrome://tracing and ui.perfetto.dev; times count from `origin`.
-std::string ChromeTrace(const std::vector<StepRecord>& steps, const std::vector<SlowToken>& tokens, SteadyTime origin);
 
 }  // namespace dejavu
 
