@@ -66,9 +66,9 @@ void Recorder::TraceStep(const StepTimes& t, const StepFacts& facts, SteadyTime 
 void Recorder::NoteToken(const Sequence& s, SteadyTime now, int64_t step) {
   const int32_t before = s.generated_tokens();
   if (metrics_.counting.load(std::memory_order_relaxed)) {
-    EngineMetrics::Latencies& latencies = metrics_.latencies_of(s.request.sparsity.tier, s.request.urgency);
-    before == 0 ? latencies.time_to_first_token.Observe(Seconds(s.finish.queued, now))
-                : latencies.inter_token.Observe(Seconds(s.last_token, now));
+    const size_t series = EngineMetrics::SeriesOf(s.request.sparsity.tier, s.request.urgency);
+    before == 0 ? metrics_.time_to_first_token[series].Observe(Seconds(s.finish.queued, now))
+                : metrics_.inter_token[series].Observe(Seconds(s.last_token, now));
   }
   if (before > 0) {
     trace_.NoteToken(s.id, now, s.last_token, static_cast<int32_t>(step - s.last_token_step), before);
@@ -84,14 +84,14 @@ void Recorder::NoteEnd(const Sequence& s, bool waiting) {
   if (f.reason == FinishReason::kDeadline) metrics_.deadline_exceeded[stage].Add(1);
   metrics_.prefix_query_tokens.Add(s.keys.empty() || stage == kQueuedStage ? 0 : f.prompt_tokens);
   if (f.reason == FinishReason::kError || f.reason == FinishReason::kShutdown || stage == kQueuedStage) return;
-  EngineMetrics::Latencies& latencies = metrics_.latencies_of(s.request.sparsity.tier, s.request.urgency);
-  latencies.duration.Observe(Seconds(f.queued, f.finished));
-  latencies.queue.Observe(Seconds(f.queued, f.scheduled));
+  const size_t series = EngineMetrics::SeriesOf(s.request.sparsity.tier, s.request.urgency);
+  metrics_.duration[series].Observe(Seconds(f.queued, f.finished));
+  metrics_.queue[series].Observe(Seconds(f.queued, f.scheduled));
   if (tokens == 0) return;
-  latencies.prefill.Observe(Seconds(f.scheduled, f.first_token));
-  latencies.decode.Observe(Seconds(f.first_token, f.finished));
+  metrics_.prefill[series].Observe(Seconds(f.scheduled, f.first_token));
+  metrics_.decode[series].Observe(Seconds(f.first_token, f.finished));
   const double per_token_s = tokens > 1 ? Seconds(f.first_token, s.last_token) / (tokens - 1) : 0.0;
-  if (tokens > 1) latencies.time_per_output_token.Observe(per_token_s);
+  if (tokens > 1) metrics_.time_per_output_token[series].Observe(per_token_s);
   if (f.sparsity.decode_tokens > 0) {
     metrics_.request_mlp_density.Observe(f.sparsity.mlp_density);
     metrics_.request_head_density.Observe(f.sparsity.head_density);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "engine/chrome_trace.h"
 #include "kernels/base/status_macros.h"
 #include "server/rpc/error_details.h"
 

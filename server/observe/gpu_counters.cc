@@ -7,8 +7,8 @@
 namespace dejavu {
 namespace {
 
-// As much of NVML's interface as is needed here, which NVIDIA keeps stable; its header comes with the CUDA toolkit
-// only.
+// The part of NVML's interface that is used here, which NVIDIA keeps stable. Its header comes only with the CUDA
+// toolkit.
 using NvmlDevice = struct nvmlDevice_st*;
 struct NvmlMemory {
   unsigned long long total, free, used;
@@ -62,7 +62,7 @@ std::vector<GpuCounters> ReadGpuCounters() {
     if (nvml.device(i, &device) != 0) continue;
     GpuCounters& gpu = gpus.emplace_back();
     gpu.index = static_cast<int>(i);
-    // What a GPU does not know, such as the energy of an old one, stays 0.
+    // What a GPU does not report, such as the energy of an old one, stays 0.
     NvmlMemory memory = {};
     NvmlUtilization utilization = {};
     unsigned int milliwatts = 0;

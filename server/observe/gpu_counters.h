@@ -1,5 +1,4 @@
-// What NVIDIA's management library says of this machine's GPUs. It is loaded when it is first asked, where there is
-// one.
+// What NVIDIA's management library reports of this machine's GPUs. The first call loads the library, if there is one.
 #ifndef SERVER_OBSERVE_GPU_COUNTERS_H_
 #define SERVER_OBSERVE_GPU_COUNTERS_H_
 

@@ -1,5 +1,5 @@
-// HttpServer: a few read-only documents over plain HTTP, for Prometheus and for people with a browser. GET and HEAD;
-// two threads, so that a slow reader does not keep the other from its answer. Start and destroy in one thread.
+// HttpServer: serves a few read-only documents over plain HTTP, to Prometheus and to browsers. It answers GET and HEAD
+// with two threads, so that one slow reader does not block another. Start and destroy in one thread.
 #ifndef SERVER_OBSERVE_HTTP_SERVER_H_
 #define SERVER_OBSERVE_HTTP_SERVER_H_
 
@@ -20,8 +20,8 @@ class HttpServer {
 
   virtual int port() const = 0;
 
-  // Answers requests for exactly that path with what `content` returns, from the server's threads, two at once. Before
-  // anybody asks.
+  // Answers requests for exactly that path with what `content` returns. The server's two threads may call it at once.
+  // Before the first request.
   virtual void Handle(const std::string& path, const std::string& content_type,
                       std::function<std::string()> content) = 0;
 };

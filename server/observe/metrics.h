@@ -1,5 +1,6 @@
-// Metrics: what the daemon says of itself in Prometheus' terms, as docs/operations/metrics.md lists it. Nothing is kept
-// here but what calls end with; the rest is a snapshot of the engine's counters, named when somebody asks. Any thread.
+// Metrics: the page that Prometheus scrapes; docs/operations/metrics.md lists what is on it. The engine's metrics are
+// the rows of engine/metrics.h, read at each scrape. The server's own are named in metrics.cc, or by the caller of
+// AddCounter and AddGauge. Any thread.
 #ifndef SERVER_OBSERVE_METRICS_H_
 #define SERVER_OBSERVE_METRICS_H_
 
@@ -14,6 +15,7 @@
 #include "engine/engine.h"
 #include "engine/metrics.h"
 #include "kernels/base/mutex.h"
+#include "server/observe/metrics_page.h"
 #include "server/rpc/lifecycle.h"
 #include "server/rpc/request_record.h"
 
@@ -21,13 +23,13 @@ namespace dejavu {
 
 class Metrics final : public RequestObserver {
  public:
-  // `edges` as EngineOptions::metric_edges, known to be valid; `lifecycle` must outlive the object.
+  // `edges` as MetricsOptions::edges, known to be valid; `lifecycle` must outlive the object.
   Metrics(std::string model_name, const std::string& edges, bool per_layer, const Lifecycle* lifecycle);
 
-  // From now on the engine is asked, too. It must outlive everybody who asks.
+  // From now on the page includes the engine, which must outlive all calls of Text.
   void SetEngine(const Engine* engine) { engine_.store(engine, std::memory_order_release); }
 
-  // Numbers that others keep, asked for their value. Before anybody asks for the text.
+  // Adds a number that the caller keeps; `value` is called at each scrape. Before the first call of Text.
   void AddCounter(const std::string& name, const std::string& help, std::function<int64_t()> value);
   void AddGauge(const std::string& name, const std::string& help, std::function<int64_t()> value);
 
@@ -39,19 +41,16 @@ class Metrics final : public RequestObserver {
   const Engine* engine() const { return engine_.load(std::memory_order_acquire); }
 
  private:
-  class Page;
-
-  void AddCalls(Page& page) const;
-  void AddState(Page& page) const;
-  void AddEngine(const Engine& engine, Page& page) const;
-  void AddLatencies(const EngineMetrics& metrics, Page& page) const;
-  void AddSparsity(const Engine& engine, Page& page) const;
+  void AddState(MetricsPage& page) const;
+  void AddCalls(MetricsPage& page) const;
+  void AddBorrowed(MetricsPage& page) const;
+  void AddEngine(const Engine& engine, MetricsPage& page) const;
 
   const std::string model_name_;
-  const MetricEdges edges_;
   const bool per_layer_;
   const Lifecycle* const lifecycle_;
   std::atomic<const Engine*> engine_ = nullptr;
+
   struct Borrowed {
     std::string help;
     std::function<int64_t()> value;
@@ -60,8 +59,9 @@ class Metrics final : public RequestObserver {
   std::map<std::string, Borrowed> borrowed_;  // constant once shared
 
   mutable Mutex mutex_;
+  // How many have ended, by method, code and finish reason.
   std::map<std::tuple<std::string, std::string, std::string>, int64_t> calls_ ABSL_GUARDED_BY(mutex_);
-  Histogram stalls_ ABSL_GUARDED_BY(mutex_);
+  CallMetrics call_metrics_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace dejavu

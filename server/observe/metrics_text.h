@@ -1,6 +1,6 @@
-// MetricsText: Prometheus' text format, version 0.0.4, as prometheus-cpp's own TextSerializer writes it, of counters,
-// gauges and histograms without timestamps. It is here because its streams took four fifths of a scrape's time, and a
-// scrape takes that time from the CPUs that decode.
+// MetricsText: writes counters, gauges and histograms in Prometheus' text format, version 0.0.4, as prometheus-cpp's
+// TextSerializer does. That one writes through streams, which took four fifths of a scrape's time, and a scrape takes
+// its time from the CPUs that decode.
 #ifndef SERVER_OBSERVE_METRICS_TEXT_H_
 #define SERVER_OBSERVE_METRICS_TEXT_H_
 

@@ -19,24 +19,22 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 // All tiers and urgencies together.
-Json Merged(const EngineMetrics& metrics, Histogram EngineMetrics::Latencies::*which) {
-  std::vector<int64_t> counts;
+Json Merged(const HistogramFamily& family) {
+  std::vector<int64_t> counts(family.edges().size() + 1);
   double sum = 0.0;
-  for (const EngineMetrics::Latencies& latencies : metrics.latencies) {
-    const Histogram::Snapshot snapshot = (latencies.*which).snapshot();
-    counts.resize(snapshot.counts.size());
-    for (size_t i = 0; i < counts.size(); ++i) counts[i] += snapshot.counts[i];
+  for (size_t i = 0; i < family.series(); ++i) {
+    const Histogram::Snapshot snapshot = family[i].snapshot();
+    for (size_t bucket = 0; bucket < counts.size(); ++bucket) counts[bucket] += snapshot.counts[bucket];
     sum += snapshot.sum;
   }
-  return {{"edges", (metrics.latencies.front().*which).edges()}, {"counts", counts}, {"sum", sum}};
+  return {{"edges", family.edges()}, {"counts", counts}, {"sum", sum}};
 }
 
 Json LatencyJson(const EngineMetrics& metrics) {
-  using Latencies = EngineMetrics::Latencies;
-  return {{"time_to_first_token", Merged(metrics, &Latencies::time_to_first_token)},
-          {"inter_token", Merged(metrics, &Latencies::inter_token)},
-          {"queue", Merged(metrics, &Latencies::queue)},
-          {"duration", Merged(metrics, &Latencies::duration)}};
+  return {{"time_to_first_token", Merged(metrics.time_to_first_token)},
+          {"inter_token", Merged(metrics.inter_token)},
+          {"queue", Merged(metrics.queue)},
+          {"duration", Merged(metrics.duration)}};
 }
 
 Json LoadJson(const EngineStats& stats) {
@@ -75,7 +73,7 @@ Json SparsityJson(const Engine& engine, const SparsityStats& stats) {
     fallbacks += layer.fallbacks;
     recoveries += layer.recoveries;
   }
-  for (const auto& kind : metrics.weight_bytes_read) bytes += kind.value();
+  for (int kind = 0; kind < kWeightKinds; ++kind) bytes += metrics.weight_bytes_read[kind].value();
   return {{"predictor", engine.predictor().path},
           {"shadow_tokens", stats.shadow_tokens},
           {"shadow_agreements", stats.shadow_agreements},
@@ -106,6 +104,22 @@ Json LayersJson(const SparsityStats& stats, const ModelShape& shape) {
   return layers;
 }
 
+// What there is to say once the model is loaded.
+void AddEngine(const Engine& engine, const v1::GetServerInfoResponse& info, Json* json) {
+  const EngineStats stats = engine.stats();
+  const SparsityStats sparsity = engine.sparsity_stats();
+  (*json)["backend"] = info.backend();
+  (*json)["synthetic"] = info.synthetic();
+  (*json)["limits"] = {{"max_batch", info.limits().max_batch()},
+                       {"max_waiting_requests", info.limits().max_waiting_requests()}};
+  (*json)["load"] = LoadJson(stats);
+  (*json)["latency"] = LatencyJson(engine.metrics());
+  (*json)["step"] = StepJson(engine.metrics());
+  (*json)["layers"] = LayersJson(sparsity, engine.model());
+  (*json)["sparsity"] = SparsityJson(engine, sparsity);
+  (*json)["requests"] = RequestsJson(stats.account);
+}
+
 }  // namespace
 
 std::string StatusPage() { return kStatusPageHtml; }
@@ -117,21 +131,7 @@ std::string StatusJson(const ServingState& state) {
                {"model", info.model()},
                {"uptime_seconds", info.uptime_seconds()},
                {"default_tier", std::string(Name(state.default_tier()))}};
-  if (const ServedModel* const model = state.model_if_loaded()) {
-    const Engine& engine = *model->engine;
-    const EngineStats stats = engine.stats();
-    const SparsityStats sparsity = engine.sparsity_stats();
-    json["backend"] = info.backend();
-    json["synthetic"] = info.synthetic();
-    json["limits"] = {{"max_batch", info.limits().max_batch()},
-                      {"max_waiting_requests", info.limits().max_waiting_requests()}};
-    json["load"] = LoadJson(stats);
-    json["latency"] = LatencyJson(engine.metrics());
-    json["step"] = StepJson(engine.metrics());
-    json["layers"] = LayersJson(sparsity, engine.model());
-    json["sparsity"] = SparsityJson(engine, sparsity);
-    json["requests"] = RequestsJson(stats.account);
-  }
+  if (const ServedModel* const model = state.model_if_loaded()) AddEngine(*model->engine, info, &json);
   // A model may be called anything.
   return json.dump(-1, ' ', false, Json::error_handler_t::replace);
 }

@@ -1,5 +1,5 @@
-// The status page: one HTML document for people with a browser, and the JSON that it asks for every second. It loads
-// nothing but itself. Any thread.
+// The status page: one HTML document for browsers, and the JSON that it fetches every second. The document loads
+// nothing else. Any thread.
 #ifndef SERVER_OBSERVE_STATUS_PAGE_H_
 #define SERVER_OBSERVE_STATUS_PAGE_H_
 
@@ -12,7 +12,8 @@ namespace dejavu {
 // server/observe/status_page.html
 std::string StatusPage();
 
-// An object: `version`, `state`, `model` and `uptime_seconds`, and once the model is loaded all the rest.
+// An object with `version`, `state`, `model`, `uptime_seconds` and `default_tier`; once the model is loaded, with all
+// the rest.
 std::string StatusJson(const ServingState& state);
 
 }  // namespace dejavu

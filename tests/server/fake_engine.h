@@ -25,6 +25,7 @@ class FakeEngine final : public Engine {
   ModelShape config;
   PredictorInfo predictor_info;
   std::string synthetic_description;
+  EngineStats stats_of_engine;
   SparsityStats stats_of_sparsity;
   EngineMetrics counted{*MetricEdgesFrom("")};
   Finish finish;
@@ -53,7 +54,7 @@ class FakeEngine final : public Engine {
   bool WaitIdle(SteadyTime /*deadline*/) override { return true; }
   absl::Status ReloadPredictor() override { return absl::UnimplementedError("the test has none"); }
   const StepTrace& trace() const override { return steps; }
-  EngineStats stats() const override { return {}; }
+  EngineStats stats() const override { return stats_of_engine; }
   SparsityStats sparsity_stats() const override { return stats_of_sparsity; }
   void SetCounting(bool) override {}
   const EngineMetrics& metrics() const override { return counted; }
