@@ -1,7 +1,6 @@
 #include "engine/ranks/model_group.h"
 
 #include <algorithm>
-#include <cstring>
 #include <exception>
 #include <future>
 #include <limits>
@@ -13,6 +12,7 @@
 #include "engine/ranks/device.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/draw.h"
+#include "kernels/group/agree.h"
 #include "kernels/group/thread_group.h"
 #include "kernels/mpi/open_mpi.h"
 #include "spdlog/spdlog.h"
@@ -27,12 +27,9 @@ const MpiOptions kPatient = {.timeout_s = kForever};
 // What every rank says before the group goes on.
 struct Hello {
   int32_t version = kStepMessageVersion;
-  int32_t failed = 0;
   int32_t kv_blocks = 0;
-  int32_t unused = 0;
   int64_t weight_bytes = 0;
   uint64_t fingerprint = 0;  // of the model
-  char message[232] = {};    // why it failed
 };
 
 uint64_t Fingerprint(const std::string& text) {
@@ -41,39 +38,19 @@ uint64_t Fingerprint(const std::string& text) {
   return hash;
 }
 
-// Rank 0's verdict on all of them, which every rank gets: OK with the sums and the least of what they said, or why not.
+// All ranks go on, with the sums and the least of what they said in `hello`, or none.
 absl::Status Agree(Communicator& group, const absl::Status& mine, Hello* hello) {
-  hello->failed = mine.ok() ? 0 : static_cast<int32_t>(mine.code());
-  std::snprintf(hello->message, sizeof hello->message, "%s", std::string(mine.message()).c_str());
-  std::vector<Hello> all(group.rank() == 0 ? group.size() : 0);
-  group.Gather(all.data(), hello, sizeof(Hello));
-  Hello verdict;
-  if (group.rank() == 0) {
-    verdict = all[0];
-    for (int rank = 0; rank < group.size() && verdict.failed == 0; ++rank) {
-      const Hello& of_rank = all[rank];
-      verdict.kv_blocks = std::min(verdict.kv_blocks, of_rank.kv_blocks);
-      verdict.weight_bytes += rank == 0 ? 0 : of_rank.weight_bytes;
-      const auto differs = [&](const char* what) {
-        verdict.failed = static_cast<int32_t>(absl::StatusCode::kFailedPrecondition);
-        std::snprintf(verdict.message, sizeof verdict.message, "rank %d has another %s than rank 0", rank, what);
-      };
-      if (of_rank.version != all[0].version) {
-        differs("version of dejavud");
-      } else if (of_rank.failed != 0) {
-        verdict.failed = of_rank.failed;
-        std::snprintf(verdict.message, sizeof verdict.message, "rank %d: %.200s", rank, of_rank.message);
-      } else if (of_rank.fingerprint != all[0].fingerprint) {
-        differs("model");
-      }
-    }
-  }
-  group.Broadcast(&verdict, sizeof verdict);
-  *hello = verdict;
-  if (verdict.failed == 0) return absl::OkStatus();
-  if (!mine.ok()) return mine;
-  verdict.message[sizeof verdict.message - 1] = '\0';
-  return absl::Status(static_cast<absl::StatusCode>(verdict.failed), verdict.message);
+  const Hello first = *hello;  // rank 0's, where it matters
+  const auto differs = [](int rank, const char* what) {
+    return absl::FailedPreconditionError(absl::StrCat("rank ", rank, " has another ", what, " than rank 0"));
+  };
+  return Agree(group, mine, hello, [&](int rank, const absl::Status& said, const Hello& of_rank) {
+    hello->kv_blocks = std::min(hello->kv_blocks, of_rank.kv_blocks);
+    hello->weight_bytes += rank == 0 ? 0 : of_rank.weight_bytes;
+    if (of_rank.version != first.version) return differs(rank, "version of dejavud");
+    if (said.ok() && of_rank.fingerprint != first.fingerprint) return differs(rank, "model");
+    return said;
+  });
 }
 
 absl::StatusOr<std::unique_ptr<Backend>> ThreadDevice(const GroupOptions& o, int rank) {

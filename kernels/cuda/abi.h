@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define DEJAVU_CUDA_ABI_VERSION 4
+#define DEJAVU_CUDA_ABI_VERSION 5
 #define DEJAVU_CUDA_ENTRY "DejavuCudaEntry"  // const DejavuCudaModule* (*)(void); all that the module exports
 #define DEJAVU_CUDA_GROUP_ID_BYTES 128
 #define DEJAVU_CUDA_PEER_LOST 1000000  // what a call returns because another rank did not come; the context is lost
@@ -60,6 +60,26 @@ typedef struct DejavuCudaGemm {
   int32_t accumulate;  // c += instead
 } DejavuCudaGemm;
 
+// `rows` pieces of `row_bytes`, so far apart on either side.
+typedef struct DejavuCudaCopy {
+  void* to;
+  int64_t to_stride;
+  const void* from;
+  int64_t from_stride;
+  int64_t row_bytes, rows;
+} DejavuCudaCopy;
+
+// A type for each kind of copy, so that none is taken for another.
+typedef struct DejavuCudaUpload {
+  DejavuCudaCopy copy;  // to the device
+} DejavuCudaUpload;
+typedef struct DejavuCudaFetch {
+  DejavuCudaCopy copy;  // from the device to pinned memory
+} DejavuCudaFetch;
+typedef struct DejavuCudaDownload {
+  DejavuCudaCopy copy;  // from the device to any memory of the host
+} DejavuCudaDownload;
+
 typedef struct DejavuCudaModule {
   int32_t abi_version;
   const char* (*error)(void);
@@ -73,14 +93,11 @@ typedef struct DejavuCudaModule {
   int (*allocate_pinned)(DejavuCudaContext* context, int64_t bytes, void** memory);  // of the host
   int (*free_pinned)(DejavuCudaContext* context, void* memory);
 
-  // `rows` pieces of `row_bytes`, so far apart on either side. From pinned memory `upload` and into it `fetch` return
-  // at once; pageable memory may be reused when upload returns. `download` waits.
-  int (*upload)(DejavuCudaContext* context, void* to, int64_t to_stride, const void* from, int64_t from_stride,
-                int64_t row_bytes, int64_t rows);
-  int (*fetch)(DejavuCudaContext* context, void* to, int64_t to_stride, const void* from, int64_t from_stride,
-               int64_t row_bytes, int64_t rows);
-  int (*download)(DejavuCudaContext* context, void* to, int64_t to_stride, const void* from, int64_t from_stride,
-                  int64_t row_bytes, int64_t rows);
+  // From pinned memory `upload` and into it `fetch` return at once; pageable memory may be reused when upload returns.
+  // `download` waits.
+  int (*upload)(DejavuCudaContext* context, DejavuCudaUpload upload);
+  int (*fetch)(DejavuCudaContext* context, DejavuCudaFetch fetch);
+  int (*download)(DejavuCudaContext* context, DejavuCudaDownload download);
   int (*synchronize)(DejavuCudaContext* context);
 
   int (*launch)(DejavuCudaContext* context, const DejavuCudaLaunch* launch);

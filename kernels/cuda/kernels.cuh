@@ -1,4 +1,4 @@
-// All kernels of the CUDA backend. Included once by the real module (module.cu) and once by the emulated one.
+// All kernels of the CUDA backend. Included once by the real module (module/module.cu) and once by the emulated one.
 #ifndef KERNELS_CUDA_KERNELS_CUH_
 #define KERNELS_CUDA_KERNELS_CUH_
 

@@ -214,7 +214,6 @@ struct DrawParams {
   int32_t count, first, candidates;  // logits of a row; the id of the first; so many of them may be chosen
 };
 
-// sums[t] += the 64-bit words that thread t of the grid reads: all of data once.
 // Around products of many rows, which a library does. x = high + low, in the type of the weights.
 struct SplitParams {
   MatrixOf<const float> x;
@@ -238,6 +237,7 @@ struct CountActiveParams {
   int32_t counted, rows, neurons;
 };
 
+// sums[t] += the 64-bit words that thread t of the grid reads: all of data once.
 struct ReadSumParams {
   const void* data;
   int64_t vectors;  // of 16 bytes

@@ -101,6 +101,12 @@ int Leave() { return Check(MPI_Finalize(), "MPI_Finalize"); }
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) const DejavuMpiModule* DejavuMpiEntry() {
-  static const DejavuMpiModule module = {DEJAVU_MPI_ABI_VERSION, Error, Join, Send, Receive, Test, Leave};
+  static const DejavuMpiModule module = {.abi_version = DEJAVU_MPI_ABI_VERSION,
+                                         .error = Error,
+                                         .join = Join,
+                                         .send = Send,
+                                         .receive = Receive,
+                                         .test = Test,
+                                         .leave = Leave};
   return &module;
 }

@@ -20,6 +20,11 @@ constexpr int64_t kPieceBytes = 32 << 20;
 
 std::string CudaVersion(int version) { return absl::StrCat(version / 1000, ".", version % 1000 / 10); }
 
+// A copy of one piece.
+DejavuCudaCopy Piece(void* to, const void* from, int64_t bytes) {
+  return {.to = to, .to_stride = bytes, .from = from, .from_stride = bytes, .row_bytes = bytes, .rows = 1};
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<DeviceProbe>> DeviceProbe::Create(const DejavuCudaModule* module, int device,
@@ -68,20 +73,20 @@ void DeviceProbe::Fill() {
     const int64_t bytes = std::min(kPieceBytes, bytes_ - at);
     for (int64_t i = 0; i < bytes / 8; ++i) words[i] = ++next * 0x9E3779B97F4A7C15u;
     of_pass_ = std::accumulate(words.begin(), words.begin() + bytes / 8, of_pass_);
-    Try(module_.upload(context_, static_cast<char*>(data_) + at, bytes, words.data(), bytes, bytes, 1),
+    Try(module_.upload(context_, {Piece(static_cast<char*>(data_) + at, words.data(), bytes)}),
         "fill of the bandwidth probe");
   }
 }
 
 void DeviceProbe::Pass() {
   const cuda::ReadSumParams params = {data_, bytes_ / 16, static_cast<uint64_t*>(sums_)};
-  DejavuCudaLaunch launch = {};
-  launch.kernel = cuda::kReadSum;
-  launch.grid[0] = static_cast<uint32_t>(threads() / cuda::kBlockThreads);
-  launch.block[0] = cuda::kBlockThreads;
-  launch.grid[1] = launch.grid[2] = launch.block[1] = launch.block[2] = 1;
-  launch.params = &params;
-  launch.params_bytes = sizeof params;
+  const DejavuCudaLaunch launch = {.kernel = cuda::kReadSum,
+                                   .grid = {static_cast<uint32_t>(threads() / cuda::kBlockThreads), 1, 1},
+                                   .block = {cuda::kBlockThreads, 1, 1},
+                                   .shared_bytes = 0,
+                                   .overlaps = 0,
+                                   .params = &params,
+                                   .params_bytes = sizeof params};
   expected_ += of_pass_;
   Try(module_.launch(context_, &launch), "bandwidth probe");
 }
@@ -94,8 +99,7 @@ double DeviceProbe::Measure() {
   float ms = 0.0f;
   Try(module_.elapsed_ms(context_, 0, 1, &ms), "elapsed time");
   std::vector<uint64_t> sums(threads());
-  const int64_t bytes = threads() * 8;
-  Try(module_.download(context_, sums.data(), bytes, sums_, bytes, bytes, 1), "download");
+  Try(module_.download(context_, {Piece(sums.data(), sums_, threads() * 8)}), "download");
   const uint64_t sum = std::accumulate(sums.begin(), sums.end(), uint64_t{0});
   if (sum != expected_) {
     throw std::runtime_error(absl::StrCat("the bandwidth probe summed ", sum, " instead of ", expected_));

@@ -29,7 +29,7 @@ def compile_module(architecture, folder):
     # One -gencode for PTX alone: the virtual architecture that the build compiles this GPU's code from.
     subprocess.run([nvcc, "-ptx", "-O3", "-DNDEBUG", "-std=c++17", "--Werror=all-warnings", f"-I{ROOT}",
                     f"-gencode=arch=compute_{architecture},code=compute_{architecture}", "-o", ptx,
-                    ROOT / "kernels/cuda/module.cu"], check=True)
+                    ROOT / "kernels/cuda/module/module.cu"], check=True)
     done = subprocess.run([nvcc, "-cubin", "-O3", f"-arch=sm_{architecture}", "-Xptxas=-v",
                            "-o", folder / "module.cubin", ptx], check=True, text=True, stderr=subprocess.PIPE)
     return ptx.read_text(), done.stderr

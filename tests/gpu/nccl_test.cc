@@ -41,7 +41,9 @@ class NcclRank {
     std::vector<float> values(1000);
     for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(rank_ + 1 + i % 7);
     const int64_t count = std::ssize(values), bytes = count * int64_t{sizeof(float)};
-    Try(module_.upload(context_, data_, bytes, values.data(), bytes, bytes, 1));
+    DejavuCudaCopy copy = {
+        .to = data_, .to_stride = bytes, .from = values.data(), .from_stride = bytes, .row_bytes = bytes, .rows = 1};
+    Try(module_.upload(context_, {copy}));
     Try(module_.all_reduce(context_, data_, count, 0));
     DejavuCudaGraph* graph = nullptr;
     Try(module_.begin_capture(context_));
@@ -49,7 +51,9 @@ class NcclRank {
     Try(module_.join_all_reduce(context_));
     Try(module_.end_capture(context_, &graph));
     Try(module_.replay(context_, graph));
-    Try(module_.download(context_, values.data(), bytes, data_, bytes, bytes, 1));
+    copy.to = values.data();
+    copy.from = data_;
+    Try(module_.download(context_, {copy}));
     module_.free_graph(context_, graph);
     for (size_t i = 0; i < values.size(); ++i) {
       const auto own = static_cast<float>(size_ * (size_ + 1) / 2 + size_ * static_cast<int>(i % 7));

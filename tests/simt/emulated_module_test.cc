@@ -57,6 +57,11 @@ std::span<const ModuleKernel> ModuleKernels() {
 
 namespace {
 
+// A copy of one piece.
+DejavuCudaCopy Piece(void* to, const void* from, int64_t bytes) {
+  return {.to = to, .to_stride = 0, .from = from, .from_stride = 0, .row_bytes = bytes, .rows = 1};
+}
+
 class EmulatedModuleTest : public testing::Test {
  protected:
   EmulatedModuleTest() {
@@ -82,10 +87,10 @@ class EmulatedModuleTest : public testing::Test {
                                      .params_bytes = sizeof(Params)};
     return module_.launch(context_, &launch);
   }
-  int Upload(const void* from, int64_t bytes) { return module_.upload(context_, device_, 0, from, 0, bytes, 1); }
+  int Upload(const void* from, int64_t bytes) { return module_.upload(context_, {Piece(device_, from, bytes)}); }
   std::vector<float> Downloaded() {
     std::vector<float> values(kFloats);
-    EXPECT_EQ(module_.download(context_, values.data(), 0, device_, 0, sizeof(float) * kFloats, 1), 0);
+    EXPECT_EQ(module_.download(context_, {Piece(values.data(), device_, sizeof(float) * kFloats)}), 0);
     return values;
   }
   std::string error() const { return module_.error(); }
@@ -123,25 +128,29 @@ TEST_F(EmulatedModuleTest, MemoryIsZeroedAndLimited) {
 
 TEST_F(EmulatedModuleTest, CopiesStridedRows) {
   const float rows[] = {1, 2, 0, 3, 4, 0};
-  EXPECT_EQ(module_.upload(context_, device_, 8, rows, 12, 8, 2), 0);
+  const DejavuCudaUpload upload = {
+      {.to = device_, .to_stride = 8, .from = rows, .from_stride = 12, .row_bytes = 8, .rows = 2}};
+  EXPECT_EQ(module_.upload(context_, upload), 0);
   EXPECT_THAT(Downloaded(), ElementsAre(1, 2, 3, 4));
   float column[2];
-  EXPECT_EQ(module_.download(context_, column, 4, device_ + 1, 8, 4, 2), 0);
+  const DejavuCudaDownload download = {
+      {.to = column, .to_stride = 4, .from = device_ + 1, .from_stride = 8, .row_bytes = 4, .rows = 2}};
+  EXPECT_EQ(module_.download(context_, download), 0);
   EXPECT_THAT(column, ElementsAre(2, 4));
 }
 
 TEST_F(EmulatedModuleTest, HostMemoryIsNotDeviceMemory) {
   float host[kFloats] = {};
-  EXPECT_NE(module_.upload(context_, host, 0, device_, 0, 4, 1), 0);
+  EXPECT_NE(module_.upload(context_, {Piece(host, device_, 4)}), 0);
   EXPECT_THAT(error(), HasSubstr("not device memory"));
   EXPECT_NE(Upload(host, sizeof(float) * (kFloats + 1)), 0);
-  EXPECT_NE(module_.download(context_, host, 0, pinned_, 0, 4, 1), 0);
+  EXPECT_NE(module_.download(context_, {Piece(host, pinned_, 4)}), 0);
 }
 
 TEST_F(EmulatedModuleTest, AFetchArrivesWhenTheHostHasWaited) {
   EXPECT_EQ(Launch(kAddTo, AddParams{device_, 5}), 0);
   pinned_[0] = 0;
-  EXPECT_EQ(module_.fetch(context_, pinned_, 0, device_, 0, 4, 1), 0);
+  EXPECT_EQ(module_.fetch(context_, {Piece(pinned_, device_, 4)}), 0);
   EXPECT_EQ(Launch(kAddTo, AddParams{device_, 1}), 0);
   EXPECT_TRUE(std::isnan(pinned_[0]));
   EXPECT_EQ(module_.synchronize(context_), 0);
@@ -171,7 +180,7 @@ TEST_F(EmulatedModuleTest, RefusesLaunchesThatDoNotFitTheKernel) {
 TEST_F(EmulatedModuleTest, AGraphReplaysOverChangedMemory) {
   ASSERT_EQ(module_.begin_capture(context_), 0);
   for (int i = 0; i < 3; ++i) EXPECT_EQ(Launch(kAddTo, AddParams{device_, 1}, 2, 32), 0);
-  EXPECT_EQ(module_.fetch(context_, pinned_, 0, device_, 0, 4, 1), 0);
+  EXPECT_EQ(module_.fetch(context_, {Piece(pinned_, device_, 4)}), 0);
   DejavuCudaGraph* graph;
   ASSERT_EQ(module_.end_capture(context_, &graph), 0);
   EXPECT_EQ(GetEmulation().captured_launches, 3);
@@ -197,8 +206,8 @@ TEST_F(EmulatedModuleTest, ACaptureRefusesWhatAGraphCannotHold) {
   void* memory;
   EXPECT_NE(Upload(&host, 4), 0);
   EXPECT_EQ(error(), "upload of pageable memory during a capture");
-  EXPECT_NE(module_.download(context_, &host, 0, device_, 0, 4, 1), 0);
-  EXPECT_NE(module_.fetch(context_, &host, 0, device_, 0, 4, 1), 0);
+  EXPECT_NE(module_.download(context_, {Piece(&host, device_, 4)}), 0);
+  EXPECT_NE(module_.fetch(context_, {Piece(&host, device_, 4)}), 0);
   const DejavuCudaGemm gemm = {};
   EXPECT_NE(module_.gemm(context_, &gemm), 0);
   EXPECT_EQ(error(), "gemm: the first one cannot be captured");

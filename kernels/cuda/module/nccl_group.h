@@ -1,7 +1,7 @@
 // NCCL, as far as the module uses it. Loaded at the first use, so that the module starts without it; nccl.h is not
 // needed to build.
-#ifndef KERNELS_CUDA_NCCL_GROUP_H_
-#define KERNELS_CUDA_NCCL_GROUP_H_
+#ifndef KERNELS_CUDA_MODULE_NCCL_GROUP_H_
+#define KERNELS_CUDA_MODULE_NCCL_GROUP_H_
 
 #include <cuda_runtime.h>
 
@@ -48,4 +48,4 @@ class NcclGroup {
 
 }  // namespace dejavu::cuda
 
-#endif  // KERNELS_CUDA_NCCL_GROUP_H_
+#endif  // KERNELS_CUDA_MODULE_NCCL_GROUP_H_

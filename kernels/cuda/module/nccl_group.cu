@@ -1,9 +1,7 @@
 // Communicators are blocking ones: with those that are not, NCCL starts a thread for every all-reduce that is queued.
 // What may wait for other ranks, which is making a communicator and taking it down, runs in a thread of its own, so
 // that it can be given up; an all-reduce only queues, for all connections are made at the beginning.
-#include "kernels/cuda/nccl_group.h"
-
-#include <dlfcn.h>
+#include "kernels/cuda/module/nccl_group.h"
 
 #include <algorithm>
 #include <chrono>
@@ -13,10 +11,10 @@
 #include <functional>
 #include <mutex>
 #include <thread>
-#include <type_traits>
 #include <utility>
 
 #include "kernels/cuda/abi.h"
+#include "kernels/cuda/module/shared_library.h"
 
 #if __has_include(<nccl.h>)
 #include <nccl.h>
@@ -49,50 +47,43 @@ constexpr const char* kSettings[][2] = {
     {"NCCL_GRAPH_REGISTER", "0"},   // a rank may record a step that another one replays
 };
 
-struct Library {
-  std::string missing;  // why there is none; empty: there is
-  Result (*get_unique_id)(UniqueId*);
-  Result (*init_rank)(Communicator*, int size, UniqueId, int rank);
-  Result (*destroy)(Communicator);
-  Result (*abort)(Communicator);
-  Result (*async_error)(Communicator, Result*);
-  Result (*all_reduce)(const void* from, void* to, size_t count, int type, int operation, Communicator, cudaStream_t);
-  const char* (*error_string)(Result);
-  const char* (*last_error)(Communicator);
+struct Nccl {
+  SharedLibrary library;
+  Result (*get_unique_id)(UniqueId*) = nullptr;
+  Result (*init_rank)(Communicator*, int size, UniqueId, int rank) = nullptr;
+  Result (*destroy)(Communicator) = nullptr;
+  Result (*abort)(Communicator) = nullptr;
+  Result (*async_error)(Communicator, Result*) = nullptr;
+  Result (*all_reduce)(const void* from, void* to, size_t count, int type, int operation, Communicator,
+                       cudaStream_t) = nullptr;
+  const char* (*error_string)(Result) = nullptr;
+  const char* (*last_error)(Communicator) = nullptr;
 };
 
-Library Load() {
-  Library nccl = {};
+Nccl LoadNccl() {
+  Nccl nccl;
   for (const auto& [name, value] : kSettings) setenv(name, value, /*overwrite=*/0);
-  void* const library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) {
-    nccl.missing = dlerror();
-    return nccl;
-  }
-  const auto resolve = [&](const char* name, auto* function) {
-    *function = reinterpret_cast<std::remove_pointer_t<decltype(function)>>(dlsym(library, name));
-    if (*function == nullptr && nccl.missing.empty()) nccl.missing = dlerror();
-  };
-  resolve("ncclGetUniqueId", &nccl.get_unique_id);
-  resolve("ncclCommInitRank", &nccl.init_rank);
-  resolve("ncclCommDestroy", &nccl.destroy);
-  resolve("ncclCommAbort", &nccl.abort);
-  resolve("ncclCommGetAsyncError", &nccl.async_error);
-  resolve("ncclAllReduce", &nccl.all_reduce);
-  resolve("ncclGetErrorString", &nccl.error_string);
-  resolve("ncclGetLastError", &nccl.last_error);
+  nccl.library.Load({"libnccl.so.2"});
+  nccl.library.Resolve("ncclGetUniqueId", &nccl.get_unique_id);
+  nccl.library.Resolve("ncclCommInitRank", &nccl.init_rank);
+  nccl.library.Resolve("ncclCommDestroy", &nccl.destroy);
+  nccl.library.Resolve("ncclCommAbort", &nccl.abort);
+  nccl.library.Resolve("ncclCommGetAsyncError", &nccl.async_error);
+  nccl.library.Resolve("ncclAllReduce", &nccl.all_reduce);
+  nccl.library.Resolve("ncclGetErrorString", &nccl.error_string);
+  nccl.library.Resolve("ncclGetLastError", &nccl.last_error);
   return nccl;
 }
 
-const Library& Nccl() {
-  static const Library nccl = Load();
+const Nccl& GetNccl() {
+  static const Nccl nccl = LoadNccl();
   return nccl;
 }
 
 std::string Describe(Result result, const char* tried) {
   if (result == kSuccess) return "";
-  std::string text = std::string(tried) + ": NCCL: " + Nccl().error_string(result);
-  const char* const details = Nccl().last_error(nullptr);
+  std::string text = std::string(tried) + ": NCCL: " + GetNccl().error_string(result);
+  const char* const details = GetNccl().last_error(nullptr);
   if (details != nullptr && details[0] != '\0') text += std::string(": ") + details;
   return text;
 }
@@ -116,7 +107,9 @@ bool Within(double seconds, std::function<void()> call) {
 }
 
 std::string Usable() {
-  return Nccl().missing.empty() ? "" : "groups of GPUs need NCCL, which cannot be used: " + Nccl().missing;
+  return GetNccl().library.missing().empty()
+             ? ""
+             : "groups of GPUs need NCCL, which cannot be used: " + GetNccl().library.missing();
 }
 
 }  // namespace
@@ -125,7 +118,7 @@ std::string NcclGroup::MakeId(char* id) {
   std::string why = Usable();
   if (!why.empty() || id == nullptr) return why;
   UniqueId made;
-  why = Describe(Nccl().get_unique_id(&made), "making an id for a group");
+  why = Describe(GetNccl().get_unique_id(&made), "making an id for a group");
   if (why.empty()) std::memcpy(id, made.bytes, sizeof(made.bytes));
   return why;
 }
@@ -143,7 +136,7 @@ std::string NcclGroup::Join(int device, const char* id, int rank, int size, doub
   std::memcpy(unique.bytes, id, sizeof(unique.bytes));
   const bool came = Within(seconds, [=] {
     cudaSetDevice(device);
-    made->why = Describe(Nccl().init_rank(&made->communicator, size, unique, rank), "joining a group");
+    made->why = Describe(GetNccl().init_rank(&made->communicator, size, unique, rank), "joining a group");
   });
   if (!came) {
     return "joining a group: the " + std::to_string(size) + " ranks have not found each other within " +
@@ -156,7 +149,7 @@ std::string NcclGroup::Join(int device, const char* id, int rank, int size, doub
 NcclGroup::~NcclGroup() { Leave(); }
 
 std::string NcclGroup::AllReduce(float* data, int64_t count, cudaStream_t stream, bool* peer_lost) {
-  const Result result = Nccl().all_reduce(data, data, count, kFloat32, kSum, communicator_, stream);
+  const Result result = GetNccl().all_reduce(data, data, count, kFloat32, kSum, communicator_, stream);
   *peer_lost = result == kRemoteError;
   return Describe(result, "all-reduce");
 }
@@ -164,7 +157,7 @@ std::string NcclGroup::AllReduce(float* data, int64_t count, cudaStream_t stream
 std::string NcclGroup::Trouble() {
   if (communicator_ == nullptr) return "the group was left";
   Result result = kSuccess;
-  const Result asked = Nccl().async_error(communicator_, &result);
+  const Result asked = GetNccl().async_error(communicator_, &result);
   return Describe(asked == kSuccess ? result : asked, "a group");
 }
 
@@ -172,7 +165,7 @@ void NcclGroup::Abort() {
   if (communicator_ == nullptr) return;
   Within(kAbortLimitS, [device = device_, communicator = std::exchange(communicator_, nullptr)] {
     cudaSetDevice(device);
-    Nccl().abort(communicator);  // first of all ends its kernels; returns when no graph holds one
+    GetNccl().abort(communicator);  // first of all ends its kernels; returns when no graph holds one
   });
 }
 
@@ -180,7 +173,7 @@ void NcclGroup::Leave() {
   if (communicator_ == nullptr) return;
   Within(kLeaveLimitS, [device = device_, communicator = std::exchange(communicator_, nullptr)] {
     cudaSetDevice(device);
-    Nccl().destroy(communicator);
+    GetNccl().destroy(communicator);
   });
 }
 

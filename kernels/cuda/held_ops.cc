@@ -1,0 +1,82 @@
+#include "kernels/cuda/held_ops.h"
+
+#include <cstdint>
+#include <utility>
+
+namespace dejavu {
+namespace {
+
+bool SameView(const Tensor& a, const Tensor& b) {
+  return a.data == b.data && a.rows == b.rows && a.cols == b.cols && a.stride == b.stride;
+}
+bool Overlap(const Tensor& a, const Tensor& b) {
+  const auto end = [](const Tensor& t) {
+    return static_cast<const char*>(t.data) + ((t.rows - 1) * t.stride + t.cols) * SizeOf(t.dtype);
+  };
+  return a.data < end(b) && b.data < end(a);
+}
+
+}  // namespace
+
+void HeldOps::Flush() {
+  if (const auto add = std::exchange(add_, std::nullopt)) {
+    const cuda::AddParams p = {
+        .x = MatrixFrom<float>(add->x), .y = MatrixFrom<const float>(add->y), .features = Int(add->x.cols)};
+    queue_.Launch(cuda::kAdd, RowGrid(add->x), 0, p);
+  }
+  if (const auto norm = std::exchange(norm_, std::nullopt)) {
+    queue_.Launch(cuda::kNorm, {norm->params.rows}, norm->params.features * int64_t{sizeof(float)}, norm->params);
+  }
+  if (const auto rows = std::exchange(write_kv_, std::nullopt)) {
+    queue_.Launch(rows->kv.dtype == DType::kFloat16 ? cuda::kWriteKvF16 : cuda::kWriteKvF32,
+                  {1, rows->kv.heads, rows->rows.rows()}, 0, AttentionFrom(*rows, 0));
+  }
+}
+
+void HeldOps::HoldAdd(Tensor x, Tensor y) {
+  Flush();
+  add_ = {x, y};
+}
+
+void HeldOps::HoldNorm(Tensor y, Tensor x, const NormWeights& norm) {
+  cuda::MatrixOf<const float> add = {};
+  if (add_.has_value() && SameView(add_->x, x)) {
+    add = MatrixFrom<const float>(add_->y);
+    add_.reset();
+  }
+  Flush();
+  norm_ = {.params = {.y = MatrixFrom<float>(y),
+                      .x = MatrixFrom<float>(x),
+                      .add = add,
+                      .weight = VectorFrom<float>(norm.weight),
+                      .bias = VectorFrom<float>(norm.bias),
+                      .rows = Int(x.rows),
+                      .features = Int(x.cols),
+                      .epsilon = norm.epsilon},
+           .y = y,
+           .x = x};
+}
+
+void HeldOps::HoldWriteKv(const KvRows& rows) {
+  Flush();
+  write_kv_ = rows;
+}
+
+std::optional<cuda::NormParams> HeldOps::TakeNorm(const Tensor& beside) {
+  if (norm_.has_value() && (Overlap(norm_->y, beside) || Overlap(norm_->x, beside))) Flush();
+  const std::optional<HeldNorm> norm = std::exchange(norm_, std::nullopt);
+  Flush();
+  return norm.has_value() ? std::optional(norm->params) : std::nullopt;
+}
+
+bool HeldOps::TakeWriteKv(const KvRows& rows) {
+  const bool held = write_kv_.has_value() && write_kv_->kv.keys == rows.kv.keys &&
+                    write_kv_->kv.values == rows.kv.values && SameView(write_kv_->qkv, rows.qkv) &&
+                    SameView(write_kv_->rows.positions, rows.rows.positions) &&
+                    SameView(write_kv_->rows.sequences, rows.rows.sequences) &&
+                    SameView(write_kv_->rows.block_table, rows.rows.block_table);
+  if (held) write_kv_.reset();
+  return held;
+}
+
+}  // namespace dejavu
