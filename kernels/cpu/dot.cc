@@ -1,7 +1,7 @@
 // Products where an output is a row of the weight. A group of outputs passes a block of inputs at a time: the block of
 // x stays in L1 while all rows of weights of the group meet it, so memory is read once however many rows x has. Between
-// blocks the accumulators of a group wait in the thread's scratch. Where rows are many, side.cc does the same with rows
-// side by side.
+// blocks the accumulators of a group wait in the thread's scratch. Where rows are many, rows_in_lanes.cc does the same
+// with rows of x side by side.
 #include <algorithm>
 
 #include "kernels/cpu/kernels.h"
@@ -218,7 +218,7 @@ namespace dejavu::cpu {
 HWY_EXPORT(DotProducts);
 
 void DotProducts(const DotJob& job, int64_t first, int64_t last, float* scratch) {
-  if (job.side != nullptr) return SideProducts(job, first, last, scratch);
+  if (job.in_lanes != nullptr) return LaneProducts(job, first, last, scratch);
   HWY_DYNAMIC_DISPATCH(DotProducts)(job, first, last, scratch);
 }
 

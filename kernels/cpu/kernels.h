@@ -44,20 +44,20 @@ struct DotJob {
   const LinearWeights* w;  // [outputs, inputs]
   const int32_t* outputs;  // which outputs; nullptr: all
   bool relu;
-  Quantized quantized;  // x, for int8
-  const float* side;    // x side by side (see below), or nullptr
+  Quantized quantized;    // x, for int8
+  const float* in_lanes;  // x, its rows in lanes (see below), or nullptr
 };
 // The outputs at `first` ... `last` of the list. NaN passes ReLU.
 void DotProducts(const DotJob& job, int64_t first, int64_t last, float* scratch);
 
-// Many rows of x can lie side by side, so that a vector holds one input of several rows and a weight is broadcast to
+// The rows of x can lie in the lanes of a vector, one input of several rows side by side, and a weight is broadcast to
 // them: nothing is added across lanes, and weights, which are floats, are widened once for all rows. Blocks of
-// kSideInputs inputs follow each other. 0 floats: the rows are too few, or too many lanes would idle.
-constexpr int64_t kSideInputs = 256;
-int64_t SideBySideFloats(int64_t rows, int64_t inputs);
-// Blocks `first` ... `last` of x to `to`, which has SideBySideFloats and is 64-byte aligned.
-void SideBySide(const Tensor& x, int64_t first, int64_t last, float* to);
-void SideProducts(const DotJob& job, int64_t first, int64_t last, float* scratch);  // DotProducts with job.side
+// kLaneInputs inputs follow each other. 0 floats: the rows are too few, or too many lanes would idle.
+constexpr int64_t kLaneInputs = 256;
+int64_t LaneFloats(int64_t rows, int64_t inputs);
+// Blocks `first` ... `last` of x to `to`, which has LaneFloats and is 64-byte aligned.
+void PutInLanes(const Tensor& x, int64_t first, int64_t last, float* to);
+void LaneProducts(const DotJob& job, int64_t first, int64_t last, float* scratch);  // DotProducts with job.in_lanes
 
 // y = W x + b for kInputRows over a list of inputs.
 struct SumJob {

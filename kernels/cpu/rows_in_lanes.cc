@@ -8,7 +8,7 @@
 #include "kernels/cpu/kernels.h"
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "kernels/cpu/side.cc"
+#define HWY_TARGET_INCLUDE "kernels/cpu/rows_in_lanes.cc"
 #include "hwy/foreach_target.h"
 
 // What follows is included once for each target, so it stays below foreach_target.h.
@@ -22,13 +22,13 @@ constexpr int64_t kBlockRows = 96;     // whose sums, for a group, fit L2
 constexpr int64_t kStep = 2 * kLanes;  // inputs are padded with zeros to whole steps
 // Outputs of a tile of one vector of rows, twice those of two: what 16 registers hold, or 32 with AVX-512.
 constexpr int64_t kTileOutputs = HWY_TARGET <= HWY_AVX3 ? 24 : 12;
-constexpr int64_t kPanelFloats = kTileOutputs * kSideInputs;
-static_assert(kSideInputs % kStep == 0 && kBlockRows % kStep == 0);
+constexpr int64_t kPanelFloats = kTileOutputs * kLaneInputs;
+static_assert(kLaneInputs % kStep == 0 && kBlockRows % kStep == 0);
 static_assert((kPanelFloats + kGroupOutputs * kBlockRows * kLanes) * int64_t{sizeof(float)} <= kScratchBytes);
 
 // Calls function.operator()<kVectors>(r) for each tile of rows: two vectors, and for the last ones perhaps one.
 template <typename Function>
-HWY_INLINE void ForSideTiles(int64_t rows, const Function& function) {
+HWY_INLINE void ForRowTiles(int64_t rows, const Function& function) {
   const int64_t padded = RoundUp(rows, kLanes);
   int64_t r = 0;
   for (; r + 2 * kLanes <= padded; r += 2 * kLanes) function.template operator()<2>(r);
@@ -56,7 +56,7 @@ HWY_INLINE void WidenStep(const W* from, float* to) {
 // is [lane][inputs / kLanes][row], where input kLanes * j + l is number j of lane l. Not inlined: within a larger
 // function g++ 12 spills its registers.
 template <bool kWeightsEvenOdd, int kVectors, int kOutputs>
-HWY_NOINLINE void SideTile(const float* w, const float* x, int64_t inputs, bool fresh, float* sums, int64_t stride) {
+HWY_NOINLINE void LaneTile(const float* w, const float* x, int64_t inputs, bool fresh, float* sums, int64_t stride) {
   constexpr int64_t kRows = kVectors * kLanes;
   constexpr int64_t kSecond = kWeightsEvenOdd ? kLanes / 2 : kLanes;  // of a lane, in a step
   for (int64_t l = 0; l < kLanes; ++l, sums += kRows) {
@@ -75,7 +75,7 @@ HWY_NOINLINE void SideTile(const float* w, const float* x, int64_t inputs, bool 
       for (int v = 0; v < kVectors; ++v) xv[v] = hn::Load(F32(), rows + v * kLanes);
 #pragma GCC unroll 24
       for (int o = 0; o < kOutputs; ++o) {
-        const V wo = hn::Set(F32(), from[o * kSideInputs]);
+        const V wo = hn::Set(F32(), from[o * kLaneInputs]);
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) sum[v][o] = hn::MulAdd(wo, xv[v], sum[v][o]);
       }
@@ -93,9 +93,9 @@ HWY_NOINLINE void SideTile(const float* w, const float* x, int64_t inputs, bool 
 }
 
 template <typename W>
-class SideRun {
+class LaneRun {
  public:
-  SideRun(const DotJob& job, int64_t first, int64_t last, float* scratch)
+  LaneRun(const DotJob& job, int64_t first, int64_t last, float* scratch)
       : job_(job),
         first_(first),
         last_(last),
@@ -116,8 +116,8 @@ class SideRun {
 
   void Group(int64_t row, int64_t rows, int64_t first, int64_t count) {
     const int64_t inputs = job_.x.cols, panel = rows > kLanes ? kTileOutputs / 2 : kTileOutputs;
-    for (int64_t input = 0; input < inputs; input += kSideInputs) {
-      const int64_t n = std::min(kSideInputs, inputs - input);
+    for (int64_t input = 0; input < inputs; input += kLaneInputs) {
+      const int64_t n = std::min(kLaneInputs, inputs - input);
       const bool last = input + n == inputs;
       for (int64_t i = 0; i < count; i += panel) {
         const int64_t outputs = std::min(panel, count - i);
@@ -125,12 +125,12 @@ class SideRun {
           const int64_t at = first + i + o;
           // Meanwhile comes what is widened when the others of the group have been.
           const W* next = last ? Weights(at + count) : Weights(at) + input + n;
-          WidenRow(Weights(at) + input, n, next, panel_ + o * kSideInputs);
+          WidenRow(Weights(at) + input, n, next, panel_ + o * kLaneInputs);
         }
         Block(row, rows, outputs, input, n, sums_ + i * sums_stride_);
       }
     }
-    ForSideTiles(rows, [&]<int kVectors>(int64_t r) HWY_ATTR { Finish<kVectors>(row, rows, r, first, count); });
+    ForRowTiles(rows, [&]<int kVectors>(int64_t r) HWY_ATTR { Finish<kVectors>(row, rows, r, first, count); });
   }
 
   static void WidenRow(const W* from, int64_t n, const W* next, float* to) {
@@ -151,12 +151,12 @@ class SideRun {
   // A block of inputs for the outputs that are in the panel.
   void Block(int64_t row, int64_t rows, int64_t outputs, int64_t input, int64_t n, float* sums) {
     const int64_t padded = RoundUp(n, kStep);
-    const float* x = job_.side + input * RoundUp(job_.x.rows, kLanes) + row * padded;
-    ForSideTiles(rows, [&]<int kVectors>(int64_t r) HWY_ATTR {
+    const float* x = job_.in_lanes + input * RoundUp(job_.x.rows, kLanes) + row * padded;
+    ForRowTiles(rows, [&]<int kVectors>(int64_t r) HWY_ATTR {
       int64_t o = 0;
       const auto tiles = [&]<int kOutputs>() HWY_ATTR {
         for (; o + kOutputs <= outputs; o += kOutputs) {
-          SideTile<kEvenOdd<W>, kVectors, kOutputs>(panel_ + o * kSideInputs, x + r * padded, padded, input == 0,
+          LaneTile<kEvenOdd<W>, kVectors, kOutputs>(panel_ + o * kLaneInputs, x + r * padded, padded, input == 0,
                                                     sums + o * sums_stride_ + r * kLanes, sums_stride_);
         }
       };
@@ -193,28 +193,28 @@ class SideRun {
   const DotJob& job_;
   const int64_t first_, last_;
   const int64_t sums_stride_;  // from output to output
-  float* const panel_;         // [kTileOutputs][kSideInputs] widened weights
+  float* const panel_;         // [kTileOutputs][kLaneInputs] widened weights
   float* const sums_;          // [kGroupOutputs][tiles of rows][kLanes][rows of the tile]
 };
 
-void SideProducts(const DotJob& job, int64_t first, int64_t last, float* scratch) {
+void LaneProducts(const DotJob& job, int64_t first, int64_t last, float* scratch) {
   switch (job.w->weight.dtype) {
     case DType::kFloat32:
-      return SideRun<float>(job, first, last, scratch).Run();
+      return LaneRun<float>(job, first, last, scratch).Run();
     case DType::kFloat16:
-      return SideRun<hwy::float16_t>(job, first, last, scratch).Run();
+      return LaneRun<hwy::float16_t>(job, first, last, scratch).Run();
     case DType::kBFloat16:
-      return SideRun<hwy::bfloat16_t>(job, first, last, scratch).Run();
+      return LaneRun<hwy::bfloat16_t>(job, first, last, scratch).Run();
     default:
       CHECK(false) << "weights of type " << Name(job.w->weight.dtype);
   }
 }
 
-void SideBySide(const Tensor& x, int64_t first, int64_t last, float* to) {
-  for (int64_t input = first * kSideInputs; input < std::min(last * kSideInputs, x.cols); input += kSideInputs) {
-    const int64_t n = std::min(kSideInputs, x.cols - input), padded = RoundUp(n, kStep), number = padded / kLanes;
+void PutInLanes(const Tensor& x, int64_t first, int64_t last, float* to) {
+  for (int64_t input = first * kLaneInputs; input < std::min(last * kLaneInputs, x.cols); input += kLaneInputs) {
+    const int64_t n = std::min(kLaneInputs, x.cols - input), padded = RoundUp(n, kStep), number = padded / kLanes;
     float* block = to + input * RoundUp(x.rows, kLanes);
-    ForSideTiles(x.rows, [&]<int kVectors>(int64_t r) HWY_ATTR {
+    ForRowTiles(x.rows, [&]<int kVectors>(int64_t r) HWY_ATTR {
       constexpr int64_t kRows = kVectors * kLanes;
       float* tile = block + r * padded;
       if (n < padded || x.rows - r < kRows) std::fill_n(tile, kRows * padded, 0.0f);
@@ -226,7 +226,7 @@ void SideBySide(const Tensor& x, int64_t first, int64_t last, float* to) {
   }
 }
 
-int64_t SideBySideFloats(int64_t rows, int64_t inputs) {
+int64_t LaneFloats(int64_t rows, int64_t inputs) {
   const int64_t padded = RoundUp(rows, kLanes);
   return rows < 4 || 8 * rows < 7 * padded ? 0 : padded * RoundUp(inputs, kStep);
 }
@@ -237,18 +237,18 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace dejavu::cpu {
 
-HWY_EXPORT(SideBySide);
-HWY_EXPORT(SideBySideFloats);
-HWY_EXPORT(SideProducts);
+HWY_EXPORT(PutInLanes);
+HWY_EXPORT(LaneFloats);
+HWY_EXPORT(LaneProducts);
 
-int64_t SideBySideFloats(int64_t rows, int64_t inputs) { return HWY_DYNAMIC_DISPATCH(SideBySideFloats)(rows, inputs); }
+int64_t LaneFloats(int64_t rows, int64_t inputs) { return HWY_DYNAMIC_DISPATCH(LaneFloats)(rows, inputs); }
 
-void SideBySide(const Tensor& x, int64_t first, int64_t last, float* to) {
-  HWY_DYNAMIC_DISPATCH(SideBySide)(x, first, last, to);
+void PutInLanes(const Tensor& x, int64_t first, int64_t last, float* to) {
+  HWY_DYNAMIC_DISPATCH(PutInLanes)(x, first, last, to);
 }
 
-void SideProducts(const DotJob& job, int64_t first, int64_t last, float* scratch) {
-  HWY_DYNAMIC_DISPATCH(SideProducts)(job, first, last, scratch);
+void LaneProducts(const DotJob& job, int64_t first, int64_t last, float* scratch) {
+  HWY_DYNAMIC_DISPATCH(LaneProducts)(job, first, last, scratch);
 }
 
 }  // namespace dejavu::cpu

@@ -1,0 +1,50 @@
+// A grid's shared memory, and asynchronous copies into it.
+#include <algorithm>
+#include <cstring>
+
+#include "absl/strings/str_format.h"
+#include "grid.h"
+
+namespace dejavu::simt {
+
+void* Grid::StaticShared(const void* site, size_t bytes) {
+  size_t total = bytes;
+  for (const StaticArray& array : static_) {
+    if (array.site == site) return array.memory.get();
+    total += array.bytes;
+  }
+  if (total > kMostStaticShared) {
+    Fail(absl::StrFormat("%d bytes of static shared memory; a block has %d", total, kMostStaticShared));
+  }
+  StaticArray& array = static_.emplace_back(StaticArray{site, bytes, std::unique_ptr<char[]>(new char[bytes])});
+  std::fill_n(array.memory.get(), bytes, '\xFF');
+  return array.memory.get();
+}
+
+bool Grid::InShared(const void* p, size_t bytes) const {
+  const auto within = [&](const char* memory, size_t size) {
+    const auto at = reinterpret_cast<uintptr_t>(p), begin = reinterpret_cast<uintptr_t>(memory);
+    return at >= begin && at + bytes <= begin + size;
+  };
+  return within(dynamic_.get(), launch_.shared_bytes) ||
+         std::any_of(static_.begin(), static_.end(),
+                     [&](const StaticArray& array) { return within(array.memory.get(), array.bytes); });
+}
+
+void Grid::CopyAsync(void* shared, const void* global) {
+  if (!InShared(shared, 16)) Fail("CopyAsync16 writes beyond shared memory");
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) Fail("CopyAsync16: the target is not aligned to 16 bytes");
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) Fail("CopyAsync16: the source is not aligned to 16 bytes");
+  std::memset(shared, 0xFF, 16);
+  running_->copies.push_back({shared, global, running_->copy_groups});
+}
+
+void Grid::FinishCopies(int groups_under_way) {
+  std::vector<AsyncCopy>& copies = running_->copies;
+  const int finished = running_->copy_groups - groups_under_way;
+  const auto end = std::find_if(copies.begin(), copies.end(), [&](const AsyncCopy& c) { return c.group >= finished; });
+  std::for_each(copies.begin(), end, [](const AsyncCopy& copy) { std::memcpy(copy.to, copy.from, 16); });
+  copies.erase(copies.begin(), end);
+}
+
+}  // namespace dejavu::simt
