@@ -221,23 +221,6 @@ class Backend {
   virtual void GatherRows(Tensor y, Tensor x, Tensor ids) = 0;
 };
 
-struct CpuBackendOptions {
-  int threads = 0;  // 0: one per CPU that this process may use
-  // One CPU per thread, as far as the affinity mask reaches. The thread that calls the ops counts: its first op pins
-  // it, and threads that it starts afterwards inherit that. Two backends that pin share the same CPUs.
-  bool pin = true;
-  int first_cpu = 0;  // with `pin`: of those that the process may use, the number of the first thread's
-  int sharers = 1;    // backends that share this machine's memory: FreeBytes is this one's part
-};
-
-// CPUs that this process may use.
-int CpuCount();
-
-absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const CpuBackendOptions& options);
-
-// UNAVAILABLE with the reason where this build has no CUDA backend or this machine no device.
-absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(int device);
-
 }  // namespace dejavu
 
 #endif  // KERNELS_BACKEND_H_

@@ -17,6 +17,7 @@
 #include "engine/ranks/model_runner.h"
 #include "kernels/base/mutex.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/cpu/cpu_backend.h"
 #include "nlohmann/json.hpp"
 
 namespace dejavu {

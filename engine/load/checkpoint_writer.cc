@@ -19,8 +19,8 @@
 #include "engine/load/synthetic.h"
 #include "engine/model/predictor_file.h"
 #include "engine/model/weight_convert.h"
-#include "kernels/backend.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/cpu/cpu_backend.h"
 #include "nlohmann/json.hpp"
 
 namespace dejavu {

@@ -11,6 +11,10 @@
 
 namespace dejavu {
 
+// Over the module that this machine has (kernels/cuda/load_module.h). UNAVAILABLE with the reason where there is none,
+// or no device.
+absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(int device);
+
 // `module` must outlive the backend and its buffers. UNAVAILABLE with the module's reason where the device cannot be
 // opened. Once something has failed on the device, every op throws std::runtime_error that names the first failure: the
 // context is lost.

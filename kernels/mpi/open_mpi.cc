@@ -20,10 +20,10 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "kernels/backend.h"
 #include "kernels/base/check.h"
 #include "kernels/base/load_module.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/cpu/cpu_backend.h"
 #include "kernels/group/ordered_sum.h"
 #include "kernels/mpi/abi.h"
 

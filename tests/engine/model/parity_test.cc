@@ -14,6 +14,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/communicator.h"
+#include "kernels/cpu/cpu_backend.h"
 #include "tests/engine/golden.h"
 #include "tests/highway_targets.h"
 

@@ -10,7 +10,7 @@
 #include "engine/planning/memory_plan.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "kernels/backend.h"
+#include "kernels/cpu/cpu_backend.h"
 #include "nlohmann/json.hpp"
 #include "tests/scratch_directory.h"
 

@@ -19,6 +19,7 @@
 #include "engine/planning/memory_plan.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "kernels/cpu/cpu_backend.h"
 #include "tests/engine/golden.h"
 #include "tests/engine/made_predictor.h"
 #include "tests/engine/tiny_checkpoint.h"

@@ -8,7 +8,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "kernels/backend.h"
+#include "kernels/cpu/cpu_backend.h"
 #include "kernels/draw.h"
 
 namespace dejavu {

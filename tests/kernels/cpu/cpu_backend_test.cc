@@ -10,7 +10,7 @@
 #include <numeric>
 
 #include "absl/strings/str_cat.h"
-#include "kernels/backend.h"
+#include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/thread_pool.h"
 #include "tests/kernels/cpu/cpu_fixture.h"
 #include "tests/kernels/matrix.h"

@@ -1,4 +1,5 @@
 #include "tests/kernels/cpu/cpu_fixture.h"
+#include "kernels/cpu/cpu_backend.h"
 
 #include <hwy/highway.h>
 
