@@ -21,6 +21,14 @@ struct ModuleName {
 // loaded for the life of the process. UNAVAILABLE, with why each place was not it. Any thread.
 absl::StatusOr<const void*> LoadModuleTable(const ModuleName& name);
 
+// The same as the type that the module's abi.h declares.
+template <typename Table>
+absl::StatusOr<const Table*> LoadModuleAs(const ModuleName& name) {
+  const absl::StatusOr<const void*> table = LoadModuleTable(name);
+  if (!table.ok()) return table.status();
+  return static_cast<const Table*>(*table);
+}
+
 }  // namespace dejavu
 
 #endif  // KERNELS_BASE_LOAD_MODULE_H_

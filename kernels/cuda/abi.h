@@ -3,10 +3,10 @@
 // and graphs. Which kernels run, over which grids and in what order, is decided by CudaBackend
 // (kernels/cuda/cuda_backend.cc), which is built everywhere and runs in the tests over an emulated module (tests/simt).
 //
-// Every function but `error` and `close` returns 0, or another number and a message from `error` (of the calling
-// thread, valid until its next call; it names what was tried and CUDA's own error). One thread at a time uses a
-// context. Work is queued in order on the context's one stream; only `download`, `synchronize`, `wait`, `elapsed_ms`,
-// `join_group` and `leave_group` wait.
+// A function that returns an int returns 0, or another number and a message from `error` (of the calling thread, valid
+// until its next call; it names what was tried and CUDA's own error). One thread at a time uses a context. Work is
+// queued in order on the context's one stream; only `download`, `synchronize`, `wait`, `elapsed_ms`, `join_group` and
+// `leave_group` wait.
 #ifndef KERNELS_CUDA_ABI_H_
 #define KERNELS_CUDA_ABI_H_
 

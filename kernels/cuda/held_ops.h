@@ -35,11 +35,11 @@ class HeldOps {
 
  private:
   struct HeldAdd {
-    Tensor x, y;
+    Tensor x, y;  // [rows, features]
   };
   struct HeldNorm {
     cuda::NormParams params;
-    Tensor y, x;
+    Tensor y, x;  // [rows, features]
   };
 
   DeviceQueue& queue_;

@@ -1,6 +1,5 @@
 #include "kernels/cuda/load_module.h"
 
-#include "kernels/backend.h"
 #include "kernels/base/load_module.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/cuda/cuda_backend.h"
@@ -9,12 +8,11 @@ namespace dejavu::cuda {
 
 // A file that turns out not to be the module stays loaded: what its libraries have begun cannot be undone.
 absl::StatusOr<const DejavuCudaModule*> LoadModule() {
-  ASSIGN_OR_RETURN(const void* const table, LoadModuleTable({.what = "CUDA",
-                                                             .variable = "DEJAVU_CUDA_MODULE",
-                                                             .file = "libdejavu_cuda.so",
-                                                             .entry = DEJAVU_CUDA_ENTRY,
-                                                             .version = DEJAVU_CUDA_ABI_VERSION}));
-  return static_cast<const DejavuCudaModule*>(table);
+  return LoadModuleAs<DejavuCudaModule>({.what = "CUDA",
+                                         .variable = "DEJAVU_CUDA_MODULE",
+                                         .file = "libdejavu_cuda.so",
+                                         .entry = DEJAVU_CUDA_ENTRY,
+                                         .version = DEJAVU_CUDA_ABI_VERSION});
 }
 
 }  // namespace dejavu::cuda

@@ -74,7 +74,7 @@ struct SelectionParams {
 };
 
 struct EmbedParams {
-  MatrixOf<float> y;
+  MatrixOf<float> y;   // [rows, features]
   const int32_t* ids;  // [rows]
   const void* table;   // [entries, stride]
   int64_t entries, stride, offset;
@@ -85,16 +85,16 @@ struct EmbedParams {
 
 // y = norm(x), and with `add` before that x += add. A block does a row; dynamic shared memory holds it.
 struct NormParams {
-  MatrixOf<float> y, x;
-  MatrixOf<const float> add;  // or nullptr
-  const float *weight, *bias;
+  MatrixOf<float> y, x;        // [rows, features]
+  MatrixOf<const float> add;   // [rows, features] or nullptr
+  const float *weight, *bias;  // [features]
   int32_t rows, features;
   float epsilon;
 };
 
 // SelectorWeights (kernels/backend.h).
 struct SelectParams {
-  MatrixOf<const float> a;
+  MatrixOf<const float> a;              // [rows, coordinates]
   MatrixOf<const int8_t> b;             // [ranks, padded outputs], rows start at 4-byte boundaries
   MatrixOf<const uint16_t> thresholds;  // float16 [points, padded outputs]
   const int32_t *ranks, *points;        // [points], [rows]
@@ -112,23 +112,23 @@ struct NormSelectParams {
 };
 
 struct AddParams {
-  MatrixOf<float> x;
-  MatrixOf<const float> y;
+  MatrixOf<float> x;        // [rows, features]
+  MatrixOf<const float> y;  // [rows, features]
   int32_t features;
 };
 
 struct GatherRowsParams {
-  MatrixOf<float> y;
-  MatrixOf<const float> x;
-  const int32_t* ids;
+  MatrixOf<float> y;        // [rows, features]
+  MatrixOf<const float> x;  // [any, features]
+  const int32_t* ids;       // [rows], of rows of x
   int32_t features;
 };
 
 struct AuditParams {
-  MatrixOf<float> result;
-  MatrixOf<const float> hidden;
-  const float* worth;
-  MatrixOf<const int32_t> masks;  // or nullptr
+  MatrixOf<float> result;         // [rows, kAuditFields]
+  MatrixOf<const float> hidden;   // [rows, neurons]
+  const float* worth;             // [neurons]
+  MatrixOf<const int32_t> masks;  // [rows, words] or nullptr
   int32_t neurons;
 };
 
@@ -137,7 +137,7 @@ struct OutputRows {
   const void* weight;  // [outputs, stride]
   int64_t stride;
   const float *bias, *scale;  // [outputs] or nullptr; `scale` for int8 alone
-  MatrixOf<float> y;
+  MatrixOf<float> y;          // [rows, outputs]
   int32_t outputs;
   int32_t vectors;  // all rows start at 16-byte boundaries
   int32_t chunk;    // how many windows of each warp's inputs lie in shared memory at a time
@@ -146,7 +146,7 @@ struct OutputRows {
 // y = w x + b for the selected outputs of `w` and, with `ride`, for all of an int8 weight of its own. Grid (groups of
 // kLinearRows rows, blocks): the first ride_blocks do `ride`.
 struct LinearParams {
-  MatrixOf<const float> x;
+  MatrixOf<const float> x;  // [rows, inputs]
   int32_t rows, inputs;
   int32_t x_vectors;
   int32_t relu;
@@ -166,9 +166,9 @@ constexpr int kChunkedInt8Tiles = 2;
 // y = sum over the selected inputs of x[i] * weight[i]. Grid (groups of rows from first_row on, slabs of columns,
 // segments of inputs).
 struct SumParams {
-  MatrixOf<float> y;
-  MatrixOf<const float> x;
-  const void* weight;  // [inputs, stride]
+  MatrixOf<float> y;        // [rows, outputs]
+  MatrixOf<const float> x;  // [rows, inputs]
+  const void* weight;       // [inputs, stride]
   int64_t stride;
   const float *bias, *scale;  // [outputs], [inputs] or nullptr; `scale` for int8 alone
   SelectionParams selected;   // with masks: what any row has in its mask; otherwise the list
@@ -187,11 +187,11 @@ constexpr int kSumSegment = kBlockThreads;
 // Attention of a step's rows, grid (splits, heads, rows or groups of kPromptRows); WriteKv uses some of it, grid (1,
 // heads, rows).
 struct AttentionParams {
-  MatrixOf<const float> qkv;
-  MatrixOf<float> context;
-  void *keys, *values;  // KvLayer (kernels/backend.h)
-  const int32_t *positions, *sequences;
-  MatrixOf<const int32_t> block_table;
+  MatrixOf<const float> qkv;             // [rows, 3 * heads * head_dim]
+  MatrixOf<float> context;               // [rows, heads * head_dim]
+  void *keys, *values;                   // KvLayer (kernels/backend.h)
+  const int32_t *positions, *sequences;  // [rows]
+  MatrixOf<const int32_t> block_table;   // [sequences, blocks of a sequence]
   int32_t rows, heads, head_dim, block_tokens;
   int32_t vectors;  // 8 positions of a feature, and 8 features of a position, can be read at once
   // Stores keys and values as well; a block has one row then. Those of the step's own rows are not read from the cache,
@@ -207,17 +207,17 @@ constexpr int kPromptRows = 8;
 constexpr int kMostHeadDim = 256;
 
 struct DrawParams {
-  int32_t* tokens;
-  MatrixOf<float> bests;  // [rows, kBestFields], or nullptr
-  MatrixOf<const float> logits;
+  int32_t* tokens;                   // [rows]
+  MatrixOf<float> bests;             // [rows, kBestFields], or nullptr
+  MatrixOf<const float> logits;      // [rows, count]
   MatrixOf<const int32_t> draws;     // [rows, kDrawFields]
   int32_t count, first, candidates;  // logits of a row; the id of the first; so many of them may be chosen
 };
 
 // Around products of many rows, which a library does. x = high + low, in the type of the weights.
 struct SplitParams {
-  MatrixOf<const float> x;
-  MatrixOf<uint16_t> high, low;
+  MatrixOf<const float> x;       // [rows, features]
+  MatrixOf<uint16_t> high, low;  // [rows, features]
   int32_t features;
   int32_t* cleared;  // [cleared_count] zeroed for the launches that follow
   int32_t cleared_count;
@@ -225,15 +225,15 @@ struct SplitParams {
 
 // y += bias, and then ReLU.
 struct FinishGemmParams {
-  MatrixOf<float> y;
-  const float* bias;  // or nullptr
+  MatrixOf<float> y;  // [rows, features]
+  const float* bias;  // [features] or nullptr
   int32_t features, relu;
 };
 
 // SumParams::active, of dense activations.
 struct CountActiveParams {
-  MatrixOf<const float> x;
-  int32_t* active;
+  MatrixOf<const float> x;  // [rows, neurons]
+  int32_t* active;          // [counted + 1]
   int32_t counted, rows, neurons;
 };
 

@@ -19,6 +19,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
+#include "kernels/base/clock.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/group/ordered_sum.h"
 
@@ -207,7 +208,7 @@ class ThreadGroupCommunicator final : public Communicator {
       if (slot.announced.load(std::memory_order_acquire) >= step) return;
       if (left) Fail(absl::StrCat(call, ": rank ", rank_, " waited for rank ", peer, ", which has left the group"));
       if (failed) FailAsOthers(call);
-      const double rest_s = limit_s - std::chrono::duration<double>(Clock::now() - start).count();
+      const double rest_s = limit_s - SecondsSince(start);
       if (rest_s <= 0) {
         Fail(absl::StrCat(call, ": rank ", rank_, " waited for rank ", peer, ", which did not come within ", limit_s,
                           " s"));

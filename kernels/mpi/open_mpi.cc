@@ -21,6 +21,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/load_module.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -174,7 +175,7 @@ class OpenMpiCommunicator final : public Communicator {
       if (mpi_->test(&peer) != 0) Fail(call, mpi_->error());
       if (peer < 0) return;
       const auto waited = Clock::now() - start;
-      if (std::chrono::duration<double>(waited).count() > limit_s) {
+      if (Seconds(start, start + waited) > limit_s) {
         Fail(call, absl::StrCat("waited for rank ", peer, ", which did not come within ", limit_s, " s"));
       }
       if (waited < kSpinTime) continue;
@@ -222,12 +223,12 @@ MpirunPlace GetMpirunPlace() {
 absl::StatusOr<std::unique_ptr<Communicator>> JoinMpiGroup(const MpiOptions& options) {
   // Without mpirun MPI would start a daemon of its own, and stop the process where it cannot.
   if (!UnderMpirun()) return absl::FailedPreconditionError("this process was not started by Open MPI's mpirun");
-  ASSIGN_OR_RETURN(const void* const table, LoadModuleTable({.what = "MPI",
-                                                             .variable = "DEJAVU_MPI_MODULE",
-                                                             .file = "libdejavu_mpi.so",
-                                                             .entry = DEJAVU_MPI_ENTRY,
-                                                             .version = DEJAVU_MPI_ABI_VERSION}));
-  const auto* const mpi = static_cast<const DejavuMpiModule*>(table);
+  ASSIGN_OR_RETURN(const DejavuMpiModule* const mpi,
+                   LoadModuleAs<DejavuMpiModule>({.what = "MPI",
+                                                  .variable = "DEJAVU_MPI_MODULE",
+                                                  .file = "libdejavu_mpi.so",
+                                                  .entry = DEJAVU_MPI_ENTRY,
+                                                  .version = DEJAVU_MPI_ABI_VERSION}));
   int32_t rank = 0, size = 0;
   if (mpi->join(2 * MpirunSize(), &rank, &size) != 0) return absl::UnavailableError(mpi->error());
   return std::make_unique<OpenMpiCommunicator>(mpi, options, rank, size);

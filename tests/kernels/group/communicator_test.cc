@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/clock.h"
 #include "kernels/group/thread_group.h"
 #include "kernels/mpi/open_mpi.h"
 #include "tests/kernels/group/group_behaviours.h"
@@ -24,8 +25,6 @@ using ::testing::AnyOf;
 using ::testing::HasSubstr;
 using Ranks = std::vector<std::unique_ptr<Communicator>>;
 using Clock = std::chrono::steady_clock;
-
-double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 Ranks MakeRanks(int size, const ThreadGroupOptions& options = {}) {
   if (size > 0) return MakeThreadGroup(size, options);

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "kernels/base/clock.h"
 #include "kernels/mpi/open_mpi.h"
 #include "tests/kernels/group/group_behaviours.h"
 
@@ -21,8 +22,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr double kLimit_s = 0.5;
-
-double Seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
 
 int Say(int code, const std::string& what) {
   if (!what.empty()) std::fprintf(stderr, "%s\n", what.c_str());
@@ -59,7 +58,7 @@ std::string Idles(Communicator& group) {
   const auto start = Clock::now();
   if (group.rank() == 0) std::this_thread::sleep_for(std::chrono::seconds(2));
   group.Broadcast(&word, sizeof(word));
-  const double share = (processor_s() - before) / Seconds(Clock::now() - start);
+  const double share = (processor_s() - before) / SecondsSince(start);
   std::fprintf(stderr, "rank %d: %.1f %% of a CPU while idle\n", group.rank(), 100 * share);
   return share < 0.25 ? "" : "an idle follower is busy";
 }
@@ -79,7 +78,7 @@ int Loses(Communicator& group, const std::string& how) {
     while (true) group.AllReduce({x.data(), DType::kFloat32, 1, 2048, 2048});
   } catch (const std::runtime_error& error) {
     char text[300];
-    const bool in_time = Seconds(Clock::now() - start) < kLimit_s + 0.3;
+    const bool in_time = SecondsSince(start) < kLimit_s + 0.3;
     std::snprintf(text, sizeof(text), "rank %d gave up %s: %s", group.rank(), in_time ? "in time" : "LATE",
                   error.what());
     return Say(3, text);
