@@ -23,7 +23,7 @@
 #include "kernels/cuda/scratch.h"
 #include "kernels/cuda/staging.h"
 
-namespace dejavu {
+namespace dejavu::cuda {
 namespace {
 
 constexpr int64_t kFusedRows = 16;   // of a step; from more on keys and values are written by a launch of their own
@@ -111,17 +111,17 @@ class CudaBackend final : public Backend {
 void CudaBackend::Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) {
   CheckEmbed(y, ids, table);
   held_.Flush();
-  const cuda::EmbedParams p = {.y = MatrixFrom<float>(y),
-                               .ids = VectorFrom<int32_t>(ids),
-                               .table = table.weight.data,
-                               .entries = table.weight.rows,
-                               .stride = table.weight.stride,
-                               .offset = offset,
-                               .scale = VectorFrom<float>(table.scale),
-                               .features = Int(y.cols),
-                               .accumulate = accumulate,
-                               .type = TypeOf(table.weight.dtype)};
-  queue_->Launch(cuda::kEmbed, RowGrid(y), 0, p);
+  const EmbedParams p = {.y = MatrixFrom<float>(y),
+                         .ids = VectorFrom<int32_t>(ids),
+                         .table = table.weight.data,
+                         .entries = table.weight.rows,
+                         .stride = table.weight.stride,
+                         .offset = offset,
+                         .scale = VectorFrom<float>(table.scale),
+                         .features = Int(y.cols),
+                         .accumulate = accumulate,
+                         .type = TypeOf(table.weight.dtype)};
+  queue_->Launch(kEmbed, RowGrid(y), 0, p);
 }
 
 void CudaBackend::LayerNorm(Tensor y, Tensor x, const NormWeights& norm) {
@@ -137,11 +137,11 @@ void CudaBackend::Add(Tensor x, Tensor y) {
 void CudaBackend::GatherRows(Tensor y, Tensor x, Tensor ids) {
   CheckGatherRows(y, x, ids);
   held_.Flush();
-  const cuda::GatherRowsParams p = {.y = MatrixFrom<float>(y),
-                                    .x = MatrixFrom<const float>(x),
-                                    .ids = VectorFrom<int32_t>(ids),
-                                    .features = Int(x.cols)};
-  queue_->Launch(cuda::kGatherRows, RowGrid(y), 0, p);
+  const GatherRowsParams p = {.y = MatrixFrom<float>(y),
+                              .x = MatrixFrom<const float>(x),
+                              .ids = VectorFrom<int32_t>(ids),
+                              .features = Int(x.cols)};
+  queue_->Launch(kGatherRows, RowGrid(y), 0, p);
 }
 
 void CudaBackend::Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& selected, int64_t group,
@@ -180,10 +180,10 @@ void CudaBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const
   const bool fused = rows.rows() <= kFusedRows;
   const bool writes = fused && held_.TakeWriteKv(attending);
   held_.Flush();
-  const int64_t splits = DivideUp(rows.block_table.cols * kv.block_tokens, cuda::kSplitPositions);
+  const int64_t splits = DivideUp(rows.block_table.cols * kv.block_tokens, kSplitPositions);
   for (int64_t row = 0; row < rows.rows(); row += kRowsAtOnce) {
     const int64_t n = std::min(kRowsAtOnce, rows.rows() - row);
-    cuda::AttentionParams p = AttentionFrom(attending, row);
+    AttentionParams p = AttentionFrom(attending, row);
     p.context = MatrixFrom<float>(context);
     p.context.data += row * p.context.stride;
     p.rows = Int(n);
@@ -194,10 +194,10 @@ void CudaBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const
     p.partial = scratch_.Partial<float>(n * kv.heads * splits * (kv.head_dim + 2));
     const bool half = kv.dtype == DType::kFloat16;
     if (fused) {
-      queue_->Launch(half ? cuda::kAttentionF16 : cuda::kAttentionF32, {splits, kv.heads, n}, 0, p);
+      queue_->Launch(half ? kAttentionF16 : kAttentionF32, {splits, kv.heads, n}, 0, p);
     } else {
-      queue_->Launch(half ? cuda::kPromptAttentionF16 : cuda::kPromptAttentionF32,
-                     {splits, kv.heads, DivideUp(n, cuda::kPromptRows)}, 0, p);
+      queue_->Launch(half ? kPromptAttentionF16 : kPromptAttentionF32, {splits, kv.heads, DivideUp(n, kPromptRows)}, 0,
+                     p);
     }
   }
 }
@@ -205,9 +205,9 @@ void CudaBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const
 void CudaBackend::Select(const Selection& selection, Tensor counts, Tensor a, const SelectorWeights& w, Tensor points) {
   CheckSelect(selection, counts, a, w, points);
   CHECK(w.b.stride % 4 == 0 && reinterpret_cast<uintptr_t>(w.b.data) % 4 == 0) << "b of Select is not aligned";
-  cuda::NormSelectParams p = {};
+  NormSelectParams p = {};
   int64_t norm_bytes = 0;
-  if (const std::optional<cuda::NormParams> norm = held_.TakeNorm(/*beside=*/a)) {
+  if (const std::optional<NormParams> norm = held_.TakeNorm(/*beside=*/a)) {
     p.norm = *norm;
     norm_bytes = norm->features * int64_t{sizeof(float)};
   }
@@ -226,10 +226,9 @@ void CudaBackend::Select(const Selection& selection, Tensor counts, Tensor a, co
               .outputs = Int(w.outputs),
               .words = Int(w.b.cols / 32),
               .ticket = scratch_.Tickets(1)};
-  const int64_t sums_bytes = cuda::kWarps * rows_of_block * cuda::kSelectColumns * int64_t{sizeof(int32_t)};
-  queue_->Launch(single ? cuda::kNormSelect1 : cuda::kNormSelect8,
-                 {p.norm.rows + groups * DivideUp(w.b.cols, cuda::kSelectColumns)}, std::max(sums_bytes, norm_bytes),
-                 p);
+  const int64_t sums_bytes = kWarps * rows_of_block * kSelectColumns * int64_t{sizeof(int32_t)};
+  queue_->Launch(single ? kNormSelect1 : kNormSelect8, {p.norm.rows + groups * DivideUp(w.b.cols, kSelectColumns)},
+                 std::max(sums_bytes, norm_bytes), p);
 }
 
 void CudaBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& neurons, bool skip_zeros, Tensor hidden,
@@ -239,12 +238,12 @@ void CudaBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& 
   if (Products::TakesGemm(x, w.up, neurons) && Products::TakesGemm(x, w.down, neurons)) {
     products_.Gemm(hidden, x, w.up, /*relu=*/true, active);
     if (!active.empty()) {
-      const cuda::CountActiveParams p = {.x = MatrixFrom<const float>(hidden),
-                                         .active = VectorFrom<int32_t>(active),
-                                         .counted = Int(active.cols - 1),
-                                         .rows = Int(hidden.rows),
-                                         .neurons = Int(hidden.cols)};
-      queue_->Launch(cuda::kCountActive, {DivideUp(hidden.cols, cuda::kBlockThreads)}, 0, p);
+      const CountActiveParams p = {.x = MatrixFrom<const float>(hidden),
+                                   .active = VectorFrom<int32_t>(active),
+                                   .counted = Int(active.cols - 1),
+                                   .rows = Int(hidden.rows),
+                                   .neurons = Int(hidden.cols)};
+      queue_->Launch(kCountActive, {DivideUp(hidden.cols, kBlockThreads)}, 0, p);
     }
     products_.Gemm(y, hidden, w.down);
     return;
@@ -267,26 +266,25 @@ void CudaBackend::Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor
   } else {
     products_.Multiply({.y = hidden, .x = x, .w = up, .relu = true});
   }
-  const cuda::AuditParams p = {.result = MatrixFrom<float>(result),
-                               .hidden = MatrixFrom<const float>(hidden),
-                               .worth = VectorFrom<float>(worth),
-                               .masks = MatrixFrom<const int32_t>(neurons.masks),
-                               .neurons = Int(up.outputs())};
-  queue_->Launch(cuda::kAudit, {x.rows}, 0, p);
+  const AuditParams p = {.result = MatrixFrom<float>(result),
+                         .hidden = MatrixFrom<const float>(hidden),
+                         .worth = VectorFrom<float>(worth),
+                         .masks = MatrixFrom<const int32_t>(neurons.masks),
+                         .neurons = Int(up.outputs())};
+  queue_->Launch(kAudit, {x.rows}, 0, p);
 }
 
 void CudaBackend::Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates) {
   CheckDraw(tokens, bests, logits, draws, candidates);
   held_.Flush();
-  const cuda::DrawParams p = {
-      .tokens = VectorFrom<int32_t>(tokens),
-      .bests = MatrixFrom<float>(bests),
-      .logits = MatrixFrom<const float>(logits),
-      .draws = MatrixFrom<const int32_t>(draws),
-      .count = Int(logits.cols),
-      .first = Int(candidates.first),
-      .candidates = Int(std::clamp<int64_t>(candidates.end - candidates.first, 0, logits.cols))};
-  queue_->Launch(cuda::kDraw, {logits.rows}, 0, p);
+  const DrawParams p = {.tokens = VectorFrom<int32_t>(tokens),
+                        .bests = MatrixFrom<float>(bests),
+                        .logits = MatrixFrom<const float>(logits),
+                        .draws = MatrixFrom<const int32_t>(draws),
+                        .count = Int(logits.cols),
+                        .first = Int(candidates.first),
+                        .candidates = Int(std::clamp<int64_t>(candidates.end - candidates.first, 0, logits.cols))};
+  queue_->Launch(kDraw, {logits.rows}, 0, p);
 }
 
 void CudaBackend::ReadAll(Tensor memory) {
@@ -294,18 +292,21 @@ void CudaBackend::ReadAll(Tensor memory) {
   held_.Flush();
   constexpr int64_t kBlocks = 4;  // per multiprocessor, all of them at once
   const int64_t blocks = kBlocks * queue_->device().multiprocessors;
-  const cuda::ReadSumParams p = {.data = memory.data,
-                                 .vectors = memory.bytes() / kVectorBytes,
-                                 .sums = scratch_.Partial<uint64_t>(blocks * cuda::kBlockThreads)};
-  queue_->Launch(cuda::kReadSum, {blocks}, 0, p);
+  const ReadSumParams p = {.data = memory.data,
+                           .vectors = memory.bytes() / kVectorBytes,
+                           .sums = scratch_.Partial<uint64_t>(blocks * kBlockThreads)};
+  queue_->Launch(kReadSum, {blocks}, 0, p);
 }
 
 }  // namespace
+}  // namespace dejavu::cuda
+
+namespace dejavu {
 
 absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const DejavuCudaModule* module, int device) {
-  ASSIGN_OR_RETURN(std::unique_ptr<DeviceQueue> queue, DeviceQueue::Open(module, device));
-  ASSIGN_OR_RETURN(std::unique_ptr<Staging> staging, Staging::Create(*queue));
-  return std::make_unique<CudaBackend>(std::move(queue), std::move(staging));
+  ASSIGN_OR_RETURN(std::unique_ptr<cuda::DeviceQueue> queue, cuda::DeviceQueue::Open(module, device));
+  ASSIGN_OR_RETURN(std::unique_ptr<cuda::Staging> staging, cuda::Staging::Create(*queue));
+  return std::make_unique<cuda::CudaBackend>(std::move(queue), std::move(staging));
 }
 
 }  // namespace dejavu

@@ -8,7 +8,7 @@
 #include "kernels/base/status_macros.h"
 #include "kernels/group/agree.h"
 
-namespace dejavu {
+namespace dejavu::cuda {
 namespace {
 
 constexpr double kJoinLimitS = 120;  // for NCCL to find all ranks, which are known to be there
@@ -88,4 +88,4 @@ absl::StatusOr<std::unique_ptr<Communicator>> JoinDeviceGroup(DeviceQueue& queue
   return group;
 }
 
-}  // namespace dejavu
+}  // namespace dejavu::cuda

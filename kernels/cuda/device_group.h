@@ -13,12 +13,12 @@
 #include "kernels/cuda/held_ops.h"
 #include "kernels/cuda/recordings.h"
 
-namespace dejavu {
+namespace dejavu::cuda {
 
 // Backend::JoinGroup. The group leaves before the three are gone. UNAVAILABLE on all ranks where one cannot join.
 absl::StatusOr<std::unique_ptr<Communicator>> JoinDeviceGroup(DeviceQueue& queue, HeldOps& held, Recordings& recordings,
                                                               std::unique_ptr<Communicator> host);
 
-}  // namespace dejavu
+}  // namespace dejavu::cuda
 
 #endif  // KERNELS_CUDA_DEVICE_GROUP_H_

@@ -8,7 +8,7 @@
 #include "kernels/base/check.h"
 #include "kernels/communicator.h"
 
-namespace dejavu {
+namespace dejavu::cuda {
 
 absl::StatusOr<std::unique_ptr<DeviceQueue>> DeviceQueue::Open(const DejavuCudaModule* module, int device) {
   if (module->abi_version != DEJAVU_CUDA_ABI_VERSION) {
@@ -47,7 +47,7 @@ absl::StatusOr<Buffer> DeviceQueue::Allocate(int64_t bytes) {
   });
 }
 
-void DeviceQueue::LaunchWith(cuda::Kernel kernel, Grid grid, int64_t shared_bytes, const void* params,
+void DeviceQueue::LaunchWith(Kernel kernel, Grid grid, int64_t shared_bytes, const void* params,
                              uint32_t params_bytes) {
   static constexpr const char* kNames[] = {
 #define DEJAVU_CUDA_KERNEL_NAME(name, params) #name,
@@ -62,7 +62,7 @@ void DeviceQueue::LaunchWith(cuda::Kernel kernel, Grid grid, int64_t shared_byte
   const DejavuCudaLaunch launch = {
       .kernel = kernel,
       .grid = {static_cast<uint32_t>(grid.x), static_cast<uint32_t>(grid.y), static_cast<uint32_t>(grid.z)},
-      .block = {cuda::kBlockThreads, 1, 1},
+      .block = {kBlockThreads, 1, 1},
       .shared_bytes = static_cast<uint32_t>(shared_bytes),
       .overlaps = overlaps,
       .params = params,
@@ -105,4 +105,4 @@ void DeviceQueue::Free(Graph& graph) {
   if (graph.graph != nullptr) module().free_graph(context(), std::exchange(graph.graph, nullptr));
 }
 
-}  // namespace dejavu
+}  // namespace dejavu::cuda

@@ -8,13 +8,14 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "absl/status/statusor.h"
 #include "kernels/cuda/abi.h"
 #include "kernels/cuda/params.h"
 #include "kernels/tensor.h"
 
-namespace dejavu {
+namespace dejavu::cuda {
 
 class DeviceQueue {
  public:
@@ -42,7 +43,7 @@ class DeviceQueue {
   };
   // Nothing where the grid is empty.
   template <typename Params>
-  void Launch(cuda::Kernel kernel, Grid grid, int64_t shared_bytes, const Params& params) {
+  void Launch(Kernel kernel, Grid grid, int64_t shared_bytes, const Params& params) {
     LaunchWith(kernel, grid, shared_bytes, &params, sizeof params);
   }
 
@@ -76,7 +77,7 @@ class DeviceQueue {
   };
 
   explicit DeviceQueue(std::shared_ptr<Context> context) : context_(std::move(context)) {}
-  void LaunchWith(cuda::Kernel kernel, Grid grid, int64_t shared_bytes, const void* params, uint32_t params_bytes);
+  void LaunchWith(Kernel kernel, Grid grid, int64_t shared_bytes, const void* params, uint32_t params_bytes);
 
   const std::shared_ptr<Context> context_;
   std::string failure_;              // the first one; the device does nothing more after it
@@ -87,6 +88,6 @@ class DeviceQueue {
   int64_t all_reduces_before_ = 0;  // the capture under way
 };
 
-}  // namespace dejavu
+}  // namespace dejavu::cuda
 
 #endif  // KERNELS_CUDA_DEVICE_QUEUE_H_

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <utility>
 
-namespace dejavu {
+namespace dejavu::cuda {
 namespace {
 
 bool SameView(const Tensor& a, const Tensor& b) {
@@ -20,16 +20,16 @@ bool Overlap(const Tensor& a, const Tensor& b) {
 
 void HeldOps::Flush() {
   if (const auto add = std::exchange(add_, std::nullopt)) {
-    const cuda::AddParams p = {
+    const AddParams p = {
         .x = MatrixFrom<float>(add->x), .y = MatrixFrom<const float>(add->y), .features = Int(add->x.cols)};
-    queue_.Launch(cuda::kAdd, RowGrid(add->x), 0, p);
+    queue_.Launch(kAdd, RowGrid(add->x), 0, p);
   }
   if (const auto norm = std::exchange(norm_, std::nullopt)) {
-    queue_.Launch(cuda::kNorm, {norm->params.rows}, norm->params.features * int64_t{sizeof(float)}, norm->params);
+    queue_.Launch(kNorm, {norm->params.rows}, norm->params.features * int64_t{sizeof(float)}, norm->params);
   }
   if (const auto rows = std::exchange(write_kv_, std::nullopt)) {
-    queue_.Launch(rows->kv.dtype == DType::kFloat16 ? cuda::kWriteKvF16 : cuda::kWriteKvF32,
-                  {1, rows->kv.heads, rows->rows.rows()}, 0, AttentionFrom(*rows, 0));
+    queue_.Launch(rows->kv.dtype == DType::kFloat16 ? kWriteKvF16 : kWriteKvF32, {1, rows->kv.heads, rows->rows.rows()},
+                  0, AttentionFrom(*rows, 0));
   }
 }
 
@@ -39,7 +39,7 @@ void HeldOps::HoldAdd(Tensor x, Tensor y) {
 }
 
 void HeldOps::HoldNorm(Tensor y, Tensor x, const NormWeights& norm) {
-  cuda::MatrixOf<const float> add = {};
+  MatrixOf<const float> add = {};
   if (add_.has_value() && SameView(add_->x, x)) {
     add = MatrixFrom<const float>(add_->y);
     add_.reset();
@@ -62,7 +62,7 @@ void HeldOps::HoldWriteKv(const KvRows& rows) {
   write_kv_ = rows;
 }
 
-std::optional<cuda::NormParams> HeldOps::TakeNorm(const Tensor& beside) {
+std::optional<NormParams> HeldOps::TakeNorm(const Tensor& beside) {
   if (norm_.has_value() && (Overlap(norm_->y, beside) || Overlap(norm_->x, beside))) Flush();
   const std::optional<HeldNorm> norm = std::exchange(norm_, std::nullopt);
   Flush();
@@ -79,4 +79,4 @@ bool HeldOps::TakeWriteKv(const KvRows& rows) {
   return held;
 }
 
-}  // namespace dejavu
+}  // namespace dejavu::cuda

@@ -11,7 +11,7 @@
 #include "kernels/cuda/params.h"
 #include "kernels/tensor.h"
 
-namespace dejavu {
+namespace dejavu::cuda {
 
 class HeldOps {
  public:
@@ -28,7 +28,7 @@ class HeldOps {
   void HoldWriteKv(const KvRows& rows);
 
   // The LayerNorm that is held back, for a launch which also reads `beside`; none if it touches that. Flushes.
-  std::optional<cuda::NormParams> TakeNorm(const Tensor& beside);
+  std::optional<NormParams> TakeNorm(const Tensor& beside);
 
   // Whether the WriteKv of these rows was held back; it no longer is.
   bool TakeWriteKv(const KvRows& rows);
@@ -38,7 +38,7 @@ class HeldOps {
     Tensor x, y;  // [rows, features]
   };
   struct HeldNorm {
-    cuda::NormParams params;
+    NormParams params;
     Tensor y, x;  // [rows, features]
   };
 
@@ -48,6 +48,6 @@ class HeldOps {
   std::optional<KvRows> write_kv_;
 };
 
-}  // namespace dejavu
+}  // namespace dejavu::cuda
 
 #endif  // KERNELS_CUDA_HELD_OPS_H_

@@ -2,24 +2,24 @@
 
 #include "kernels/base/check.h"
 
-namespace dejavu {
+namespace dejavu::cuda {
 
 int32_t Int(int64_t value) {
   CHECK(value >= INT32_MIN && value <= INT32_MAX) << value;
   return static_cast<int32_t>(value);
 }
 
-cuda::WeightType TypeOf(DType dtype) {
+WeightType TypeOf(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
-      return cuda::kF32;
+      return kF32;
     case DType::kFloat16:
-      return cuda::kF16;
+      return kF16;
     case DType::kBFloat16:
-      return cuda::kBF16;
+      return kBF16;
     default:
       CHECK(dtype == DType::kInt8) << "weights of type " << Name(dtype);
-      return cuda::kI8;
+      return kI8;
   }
 }
 
@@ -27,8 +27,8 @@ bool HasVectors(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.data) % kVectorBytes == 0 && t.stride * SizeOf(t.dtype) % kVectorBytes == 0;
 }
 
-cuda::SelectionParams SelectionFrom(const Selection& selection, bool masks, int64_t first_row) {
-  cuda::SelectionParams p = {};
+SelectionParams SelectionFrom(const Selection& selection, bool masks, int64_t first_row) {
+  SelectionParams p = {};
   if (selection.all()) return p;
   p.list = VectorFrom<int32_t>(selection.indices);
   p.count = VectorFrom<int32_t>(selection.count);
@@ -39,12 +39,12 @@ cuda::SelectionParams SelectionFrom(const Selection& selection, bool masks, int6
   return p;
 }
 
-cuda::AttentionParams AttentionFrom(const KvRows& rows, int64_t first_row) {
+AttentionParams AttentionFrom(const KvRows& rows, int64_t first_row) {
   const KvLayer& kv = rows.kv;
-  CHECK(kv.head_dim <= cuda::kMostHeadDim) << "heads of " << kv.head_dim << " features";
+  CHECK(kv.head_dim <= kMostHeadDim) << "heads of " << kv.head_dim << " features";
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; };
   constexpr int32_t kPiece = 8;
-  cuda::AttentionParams p = {};
+  AttentionParams p = {};
   p.qkv = MatrixFrom<const float>(rows.qkv);
   p.qkv.data += first_row * p.qkv.stride;
   p.keys = kv.keys;
@@ -59,4 +59,4 @@ cuda::AttentionParams AttentionFrom(const KvRows& rows, int64_t first_row) {
   return p;
 }
 
-}  // namespace dejavu
+}  // namespace dejavu::cuda

@@ -11,7 +11,7 @@
 #include "kernels/selection.h"
 #include "kernels/tensor.h"
 
-namespace dejavu {
+namespace dejavu::cuda {
 
 inline constexpr int64_t kVectorBytes = 16;  // what a kernel reads at once, where it can
 
@@ -19,7 +19,7 @@ inline constexpr int64_t kVectorBytes = 16;  // what a kernel reads at once, whe
 int32_t Int(int64_t value);
 
 template <typename T>
-cuda::MatrixOf<T> MatrixFrom(const Tensor& t) {
+MatrixOf<T> MatrixFrom(const Tensor& t) {
   return {static_cast<T*>(t.data), t.stride};
 }
 template <typename T>
@@ -27,16 +27,16 @@ T* VectorFrom(const Tensor& t) {
   return static_cast<T*>(t.data);
 }
 
-cuda::WeightType TypeOf(DType dtype);
+WeightType TypeOf(DType dtype);
 
 // Whether kVectorBytes can be read at once from every row on.
 bool HasVectors(const Tensor& t);
 
 // A block for each piece of each row.
-inline DeviceQueue::Grid RowGrid(const Tensor& y) { return {DivideUp(y.cols, cuda::kBlockThreads), y.rows}; }
+inline DeviceQueue::Grid RowGrid(const Tensor& y) { return {DivideUp(y.cols, kBlockThreads), y.rows}; }
 
 // With the masks from row `first_row` on, if they are wanted.
-cuda::SelectionParams SelectionFrom(const Selection& selection, bool masks, int64_t first_row = 0);
+SelectionParams SelectionFrom(const Selection& selection, bool masks, int64_t first_row = 0);
 
 // Rows whose keys and values are stored, or that attend to them.
 struct KvRows {
@@ -45,8 +45,8 @@ struct KvRows {
   RowTable rows;
 };
 // Of the rows from `first_row` on, as far as WriteKv uses them.
-cuda::AttentionParams AttentionFrom(const KvRows& rows, int64_t first_row);
+AttentionParams AttentionFrom(const KvRows& rows, int64_t first_row);
 
-}  // namespace dejavu
+}  // namespace dejavu::cuda
 
 #endif  // KERNELS_CUDA_KERNEL_PARAMS_H_

@@ -12,7 +12,7 @@
 #include "kernels/selection.h"
 #include "kernels/tensor.h"
 
-namespace dejavu {
+namespace dejavu::cuda {
 
 class Products {
  public:
@@ -30,9 +30,9 @@ class Products {
     Tensor y;  // [rows, outputs]
     Tensor x;  // [rows, inputs]
     const LinearWeights& w;
-    cuda::SelectionParams selected = {};  // of outputs
-    int64_t group = 1;                    // outputs that a selected one stands for
-    Ride ride = {};                       // int8
+    SelectionParams selected = {};  // of outputs
+    int64_t group = 1;              // outputs that a selected one stands for
+    Ride ride = {};                 // int8
     bool relu = false;
     Tensor cleared = {};  // int32 [1, any], zeroed for the launches that follow
   };
@@ -43,12 +43,12 @@ class Products {
            Tensor active);
 
  private:
-  cuda::OutputRows RowsOf(const LinearWeights& w, const Tensor& y, int64_t rows) const;
+  OutputRows RowsOf(const LinearWeights& w, const Tensor& y, int64_t rows) const;
 
   DeviceQueue& queue_;
   Scratch& scratch_;
 };
 
-}  // namespace dejavu
+}  // namespace dejavu::cuda
 
 #endif  // KERNELS_CUDA_PRODUCTS_H_

@@ -6,7 +6,7 @@
 #include "kernels/backend.h"
 #include "kernels/base/check.h"
 
-namespace dejavu {
+namespace dejavu::cuda {
 namespace {
 
 constexpr size_t kMostRecordings = 128;
@@ -39,4 +39,4 @@ void Recordings::ForgetGraphs() {
   for (auto& [key, recording] : recordings_) queue_.Free(recording.graph);
 }
 
-}  // namespace dejavu
+}  // namespace dejavu::cuda

@@ -9,7 +9,7 @@
 #include "kernels/cuda/device_queue.h"
 #include "kernels/cuda/staging.h"
 
-namespace dejavu {
+namespace dejavu::cuda {
 
 class Recordings {
  public:
@@ -39,6 +39,6 @@ class Recordings {
   std::unordered_map<uint64_t, Recording> recordings_;  // by key
 };
 
-}  // namespace dejavu
+}  // namespace dejavu::cuda
 
 #endif  // KERNELS_CUDA_RECORDINGS_H_

@@ -6,7 +6,7 @@
 
 #include "kernels/base/check.h"
 
-namespace dejavu {
+namespace dejavu::cuda {
 
 // Recorded launches know the old memory, so they are recorded anew.
 void Scratch::Grow(Buffer& buffer, int64_t bytes) {
@@ -20,4 +20,4 @@ void Scratch::Grow(Buffer& buffer, int64_t bytes) {
   buffer = *std::move(grown);
 }
 
-}  // namespace dejavu
+}  // namespace dejavu::cuda

@@ -9,7 +9,7 @@
 #include "kernels/cuda/staging.h"
 #include "kernels/tensor.h"
 
-namespace dejavu {
+namespace dejavu::cuda {
 
 class Scratch {
  public:
@@ -42,6 +42,6 @@ class Scratch {
   Buffer partial_, tickets_, halves_;
 };
 
-}  // namespace dejavu
+}  // namespace dejavu::cuda
 
 #endif  // KERNELS_CUDA_SCRATCH_H_

@@ -9,7 +9,7 @@
 #include "kernels/base/check.h"
 #include "kernels/base/round.h"
 
-namespace dejavu {
+namespace dejavu::cuda {
 namespace {
 
 constexpr int64_t kStagingBytes = 4 << 20;  // of each of the two parts of pinned memory
@@ -119,4 +119,4 @@ void Staging::Download(void* target, Tensor source) {
   fetched_.push_back({target, copy.to, bytes});
 }
 
-}  // namespace dejavu
+}  // namespace dejavu::cuda

@@ -12,7 +12,7 @@
 #include "kernels/cuda/device_queue.h"
 #include "kernels/tensor.h"
 
-namespace dejavu {
+namespace dejavu::cuda {
 
 class Staging {
  public:
@@ -56,6 +56,6 @@ class Staging {
   std::array<int64_t, kMarks> fetched_at_ = {};  // by mark, modulo kMarks: downloads before it, since the beginning
 };
 
-}  // namespace dejavu
+}  // namespace dejavu::cuda
 
 #endif  // KERNELS_CUDA_STAGING_H_
