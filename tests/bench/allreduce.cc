@@ -1,30 +1,35 @@
-#include "tests/bench/allreduce.h"
-
+// `dejavu-bench allreduce`: how long the ranks of a group take to add up their values. Threads of this process; under
+// mpirun the processes that it started.
 #include <algorithm>
 #include <cstdio>
 #include <memory>
+#include <string>
 #include <thread>
 #include <vector>
 
-#include "engine/eval/tool.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/communicator.h"
 #include "kernels/group/thread_group.h"
 #include "kernels/mpi/open_mpi.h"
 #include "nlohmann/json.hpp"
+#include "tests/bench/flags.h"
+#include "tests/bench/subcommand.h"
 #include "tests/bench/tool.h"
 
 namespace dejavu {
 namespace {
 
+struct AllReduceOptions {
+  int ranks = 2;  // threads; mpirun says how many there are
+  int repeats = 5;
+  std::string json;
+};
+
 struct Figure {
   int64_t bytes;
   double p50_us, p99_us;
 };
-
-double Quantile(const std::vector<double>& sorted, double share) {
-  return sorted[static_cast<size_t>(share * static_cast<double>(sorted.size() - 1))];
-}
 
 // As one rank sees it; all ranks call it. The figures are medians of the repeats.
 std::vector<Figure> Measure(Communicator& group, int repeats) {
@@ -37,7 +42,7 @@ std::vector<Figure> Measure(Communicator& group, int repeats) {
     for (int repeat = 0; repeat < repeats; ++repeat) {
       for (int i = 0; i < calls / 10; ++i) group.AllReduce(view);
       for (double& one : us) {
-        const Clock::time_point start = Clock::now();
+        const SteadyTime start = std::chrono::steady_clock::now();
         group.AllReduce(view);
         one = 1e6 * SecondsSince(start);
       }
@@ -50,19 +55,17 @@ std::vector<Figure> Measure(Communicator& group, int repeats) {
   return figures;
 }
 
-absl::Status Report(const AllReduceBenchOptions& options, const char* group, int ranks,
-                    const std::vector<Figure>& figures) {
+absl::Status Report(const AllReduceOptions& options, const char* group, int ranks, const std::vector<Figure>& figures) {
   std::printf("AllReduce, %d ranks, %s\n%10s %10s %10s\n", ranks, group, "bytes", "p50 us", "p99 us");
   nlohmann::json rows = nlohmann::json::array();
   for (const Figure& figure : figures) {
     std::printf("%10lld %10.2f %10.2f\n", static_cast<long long>(figure.bytes), figure.p50_us, figure.p99_us);
     rows.push_back({{"bytes", figure.bytes}, {"p50_us", figure.p50_us}, {"p99_us", figure.p99_us}});
   }
-  if (options.json.empty()) return absl::OkStatus();
-  return WriteText(options.json, nlohmann::json{{"group", group}, {"ranks", ranks}, {"rows", rows}}.dump(1) + "\n");
+  return WriteJson(options.json, {{"group", group}, {"ranks", ranks}, {"rows", rows}});
 }
 
-absl::Status Bench(const AllReduceBenchOptions& options) {
+absl::Status Bench(const AllReduceOptions& options) {
   RETURN_IF_ERROR(CheckWritable(options.json));
   if (UnderMpirun()) {
     ASSIGN_OR_RETURN(const auto group, JoinMpiGroup());
@@ -79,6 +82,14 @@ absl::Status Bench(const AllReduceBenchOptions& options) {
 
 }  // namespace
 
-int RunAllReduceBench(const AllReduceBenchOptions& options) { return ExitCode(Bench(options)); }
+Subcommand AddAllReduce(CLI::App& program) {
+  const auto options = std::make_shared<AllReduceOptions>();
+  CLI::App* const command = program.add_subcommand(
+      "allreduce", "How long ranks take to add up their values: threads, or the processes of mpirun");
+  AddRankCount(command, options->ranks);
+  AddRepeats(command, options->repeats);
+  AddJson(command, options->json);
+  return {command, [options] { return ExitCode(Bench(*options)); }};
+}
 
 }  // namespace dejavu

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/load/loaded_model.h"
 #include "engine/load/synthetic.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
 #include "tests/bench/tool.h"
 
@@ -48,6 +49,16 @@ absl::StatusOr<std::vector<int32_t>> BenchTokens(const std::string& model, const
   return tokens;
 }
 
+bool Serves(const PredictorData* predictor, Tier tier) {
+  if (!IsPredicted(tier)) return true;
+  return predictor != nullptr && std::count(predictor->tiers.begin(), predictor->tiers.end(), tier) > 0;
+}
+
+absl::Status CheckServes(const std::string& model, const PredictorData* predictor, Tier tier) {
+  if (Serves(predictor, tier)) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(model, ": has no predictor for tier ", Name(tier)));
+}
+
 absl::StatusOr<std::unique_ptr<BenchModel>> BenchModel::Create(ModelRunner::Options options, const std::string& text,
                                                                ProgressLine& progress) {
   std::unique_ptr<BenchModel> model(new BenchModel);
@@ -59,10 +70,7 @@ absl::StatusOr<std::unique_ptr<BenchModel>> BenchModel::Create(ModelRunner::Opti
     model->timed_ = timed.get();
     return timed;
   };
-  ASSIGN_OR_RETURN(model->runner_, ModelRunner::Create(options, [&](int64_t done_bytes, int64_t total_bytes) {
-                     progress.Show("loading", static_cast<double>(done_bytes) / static_cast<double>(total_bytes));
-                     return !Interrupted();
-                   }));
+  ASSIGN_OR_RETURN(model->runner_, ModelRunner::Create(options, ShowProgress(progress, "loading")));
   model->timed_->SetWeights(model->runner_->weights());
   RETURN_IF_ERROR(model->PrepareCopies());
   return model;
@@ -80,7 +88,7 @@ absl::Status BenchModel::PrepareCopies() {
 double BenchModel::Prefill(int slot, int first, int count) {
   Batch& rows = runner_->StartBatch();
   for (int i = first; i < first + count; ++i) rows.AddRow(slot, i, TokenAt(slot, i), i + 1 == first + count);
-  const Clock::time_point start = Clock::now();
+  const SteadyTime start = std::chrono::steady_clock::now();
   runner_->Run();
   return SecondsSince(start);
 }

@@ -19,6 +19,10 @@ const char* WeightsName(DType dtype);  // as --dtype has it: "bf16"
 // `wanted` tokens of a file, or random ones where `text` is empty. INVALID_ARGUMENT where the file has fewer.
 absl::StatusOr<std::vector<int32_t>> BenchTokens(const std::string& model, const std::string& text, int64_t wanted);
 
+// Whether a model with that predictor, which may be null, serves the tier. CheckServes: INVALID_ARGUMENT where not.
+bool Serves(const PredictorData* predictor, Tier tier);
+absl::Status CheckServes(const std::string& model, const PredictorData* predictor, Tier tier);
+
 class BenchModel {
  public:
   // Loads the model, with progress on stderr. `text`: a file, or empty for random tokens. INVALID_ARGUMENT where the

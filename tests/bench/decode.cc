@@ -1,29 +1,31 @@
+// `dejavu-bench decode`: what a decode step costs by tier, batch and context, without scheduler and server.
+//
 // A repeat takes DENSE and then the tiers in turn, with a probe of the bandwidth before, between and after, so that a
 // neighbour's load on the machine meets all of them: shares of the bandwidth are formed from neighbouring pairs, ratios
 // of tiers within a repeat. The parts of a step, on a GPU how long it waits between two steps, are timed in steps of
 // their own.
-#include "tests/bench/decode.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <functional>
 #include <memory>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
-#include "absl/strings/str_join.h"
 #include "engine/load/loaded_model.h"
 #include "engine/load/synthetic.h"
 #include "engine/model/weight_bytes.h"
 #include "engine/serving/sampler.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/cuda/load_module.h"
 #include "nlohmann/json.hpp"
 #include "tests/bench/bench_model.h"
 #include "tests/bench/device_probe.h"
+#include "tests/bench/flags.h"
 #include "tests/bench/probe.h"
+#include "tests/bench/subcommand.h"
 #include "tests/bench/tool.h"
 
 namespace dejavu {
@@ -33,6 +35,39 @@ constexpr double kSecondsOfOneMeasurement = 0.5;
 constexpr int kMostSteps = 128;     // where the number of steps is ours to choose
 constexpr int kBreakdownSteps = 8;  // likewise
 constexpr int kPrefillRows = 256;
+
+struct DecodeOptions : ModelFlags {
+  std::string predictor;  // as ModelOptions has it
+  std::string text;       // what is decoded, teacher-forced: sparsity depends on it; empty: random tokens
+  std::vector<int> batches = {1, 4};
+  std::vector<int> contexts = {256};
+  std::vector<std::string> tiers;  // empty: all that can be served; DENSE is always measured
+  int steps = 0;                   // of one measurement; 0: as many as take half a second
+  int repeats = 7;
+  std::string json;
+};
+
+// Of the memory that the weights lie in, on the CPU or on a GPU.
+class WeightMemoryProbe {
+ public:
+  static absl::StatusOr<WeightMemoryProbe> Create(const DecodeOptions& options) {
+    WeightMemoryProbe probe;
+    if (options.device == "cuda") {
+      ASSIGN_OR_RETURN(const DejavuCudaModule* const module, cuda::LoadModule());
+      ASSIGN_OR_RETURN(probe.device_, DeviceProbe::Create(module, 0));
+    } else {
+      ASSIGN_OR_RETURN(probe.cpu_, BandwidthProbe::Create(options.threads));
+    }
+    return probe;
+  }
+
+  double Measure() { return device_ != nullptr ? device_->Measure() : cpu_->Measure(); }  // GB/s
+  const DeviceProbe* device() const { return device_.get(); }                             // nullptr on the CPU
+
+ private:
+  std::unique_ptr<BandwidthProbe> cpu_;
+  std::unique_ptr<DeviceProbe> device_;
+};
 
 struct Cost {
   double ms = 0.0;             // per step
@@ -63,13 +98,11 @@ struct Measured {
 
 class DecodeBench {
  public:
-  // `probe` measures GB/s of the memory that the weights lie in.
-  DecodeBench(const DecodeBenchOptions& options, BenchModel& model, std::function<double()> probe,
-              ProgressLine& progress)
+  DecodeBench(const DecodeOptions& options, BenchModel& model, WeightMemoryProbe& probe, ProgressLine& progress)
       : options_(options),
         model_(model),
         runner_(model.runner()),
-        probe_(std::move(probe)),
+        probe_(probe),
         progress_(progress),
         sampler_(runner_.config().vocab, runner_.config().vocab),
         token_counts_(runner_.config().vocab) {
@@ -111,7 +144,7 @@ class DecodeBench {
   }
 
   double Probe(int repeat) {
-    const double gb_per_s = probe_();
+    const double gb_per_s = probe_.Measure();
     if (repeat >= 0) bandwidth_.push_back(gb_per_s);
     return gb_per_s;
   }
@@ -129,7 +162,7 @@ class DecodeBench {
     Cost cost;
     for (int step = 0; step < steps; ++step) {
       FillBatch(tier, batch, context + step);
-      const Clock::time_point start = Clock::now();
+      const SteadyTime start = std::chrono::steady_clock::now();
       runner_.Run();
       cost.ms += 1e3 * SecondsSince(start) / steps;
       cost.weight_bytes += WeightBytes(tier, batch) / steps;
@@ -187,7 +220,7 @@ class DecodeBench {
     for (int step = 0; step < steps; ++step) {
       FillBatch(tier, batch, context + step);
       const absl::Span<const float> logits = runner_.Run();
-      const Clock::time_point start = Clock::now();
+      const SteadyTime start = std::chrono::steady_clock::now();
       for (int row = 0; row < batch; ++row) {
         sampler_.Sample(logits.data() + static_cast<int64_t>(row) * runner_.config().vocab, greedy, token_counts_, {},
                         step, /*with_logprob=*/false);
@@ -204,10 +237,10 @@ class DecodeBench {
     return breakdown;
   }
 
-  const DecodeBenchOptions& options_;
+  const DecodeOptions& options_;
   BenchModel& model_;
   ModelRunner& runner_;
-  const std::function<double()> probe_;
+  WeightMemoryProbe& probe_;
   ProgressLine& progress_;
   Sampler sampler_;
   TokenCounts token_counts_;
@@ -231,7 +264,7 @@ std::vector<double> ToDense(const Measured& dense, const Measured& tier) {
   return ratios;
 }
 
-nlohmann::json Describe(const DecodeBenchOptions& options, const ModelRunner& runner, const Measured& dense,
+nlohmann::json Describe(const DecodeOptions& options, const ModelRunner& runner, const Measured& dense,
                         const Measured& m, int batch, int context) {
   const std::vector<double> ms = m.All([](const Cost& c) { return c.ms; });
   nlohmann::json row = {
@@ -267,7 +300,7 @@ void PrintHeading() {
               "most", "MB/step", "GB/s", "/ bandw", "/ dense", "/ ceiling", "MLP");
 }
 
-void Print(const nlohmann::json& row) {
+void PrintRow(const nlohmann::json& row) {
   const auto number = [&](const char* key) { return row.at(key).get<double>(); };
   std::printf("%5d %7d %-9s %9.3f %9.3f %9.3f %9.1f %7.1f %6.1f%% %7.3f %8.1f%% %6.1f%%\n", row.at("batch").get<int>(),
               row.at("context").get<int>(), row.at("tier").get<std::string>().c_str(), number("ms_per_step"),
@@ -303,21 +336,18 @@ void PrintGaps(const nlohmann::json& rows) {
 }
 
 // DENSE first, then those that were asked for.
-absl::StatusOr<std::vector<Tier>> TiersOf(const DecodeBenchOptions& options, const PredictorData* predictor) {
+absl::StatusOr<std::vector<Tier>> TiersOf(const DecodeOptions& options, const PredictorData* predictor) {
   std::vector<Tier> tiers = {Tier::kDense};
   for (const Tier tier : kAllTiers) {
-    const bool served = !IsPredicted(tier) || (predictor != nullptr &&
-                                               std::count(predictor->tiers.begin(), predictor->tiers.end(), tier) > 0);
     const bool named = std::count(options.tiers.begin(), options.tiers.end(), std::string(Name(tier))) > 0;
-    if (named && !served) {
-      return absl::InvalidArgumentError(absl::StrCat(options.model, ": has no predictor for tier ", Name(tier)));
-    }
-    if (tier != Tier::kDense && served && (named || options.tiers.empty())) tiers.push_back(tier);
+    if (named) RETURN_IF_ERROR(CheckServes(options.model, predictor, tier));
+    const bool wanted = named || (options.tiers.empty() && Serves(predictor, tier));
+    if (tier != Tier::kDense && wanted) tiers.push_back(tier);
   }
   return tiers;
 }
 
-absl::StatusOr<int> WindowOf(const DecodeBenchOptions& options) {
+absl::StatusOr<int> WindowOf(const DecodeOptions& options) {
   ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(options.model));
   const int longest = *std::max_element(options.contexts.begin(), options.contexts.end());
   const int steps = std::max(1, options.steps);
@@ -328,16 +358,26 @@ absl::StatusOr<int> WindowOf(const DecodeBenchOptions& options) {
   return options.steps > 0 ? longest + steps : std::min(longest + kMostSteps, config.context);
 }
 
-absl::Status Bench(const DecodeBenchOptions& options) {
+void Print(const DecodeOptions& options, ModelRunner& runner, const DeviceProbe* device, const nlohmann::json& rows) {
+  std::printf("%s, %s weights, %s, %d repeats, %s\n\n", options.model.c_str(), WeightsName(runner.weights().dtype()),
+              runner.backend().Description().c_str(), options.repeats,
+              options.text.empty() ? "random tokens" : options.text.c_str());
+  if (!runner.synthetic().empty()) std::printf("SYNTHETIC: %s\n\n", runner.synthetic().c_str());
+  PrintHeading();
+  for (const nlohmann::json& row : rows) PrintRow(row);
+  if (device != nullptr) {
+    PrintGaps(rows);
+    std::printf("\n%s\n", device->Description().c_str());
+  } else {
+    PrintBreakdowns(rows);
+  }
+}
+
+absl::Status Bench(const DecodeOptions& options) {
   StopOnInterrupt();
   RETURN_IF_ERROR(CheckWritable(options.json));
-  ModelRunner::Options run;
-  run.model = options.model;
-  run.weights = options.weights;
+  ModelRunner::Options run = RunnerOptions(options);
   run.predictor = options.predictor;
-  run.device = options.device;
-  run.threads = options.threads;
-  run.pin = true;
   run.slots = *std::max_element(options.batches.begin(), options.batches.end());
   run.max_rows = std::max(kPrefillRows, run.slots);
   ASSIGN_OR_RETURN(run.window, WindowOf(options));
@@ -345,17 +385,8 @@ absl::Status Bench(const DecodeBenchOptions& options) {
   ASSIGN_OR_RETURN(const auto model, BenchModel::Create(run, options.text, progress));
   ModelRunner& runner = model->runner();
   ASSIGN_OR_RETURN(const std::vector<Tier> tiers, TiersOf(options, runner.predictor_data()));
-  const bool on_device = options.device == "cuda";
-  std::unique_ptr<BandwidthProbe> cpu_probe;
-  std::unique_ptr<DeviceProbe> device_probe;
-  if (on_device) {
-    ASSIGN_OR_RETURN(const DejavuCudaModule* const module, cuda::LoadModule());
-    ASSIGN_OR_RETURN(device_probe, DeviceProbe::Create(module, 0));
-  } else {
-    ASSIGN_OR_RETURN(cpu_probe, BandwidthProbe::Create(options.threads));
-  }
-  DecodeBench bench(
-      options, *model, [&] { return on_device ? device_probe->Measure() : cpu_probe->Measure(); }, progress);
+  ASSIGN_OR_RETURN(WeightMemoryProbe probe, WeightMemoryProbe::Create(options));
+  DecodeBench bench(options, *model, probe, progress);
 
   nlohmann::json rows = nlohmann::json::array();
   for (const int context : options.contexts) {
@@ -367,32 +398,33 @@ absl::Status Bench(const DecodeBenchOptions& options) {
     }
   }
 
-  std::printf("%s, %s weights, %s, %d repeats, %s\n\n", options.model.c_str(), WeightsName(runner.weights().dtype()),
-              runner.backend().Description().c_str(), options.repeats,
-              options.text.empty() ? "random tokens" : options.text.c_str());
-  if (!runner.synthetic().empty()) std::printf("SYNTHETIC: %s\n\n", runner.synthetic().c_str());
-  PrintHeading();
-  for (const nlohmann::json& row : rows) Print(row);
-  if (on_device) {
-    PrintGaps(rows);
-    std::printf("\n%s\n", device_probe->Description().c_str());
-  } else {
-    PrintBreakdowns(rows);
-  }
+  Print(options, runner, probe.device(), rows);
   PrintBandwidth(bench.bandwidth());
-  if (options.json.empty()) return absl::OkStatus();
-  nlohmann::json json = {{"bandwidth_gb_per_s", Median(bench.bandwidth())},
-                         {"bandwidth_spread", Spread(bench.bandwidth())},
-                         {"noisy", Spread(bench.bandwidth()) > kNoisySpread},
-                         {"backend", runner.backend().Description()},
-                         {"repeats", options.repeats},
-                         {"rows", std::move(rows)}};
-  if (on_device) json["device"] = device_probe->Describe();
-  return WriteText(options.json, json.dump(1) + "\n");
+  nlohmann::json json = BandwidthJson(bench.bandwidth());
+  json["backend"] = runner.backend().Description();
+  json["repeats"] = options.repeats;
+  json["rows"] = std::move(rows);
+  if (probe.device() != nullptr) json["device"] = probe.device()->Describe();
+  return WriteJson(options.json, json);
 }
 
 }  // namespace
 
-int RunDecodeBench(const DecodeBenchOptions& options) { return ExitCode(Bench(options)); }
+Subcommand AddDecode(CLI::App& program) {
+  const auto options = std::make_shared<DecodeOptions>();
+  CLI::App* const command =
+      AddMeasuring(program, "decode",
+                   "What a decode step costs by tier, batch and context, and the weights that it reads", *options);
+  AddModel(command, *options);
+  command->add_option("--text", options->text, "Text that is decoded: sparsity depends on it; without: random tokens");
+  AddPredictor(command, options->predictor);
+  AddBatches(command, options->batches);
+  command->add_option("--context", options->contexts, "Tokens before the first decoded one, such as 128,2048")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 1 << 20));
+  AddTiers(command, options->tiers, "Such as exact,balanced; DENSE always runs beside them");
+  AddSteps(command, options->steps);
+  return {command, [options] { return ExitCode(Bench(*options)); }};
+}
 
 }  // namespace dejavu

@@ -1,9 +1,11 @@
-#include "tests/bench/imbalance.h"
-
+// `dejavu-bench imbalance`: how evenly the active neurons of decode steps fall on the ranks of a group, by how neurons
+// are dealt to them. The model runs whole, once for each batch; which rank would have had a neuron is looked up.
 #include <algorithm>
 #include <cstdio>
 #include <memory>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "engine/load/loaded_model.h"
@@ -14,14 +16,23 @@
 #include "kernels/base/status_macros.h"
 #include "nlohmann/json.hpp"
 #include "tests/bench/bench_model.h"
+#include "tests/bench/flags.h"
+#include "tests/bench/subcommand.h"
 #include "tests/bench/tool.h"
 
 namespace dejavu {
 namespace {
 
-double Quantile(const std::vector<double>& sorted, double share) {
-  return sorted[static_cast<size_t>(share * static_cast<double>(sorted.size() - 1))];
-}
+struct ImbalanceOptions : ModelFlags {
+  std::string predictor;  // as ModelOptions has it
+  std::string text;       // what is decoded, teacher-forced; empty: random tokens
+  std::vector<int> ranks = {2, 4, 8};
+  std::vector<int> batches = {1, 4, 16};
+  std::vector<std::string> tiers = {"balanced"};
+  int steps = 10000;
+  int window = 256;  // a sequence begins anew after so many positions
+  std::string json;
+};
 
 // Of the ranks in one layer.
 double Slowest(const std::vector<int64_t>& counts, int ranks, int32_t layer) {
@@ -149,7 +160,7 @@ class ActiveNeurons final : public ModelObserver {
 
 class ImbalanceBench {
  public:
-  ImbalanceBench(const ImbalanceBenchOptions& options, ModelRunner& runner, std::vector<int32_t> tokens,
+  ImbalanceBench(const ImbalanceOptions& options, ModelRunner& runner, std::vector<int32_t> tokens,
                  std::vector<Deal>& deals, ProgressLine& progress)
       : options_(options),
         runner_(runner),
@@ -204,7 +215,7 @@ class ImbalanceBench {
     runner_.Run();
   }
 
-  const ImbalanceBenchOptions& options_;
+  const ImbalanceOptions& options_;
   ModelRunner& runner_;
   const std::vector<int32_t> tokens_;
   std::vector<Deal>& deals_;
@@ -225,52 +236,48 @@ void Print(const nlohmann::json& rows) {
   }
 }
 
-absl::StatusOr<std::vector<Tier>> TiersOf(const ImbalanceBenchOptions& options, const PredictorData* predictor) {
+absl::StatusOr<std::vector<Tier>> TiersOf(const ImbalanceOptions& options, const PredictorData* predictor) {
   std::vector<Tier> tiers;
   for (const std::string& name : options.tiers) {
-    const Tier tier = *ParseTier(name);
-    if (IsPredicted(tier) &&
-        (predictor == nullptr || std::count(predictor->tiers.begin(), predictor->tiers.end(), tier) == 0)) {
-      return absl::InvalidArgumentError(absl::StrCat(options.model, ": has no predictor for tier ", name));
-    }
-    tiers.push_back(tier);
+    tiers.push_back(*ParseTier(name));
+    RETURN_IF_ERROR(CheckServes(options.model, predictor, tiers.back()));
   }
   return tiers;
 }
 
-absl::Status Bench(const ImbalanceBenchOptions& options) {
-  StopOnInterrupt();
-  RETURN_IF_ERROR(CheckWritable(options.json));
-  ModelRunner::Options run;
-  run.model = options.model;
-  run.weights = options.weights;
-  run.predictor = options.predictor;
-  run.threads = options.threads;
-  run.slots = run.max_rows = *std::max_element(options.batches.begin(), options.batches.end());
-  run.window = options.window;
-  std::vector<int32_t> tokens;
-  if (options.text.empty()) {
-    ASSIGN_OR_RETURN(tokens, BenchTokens(options.model, "", int64_t{options.steps} * run.slots));
-  } else {
-    ASSIGN_OR_RETURN(tokens, ReadTokens(options.model, options.text, 0));
-  }
-  ProgressLine progress("dejavu-bench");
-  ASSIGN_OR_RETURN(const auto runner, ModelRunner::Create(run, [&](int64_t done_bytes, int64_t total_bytes) {
-                     progress.Show("loading", static_cast<double>(done_bytes) / static_cast<double>(total_bytes));
-                     return !Interrupted();
-                   }));
-  ASSIGN_OR_RETURN(const std::vector<Tier> tiers, TiersOf(options, runner->predictor_data()));
-  const OptConfig& config = runner->config();
+absl::StatusOr<std::vector<int32_t>> TokensOf(const ImbalanceOptions& options, int slots) {
+  return options.text.empty() ? BenchTokens(options.model, "", int64_t{options.steps} * slots)
+                              : ReadTokens(options.model, options.text, 0);
+}
+
+absl::StatusOr<std::vector<Deal>> DealsOf(const ImbalanceOptions& options, const OptConfig& config,
+                                          const PredictorData* predictor) {
   std::vector<Deal> deals;
   for (const int ranks : options.ranks) {
-    if (runner->predictor_data() != nullptr) {
-      ASSIGN_OR_RETURN(Deal frequency, Deal::AsShards("frequency", config, runner->predictor_data(), ranks));
+    if (predictor != nullptr) {
+      ASSIGN_OR_RETURN(Deal frequency, Deal::AsShards("frequency", config, predictor, ranks));
       deals.push_back(std::move(frequency));
     }
     ASSIGN_OR_RETURN(Deal in_turn, Deal::AsShards("in turn", config, nullptr, ranks));
     deals.push_back(std::move(in_turn));
     deals.push_back(Deal::Slices(config, ranks));
   }
+  return deals;
+}
+
+absl::Status Bench(const ImbalanceOptions& options) {
+  StopOnInterrupt();
+  RETURN_IF_ERROR(CheckWritable(options.json));
+  ModelRunner::Options run = RunnerOptions(options);
+  run.predictor = options.predictor;
+  run.pin = false;
+  run.slots = run.max_rows = *std::max_element(options.batches.begin(), options.batches.end());
+  run.window = options.window;
+  ASSIGN_OR_RETURN(std::vector<int32_t> tokens, TokensOf(options, run.slots));
+  ProgressLine progress("dejavu-bench");
+  ASSIGN_OR_RETURN(const auto runner, ModelRunner::Create(run, ShowProgress(progress, "loading")));
+  ASSIGN_OR_RETURN(const std::vector<Tier> tiers, TiersOf(options, runner->predictor_data()));
+  ASSIGN_OR_RETURN(std::vector<Deal> deals, DealsOf(options, runner->config(), runner->predictor_data()));
 
   nlohmann::json rows = nlohmann::json::array();
   {
@@ -287,12 +294,34 @@ absl::Status Bench(const ImbalanceBenchOptions& options) {
               options.text.empty() ? "random tokens" : options.text.c_str());
   if (!runner->synthetic().empty()) std::printf("SYNTHETIC: %s\n\n", runner->synthetic().c_str());
   Print(rows);
-  if (options.json.empty()) return absl::OkStatus();
-  return WriteText(options.json, nlohmann::json{{"rows", std::move(rows)}}.dump(1) + "\n");
+  return WriteJson(options.json, {{"rows", std::move(rows)}});
 }
 
 }  // namespace
 
-int RunImbalanceBench(const ImbalanceBenchOptions& options) { return ExitCode(Bench(options)); }
+Subcommand AddImbalance(CLI::App& program) {
+  const auto options = std::make_shared<ImbalanceOptions>();
+  CLI::App* const command =
+      program.add_subcommand("imbalance", "How evenly active neurons fall on ranks, by how neurons are dealt to them");
+  AddModelName(command, options->model, "synthetic:opt-6.7b");
+  AddType(command, options->weights, "Type of the matrices in memory", kTypesInMemory);
+  AddPredictor(command, options->predictor);
+  command->add_option("--text", options->text, "Text that is decoded; without: random tokens");
+  command->add_option("--ranks", options->ranks, "Such as 2,4,8")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
+  AddBatches(command, options->batches)->capture_default_str();
+  AddTiers(command, options->tiers, "Such as exact,balanced")->capture_default_str();
+  command->add_option("--steps", options->steps, "Decode steps of each tier and batch")
+      ->check(CLI::Range(1, 1 << 24))
+      ->capture_default_str();
+  command->add_option("--window", options->window, "Positions after which a sequence begins anew")
+      ->check(CLI::Range(2, 1 << 20))
+      ->capture_default_str();
+  AddThreads(command, options->threads);
+  AddJson(command, options->json);
+  return {command, [options] { return ExitCode(Bench(*options)); }};
+}
 
 }  // namespace dejavu

@@ -7,7 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
-#include "tests/bench/tool.h"
+#include "kernels/base/clock.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "tests/bench/probe.cc"
@@ -153,7 +153,7 @@ double BandwidthProbe::Measure(double seconds) { return MeasureWay(way_, seconds
 
 double BandwidthProbe::MeasureWay(const Way& way, double seconds) {
   Pass(way);  // wakes the threads
-  const Clock::time_point start = Clock::now();
+  const SteadyTime start = std::chrono::steady_clock::now();
   int64_t passes = 0;
   do {
     Pass(way);
@@ -186,7 +186,7 @@ double BandwidthProbe::MeasureWaiting(int64_t bytes, double seconds) {
   Pass(way_);  // wakes the threads
   double busy_s = 0.0, all_s = 0.0;
   for (int64_t first = 0; all_s < seconds; first = (first + chunks) % (chunks_per_slice_ - chunks + 1)) {
-    const Clock::time_point start = Clock::now();
+    const SteadyTime start = std::chrono::steady_clock::now();
     pool_.Run([&](int thread) {
       const uint8_t* const own = data() + (thread * chunks_per_slice_ + first) * kChunk;
       slices_[thread].sum = sum_function(own, chunks * kChunk, way_.streams, way_.prefetch_bytes);
@@ -216,7 +216,7 @@ double ArithmeticProbe::Measure() {
   const float one = unknown;
   const auto count = HWY_DYNAMIC_DISPATCH(CountMultiplyAdds);
   std::vector<double> operations(pool_.threads());
-  const Clock::time_point start = Clock::now();
+  const SteadyTime start = std::chrono::steady_clock::now();
   pool_.Run([&](int thread) { operations[thread] = count(kTurns, one); });
   const double seconds = SecondsSince(start);
   double total = 0.0;

@@ -1,8 +1,9 @@
+// `dejavu-bench ranks`: what a decode step costs a group of ranks beside one rank on the same CPUs. The group is
+// threads of this process; under mpirun its processes, which all run this with the same options, and rank 0 reports.
+//
 // Both hold the model at once. A repeat takes the tiers in turn, each by one rank and by the group, who goes first
 // changing from repeat to repeat, with a probe of the bandwidth between tiers: ratios are formed within a repeat.
 // Greedy tokens are drawn where the logits are, as the daemon does it.
-#include "tests/bench/ranks.h"
-
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -12,17 +13,22 @@
 #include <fstream>
 #include <memory>
 #include <numeric>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "engine/load/loaded_model.h"
 #include "engine/load/synthetic.h"
 #include "engine/ranks/model_group.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/mpi/open_mpi.h"
 #include "nlohmann/json.hpp"
 #include "tests/bench/bench_model.h"
+#include "tests/bench/flags.h"
 #include "tests/bench/probe.h"
+#include "tests/bench/subcommand.h"
 #include "tests/bench/tool.h"
 
 namespace dejavu {
@@ -33,6 +39,18 @@ constexpr int kMostSteps = 128;  // where the number of steps is ours to choose
 constexpr int kPrefillRows = 256;
 constexpr int kBlockTokens = 16;
 constexpr double kNoisyOthers = 0.05;  // of the CPUs
+
+struct RanksOptions : ModelFlags {  // threads: all ranks of the group together
+  std::string predictor;            // as ModelOptions has it
+  std::string text;                 // what is decoded, teacher-forced; empty: random tokens
+  int ranks = 2;                    // threads; mpirun says how many there are
+  std::vector<int> batches = {1, 4, 16};
+  int context = 64;
+  std::vector<std::string> tiers = {"dense", "exact", "balanced"};
+  int steps = 0;  // of one measurement; 0: as many as take half a second
+  int repeats = 7;
+  std::string json;
+};
 
 // One rank or a group.
 class Decoder {
@@ -108,7 +126,7 @@ std::vector<double> All(const std::vector<Cost>& costs, Value&& value) {
 // How busy the CPUs are with anything but this process, by the kernel's clock of some milliseconds.
 class OtherProcesses {
  public:
-  void Start() { start_ = {SecondsOfOthers(), Clock::now()}; }
+  void Start() { start_ = {SecondsOfOthers(), std::chrono::steady_clock::now()}; }
   void Stop() {
     busy_s_ += SecondsOfOthers() - start_.first;
     all_s_ += SecondsSince(start_.second) * static_cast<double>(sysconf(_SC_NPROCESSORS_ONLN));
@@ -128,14 +146,14 @@ class OtherProcesses {
            seconds(own.ru_utime) - seconds(own.ru_stime);
   }
 
-  std::pair<double, Clock::time_point> start_;
+  std::pair<double, SteadyTime> start_;
   double busy_s_ = 0.0, all_s_ = 0.0;
 };
 
 class RanksBench {
  public:
   // `piece_bytes`: the weights that a rank reads between two all-reduces of a dense step.
-  RanksBench(const RanksBenchOptions& options, int window, int64_t piece_bytes, Decoder& one, Decoder& group,
+  RanksBench(const RanksOptions& options, int window, int64_t piece_bytes, Decoder& one, Decoder& group,
              BandwidthProbe& probe, ProgressLine& progress)
       : options_(options),
         window_(window),
@@ -172,6 +190,7 @@ class RanksBench {
   const std::vector<double>& bandwidth() const { return bandwidth_; }
   // BandwidthProbe::MeasureWaiting
   const std::vector<double>& waiting() const { return waiting_; }
+  int64_t piece_bytes() const { return piece_bytes_; }
   // While the one rank was measured, the group's other processes included.
   double others_share() const { return others_.share(); }
 
@@ -184,10 +203,10 @@ class RanksBench {
   }
 
   Cost Decode(Decoder& decoder, Tier tier, int batch, int steps) {
-    decoder.Step(tier, batch, options_.context);  // wakes whoever sleeps
+    decoder.Step(tier, batch, options_.context);  // wakes the threads that sleep
     Cost cost;
     const CommunicatorStats before = decoder.group().communication();
-    const Clock::time_point start = Clock::now();
+    const SteadyTime start = std::chrono::steady_clock::now();
     for (int step = 0; step < steps; ++step) {
       decoder.Step(tier, batch, options_.context + step);
       cost.imbalance += decoder.imbalance() / steps;
@@ -199,7 +218,7 @@ class RanksBench {
     return cost;
   }
 
-  const RanksBenchOptions& options_;
+  const RanksOptions& options_;
   const int window_;
   const int64_t piece_bytes_;
   Decoder &one_, &group_;
@@ -209,7 +228,7 @@ class RanksBench {
   OtherProcesses others_;
 };
 
-nlohmann::json Describe(const RanksBenchOptions& options, DType dtype, const Measured& m, int batch) {
+nlohmann::json Describe(const RanksOptions& options, DType dtype, const Measured& m, int batch) {
   std::vector<double> ratios;
   for (size_t i = 0; i < m.one.size(); ++i) ratios.push_back(m.one[i].ms / m.group[i].ms);
   const std::vector<double> one_ms = All(m.one, [](const Cost& c) { return c.ms; });
@@ -237,7 +256,7 @@ nlohmann::json Describe(const RanksBenchOptions& options, DType dtype, const Mea
           {"imbalance", Median(All(m.group, [](const Cost& c) { return c.imbalance; }))}};
 }
 
-void Print(const nlohmann::json& rows) {
+void PrintRows(const nlohmann::json& rows) {
   std::printf("%5s %7s %-9s %9s %9s %9s %9s %7s %15s %10s %7s %6s %8s %9s\n", "batch", "context", "tier", "one, ms",
               "least", "group, ms", "least", "ratio", "least to most", "allreduce", "least", "calls", "us each",
               "imbalance");
@@ -252,20 +271,17 @@ void Print(const nlohmann::json& rows) {
   }
 }
 
-absl::StatusOr<std::vector<Tier>> TiersOf(const RanksBenchOptions& options, const LoadedModel& loaded) {
+absl::StatusOr<std::vector<Tier>> TiersOf(const RanksOptions& options, const LoadedModel& loaded) {
   std::vector<Tier> tiers;
   for (const Tier tier : kAllTiers) {
     if (std::count(options.tiers.begin(), options.tiers.end(), std::string(Name(tier))) == 0) continue;
-    if (IsPredicted(tier) && (!loaded.predictor.has_value() ||
-                              std::count(loaded.predictor->tiers.begin(), loaded.predictor->tiers.end(), tier) == 0)) {
-      return absl::InvalidArgumentError(absl::StrCat(options.model, ": has no predictor for tier ", Name(tier)));
-    }
+    RETURN_IF_ERROR(CheckServes(options.model, loaded.predictor.has_value() ? &*loaded.predictor : nullptr, tier));
     tiers.push_back(tier);
   }
   return tiers;
 }
 
-absl::StatusOr<int> WindowOf(const RanksBenchOptions& options, const OptConfig& config) {
+absl::StatusOr<int> WindowOf(const RanksOptions& options, const OptConfig& config) {
   const int steps = options.steps > 0 ? options.steps : std::min(kMostSteps, config.context - options.context);
   if (steps < 1 || options.context + steps > config.context) {
     return absl::InvalidArgumentError(absl::StrCat("context ", options.context, " and ", std::max(1, steps),
@@ -274,7 +290,7 @@ absl::StatusOr<int> WindowOf(const RanksBenchOptions& options, const OptConfig& 
   return options.context + steps;
 }
 
-GroupOptions ShapeOf(const RanksBenchOptions& options, int window) {
+GroupOptions ShapeOf(const RanksOptions& options, int window) {
   GroupOptions group;
   group.model = {options.model, options.weights, options.predictor};
   group.device = options.device;
@@ -289,12 +305,50 @@ GroupOptions ShapeOf(const RanksBenchOptions& options, int window) {
   return group;
 }
 
-absl::Status Bench(const RanksBenchOptions& options) {
-  if (UnderMpirun() && GetMpirunPlace().bound) {
-    return absl::InvalidArgumentError(
-        "mpirun gives this process some of the CPUs only, so that one rank alone could not use them all; run it with "
-        "--bind-to none");
-  }
+absl::Status CheckBound() {
+  if (!UnderMpirun() || !GetMpirunPlace().bound) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      "mpirun gives this process some of the CPUs only, so that one rank alone could not use them all; run it with "
+      "--bind-to none");
+}
+
+const char* GroupName() { return UnderMpirun() ? "Open MPI" : "threads"; }
+
+void Print(const RanksOptions& options, Decoder& one, Decoder& group, const RanksBench& bench,
+           const nlohmann::json& rows) {
+  const LoadedModel& loaded = one.group().loaded();
+  std::printf("%s, %s weights, %d repeats, %s\none rank: %s\ngroup: %s (%s)\n\n", options.model.c_str(),
+              WeightsName(loaded.weights.dtype()), options.repeats,
+              options.text.empty() ? "random tokens" : options.text.c_str(), one.group().Description().c_str(),
+              group.group().Description().c_str(), GroupName());
+  if (!loaded.synthetic.empty()) std::printf("SYNTHETIC: %s\n\n", loaded.synthetic.c_str());
+  PrintRows(rows);
+  std::printf("\nOther processes took %.1f %% of the CPUs while one rank alone was measured%s\n",
+              100 * bench.others_share(), bench.others_share() > kNoisyOthers ? ". NOISY" : "");
+  std::printf(
+      "CPUs that each read %.1f MB and then meet, as ranks do between all-reduces, waited %.1f %% of the time (%.1f to "
+      "%.1f): what a fixed division of the work costs here\n",
+      1e-6 * static_cast<double>(bench.piece_bytes()), 100 * Median(bench.waiting()), 100 * Least(bench.waiting()),
+      100 * Most(bench.waiting()));
+  PrintBandwidth(bench.bandwidth());
+}
+
+nlohmann::json Json(const RanksOptions& options, Decoder& group, const RanksBench& bench, nlohmann::json rows) {
+  nlohmann::json json = BandwidthJson(bench.bandwidth());
+  json["noisy"] = json["noisy"].get<bool>() || bench.others_share() > kNoisyOthers;
+  json["waiting_piece_bytes"] = bench.piece_bytes();
+  json["waiting_share"] = Median(bench.waiting());
+  json["others_cpu_share"] = bench.others_share();
+  json["group"] = GroupName();
+  json["ranks"] = group.group().ranks();
+  json["backend"] = group.group().Description();
+  json["repeats"] = options.repeats;
+  json["rows"] = std::move(rows);
+  return json;
+}
+
+absl::Status Bench(const RanksOptions& options) {
+  RETURN_IF_ERROR(CheckBound());
   ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(options.model));
   ASSIGN_OR_RETURN(const int window, WindowOf(options, config));
   const GroupOptions shape = ShapeOf(options, window);
@@ -308,10 +362,7 @@ absl::Status Bench(const RanksBenchOptions& options) {
   const auto load = [&](int ranks, const char* part) {
     GroupOptions options_of = shape;
     options_of.ranks = ranks;
-    return ModelGroup::Create(options_of, config, [&progress, part](int64_t done_bytes, int64_t total_bytes) {
-      progress.Show(part, static_cast<double>(done_bytes) / static_cast<double>(total_bytes));
-      return !Interrupted();
-    });
+    return ModelGroup::Create(options_of, config, ShowProgress(progress, part));
   };
   ASSIGN_OR_RETURN(auto group_model, load(shape.ranks, "loading the group"));
   Decoder group(std::move(group_model), shape, window, tokens);
@@ -322,54 +373,46 @@ absl::Status Bench(const RanksBenchOptions& options) {
   one.FillContext(options.context, progress);
   group.FillContext(options.context, progress);
 
-  const LoadedModel& loaded = one.group().loaded();
-  const int64_t piece_bytes = loaded.weights.bytes() / (2 * config.layers * group.group().ranks());
+  const OptWeights& weights = one.group().loaded().weights;
+  const int64_t piece_bytes = weights.bytes() / (2 * config.layers * group.group().ranks());
   RanksBench bench(options, window, piece_bytes, one, group, *probe, progress);
   nlohmann::json rows = nlohmann::json::array();
   for (const int batch : options.batches) {
     const std::vector<Measured> measured = bench.Run(tiers, batch);
     if (Interrupted()) return absl::CancelledError("interrupted");
-    for (const Measured& m : measured) rows.push_back(Describe(options, loaded.weights.dtype(), m, batch));
+    for (const Measured& m : measured) rows.push_back(Describe(options, weights.dtype(), m, batch));
   }
-
-  const char* const form = UnderMpirun() ? "Open MPI" : "threads";
-  std::printf("%s, %s weights, %d repeats, %s\none rank: %s\ngroup: %s (%s)\n\n", options.model.c_str(),
-              WeightsName(loaded.weights.dtype()), options.repeats,
-              options.text.empty() ? "random tokens" : options.text.c_str(), one.group().Description().c_str(),
-              group.group().Description().c_str(), form);
-  if (!loaded.synthetic.empty()) std::printf("SYNTHETIC: %s\n\n", loaded.synthetic.c_str());
-  Print(rows);
-  std::printf("\nOther processes took %.1f %% of the CPUs while one rank alone was measured%s\n",
-              100 * bench.others_share(), bench.others_share() > kNoisyOthers ? ". NOISY" : "");
-  std::printf(
-      "CPUs that each read %.1f MB and then meet, as ranks do between all-reduces, waited %.1f %% of the time (%.1f to "
-      "%.1f): what a fixed division of the work costs here\n",
-      1e-6 * static_cast<double>(piece_bytes), 100 * Median(bench.waiting()), 100 * Least(bench.waiting()),
-      100 * Most(bench.waiting()));
-  PrintBandwidth(bench.bandwidth());
-  if (options.json.empty()) return absl::OkStatus();
-  const nlohmann::json json = {
-      {"bandwidth_gb_per_s", Median(bench.bandwidth())},
-      {"bandwidth_spread", Spread(bench.bandwidth())},
-      {"waiting_piece_bytes", piece_bytes},
-      {"waiting_share", Median(bench.waiting())},
-      {"noisy", Spread(bench.bandwidth()) > kNoisySpread || bench.others_share() > kNoisyOthers},
-      {"others_cpu_share", bench.others_share()},
-      {"group", form},
-      {"ranks", group.group().ranks()},
-      {"backend", group.group().Description()},
-      {"repeats", options.repeats},
-      {"rows", std::move(rows)}};
-  return WriteText(options.json, json.dump(1) + "\n");
+  Print(options, one, group, bench, rows);
+  return WriteJson(options.json, Json(options, group, bench, std::move(rows)));
 }
 
-}  // namespace
-
-int RunRanksBench(const RanksBenchOptions& options) {
+int Run(const RanksOptions& options) {
   const int code = ExitCode(Bench(options));
   // A group that has failed cannot end MPI.
   if (MpirunRank() > 0 && code != 0) _exit(code);
   return code;
+}
+
+}  // namespace
+
+Subcommand AddRanks(CLI::App& program) {
+  const auto options = std::make_shared<RanksOptions>();
+  CLI::App* const command =
+      AddMeasuring(program, "ranks",
+                   "A group of ranks beside one rank on the same CPUs: threads, or the processes of mpirun, which then "
+                   "needs --bind-to none so that one rank alone can use all CPUs",
+                   *options);
+  AddModel(command, *options);
+  AddRankCount(command, options->ranks);
+  command->add_option("--text", options->text, "Text that is decoded; without: random tokens");
+  AddPredictor(command, options->predictor);
+  AddBatches(command, options->batches)->capture_default_str();
+  command->add_option("--context", options->context, "Tokens before the first decoded one")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  AddTiers(command, options->tiers, "Such as exact,balanced")->capture_default_str();
+  AddSteps(command, options->steps);
+  return {command, [options] { return Run(*options); }};
 }
 
 }  // namespace dejavu

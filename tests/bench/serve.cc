@@ -1,13 +1,8 @@
+// `dejavu-bench serve`: the cost of serving. The same tokens come from the engine called directly, and through the real
+// server and a gRPC client.
+//
 // Pairs of runs, engine then server, so that a neighbour's load on the machine meets both. Both sides run in this
 // process, as server and client would on one machine; the client is the generated synchronous one.
-#include "tests/bench/serve.h"
-
-#include <arpa/inet.h>
-#include <netinet/in.h>
-#include <sys/socket.h>
-#include <time.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -20,19 +15,28 @@
 #include "absl/strings/str_cat.h"
 #include "dejavu/v1/generation.grpc.pb.h"
 #include "engine/engine.h"
-#include "engine/eval/tool.h"
 #include "engine/load/synthetic.h"
 #include "grpcpp/create_channel.h"
-#include "kernels/base/mutex.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
 #include "nlohmann/json.hpp"
 #include "server/server.h"
+#include "tests/bench/flags.h"
+#include "tests/bench/scraper.h"
+#include "tests/bench/subcommand.h"
 #include "tests/bench/tool.h"
+#include "tests/engine/serving/finish_sink.h"
 
 namespace dejavu {
 namespace {
 
-double Microseconds(Clock::duration d) { return std::chrono::duration<double, std::micro>(d).count(); }
+struct ServeOptions : ModelFlags {
+  int tokens = 256;
+  int repeats = 15;
+  std::string json;
+};
+
+double Microseconds(SteadyTime::duration d) { return std::chrono::duration<double, std::micro>(d).count(); }
 
 struct Run {
   double ttft_us = 0;
@@ -43,31 +47,21 @@ Run Summarise(SteadyTime start, SteadyTime first, SteadyTime last, int tokens) {
   return {Microseconds(first - start), Microseconds(last - first) / (tokens - 1)};
 }
 
-class TimingSink final : public TokenSink {
+class TimingSink final : public FinishSink {
  public:
   bool OnToken(const Token&) override {
-    last_ = Clock::now();
+    last_ = std::chrono::steady_clock::now();
     if (tokens_++ == 0) first_ = last_;
     return true;
   }
-  bool OnPromptToken(const Token&) override { return true; }
-  void OnFinish(const Finish&) override {
-    MutexLock lock(mutex_);
-    finished_ = true;
-    changed_.NotifyAll();
-  }
   Run Wait(SteadyTime start) {
-    MutexLock lock(mutex_);
-    while (!finished_) changed_.Wait(mutex_);
+    WaitForFinish();
     return Summarise(start, first_, last_, tokens_);
   }
 
  private:
   SteadyTime first_, last_;
   int tokens_ = 0;
-  Mutex mutex_;
-  CondVar changed_;
-  bool finished_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 const std::vector<int32_t> kPrompt = {2, 10, 20, 30, 40, 50, 60, 70};
@@ -78,7 +72,7 @@ absl::StatusOr<Run> RunEngine(Engine& engine, int tokens) {
   request.max_new_tokens = tokens;
   request.ignore_eos = true;
   auto sink = std::make_shared<TimingSink>();
-  const SteadyTime start = Clock::now();
+  const SteadyTime start = std::chrono::steady_clock::now();
   const auto id = engine.Submit(std::move(request), sink);
   if (!id.ok()) return id.status();
   return sink->Wait(start);
@@ -95,14 +89,14 @@ v1::GenerateRequest RequestOf(int tokens) {
 // The gaps between tokens go to `gaps_us`, if not null.
 absl::StatusOr<Run> RunServer(v1::GenerationService::Stub& stub, int tokens, std::vector<double>* gaps_us = nullptr) {
   grpc::ClientContext context;
-  const SteadyTime start = Clock::now();
+  const SteadyTime start = std::chrono::steady_clock::now();
   const auto reader = stub.GenerateStream(&context, RequestOf(tokens));
   v1::GenerateChunk chunk;
   SteadyTime first, last;
   int count = 0;
   while (reader->Read(&chunk)) {
     if (chunk.token_ids().empty()) continue;
-    const SteadyTime now = Clock::now();
+    const SteadyTime now = std::chrono::steady_clock::now();
     if (count == 0) first = last = now;
     for (int i = count == 0 ? 1 : 0; gaps_us != nullptr && i < chunk.token_ids_size(); ++i) {
       gaps_us->push_back(Microseconds(now - last));  // tokens of one message came at once
@@ -148,7 +142,7 @@ class Mate {
 };
 
 // The 99th percentile of a stream's gaps beside a mate of either kind, in turns.
-absl::Status BesideSlowReader(const ServeBenchOptions& options, v1::GenerationService::Stub& stub,
+absl::Status BesideSlowReader(const ServeOptions& options, v1::GenerationService::Stub& stub,
                               const std::string& address, nlohmann::json* json) {
   std::vector<double> p99_us[2];
   for (int i = 0; i < options.repeats; ++i) {
@@ -170,76 +164,6 @@ absl::Status BesideSlowReader(const ServeBenchOptions& options, v1::GenerationSe
   (*json)["p99_us_beside_slow_reader"] = Median(p99_us[false]);
   return absl::OkStatus();
 }
-
-struct Row {
-  const char* name;
-  double median, least, most;
-};
-
-Row Describe(const char* name, const std::vector<double>& values) {
-  return {name, Median(values), Least(values), Most(values)};
-}
-
-// Asks for /metrics as often as that while it lives.
-class Scraper {
- public:
-  Scraper(int port, int per_second)
-      : thread_([=, this] { Scrape(port, std::chrono::milliseconds(1000 / per_second)); }) {}
-  ~Scraper() {
-    {
-      MutexLock lock(mutex_);
-      stop_ = true;
-      changed_.NotifyAll();
-    }
-    thread_.join();
-  }
-
-  // A scrape's processor time on the server's side, beside an idle engine.
-  static double CpuMs(int port) {
-    constexpr int kScrapes = 200;
-    Fetch(port);
-    const double start = ProcessorMs(CLOCK_PROCESS_CPUTIME_ID), own = ProcessorMs(CLOCK_THREAD_CPUTIME_ID);
-    for (int i = 0; i < kScrapes; ++i) Fetch(port);
-    const double whole = ProcessorMs(CLOCK_PROCESS_CPUTIME_ID) - start;
-    return (whole - (ProcessorMs(CLOCK_THREAD_CPUTIME_ID) - own)) / kScrapes;
-  }
-
- private:
-  static double ProcessorMs(clockid_t clock) {
-    timespec time;
-    clock_gettime(clock, &time);
-    return 1e3 * static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_nsec);
-  }
-
-  void Scrape(int port, Clock::duration interval) {
-    SteadyTime next = Clock::now();
-    MutexLock lock(mutex_);
-    while (!stop_) {
-      Fetch(port);
-      next += interval;
-      while (!stop_ && Clock::now() < next) changed_.WaitUntil(mutex_, next);
-    }
-  }
-
-  static void Fetch(int port) {
-    const int fd = socket(AF_INET, SOCK_STREAM, 0);
-    sockaddr_in to = {};
-    to.sin_family = AF_INET;
-    to.sin_port = htons(static_cast<uint16_t>(port));
-    to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    constexpr char kRequest[] = "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
-    char buffer[1 << 16];
-    if (connect(fd, reinterpret_cast<sockaddr*>(&to), sizeof to) == 0 && write(fd, kRequest, sizeof kRequest - 1) > 0) {
-      while (read(fd, buffer, sizeof buffer) > 0) continue;
-    }
-    close(fd);
-  }
-
-  Mutex mutex_;
-  CondVar changed_;
-  bool stop_ = false;
-  std::thread thread_;
-};
 
 // What the second of two ways costs, in pairs of runs: the median of the ratios less 1, with an interval that holds the
 // true median in 95 of 100 cases.
@@ -263,8 +187,8 @@ absl::Status PrintPairs(const char* what, int pairs, const std::function<absl::S
   return absl::OkStatus();
 }
 
-// Runs without scrapes are short, so that whatever else this machine does falls into few of them.
-absl::Status Watched(const ServeBenchOptions& options, Engine& engine, int metrics_port, nlohmann::json* json) {
+// Runs without scrapes are short, so that other work of this machine falls into few of them.
+absl::Status Watched(const ServeOptions& options, Engine& engine, int metrics_port, nlohmann::json* json) {
   constexpr int kPairs = 60, kShortPairs = 500, kShortTokens = 32, kScrapesPerSecond = 20;
   const auto plain = [&] { return RunEngine(engine, options.tokens); };
   const double scrape_ms = Scraper::CpuMs(metrics_port);
@@ -286,65 +210,82 @@ absl::Status Watched(const ServeBenchOptions& options, Engine& engine, int metri
   return PrintPairs("the engine counts nothing / it counts", kShortPairs, counting(false), counting(true), json);
 }
 
-absl::Status Bench(const ServeBenchOptions& options) {
+// By pair of runs.
+struct Pairs {
+  std::vector<double> engine_us, server_us, added_us;  // per token
+  std::vector<double> engine_ttft_us, server_ttft_us;
+};
+
+absl::StatusOr<Pairs> MeasurePairs(const ServeOptions& options, Engine& engine, v1::GenerationService::Stub& stub) {
+  Pairs pairs;
+  for (int i = -1; i < options.repeats; ++i) {  // one pair to warm up
+    ASSIGN_OR_RETURN(const Run direct, RunEngine(engine, options.tokens));
+    ASSIGN_OR_RETURN(const Run served, RunServer(stub, options.tokens));
+    std::fprintf(stderr, "\r%d of %d", i + 1, options.repeats);
+    if (i < 0) continue;
+    pairs.engine_us.push_back(direct.per_token_us);
+    pairs.server_us.push_back(served.per_token_us);
+    pairs.added_us.push_back(served.per_token_us - direct.per_token_us);
+    pairs.engine_ttft_us.push_back(direct.ttft_us);
+    pairs.server_ttft_us.push_back(served.ttft_us);
+  }
+  std::fprintf(stderr, "\r                \r");
+  return pairs;
+}
+
+void Report(const ServeOptions& options, const std::string& backend, const Pairs& pairs, nlohmann::json* json) {
+  std::printf("%s\n%s, batch 1, %d tokens, %d pairs of runs\n\n", options.model.c_str(), backend.c_str(),
+              options.tokens, options.repeats);
+  std::printf("%-34s %10s %10s %10s\n", "microseconds", "median", "least", "most");
+  *json = {{"model", options.model},
+           {"synthetic", IsSynthetic(options.model)},
+           {"backend", backend},
+           {"tokens", options.tokens}};
+  for (const auto& [name, us] :
+       {std::pair("engine_us_per_token", &pairs.engine_us), std::pair("server_us_per_token", &pairs.server_us),
+        std::pair("added_us_per_token", &pairs.added_us), std::pair("engine_ttft_us", &pairs.engine_ttft_us),
+        std::pair("server_ttft_us", &pairs.server_ttft_us)}) {
+    std::printf("%-34s %10.1f %10.1f %10.1f\n", name, Median(*us), Least(*us), Most(*us));
+    (*json)[name] = Median(*us);
+  }
+  std::vector<double> shares;  // of neighbouring runs
+  for (size_t i = 0; i < pairs.added_us.size(); ++i) shares.push_back(pairs.added_us[i] / pairs.engine_us[i]);
+  (*json)["added_share"] = Median(shares);
+  std::printf("\nThe server adds %.1f us, %.2f %%, to a token.\n", Median(pairs.added_us), 100 * Median(shares));
+}
+
+absl::Status Bench(const ServeOptions& options) {
   RETURN_IF_ERROR(CheckWritable(options.json));
-  EngineOptions engine_options;
-  engine_options.model = options.model;
-  engine_options.weights = options.weights;
-  engine_options.device = options.device;
-  engine_options.threads = options.threads;
-  auto engine = Engine::Create(engine_options, 0, nullptr);
-  if (!engine.ok()) return engine.status();
+  const EngineOptions engine_options = EngineOptionsOf(options);
+  ASSIGN_OR_RETURN(const auto engine, Engine::Create(engine_options, 0, nullptr));
   ServerOptions server_options;
   server_options.metrics_listen = "127.0.0.1:0";
   server_options.listen = "127.0.0.1:0";
-  auto server = Server::Start(server_options, engine_options);
-  if (!server.ok()) return server.status();
-  (*server)->SetReady(engine->get(), nullptr);
-  const std::string address = absl::StrCat("127.0.0.1:", (*server)->port());
+  ASSIGN_OR_RETURN(const auto server, Server::Start(server_options, engine_options));
+  server->SetReady(engine.get(), nullptr);
+  const std::string address = absl::StrCat("127.0.0.1:", server->port());
   const auto stub = v1::GenerationService::NewStub(grpc::CreateChannel(address, grpc::InsecureChannelCredentials()));
 
-  std::vector<double> engine_us, server_us, added_us, engine_ttft_us, server_ttft_us;
-  for (int i = -1; i < options.repeats; ++i) {  // one pair to warm up
-    const auto direct = RunEngine(**engine, options.tokens);
-    if (!direct.ok()) return direct.status();
-    const auto served = RunServer(*stub, options.tokens);
-    if (!served.ok()) return served.status();
-    std::fprintf(stderr, "\r%d of %d", i + 1, options.repeats);
-    if (i < 0) continue;
-    engine_us.push_back(direct->per_token_us);
-    server_us.push_back(served->per_token_us);
-    added_us.push_back(served->per_token_us - direct->per_token_us);
-    engine_ttft_us.push_back(direct->ttft_us);
-    server_ttft_us.push_back(served->ttft_us);
-  }
-  std::fprintf(stderr, "\r                \r");
-
-  std::printf("%s\n%s, batch 1, %d tokens, %d pairs of runs\n\n", options.model.c_str(),
-              (*engine)->backend_description().c_str(), options.tokens, options.repeats);
-  std::printf("%-34s %10s %10s %10s\n", "microseconds", "median", "least", "most");
-  nlohmann::json json = {{"model", options.model},
-                         {"synthetic", IsSynthetic(options.model)},
-                         {"backend", (*engine)->backend_description()},
-                         {"tokens", options.tokens}};
-  for (const Row& row : {Describe("engine_us_per_token", engine_us), Describe("server_us_per_token", server_us),
-                         Describe("added_us_per_token", added_us), Describe("engine_ttft_us", engine_ttft_us),
-                         Describe("server_ttft_us", server_ttft_us)}) {
-    std::printf("%-34s %10.1f %10.1f %10.1f\n", row.name, row.median, row.least, row.most);
-    json[row.name] = row.median;
-  }
-  std::vector<double> shares;  // of neighbouring runs
-  for (size_t i = 0; i < added_us.size(); ++i) shares.push_back(added_us[i] / engine_us[i]);
-  json["added_share"] = Median(shares);
-  std::printf("\nThe server adds %.1f us, %.2f %%, to a token.\n", Median(added_us), 100 * Median(shares));
+  nlohmann::json json;
+  ASSIGN_OR_RETURN(const Pairs pairs, MeasurePairs(options, *engine, *stub));
+  Report(options, engine->backend_description(), pairs, &json);
   RETURN_IF_ERROR(BesideSlowReader(options, *stub, address, &json));
-  RETURN_IF_ERROR(Watched(options, **engine, (*server)->metrics_port(), &json));
-  if (options.json.empty()) return absl::OkStatus();
-  return WriteText(options.json, json.dump(1) + "\n");
+  RETURN_IF_ERROR(Watched(options, *engine, server->metrics_port(), &json));
+  return WriteJson(options.json, json);
 }
 
 }  // namespace
 
-int RunServeBench(const ServeBenchOptions& options) { return ExitCode(Bench(options)); }
+Subcommand AddServe(CLI::App& program) {
+  const auto options = std::make_shared<ServeOptions>();
+  CLI::App* const command =
+      AddMeasuring(program, "serve",
+                   "What the server adds to a token: GenerateStream over loopback against the bare engine", *options);
+  AddModel(command, *options);
+  command->add_option("--tokens", options->tokens, "Tokens of one measurement")
+      ->check(CLI::Range(2, 100000))
+      ->capture_default_str();
+  return {command, [options] { return ExitCode(Bench(*options)); }};
+}
 
 }  // namespace dejavu

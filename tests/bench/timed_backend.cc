@@ -1,6 +1,6 @@
 #include "tests/bench/timed_backend.h"
 
-#include "tests/bench/tool.h"
+#include "kernels/base/clock.h"
 
 namespace dejavu {
 
@@ -26,7 +26,7 @@ void TimedBackend::Start() {
 template <typename Op>
 void TimedBackend::Time(StepPart part, Op&& op) {
   if (!on_) return op();
-  const Clock::time_point start = Clock::now();
+  const SteadyTime start = std::chrono::steady_clock::now();
   op();
   seconds_[static_cast<size_t>(part)] += SecondsSince(start);
 }

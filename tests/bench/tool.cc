@@ -3,11 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "engine/eval/tool.h"
-
 namespace dejavu {
-
-double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 double Median(std::vector<double> values) {
   std::sort(values.begin(), values.end());
@@ -24,10 +20,25 @@ double Spread(std::vector<double> values) {
   return (values[values.size() - 1 - tenth] - values[tenth]) / Median(values);
 }
 
+double Quantile(const std::vector<double>& sorted, double share) {
+  return sorted[static_cast<size_t>(share * static_cast<double>(sorted.size() - 1))];
+}
+
+LoadProgress ShowProgress(ProgressLine& line, const char* part) {
+  return [&line, part](int64_t done_bytes, int64_t total_bytes) {
+    line.Show(part, static_cast<double>(done_bytes) / static_cast<double>(total_bytes));
+    return !Interrupted();
+  };
+}
+
 int ExitCode(const absl::Status& status) {
   if (status.ok()) return kExitDone;
   std::fprintf(stderr, "dejavu-bench: %s\n", std::string(status.message()).c_str());
   return absl::IsInvalidArgument(status) || absl::IsNotFound(status) ? kExitUsage : kExitFailed;
+}
+
+absl::Status WriteJson(const std::string& path, const nlohmann::json& json) {
+  return path.empty() ? absl::OkStatus() : WriteText(path, json.dump(1) + "\n");
 }
 
 void PrintBandwidth(const std::vector<double>& gb_per_s) {
@@ -38,6 +49,12 @@ void PrintBandwidth(const std::vector<double>& gb_per_s) {
     std::printf("NOISY: it moved by %.0f %%. Do not trust these figures; repeat them when the neighbours are quiet.\n",
                 100 * spread);
   }
+}
+
+nlohmann::json BandwidthJson(const std::vector<double>& gb_per_s) {
+  return {{"bandwidth_gb_per_s", Median(gb_per_s)},
+          {"bandwidth_spread", Spread(gb_per_s)},
+          {"noisy", Spread(gb_per_s) > kNoisySpread}};
 }
 
 }  // namespace dejavu

@@ -6,7 +6,7 @@
 
 #include "engine/engine.h"
 #include "gtest/gtest.h"
-#include "kernels/base/mutex.h"
+#include "tests/engine/serving/finish_sink.h"
 
 namespace {
 thread_local bool counting = false;
@@ -30,8 +30,8 @@ void operator delete[](void* p, size_t) noexcept { std::free(p); }
 namespace dejavu {
 namespace {
 
-// The first stream's sink switches counting on for the engine thread, and off before anybody ends.
-class CountingSink final : public TokenSink {
+// The first stream's sink switches counting on for the engine thread, and off before any stream ends.
+class CountingSink final : public FinishSink {
  public:
   CountingSink(bool counts, int from, int to) : counts_(counts), from_(from), to_(to) {}
 
@@ -44,24 +44,11 @@ class CountingSink final : public TokenSink {
     if (counts_ && tokens_ == to_) counting = false;
     return true;
   }
-  bool OnPromptToken(const Token&) override { return true; }
-  void OnFinish(const Finish&) override {
-    MutexLock lock(mutex_);
-    finished_ = true;
-    changed_.NotifyAll();
-  }
-  void Wait() {
-    MutexLock lock(mutex_);
-    while (!finished_) changed_.Wait(mutex_);
-  }
 
  private:
   const bool counts_;
   const int from_, to_;
   int tokens_ = 0;
-  Mutex mutex_;
-  CondVar changed_;
-  bool finished_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 TEST(DecodeStep, AllocatesNothing) {
@@ -83,7 +70,7 @@ TEST(DecodeStep, AllocatesNothing) {
       ASSERT_TRUE((*engine)->Submit(std::move(request), sinks.back()).ok());
     }
     sinks[0]->others_are_there.count_down();
-    for (const auto& sink : sinks) sink->Wait();
+    for (const auto& sink : sinks) sink->WaitForFinish();
   }
   EXPECT_EQ(allocations.load(), 0) << "in " << kRounds * (kTo - kFrom) << " steps";
 }

@@ -1,18 +1,19 @@
-// A TokenSink that keeps what it hears and lets a test wait for the end.
+// CollectingSink: a FinishSink that keeps what it hears.
 #ifndef TESTS_ENGINE_SERVING_COLLECTING_SINK_H_
 #define TESTS_ENGINE_SERVING_COLLECTING_SINK_H_
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
-#include <optional>
+#include <thread>
+#include <utility>
 #include <vector>
 
-#include "engine/request.h"
-#include "kernels/base/mutex.h"
+#include "tests/engine/serving/finish_sink.h"
 
 namespace dejavu {
 
-class CollectingSink final : public TokenSink {
+class CollectingSink final : public FinishSink {
  public:
   struct HeardToken {
     int32_t id;
@@ -28,17 +29,8 @@ class CollectingSink final : public TokenSink {
 
   bool OnToken(const Token& token) override { return Keep(token); }
   bool OnPromptToken(const Token& token) override { return Keep(token); }
-  void OnFinish(const Finish& finish) override {
-    MutexLock lock(mutex_);
-    finish_ = finish;
-    changed_.NotifyAll();
-  }
 
-  Finish WaitForFinish() {
-    MutexLock lock(mutex_);
-    while (!finish_.has_value()) changed_.Wait(mutex_);
-    return *finish_;
-  }
+  // Or for the end.
   void WaitForTokens(size_t count) {
     MutexLock lock(mutex_);
     while (!finish_.has_value() && tokens_.size() < count) changed_.Wait(mutex_);
@@ -67,11 +59,14 @@ class CollectingSink final : public TokenSink {
   }
 
   const std::function<bool(size_t)> keep_going_;
-  Mutex mutex_;
-  CondVar changed_;
   std::vector<HeardToken> tokens_ ABSL_GUARDED_BY(mutex_);
-  std::optional<Finish> finish_ ABSL_GUARDED_BY(mutex_);
 };
+
+// For its `keep_going`: every step takes some ms, so that a stream of hundreds of tokens lasts for seconds.
+inline bool TakesItsTime(size_t) {
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  return true;
+}
 
 }  // namespace dejavu
 

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <latch>
 #include <random>
-#include <thread>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -27,12 +26,6 @@ std::unique_ptr<Engine> MakeEngine(const std::string& model, EngineOptions optio
   auto engine = Engine::Create(options, 0, nullptr);
   CHECK(engine.ok()) << engine.status().ToString();
   return *std::move(engine);
-}
-
-// Of a sink: a request of hundreds of tokens lasts for seconds.
-bool TakesItsTime(size_t) {
-  std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  return true;
 }
 
 Request Prompt(std::vector<int32_t> ids, int max_new_tokens) {
