@@ -1,12 +1,14 @@
 #include "tests/engine/serving/embedded_engine.h"
 
 #include <algorithm>
+#include <bit>
 #include <fstream>
 #include <iterator>
 #include <latch>
 #include <utility>
 
 #include "engine/text/tokenizer.h"
+#include "gtest/gtest.h"
 #include "kernels/base/check.h"
 
 namespace dejavu {
@@ -22,6 +24,18 @@ std::unique_ptr<Engine> MakeEngine(EngineOptions options) {
   auto engine = Engine::Create(options, 0, nullptr);
   CHECK(engine.ok()) << engine.status().ToString();
   return *std::move(engine);
+}
+
+EngineOptions WithoutFallback() {
+  EngineOptions options;
+  options.shadow_fallback = false;
+  return options;
+}
+
+EngineOptions WithPredictor(const std::string& path) {
+  EngineOptions options;
+  options.predictor = path;
+  return options;
 }
 
 const std::vector<std::vector<int32_t>>& TextPrompts() {
@@ -64,7 +78,7 @@ Heard Listen(CollectingSink& sink) {
 Heard Generate(Engine& engine, Request request) { return GenerateTogether(engine, {std::move(request)})[0]; }
 
 std::vector<Heard> GenerateTogether(Engine& engine, const std::vector<Request>& requests) {
-  // Until all are there, the engine stands still in the only token of somebody else, who counts nowhere.
+  // Until all are submitted, another request, which counts nowhere, holds the engine in its only token.
   std::latch all_there{1};
   const auto gate = std::make_shared<CollectingSink>([&](size_t) {
     all_there.wait();
@@ -86,6 +100,14 @@ std::vector<Heard> GenerateTogether(Engine& engine, const std::vector<Request>& 
   heard.reserve(sinks.size());
   for (const auto& sink : sinks) heard.push_back(Listen(*sink));
   return heard;
+}
+
+void ExpectSameBits(const Heard& a, const Heard& b) {
+  EXPECT_EQ(a.ids, b.ids);
+  ASSERT_EQ(a.logprobs.size(), b.logprobs.size());
+  for (size_t i = 0; i < a.logprobs.size(); ++i) {
+    EXPECT_EQ(std::bit_cast<uint32_t>(a.logprobs[i]), std::bit_cast<uint32_t>(b.logprobs[i])) << "token " << i;
+  }
 }
 
 }  // namespace dejavu

@@ -15,6 +15,12 @@ namespace dejavu {
 // On the CPU, two threads. `options.model` empty: the embedded model.
 std::unique_ptr<Engine> MakeEngine(EngineOptions options = {});
 
+// Shadow checks report and change nothing.
+EngineOptions WithoutFallback();
+EngineOptions WithPredictor(const std::string& path);
+
+inline constexpr Tier kPredictedTiers[] = {Tier::kHigh, Tier::kBalanced, Tier::kFast};
+
 // 100 pieces of tests/testdata/text/prompts.txt, 10 to about 100 tokens each, with the leading </s>.
 const std::vector<std::vector<int32_t>>& TextPrompts();
 
@@ -30,6 +36,8 @@ Heard Listen(CollectingSink& sink);  // waits for the end
 Heard Generate(Engine& engine, Request request);
 // Submitted together, in order.
 std::vector<Heard> GenerateTogether(Engine& engine, const std::vector<Request>& requests);
+// The same ids, and the same bits of each log-probability.
+void ExpectSameBits(const Heard& a, const Heard& b);
 
 }  // namespace dejavu
 

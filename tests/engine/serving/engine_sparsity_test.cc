@@ -1,11 +1,9 @@
-// Tiers, reports and shadow checks of the engine, through its public interface.
+// Tiers, reports and predictor files of the engine, through its public interface.
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <filesystem>
 #include <numeric>
 
-#include "engine/ranks/model_runner.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/engine/golden.h"
@@ -19,29 +17,6 @@ namespace {
 using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
-
-constexpr Tier kPredictedTiers[] = {Tier::kHigh, Tier::kBalanced, Tier::kFast};
-
-void ExpectSameBits(const Heard& a, const Heard& b) {
-  EXPECT_EQ(a.ids, b.ids);
-  ASSERT_EQ(a.logprobs.size(), b.logprobs.size());
-  for (size_t i = 0; i < a.logprobs.size(); ++i) {
-    EXPECT_EQ(std::bit_cast<uint32_t>(a.logprobs[i]), std::bit_cast<uint32_t>(b.logprobs[i])) << "token " << i;
-  }
-}
-
-// Shadow checks report and change nothing.
-EngineOptions WithoutFallback() {
-  EngineOptions options;
-  options.shadow_fallback = false;
-  return options;
-}
-
-EngineOptions WithPredictor(const std::string& path) {
-  EngineOptions options;
-  options.predictor = path;
-  return options;
-}
 
 // ---- EXACT and DENSE
 
@@ -169,36 +144,41 @@ TEST(EngineSparsity, ARequestThatNeverDecodesReportsNothing) {
   }
 }
 
-// Selections that do not depend on the input: every share is known.
-TEST(EngineSparsity, DensitiesAreThoseOfAKnownSelection) {
-  const OptConfig config = OptConfig::Load(EMBEDDED_MODEL).value();
+// Selections of HIGH that do not depend on the input: layer l chooses 100 l + 1 neurons and l % 5 heads. Layer 3 has no
+// point for its neurons, which is EXACT, and layer 7 chooses no heads. Nothing serves the other tiers.
+PredictorData KnownSelection(const OptConfig& config) {
   PredictorData data = MakePredictor(config, Tap::kAttentionNorm, 2);
   const auto first = [](int32_t count) {
     std::vector<int32_t> list(count);
     std::iota(list.begin(), list.end(), 0);
     return list;
   };
+  for (int32_t l = 0; l < config.layers; ++l) {
+    SelectOnly(first(100 * l + 1), Tier::kHigh, &data.layers[l].neurons);
+    SelectOnly(first(l % 5), Tier::kHigh, &data.layers[l].heads);
+    for (const Tier other : {Tier::kBalanced, Tier::kFast}) {
+      data.layers[l].neurons.points[static_cast<size_t>(other)].reset();
+      data.layers[l].heads.points[static_cast<size_t>(other)].reset();
+    }
+  }
+  data.layers[3].neurons.points[static_cast<size_t>(Tier::kHigh)].reset();
+  data.layers[7].heads = {};
+  data.tiers = {Tier::kHigh};
+  return data;
+}
+
+TEST(EngineSparsity, DensitiesAreThoseOfAKnownSelection) {
+  const OptConfig config = OptConfig::Load(EMBEDDED_MODEL).value();
+  const auto neurons_of = [&](int32_t l) -> int64_t { return l == 3 ? config.ffn : 100 * l + 1; };
+  const auto heads_of = [&](int32_t l) -> int64_t { return l == 7 ? config.heads : l % 5; };
   int64_t neurons = 0, heads = 0;
   for (int32_t l = 0; l < config.layers; ++l) {
-    SelectorData& from = data.layers[l].neurons;
-    SelectOnly(first(100 * l + 1), Tier::kHigh, &from);
-    SelectOnly(first(l % 5), Tier::kHigh, &data.layers[l].heads);
-    from.points[static_cast<size_t>(Tier::kBalanced)].reset();
-    from.points[static_cast<size_t>(Tier::kFast)].reset();
-    neurons += 100 * l + 1;
-    heads += l % 5;
-  }
-  data.layers[3].neurons.points[static_cast<size_t>(Tier::kHigh)].reset();  // EXACT
-  neurons += config.ffn - 301;
-  data.layers[7].heads = {};
-  heads += config.heads - 7 % 5;
-  data.tiers = {Tier::kHigh};
-  for (LayerPredictorData& layer : data.layers) {
-    layer.heads.points[static_cast<size_t>(Tier::kBalanced)].reset();
-    layer.heads.points[static_cast<size_t>(Tier::kFast)].reset();
+    neurons += neurons_of(l);
+    heads += heads_of(l);
   }
   const ScratchDirectory directory;
-  const std::string path = WritePredictorFor(EMBEDDED_MODEL, data, directory.Path("known.safetensors"));
+  const std::string path =
+      WritePredictorFor(EMBEDDED_MODEL, KnownSelection(config), directory.Path("known.safetensors"));
   const auto engine = MakeEngine(WithPredictor(path));
   EXPECT_EQ(engine->predictor().path, path);
   EXPECT_EQ(engine->predictor().tap, "attention-norm");
@@ -214,11 +194,10 @@ TEST(EngineSparsity, DensitiesAreThoseOfAKnownSelection) {
   const SparsityStats stats = engine->sparsity_stats();
   for (int32_t l = 0; l < config.layers; ++l) {
     const LayerSparsityStats& layer = stats.layers[l];
-    const int64_t selected = l == 3 ? config.ffn : 100 * l + 1;
     EXPECT_EQ(layer.rows, 30);
-    EXPECT_EQ(layer.selected, 30 * selected);
-    EXPECT_EQ(layer.heads, 30 * (l == 7 ? config.heads : l % 5));
-    EXPECT_EQ(layer.union_selected, layer.steps * selected) << "steps that choose nothing here are not counted";
+    EXPECT_EQ(layer.selected, 30 * neurons_of(l));
+    EXPECT_EQ(layer.heads, 30 * heads_of(l));
+    EXPECT_EQ(layer.union_selected, layer.steps * neurons_of(l)) << "steps that choose nothing here are not counted";
     EXPECT_EQ(layer.steps == 0, l == 3);
     EXPECT_LE(layer.union_active, layer.union_selected);
   }
@@ -328,198 +307,6 @@ TEST(EngineSparsity, AFileThatIsNotThisModelsIsRefusedWithTheReason) {
   refusal(directory.Path("truncated"));
   refusal(directory.Path("absent"));
 }
-
-// ---- Shadow checks
-
-// Of the decode steps of a request, those that one in `every` picks: 1 ... tokens - 1 tokens have been generated
-// before.
-int64_t ShadowTokens(uint64_t id, int tokens, int every) {
-  int64_t count = 0;
-  for (int generated = 1; generated < tokens; ++generated) count += (generated + id) % every == 0;
-  return count;
-}
-
-TEST(EngineSparsity, ShadowChecksChangeNoTokenAndAreAsManyAsAskedFor) {
-  const auto engine = MakeEngine(WithoutFallback());
-  constexpr int kTokens = 30;
-  for (const Tier tier : kPredictedTiers) {
-    Heard without;
-    for (const int every : {0, 1, 3, 1000}) {
-      auto sink = std::make_shared<CollectingSink>();
-      const auto id = engine->Submit(SparseRequest(TextPrompts()[6], kTokens, {tier, false, every}), sink);
-      ASSERT_TRUE(id.ok());
-      const Heard heard = Listen(*sink);
-      if (every == 0) without = heard;
-      ExpectSameBits(heard, without);
-      const ShadowReport& shadow = heard.finish.sparsity.shadow;
-      EXPECT_EQ(shadow.tokens, every == 0 ? 0 : ShadowTokens(*id, kTokens, every)) << "one in " << every;
-    }
-  }
-}
-
-// The same stream through ModelRunner: before each decode step the dense row, then the real one.
-TEST(EngineSparsity, ShadowReportsAreWhatADenseRunBesideTheSparseOneGives) {
-  const auto engine = MakeEngine(WithoutFallback());
-  const PredictorData data = ReadPredictorOf(EMBEDDED_MODEL);
-  ModelRunner::Options options;
-  options.model = EMBEDDED_MODEL;
-  options.threads = 2;
-  options.max_rows = 128;
-  options.max_audits = 1;
-  const auto runner = ModelRunner::Create(options, nullptr).value();
-  ASSERT_TRUE(runner->SetPredictor(&data).ok());
-  const OptConfig& config = runner->config();
-  for (const Tier tier : kPredictedTiers) {
-    for (const int every : {1, 3}) {
-      const std::vector<int32_t>& prompt = TextPrompts()[8];
-      Request request = SparseRequest(prompt, 20, {tier, false, every});
-      request.sampling.temperature = 1.0f;
-      auto sink = std::make_shared<CollectingSink>();
-      const uint64_t id = engine->Submit(request, sink).value();
-      const Heard heard = Listen(*sink);
-
-      Batch& batch = runner->StartBatch();
-      for (size_t i = 0; i < prompt.size(); ++i) batch.AddRow(0, static_cast<int32_t>(i), prompt[i], false);
-      runner->Run();
-      double tokens = 0, agreements = 0, kl = 0, fields[kAuditFields] = {};
-      for (size_t k = 1; k < heard.ids.size(); ++k) {
-        const auto position = static_cast<int32_t>(prompt.size() + k - 1);
-        runner->StartBatch().AddRow(0, position, heard.ids[k - 1], true, Tier::kDense);
-        const absl::Span<const float> run = runner->Run();
-        const std::vector<float> dense(run.begin(), run.end());
-        runner->StartBatch().AddDecodeRow(0, position, heard.ids[k - 1], true, {tier, false, 0});
-        batch.audit_rows = {0};
-        const absl::Span<const float> sparse = runner->Run();
-        if ((k + id) % every != 0) continue;
-        ++tokens;
-        agreements += std::max_element(dense.begin(), dense.end()) - dense.begin() ==
-                      std::max_element(sparse.begin(), sparse.end()) - sparse.begin();
-        double p_sum = 0, q_sum = 0;
-        for (size_t i = 0; i < dense.size(); ++i) {
-          p_sum += std::exp(double{dense[i]});
-          q_sum += std::exp(double{sparse[i]});
-        }
-        for (size_t i = 0; i < dense.size(); ++i) {
-          const double log_p = dense[i] - std::log(p_sum), log_q = sparse[i] - std::log(q_sum);
-          kl += std::exp(log_p) * (log_p - log_q);
-        }
-        for (int32_t l = 0; l < config.layers; ++l) {
-          for (int f = 0; f < kAuditFields; ++f) fields[f] += runner->counts().audit_of(l, 0)[f];
-        }
-      }
-      const ShadowReport& shadow = heard.finish.sparsity.shadow;
-      EXPECT_EQ(static_cast<double>(shadow.tokens), tokens);
-      EXPECT_NEAR(shadow.top1_agreement, agreements / tokens, 1e-12);
-      EXPECT_NEAR(shadow.kl_nats, kl / tokens, 1e-6);
-      EXPECT_GT(shadow.kl_nats, 0.0);
-      EXPECT_NEAR(shadow.recall, fields[kAuditHits] / fields[kAuditActive], 1e-12);
-      EXPECT_NEAR(shadow.precision, fields[kAuditHits] / fields[kAuditSelected], 1e-12);
-      EXPECT_NEAR(shadow.missed_mass, fields[kAuditMissedMass] / fields[kAuditMass], 1e-9);
-      EXPECT_GT(shadow.recall, 0.5);
-      EXPECT_LE(shadow.recall, 1.0);
-      EXPECT_GT(shadow.precision, 0.2);
-      EXPECT_LE(shadow.precision, 1.0);
-      EXPECT_GT(shadow.missed_mass, 0.0);
-      EXPECT_LT(shadow.missed_mass, 0.2);
-      // Alone and at every token, what was selected is what was compared.
-      if (every == 1) {
-        const double neurons = tokens * config.layers * config.ffn;
-        EXPECT_NEAR(heard.finish.sparsity.mlp_selected, fields[kAuditSelected] / neurons, 1e-12);
-        EXPECT_NEAR(heard.finish.sparsity.mlp_active, fields[kAuditHits] / neurons, 0.1 * fields[kAuditHits] / neurons);
-      }
-    }
-  }
-}
-
-TEST(EngineSparsity, ShadowResultsOfAPerfectPredictionArePerfect) {
-  const OptConfig config = OptConfig::Load(EMBEDDED_MODEL).value();
-  PredictorData data = MakePredictor(config, Tap::kMlpNorm, 4);
-  for (LayerPredictorData& layer : data.layers) SetThresholds(-INFINITY, &layer.neurons);
-  const ScratchDirectory directory;
-  const auto engine = MakeEngine(WithPredictor(WritePredictorFor(EMBEDDED_MODEL, data, directory.Path("all"))));
-  const ShadowReport shadow =
-      Generate(*engine, SparseRequest(TextPrompts()[9], 20, {Tier::kFast, false, 1})).finish.sparsity.shadow;
-  EXPECT_EQ(shadow.tokens, 19);
-  EXPECT_EQ(shadow.top1_agreement, 1.0);
-  EXPECT_EQ(shadow.kl_nats, 0.0);
-  EXPECT_EQ(shadow.recall, 1.0);
-  EXPECT_LT(shadow.precision, 0.5);
-  EXPECT_EQ(shadow.missed_mass, 0.0);
-}
-
-// ---- Falling back
-
-// The shipped predictor with noise for stage B in two layers.
-constexpr int32_t kSpoiled[] = {2, 6};
-
-class SpoiledPredictor : public testing::TestWithParam<Tier> {
- protected:
-  SpoiledPredictor() {
-    PredictorData data = ReadPredictorOf(EMBEDDED_MODEL);
-    for (const int32_t layer : kSpoiled) Spoil(layer, &data);
-    path_ = WritePredictorFor(EMBEDDED_MODEL, data, directory_.Path("spoiled"));
-  }
-
-  // Mean agreement of eight texts of 40 tokens, all compared, whoever runs beside whom.
-  double Agreement(Engine& engine, int first) const {
-    std::vector<Request> requests;
-    for (int i = first; i < first + 8; ++i)
-      requests.push_back(SparseRequest(TextPrompts()[i], 41, {GetParam(), /*deterministic=*/true, 1}));
-    double sum = 0;
-    for (const Heard& heard : GenerateTogether(engine, requests)) sum += heard.finish.sparsity.shadow.top1_agreement;
-    return sum / 8;
-  }
-
-  const ScratchDirectory directory_;
-  std::string path_;
-};
-
-TEST_P(SpoiledPredictor, RunsExactInThoseLayersFromThenOn) {
-  const auto engine = MakeEngine(WithPredictor(path_));
-  EngineOptions options = WithoutFallback();
-  options.predictor = path_;
-  const auto stubborn = MakeEngine(options);
-
-  const double bad = Agreement(*stubborn, 40);
-  Agreement(*engine, 30);  // enough to see it
-  const double recovered = Agreement(*engine, 40), good = Agreement(*MakeEngine(), 40);
-  EXPECT_LT(bad, 0.8) << "spoiled enough to tell";
-  EXPECT_GT(recovered, bad + 0.1);
-  EXPECT_GE(recovered, good - 0.02);
-
-  const SparsityStats stats = engine->sparsity_stats();
-  std::vector<int32_t> exact;
-  for (const SparsityStats::Fallback& fallback : stats.exact_now) {
-    EXPECT_EQ(fallback.tier, GetParam());
-    exact.push_back(fallback.layer);
-  }
-  EXPECT_THAT(exact, ElementsAre(kSpoiled[0], kSpoiled[1]));
-  // A sound layer may fall back, too, while it is fed by a spoiled one; it recovers when that one runs exact.
-  for (int32_t l = 0; l < 8; ++l) {
-    const LayerSparsityStats& layer = stats.layers[l];
-    if (l == kSpoiled[0] || l == kSpoiled[1]) {
-      EXPECT_EQ(layer.fallbacks, 1) << "layer " << l;
-      EXPECT_EQ(layer.recoveries, 0) << "layer " << l;
-    } else {
-      EXPECT_EQ(layer.recoveries, layer.fallbacks) << "layer " << l;
-    }
-  }
-  // What is exact computes everything, and the report says so; other tiers go on as they were.
-  const SparsityReport report =
-      Generate(*engine, SparseRequest(TextPrompts()[50], 20, {GetParam(), false, 0})).finish.sparsity;
-  EXPECT_DOUBLE_EQ(report.fallback_share, 2.0 / 8.0);
-  EXPECT_GT(report.mlp_selected, 2.0 / 8.0);
-  const Tier other = GetParam() == Tier::kFast ? Tier::kHigh : Tier::kFast;
-  EXPECT_EQ(Generate(*engine, SparseRequest(TextPrompts()[50], 8, {other, false, 0})).finish.sparsity.fallback_share,
-            0.0);
-
-  EXPECT_THAT(stubborn->sparsity_stats().exact_now, IsEmpty());
-  for (const LayerSparsityStats& layer : stubborn->sparsity_stats().layers) EXPECT_EQ(layer.fallbacks, 0);
-  EXPECT_GT(stubborn->sparsity_stats().layers[kSpoiled[0]].shadow_missed_mass, 0.0);
-}
-
-INSTANTIATE_TEST_SUITE_P(PredictedTiers, SpoiledPredictor, testing::ValuesIn(kPredictedTiers),
-                         [](const auto& info) { return std::string(Name(info.param)); });
 
 }  // namespace
 }  // namespace dejavu
