@@ -7,13 +7,12 @@
 #include "dejavu/v1/admin.grpc.pb.h"
 #include "loadtest/cli/commands.h"
 #include "loadtest/cli/output.h"
+#include "loadtest/client/names.h"
 
 namespace dejavu {
 namespace {
 
 using Json = nlohmann::ordered_json;
-
-std::string StateName(v1::ServerState state) { return v1::ServerState_Name(state).substr(sizeof "SERVER_STATE_" - 1); }
 
 std::string PhaseName(v1::StepPhase phase) {
   switch (phase) {
@@ -31,21 +30,40 @@ std::string PhaseName(v1::StepPhase phase) {
 // One method. Answer says what came back, and returns the exit code.
 class AdminMethod {
  public:
+  explicit AdminMethod(CLI::App* app) : app_(app) {}
   virtual ~AdminMethod() = default;
-  virtual const CLI::App* app() const = 0;
+  const CLI::App* app() const { return app_; }
   virtual grpc::Status Call(v1::AdminService::Stub& stub, grpc::ClientContext* context) = 0;
   virtual int Answer(bool json) = 0;
+
+ protected:
+  CLI::App* const app_;
 };
 
-class StateMethod final : public AdminMethod {
+template <typename RequestType, typename ResponseType>
+class MethodOf : public AdminMethod {
+ public:
+  using Rpc = grpc::Status (v1::AdminService::Stub::*)(grpc::ClientContext*, const RequestType&, ResponseType*);
+
+  MethodOf(CLI::App* app, Rpc rpc) : AdminMethod(app), rpc_(rpc) {}
+  grpc::Status Call(v1::AdminService::Stub& stub, grpc::ClientContext* context) final {
+    return (stub.*rpc_)(context, Request(), &response_);
+  }
+
+ protected:
+  virtual RequestType Request() const { return {}; }
+
+  ResponseType response_;
+
+ private:
+  const Rpc rpc_;
+};
+
+class StateMethod final : public MethodOf<v1::GetEngineStateRequest, v1::GetEngineStateResponse> {
  public:
   explicit StateMethod(CLI::App* admin)
-      : app_(admin->add_subcommand("state", "State, load, requests under way, and what each layer reads")) {}
-
-  const CLI::App* app() const override { return app_; }
-  grpc::Status Call(v1::AdminService::Stub& stub, grpc::ClientContext* context) override {
-    return stub.GetEngineState(context, v1::GetEngineStateRequest(), &response_);
-  }
+      : MethodOf(admin->add_subcommand("state", "State, load, requests under way, and what each layer reads"),
+                 &v1::AdminService::Stub::GetEngineState) {}
 
   int Answer(bool json) override {
     const v1::GetServerInfoResponse& server = response_.server();
@@ -118,20 +136,14 @@ class StateMethod final : public AdminMethod {
                   static_cast<unsigned long long>(layer.recoveries()), exact.c_str());
     }
   }
-
-  CLI::App* const app_;
-  v1::GetEngineStateResponse response_;
 };
 
-class DrainMethod final : public AdminMethod {
+class DrainMethod final : public MethodOf<v1::DrainRequest, v1::DrainResponse> {
  public:
   explicit DrainMethod(CLI::App* admin)
-      : app_(admin->add_subcommand("drain", "Take no more requests, finish what runs, and end the daemon")) {}
+      : MethodOf(admin->add_subcommand("drain", "Take no more requests, finish what runs, and end the daemon"),
+                 &v1::AdminService::Stub::Drain) {}
 
-  const CLI::App* app() const override { return app_; }
-  grpc::Status Call(v1::AdminService::Stub& stub, grpc::ClientContext* context) override {
-    return stub.Drain(context, v1::DrainRequest(), &response_);
-  }
   int Answer(bool json) override {
     if (json) {
       PrintJson({{"already", response_.already()}});
@@ -140,24 +152,20 @@ class DrainMethod final : public AdminMethod {
     }
     return kExitOk;
   }
-
- private:
-  CLI::App* const app_;
-  v1::DrainResponse response_;
 };
 
-class AbortMethod final : public AdminMethod {
+class AbortMethod final : public MethodOf<v1::AbortRequest, v1::AbortResponse> {
  public:
   explicit AbortMethod(CLI::App* admin)
-      : app_(admin->add_subcommand("abort", "End a request of any tenant; exit code 1 when there is none")) {
+      : MethodOf(admin->add_subcommand("abort", "End a request of any tenant; exit code 1 when there is none"),
+                 &v1::AdminService::Stub::AbortRequest) {
     app_->add_option("request_id", request_id_, "As `admin state` lists it")->required();
   }
 
-  const CLI::App* app() const override { return app_; }
-  grpc::Status Call(v1::AdminService::Stub& stub, grpc::ClientContext* context) override {
+  v1::AbortRequest Request() const override {
     v1::AbortRequest request;
     request.set_request_id(request_id_);
-    return stub.AbortRequest(context, request, &response_);
+    return request;
   }
   int Answer(bool json) override {
     if (json) {
@@ -169,27 +177,23 @@ class AbortMethod final : public AdminMethod {
   }
 
  private:
-  CLI::App* const app_;
   std::string request_id_;
-  v1::AbortResponse response_;
 };
 
-class SetDefaultTierMethod final : public AdminMethod {
+class SetDefaultTierMethod final : public MethodOf<v1::SetDefaultTierRequest, v1::SetDefaultTierResponse> {
  public:
   explicit SetDefaultTierMethod(CLI::App* admin)
-      : app_(admin->add_subcommand("set-default-tier", "The tier of new requests that name none")) {
+      : MethodOf(admin->add_subcommand("set-default-tier", "The tier of new requests that name none"),
+                 &v1::AdminService::Stub::SetDefaultTier) {
     app_->add_option("tier", tier_, "dense, exact, high, balanced or fast")
         ->required()
-        ->check(CLI::IsMember({"dense", "exact", "high", "balanced", "fast"}));
+        ->check(CLI::IsMember(kTierNames));
   }
 
-  const CLI::App* app() const override { return app_; }
-  grpc::Status Call(v1::AdminService::Stub& stub, grpc::ClientContext* context) override {
+  v1::SetDefaultTierRequest Request() const override {
     v1::SetDefaultTierRequest request;
-    for (int tier = v1::TIER_DENSE; tier <= v1::Tier_MAX; ++tier) {
-      if (TierName(static_cast<v1::Tier>(tier)) == tier_) request.set_tier(static_cast<v1::Tier>(tier));
-    }
-    return stub.SetDefaultTier(context, request, &response_);
+    request.set_tier(TierOf(tier_).value_or(v1::TIER_UNSPECIFIED));
+    return request;
   }
   int Answer(bool json) override {
     if (json) {
@@ -201,20 +205,15 @@ class SetDefaultTierMethod final : public AdminMethod {
   }
 
  private:
-  CLI::App* const app_;
   std::string tier_;
-  v1::SetDefaultTierResponse response_;
 };
 
-class ReloadPredictorMethod final : public AdminMethod {
+class ReloadPredictorMethod final : public MethodOf<v1::ReloadPredictorRequest, v1::ReloadPredictorResponse> {
  public:
   explicit ReloadPredictorMethod(CLI::App* admin)
-      : app_(admin->add_subcommand("reload-predictor", "Read the predictor's file again")) {}
+      : MethodOf(admin->add_subcommand("reload-predictor", "Read the predictor's file again"),
+                 &v1::AdminService::Stub::ReloadPredictor) {}
 
-  const CLI::App* app() const override { return app_; }
-  grpc::Status Call(v1::AdminService::Stub& stub, grpc::ClientContext* context) override {
-    return stub.ReloadPredictor(context, v1::ReloadPredictorRequest(), &response_);
-  }
   int Answer(bool json) override {
     if (json) {
       PrintJson({{"path", response_.path()}, {"bytes", response_.bytes()}});
@@ -223,23 +222,16 @@ class ReloadPredictorMethod final : public AdminMethod {
     }
     return kExitOk;
   }
-
- private:
-  CLI::App* const app_;
-  v1::ReloadPredictorResponse response_;
 };
 
-class TraceMethod final : public AdminMethod {
+class TraceMethod final : public MethodOf<v1::DumpTraceRequest, v1::DumpTraceResponse> {
  public:
   explicit TraceMethod(CLI::App* admin)
-      : app_(admin->add_subcommand("trace", "The slowest tokens and the last steps, as Chrome trace JSON")) {
+      : MethodOf(admin->add_subcommand("trace", "The slowest tokens and the last steps, as Chrome trace JSON"),
+                 &v1::AdminService::Stub::DumpTrace) {
     app_->add_option("--output", path_, "File; without it, standard output");
   }
 
-  const CLI::App* app() const override { return app_; }
-  grpc::Status Call(v1::AdminService::Stub& stub, grpc::ClientContext* context) override {
-    return stub.DumpTrace(context, v1::DumpTraceRequest(), &response_);
-  }
   int Answer(bool json) override {
     if (path_.empty()) {
       std::fwrite(response_.json().data(), 1, response_.json().size(), stdout);
@@ -262,25 +254,23 @@ class TraceMethod final : public AdminMethod {
   }
 
  private:
-  CLI::App* const app_;
   std::string path_;
-  v1::DumpTraceResponse response_;
 };
 
-class ProfileMethod final : public AdminMethod {
+class ProfileMethod final : public MethodOf<v1::ProfileRequest, v1::ProfileResponse> {
  public:
   explicit ProfileMethod(CLI::App* admin)
-      : app_(admin->add_subcommand("profile", "Where the time of the next steps goes")) {
+      : MethodOf(admin->add_subcommand("profile", "Where the time of the next steps goes"),
+                 &v1::AdminService::Stub::Profile) {
     app_->add_option("--steps", steps_, "How many; at most 1000")->capture_default_str();
     app_->add_option("--seconds", seconds_, "How long to wait for them")->capture_default_str();
   }
 
-  const CLI::App* app() const override { return app_; }
-  grpc::Status Call(v1::AdminService::Stub& stub, grpc::ClientContext* context) override {
+  v1::ProfileRequest Request() const override {
     v1::ProfileRequest request;
     request.set_steps(steps_);
     request.set_timeout_s(seconds_);
-    return stub.Profile(context, request, &response_);
+    return request;
   }
   int Answer(bool json) override {
     if (json) {
@@ -330,18 +320,16 @@ class ProfileMethod final : public AdminMethod {
     std::puts("times in ms, weights read in MB");
   }
 
-  CLI::App* const app_;
   uint32_t steps_ = 20;
   double seconds_ = 10.0;
-  v1::ProfileResponse response_;
 };
 
 class AdminCommand final : public Command {
  public:
   explicit AdminCommand(CLI::App* program)
-      : app_(program->add_subcommand("admin", "For operators: what the daemon serves on its admin.listen")) {
+      : Command(program->add_subcommand("admin", "For operators: what the daemon serves on its admin.listen")) {
     app_->require_subcommand(1);
-    app_->add_flag("--json", json_, "Write one JSON object");
+    AddJsonFlag();
     app_->fallthrough();
     methods_.push_back(std::make_unique<StateMethod>(app_));
     methods_.push_back(std::make_unique<DrainMethod>(app_));
@@ -352,9 +340,6 @@ class AdminCommand final : public Command {
     methods_.push_back(std::make_unique<ProfileMethod>(app_));
     for (CLI::App* method : app_->get_subcommands({})) method->fallthrough();
   }
-
-  const CLI::App* app() const override { return app_; }
-  absl::Status Prepare() override { return absl::OkStatus(); }
 
   int Run(Connection* connection) override {
     for (const auto& method : methods_) {
@@ -368,9 +353,7 @@ class AdminCommand final : public Command {
   }
 
  private:
-  CLI::App* const app_;
   std::vector<std::unique_ptr<AdminMethod>> methods_;
-  bool json_ = false;
 };
 
 }  // namespace

@@ -14,8 +14,6 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr char kJsonHelp[] = "Write one JSON object";
-
 std::string Joined(const google::protobuf::RepeatedField<uint32_t>& ids) {
   std::string text;
   for (const uint32_t id : ids) text += (text.empty() ? "" : ",") + std::to_string(id);
@@ -25,14 +23,13 @@ std::string Joined(const google::protobuf::RepeatedField<uint32_t>& ids) {
 class ScoreCommand : public Command {
  public:
   explicit ScoreCommand(CLI::App* program)
-      : app_(program->add_subcommand("score", "Log-probabilities of the tokens of a prompt")) {
+      : Command(program->add_subcommand("score", "Log-probabilities of the tokens of a prompt")) {
     AddPromptFlags(app_, &prompt_, true);
     app_->add_option("--top-logprobs", top_, "Most likely tokens after each one");
     app_->add_option("--model", model_, "Name of the model");
-    app_->add_flag("--json", json_, kJsonHelp);
+    AddJsonFlag();
   }
 
-  const CLI::App* app() const override { return app_; }
   absl::Status Prepare() override {
     const absl::Status model = CheckUtf8("--model", model_);
     return model.ok() ? ReadPrompt(&prompt_) : model;
@@ -89,22 +86,19 @@ class ScoreCommand : public Command {
       std::printf("mean %.9g, perplexity %.6g over %d tokens\n", sum / scored, std::exp(-sum / scored), scored);
   }
 
-  CLI::App* const app_;
   PromptSource prompt_;
   std::string model_;
   uint32_t top_ = 0;
-  bool json_ = false;
 };
 
 class TokenizeCommand : public Command {
  public:
   explicit TokenizeCommand(CLI::App* program)
-      : app_(program->add_subcommand("tokenize", "Token ids of a text, as a prompt: with the leading </s>")) {
+      : Command(program->add_subcommand("tokenize", "Token ids of a text, as a prompt: with the leading </s>")) {
     AddPromptFlags(app_, &prompt_, false);
-    app_->add_flag("--json", json_, kJsonHelp);
+    AddJsonFlag();
   }
 
-  const CLI::App* app() const override { return app_; }
   absl::Status Prepare() override { return ReadPrompt(&prompt_); }
 
   int Run(Connection* connection) override {
@@ -123,21 +117,16 @@ class TokenizeCommand : public Command {
   }
 
  private:
-  CLI::App* const app_;
   PromptSource prompt_;
-  bool json_ = false;
 };
 
 class DetokenizeCommand : public Command {
  public:
-  explicit DetokenizeCommand(CLI::App* program) : app_(program->add_subcommand("detokenize", "Text of token ids")) {
+  explicit DetokenizeCommand(CLI::App* program) : Command(program->add_subcommand("detokenize", "Text of token ids")) {
     app_->add_option("--token-ids", ids_, "Such as 2,5,7")->required()->delimiter(',')->allow_extra_args(false);
     app_->add_flag("--keep-special", keep_special_, "Write special tokens such as </s> too");
-    app_->add_flag("--json", json_, kJsonHelp);
+    AddJsonFlag();
   }
-
-  const CLI::App* app() const override { return app_; }
-  absl::Status Prepare() override { return absl::OkStatus(); }
 
   int Run(Connection* connection) override {
     v1::DetokenizeRequest request;
@@ -157,20 +146,16 @@ class DetokenizeCommand : public Command {
   }
 
  private:
-  CLI::App* const app_;
   std::vector<uint32_t> ids_;
-  bool keep_special_ = false, json_ = false;
+  bool keep_special_ = false;
 };
 
 class InfoCommand : public Command {
  public:
   explicit InfoCommand(CLI::App* program)
-      : app_(program->add_subcommand("info", "The server, its limits and load, and the model")) {
-    app_->add_flag("--json", json_, kJsonHelp);
+      : Command(program->add_subcommand("info", "The server, its limits and load, and the model")) {
+    AddJsonFlag();
   }
-
-  const CLI::App* app() const override { return app_; }
-  absl::Status Prepare() override { return absl::OkStatus(); }
 
   // A server that is still loading has no model to tell of; that is no failure.
   int Run(Connection* connection) override {
@@ -197,10 +182,6 @@ class InfoCommand : public Command {
   }
 
  private:
-  static std::string StateName(v1::ServerState state) {
-    return v1::ServerState_Name(state).substr(sizeof "SERVER_STATE_" - 1);
-  }
-
   static Json ServerJson(const v1::GetServerInfoResponse& server) {
     const v1::Limits& limits = server.limits();
     const v1::Load& load = server.load();
@@ -258,21 +239,17 @@ class InfoCommand : public Command {
       }
     }
   }
-
-  CLI::App* const app_;
-  bool json_ = false;
 };
 
 class HealthCommand : public Command {
  public:
   explicit HealthCommand(CLI::App* program)
-      : app_(program->add_subcommand("health", "Whether the server serves: exit code 0 only for SERVING")) {
+      : Command(program->add_subcommand("health", "Whether the server serves: exit code 0 only for SERVING")) {
     app_->add_option("--service", service_, "Name to ask for, such as liveness; without it, the server as a whole");
     app_->add_flag("--watch", watch_, "Stay, and write a line for every change");
-    app_->add_flag("--json", json_, kJsonHelp);
+    AddJsonFlag();
   }
 
-  const CLI::App* app() const override { return app_; }
   absl::Status Prepare() override { return CheckUtf8("--service", service_); }
 
   int Run(Connection* connection) override {
@@ -301,20 +278,18 @@ class HealthCommand : public Command {
     }
   }
 
-  CLI::App* const app_;
   std::string service_;
-  bool watch_ = false, json_ = false;
+  bool watch_ = false;
 };
 
 class AbortCommand : public Command {
  public:
   explicit AbortCommand(CLI::App* program)
-      : app_(program->add_subcommand("abort", "End a running or waiting request; exit code 1 when there is none")) {
+      : Command(program->add_subcommand("abort", "End a running or waiting request; exit code 1 when there is none")) {
     app_->add_option("request_id", request_id_, "As given or returned by generate")->required();
-    app_->add_flag("--json", json_, kJsonHelp);
+    AddJsonFlag();
   }
 
-  const CLI::App* app() const override { return app_; }
   absl::Status Prepare() override { return CheckUtf8("request_id", request_id_); }
 
   int Run(Connection* connection) override {
@@ -333,9 +308,7 @@ class AbortCommand : public Command {
   }
 
  private:
-  CLI::App* const app_;
   std::string request_id_;
-  bool json_ = false;
 };
 
 }  // namespace

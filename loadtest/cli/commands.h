@@ -14,11 +14,19 @@ namespace dejavu {
 
 class Command {
  public:
+  explicit Command(CLI::App* app) : app_(app) {}
   virtual ~Command() = default;
-  virtual const CLI::App* app() const = 0;
+
+  const CLI::App* app() const { return app_; }
   // What must be there before the server is asked, the prompt for example. INVALID_ARGUMENT is a usage error.
-  virtual absl::Status Prepare() = 0;
+  virtual absl::Status Prepare() { return absl::OkStatus(); }
   virtual int Run(Connection* connection) = 0;
+
+ protected:
+  void AddJsonFlag() { app_->add_flag("--json", json_, "Write one JSON object"); }
+
+  CLI::App* const app_;
+  bool json_ = false;
 };
 
 std::unique_ptr<Command> MakeGenerateCommand(CLI::App* program);

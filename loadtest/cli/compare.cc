@@ -13,6 +13,7 @@
 #include "loadtest/cli/latency.h"
 #include "loadtest/cli/output.h"
 #include "loadtest/cli/prompt.h"
+#include "loadtest/client/names.h"
 
 namespace dejavu {
 namespace {
@@ -59,12 +60,12 @@ std::string Padded(const std::string& text) {
 class CompareCommand : public Command {
  public:
   explicit CompareCommand(CLI::App* program)
-      : app_(program->add_subcommand("compare", "The same prompt in several tiers, side by side")) {
+      : Command(program->add_subcommand("compare", "The same prompt in several tiers, side by side")) {
     AddPromptFlags(app_, &prompt_, true);
     app_->add_option("--tiers", tiers_, "Which, such as dense,balanced")
         ->delimiter(',')
         ->allow_extra_args(false)
-        ->check(CLI::IsMember({"dense", "exact", "high", "balanced", "fast"}))
+        ->check(CLI::IsMember(kTierNames))
         ->capture_default_str();
     app_->add_option("--max-new-tokens", max_new_tokens_, "New tokens")
         ->check(CLI::Range(1, 1000000))
@@ -73,10 +74,9 @@ class CompareCommand : public Command {
     app_->add_option("--seed", seed_, "The same noise for all tiers")->capture_default_str();
     app_->add_option("--shadow-every", shadow_every_, "Compare one in so many tokens with the dense result; 0: none")
         ->capture_default_str();
-    app_->add_flag("--json", json_, "Write one JSON object");
+    AddJsonFlag();
   }
 
-  const CLI::App* app() const override { return app_; }
   absl::Status Prepare() override { return ReadPrompt(&prompt_); }
 
   int Run(Connection* connection) override {
@@ -109,9 +109,7 @@ class CompareCommand : public Command {
     request.mutable_sampling()->set_temperature(temperature_);
     request.mutable_sampling()->set_seed(seed_);
     request.mutable_stopping()->set_max_new_tokens(max_new_tokens_);
-    v1::Tier number = v1::TIER_UNSPECIFIED;
-    v1::Tier_Parse(absl::StrCat("TIER_", absl::AsciiStrToUpper(tier)), &number);
-    request.mutable_sparsity()->set_tier(number);
+    request.mutable_sparsity()->set_tier(TierOf(tier).value_or(v1::TIER_UNSPECIFIED));
     request.mutable_sparsity()->set_shadow_every(shadow_every);
     return connection->Call([&](Attempt* attempt) {
       Latency latency(std::chrono::steady_clock::now());
@@ -187,13 +185,11 @@ class CompareCommand : public Command {
     return {{"tiers", std::move(tiers)}};
   }
 
-  CLI::App* const app_;
   PromptSource prompt_;
   std::vector<std::string> tiers_ = {"dense", "balanced"};
   uint32_t max_new_tokens_ = 96, shadow_every_ = 4;
   float temperature_ = 0.0f;
   uint64_t seed_ = 7;
-  bool json_ = false;
 };
 
 }  // namespace

@@ -6,14 +6,16 @@
 #include <algorithm>
 #include <utility>
 
+#include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
+#include "loadtest/client/duration.h"
 
 namespace dejavu {
 namespace {
 
 constexpr int kExitInterrupted = 130;
 constexpr auto kPoll = std::chrono::milliseconds(100);
-// A daemon that was started a moment ago does not listen yet. Longer than this, nobody is there.
+// A daemon that was started a moment ago does not listen yet. After that, no daemon is there.
 constexpr auto kStateTimeout = std::chrono::seconds(1);  // the channel would try for longer
 constexpr auto kUnreachableGrace = std::chrono::seconds(2);
 
@@ -22,10 +24,6 @@ sigset_t InterruptSet() {
   sigemptyset(&set);
   sigaddset(&set, SIGINT);
   return set;
-}
-
-std::chrono::nanoseconds Seconds(double seconds) {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(seconds));
 }
 
 }  // namespace
@@ -84,7 +82,7 @@ absl::StatusOr<std::unique_ptr<Connection>> Connection::Open(const ConnectionOpt
 grpc::Status Connection::Try(const std::function<grpc::Status(Attempt*)>& call, bool* answered) {
   Attempt attempt;
   if (options_.timeout_s > 0) {
-    const auto left = Seconds(options_.timeout_s) - (Clock::now() - start_);
+    const auto left = ToDuration(options_.timeout_s) - (Clock::now() - start_);
     attempt.context.set_deadline(std::chrono::system_clock::now() +
                                  std::chrono::duration_cast<std::chrono::system_clock::duration>(left));
   }
@@ -102,13 +100,13 @@ grpc::Status Connection::CallOnce(const std::function<grpc::Status(Attempt*)>& c
 
 grpc::Status Connection::Call(const std::function<grpc::Status(Attempt*)>& call) {
   // A call that meets a loading server is retried by the channel when that one advises, which is seconds too late.
-  while (IsLoading() && Clock::now() - start_ < Seconds(options_.wait_s) && interrupt_.Sleep(kPoll)) continue;
+  while (IsLoading() && Clock::now() - start_ < ToDuration(options_.wait_s) && interrupt_.Sleep(kPoll)) continue;
   for (;;) {
     bool answered = false;
     grpc::Status status = Try(call, &answered);
     const auto waited = Clock::now() - start_;
     const bool final = status.error_code() != grpc::StatusCode::UNAVAILABLE || answered || interrupted() ||
-                       waited > Seconds(options_.wait_s);
+                       waited > ToDuration(options_.wait_s);
     if (final || !MayStillServe(waited) || !interrupt_.Sleep(kPoll)) return status;
   }
 }

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
@@ -15,6 +14,7 @@
 #include "loadtest/cli/latency.h"
 #include "loadtest/cli/output.h"
 #include "loadtest/cli/prompt.h"
+#include "loadtest/client/names.h"
 
 namespace dejavu {
 namespace {
@@ -37,9 +37,9 @@ absl::StatusOr<std::pair<uint32_t, float>> ParseBias(const std::string& text) {
 // Everything that one request brought, put together again from its chunks.
 class Completion {
  public:
-  explicit Completion(Latency::Time sent) : latency_(sent) {}
+  explicit Completion(SteadyTime sent) : latency_(sent) {}
 
-  void Add(const v1::GenerateChunk& chunk, Latency::Time arrived) {
+  void Add(const v1::GenerateChunk& chunk, SteadyTime arrived) {
     latency_.AddTokens(chunk.token_ids_size(), arrived);
     all_.MergeFrom(chunk);
     text_ += chunk.text();
@@ -151,7 +151,7 @@ void PrintSparsity(const Completion& completion) {
 class GenerateCommand : public Command {
  public:
   explicit GenerateCommand(CLI::App* program)
-      : app_(program->add_subcommand("generate", "Continue a prompt; the text is written as it comes")) {
+      : Command(program->add_subcommand("generate", "Continue a prompt; the text is written as it comes")) {
     AddPromptFlags(app_, &prompt_, true);
     AddRequestFlags();
     AddSamplingFlags();
@@ -167,8 +167,6 @@ class GenerateCommand : public Command {
     app_->add_flag("--logprobs", logprobs_, "Log-probability and rank of every token")->needs(json)->group("Output");
     app_->add_option("--top-logprobs", top_logprobs_, "And that many alternatives")->needs(json)->group("Output");
   }
-
-  const CLI::App* app() const override { return app_; }
 
   absl::Status Prepare() override {
     RETURN_IF_ERROR(CheckUtf8("--model", model_));
@@ -243,7 +241,7 @@ class GenerateCommand : public Command {
 
   void AddSparsityFlags() {
     app_->add_option("--tier", tier_, "Quality for speed; without it, the server's default")
-        ->check(CLI::IsMember({"dense", "exact", "high", "balanced", "fast"}))
+        ->check(CLI::IsMember(kTierNames))
         ->group("Sparsity");
     app_->add_flag("--deterministic", deterministic_, "In a predicted tier: the same tokens beside any other requests")
         ->group("Sparsity");
@@ -256,8 +254,7 @@ class GenerateCommand : public Command {
     const auto add = [&](const char* name, auto& value, const char* help) {
       return app_->add_option(name, value, help)->group("Scheduling");
     };
-    add("--urgency", urgency_, "Who goes first; without it, normal")
-        ->check(CLI::IsMember({"interactive", "normal", "batch"}));
+    add("--urgency", urgency_, "Who goes first; without it, normal")->check(CLI::IsMember(kUrgencyNames));
     add("--priority", priority_, "Higher first, among the tenant's own requests of one urgency");
     add("--tenant", tenant_, "Whose request it is");
     add("--inter-token-target-ms", inter_token_target_ms_, "Wanted between two tokens");
@@ -269,6 +266,15 @@ class GenerateCommand : public Command {
     request_.set_model(model_);
     request_.set_request_id(request_id_);
     SetPrompt(prompt_, &request_);
+    FillSampling();
+    FillStopping();
+    FillSparsity();
+    FillScheduling();
+    request_.mutable_output()->set_logprobs(logprobs_);
+    request_.mutable_output()->set_top_logprobs(top_logprobs_);
+  }
+
+  void FillSampling() {
     v1::Sampling& sampling = *request_.mutable_sampling();
     if (temperature_) sampling.set_temperature(*temperature_);
     if (top_k_) sampling.set_top_k(*top_k_);
@@ -281,6 +287,9 @@ class GenerateCommand : public Command {
     if (presence_) penalties.set_presence(*presence_);
     if (frequency_) penalties.set_frequency(*frequency_);
     penalties.mutable_allowed_token_ids()->Add(allowed_token_ids_.begin(), allowed_token_ids_.end());
+  }
+
+  void FillStopping() {
     v1::Stopping& stopping = *request_.mutable_stopping();
     if (max_new_tokens_) stopping.set_max_new_tokens(*max_new_tokens_);
     stopping.set_min_new_tokens(min_new_tokens_);
@@ -288,22 +297,22 @@ class GenerateCommand : public Command {
     stopping.mutable_stop_token_ids()->Add(stop_token_ids_.begin(), stop_token_ids_.end());
     stopping.set_include_stop_string(include_stop_string_);
     stopping.set_ignore_eos(ignore_eos_);
+    if (max_time_s_) stopping.set_max_time_s(*max_time_s_);
+  }
+
+  void FillSparsity() {
     v1::Sparsity& sparsity = *request_.mutable_sparsity();
-    v1::Tier tier = v1::TIER_UNSPECIFIED;
-    if (!tier_.empty()) v1::Tier_Parse(absl::StrCat("TIER_", absl::AsciiStrToUpper(tier_)), &tier);
-    sparsity.set_tier(tier);
+    sparsity.set_tier(TierOf(tier_).value_or(v1::TIER_UNSPECIFIED));
     sparsity.set_deterministic(deterministic_);
     if (shadow_every_) sparsity.set_shadow_every(*shadow_every_);
+  }
+
+  void FillScheduling() {
     v1::Scheduling& scheduling = *request_.mutable_scheduling();
-    v1::Urgency urgency = v1::URGENCY_UNSPECIFIED;
-    if (!urgency_.empty()) v1::Urgency_Parse(absl::StrCat("URGENCY_", absl::AsciiStrToUpper(urgency_)), &urgency);
-    scheduling.set_urgency(urgency);
+    scheduling.set_urgency(UrgencyOf(urgency_).value_or(v1::URGENCY_UNSPECIFIED));
     scheduling.set_priority(priority_);
     if (inter_token_target_ms_) scheduling.set_inter_token_target_ms(*inter_token_target_ms_);
     scheduling.set_cache_salt(cache_salt_);
-    if (max_time_s_) stopping.set_max_time_s(*max_time_s_);
-    request_.mutable_output()->set_logprobs(logprobs_);
-    request_.mutable_output()->set_top_logprobs(top_logprobs_);
   }
 
   grpc::Status Receive(Connection* connection, Attempt* attempt, std::vector<Completion>* samples) {
@@ -350,7 +359,6 @@ class GenerateCommand : public Command {
     std::fflush(stdout);
   }
 
-  CLI::App* const app_;
   PromptSource prompt_;
   std::string model_, request_id_, tier_, urgency_, tenant_, cache_salt_;
   int32_t priority_ = 0;
@@ -363,7 +371,7 @@ class GenerateCommand : public Command {
   uint32_t min_new_tokens_ = 0, top_logprobs_ = 0, samples_ = 0;
   bool include_stop_string_ = false, ignore_eos_ = false, logprobs_ = false;
   bool deterministic_ = false;
-  bool stats_ = false, json_ = false, stream_ = false;
+  bool stats_ = false, stream_ = false;
   v1::GenerateRequest request_;
 };
 

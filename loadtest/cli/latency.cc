@@ -4,29 +4,22 @@
 #include <cmath>
 
 namespace dejavu {
-namespace {
 
-double Milliseconds(std::chrono::steady_clock::duration time) {
-  return std::chrono::duration<double, std::milli>(time).count();
-}
-
-}  // namespace
-
-void Latency::AddTokens(int count, Time arrived) {
+void Latency::AddTokens(int count, SteadyTime arrived) {
   if (count == 0) return;
   if (tokens_ == 0) {
     first_ = arrived;
     gaps_ms_.assign(count - 1, 0.0);
   } else {
-    gaps_ms_.insert(gaps_ms_.end(), count, Milliseconds(arrived - last_) / count);
+    gaps_ms_.insert(gaps_ms_.end(), count, Milliseconds(last_, arrived) / count);
   }
   tokens_ += count;
   last_ = arrived;
 }
 
-double Latency::ttft_ms() const { return tokens_ == 0 ? 0 : Milliseconds(first_ - sent_); }
+double Latency::ttft_ms() const { return tokens_ == 0 ? 0 : Milliseconds(sent_, first_); }
 
-double Latency::mean_gap_ms() const { return tokens_ < 2 ? 0 : Milliseconds(last_ - first_) / (tokens_ - 1); }
+double Latency::mean_gap_ms() const { return tokens_ < 2 ? 0 : Milliseconds(first_, last_) / (tokens_ - 1); }
 
 double Latency::gap_ms(double share) const {
   if (gaps_ms_.empty()) return 0;
@@ -36,6 +29,6 @@ double Latency::gap_ms(double share) const {
   return sorted[std::clamp<size_t>(rank, 1, sorted.size()) - 1];
 }
 
-double Latency::tokens_per_second() const { return tokens_ == 0 ? 0 : 1000.0 * tokens_ / Milliseconds(last_ - sent_); }
+double Latency::tokens_per_second() const { return tokens_ == 0 ? 0 : 1000.0 * tokens_ / Milliseconds(sent_, last_); }
 
 }  // namespace dejavu

@@ -2,18 +2,17 @@
 #ifndef LOADTEST_CLI_LATENCY_H_
 #define LOADTEST_CLI_LATENCY_H_
 
-#include <chrono>
 #include <vector>
+
+#include "kernels/base/clock.h"
 
 namespace dejavu {
 
 class Latency {
  public:
-  using Time = std::chrono::steady_clock::time_point;
+  explicit Latency(SteadyTime sent) : sent_(sent) {}
 
-  explicit Latency(Time sent) : sent_(sent) {}
-
-  void AddTokens(int count, Time arrived);
+  void AddTokens(int count, SteadyTime arrived);
 
   int tokens() const { return tokens_; }
   double ttft_ms() const;             // 0 before the first token
@@ -22,8 +21,8 @@ class Latency {
   double tokens_per_second() const;   // from the request to the last token
 
  private:
-  const Time sent_;
-  Time first_, last_;
+  const SteadyTime sent_;
+  SteadyTime first_, last_;
   int tokens_ = 0;
   std::vector<double> gaps_ms_;  // between neighbours: tokens_ - 1 of them
 };

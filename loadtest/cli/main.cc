@@ -28,6 +28,36 @@ int ExitCodeOf(const CLI::App& program, const CLI::ParseError& error) {
   return program.exit(error) == 0 ? dejavu::kExitOk : dejavu::kExitUsage;  // 0: --help and --version
 }
 
+void AddConnectionFlags(CLI::App* program, dejavu::ConnectionOptions* options) {
+  program->add_option("--server", options->server, "HOST:PORT of the server")
+      ->envname("DEJAVU_SERVER")
+      ->capture_default_str();
+  program->add_option("--admin-server", options->admin_server, "HOST:PORT of its admin.listen, for the command admin")
+      ->envname("DEJAVU_ADMIN_SERVER")
+      ->capture_default_str();
+  program->add_option("--timeout", options->timeout_s, "Seconds that the command may take; 0: no limit")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  program
+      ->add_option("--wait", options->wait_s, "Seconds to wait for a server that is still loading its model; 0: none")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  dejavu::AddChannelFlags(program, &options->channel);
+}
+
+int Usage(const absl::Status& status) {
+  std::fprintf(stderr, "dejavu-cli: %s\n", std::string(status.message()).c_str());
+  return dejavu::kExitUsage;
+}
+
+int Run(dejavu::Command* command, const dejavu::ConnectionOptions& options) {
+  const absl::Status ready = command->Prepare();
+  if (!ready.ok()) return Usage(ready);
+  const absl::StatusOr<std::unique_ptr<dejavu::Connection>> connection = dejavu::Connection::Open(options);
+  if (!connection.ok()) return Usage(connection.status());
+  return command->Run(connection->get());
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -38,20 +68,7 @@ int main(int argc, char** argv) {
   program.footer(kFooter);
 
   dejavu::ConnectionOptions options;
-  program.add_option("--server", options.server, "HOST:PORT of the server")
-      ->envname("DEJAVU_SERVER")
-      ->capture_default_str();
-  program.add_option("--admin-server", options.admin_server, "HOST:PORT of its admin.listen, for the command admin")
-      ->envname("DEJAVU_ADMIN_SERVER")
-      ->capture_default_str();
-  program.add_option("--timeout", options.timeout_s, "Seconds that the command may take; 0: no limit")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  program.add_option("--wait", options.wait_s, "Seconds to wait for a server that is still loading its model; 0: none")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-
-  dejavu::AddChannelFlags(&program, &options.channel);
+  AddConnectionFlags(&program, &options);
 
   std::vector<std::unique_ptr<dejavu::Command>> commands = dejavu::MakeOtherCommands(&program);
   commands.push_back(dejavu::MakeGenerateCommand(&program));
@@ -63,18 +80,7 @@ int main(int argc, char** argv) {
     return ExitCodeOf(program, error);
   }
   for (const auto& command : commands) {
-    if (!command->app()->parsed()) continue;
-    const absl::Status ready = command->Prepare();
-    if (!ready.ok()) {
-      std::fprintf(stderr, "dejavu-cli: %s\n", std::string(ready.message()).c_str());
-      return dejavu::kExitUsage;
-    }
-    const absl::StatusOr<std::unique_ptr<dejavu::Connection>> connection = dejavu::Connection::Open(options);
-    if (!connection.ok()) {
-      std::fprintf(stderr, "dejavu-cli: %s\n", std::string(connection.status().message()).c_str());
-      return dejavu::kExitUsage;
-    }
-    return command->Run(connection->get());
+    if (command->app()->parsed()) return Run(command.get(), options);
   }
   return dejavu::kExitUsage;
 }

@@ -1,12 +1,13 @@
 #include "loadtest/cli/output.h"
 
 #include <cstdio>
+#include <utility>
 #include <vector>
 
-#include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "dejavu/rpc/status.pb.h"
+#include "loadtest/client/names.h"
 #include "loadtest/client/status_code.h"
 
 namespace dejavu {
@@ -20,26 +21,24 @@ struct Detail {
   Json json;
 };
 
-void AppendBadRequest(const std::string& bytes, std::vector<Detail>* details) {
-  rpc::BadRequest message;
-  if (!message.ParseFromString(bytes)) return;
-  for (const auto& violation : message.field_violations()) {
-    details->push_back({absl::StrCat("field ", violation.field(), ": ", violation.description()),
-                        {{"field", violation.field()}, {"description", violation.description()}}});
+// `key` is what the violation is about, which `words` name to people.
+Detail Violation(const char* words, const char* key, const std::string& value, const std::string& description) {
+  return {absl::StrCat(words, value, ": ", description), {{key, value}, {"description", description}}};
+}
+
+void Append(const rpc::BadRequest& message, std::vector<Detail>* details) {
+  for (const auto& v : message.field_violations()) {
+    details->push_back(Violation("field ", "field", v.field(), v.description()));
   }
 }
 
-void AppendRetryInfo(const std::string& bytes, std::vector<Detail>* details) {
-  rpc::RetryInfo message;
-  if (!message.ParseFromString(bytes)) return;
+void Append(const rpc::RetryInfo& message, std::vector<Detail>* details) {
   const double seconds =
       static_cast<double>(message.retry_delay().seconds()) + 1e-9 * static_cast<double>(message.retry_delay().nanos());
   details->push_back({absl::StrCat("may be tried again after ", seconds, " s"), {{"retry_delay_s", seconds}}});
 }
 
-void AppendErrorInfo(const std::string& bytes, std::vector<Detail>* details) {
-  rpc::ErrorInfo message;
-  if (!message.ParseFromString(bytes)) return;
+void Append(const rpc::ErrorInfo& message, std::vector<Detail>* details) {
   Detail detail{absl::StrCat("reason ", message.reason()),
                 {{"reason", message.reason()}, {"domain", message.domain()}}};
   for (const auto& [key, value] : message.metadata()) {
@@ -49,28 +48,25 @@ void AppendErrorInfo(const std::string& bytes, std::vector<Detail>* details) {
   details->push_back(std::move(detail));
 }
 
-void AppendQuotaFailure(const std::string& bytes, std::vector<Detail>* details) {
-  rpc::QuotaFailure message;
-  if (!message.ParseFromString(bytes)) return;
-  for (const auto& violation : message.violations()) {
-    details->push_back({absl::StrCat("limit of ", violation.subject(), ": ", violation.description()),
-                        {{"subject", violation.subject()}, {"description", violation.description()}}});
+void Append(const rpc::QuotaFailure& message, std::vector<Detail>* details) {
+  for (const auto& v : message.violations()) {
+    details->push_back(Violation("limit of ", "subject", v.subject(), v.description()));
   }
 }
 
-void AppendPreconditionFailure(const std::string& bytes, std::vector<Detail>* details) {
-  rpc::PreconditionFailure message;
-  if (!message.ParseFromString(bytes)) return;
-  for (const auto& violation : message.violations()) {
-    details->push_back(
-        {absl::StrCat(violation.type(), " ", violation.subject(), ": ", violation.description()),
-         {{"type", violation.type()}, {"subject", violation.subject()}, {"description", violation.description()}}});
+void Append(const rpc::PreconditionFailure& message, std::vector<Detail>* details) {
+  for (const auto& v : message.violations()) {
+    details->push_back({absl::StrCat(v.type(), " ", v.subject(), ": ", v.description()),
+                        {{"type", v.type()}, {"subject", v.subject()}, {"description", v.description()}}});
   }
 }
 
-// The name of an enum's value as people write it: "EOS" of FINISH_REASON_EOS becomes "eos".
-std::string ShortName(absl::string_view name, absl::string_view prefix) {
-  return absl::AsciiStrToLower(absl::StartsWith(name, prefix) ? name.substr(prefix.size()) : "unknown");
+// Where `any` holds the google.rpc message of that name, and it can be read.
+template <typename Message>
+void AppendIf(const char* name, const google::protobuf::Any& any, std::vector<Detail>* details) {
+  Message message;
+  if (!absl::EndsWith(any.type_url(), absl::StrCat("/google.rpc.", name))) return;
+  if (message.ParseFromString(any.value())) Append(message, details);
 }
 
 std::vector<Detail> DetailsOf(const grpc::Status& status) {
@@ -78,12 +74,11 @@ std::vector<Detail> DetailsOf(const grpc::Status& status) {
   rpc::Status message;
   if (!message.ParseFromString(status.error_details())) return details;
   for (const auto& any : message.details()) {
-    if (absl::EndsWith(any.type_url(), "/google.rpc.BadRequest")) AppendBadRequest(any.value(), &details);
-    if (absl::EndsWith(any.type_url(), "/google.rpc.RetryInfo")) AppendRetryInfo(any.value(), &details);
-    if (absl::EndsWith(any.type_url(), "/google.rpc.ErrorInfo")) AppendErrorInfo(any.value(), &details);
-    if (absl::EndsWith(any.type_url(), "/google.rpc.QuotaFailure")) AppendQuotaFailure(any.value(), &details);
-    if (absl::EndsWith(any.type_url(), "/google.rpc.PreconditionFailure"))
-      AppendPreconditionFailure(any.value(), &details);
+    AppendIf<rpc::BadRequest>("BadRequest", any, &details);
+    AppendIf<rpc::RetryInfo>("RetryInfo", any, &details);
+    AppendIf<rpc::ErrorInfo>("ErrorInfo", any, &details);
+    AppendIf<rpc::QuotaFailure>("QuotaFailure", any, &details);
+    AppendIf<rpc::PreconditionFailure>("PreconditionFailure", any, &details);
   }
   return details;
 }
@@ -153,10 +148,6 @@ Json ToJson(const v1::SparsityInfo& sparsity) {
           {"recoveries", sparsity.recoveries()}};
 }
 
-std::string FinishReasonName(v1::FinishReason reason) {
-  return ShortName(v1::FinishReason_Name(reason), "FINISH_REASON_");
-}
-
-std::string TierName(v1::Tier tier) { return ShortName(v1::Tier_Name(tier), "TIER_"); }
+std::string StateName(v1::ServerState state) { return v1::ServerState_Name(state).substr(sizeof "SERVER_STATE_" - 1); }
 
 }  // namespace dejavu

@@ -31,11 +31,8 @@ nlohmann::ordered_json ToJson(const v1::TokenLogprob& alternative);
 nlohmann::ordered_json ToJson(const v1::ShadowReport& shadow);
 nlohmann::ordered_json ToJson(const v1::SparsityInfo& sparsity);
 
-// "length", "eos", "stop_string", "stop_token".
-std::string FinishReasonName(v1::FinishReason reason);
-
-// "dense", "exact", "high", "balanced", "fast".
-std::string TierName(v1::Tier tier);
+// "LOADING", "SERVING".
+std::string StateName(v1::ServerState state);
 
 }  // namespace dejavu
 

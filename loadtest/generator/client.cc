@@ -5,15 +5,12 @@
 #include "grpcpp/alarm.h"
 #include "grpcpp/client_context.h"
 #include "grpcpp/support/client_callback.h"
+#include "loadtest/client/duration.h"
 
 namespace dejavu {
 namespace {
 
 using SteadyClock = std::chrono::steady_clock;
-
-std::chrono::system_clock::duration Duration(double seconds) {
-  return std::chrono::duration_cast<std::chrono::system_clock::duration>(std::chrono::duration<double>(seconds));
-}
 
 }  // namespace
 
@@ -34,8 +31,9 @@ class Client::Call final : public grpc::ClientReadReactor<v1::GenerateChunk> {
     const double timeout_s = client_->options_.timeout_s;
     if (timeout_s > 0.0) {
       const auto passed = scheduled ? SteadyClock::now() - *scheduled : SteadyClock::duration::zero();
-      context_.set_deadline(std::chrono::system_clock::now() + Duration(timeout_s) -
-                            std::chrono::duration_cast<std::chrono::system_clock::duration>(passed));
+      context_.set_deadline(
+          std::chrono::system_clock::now() +
+          std::chrono::duration_cast<std::chrono::system_clock::duration>(ToDuration(timeout_s) - passed));
     }
     stub_->async()->GenerateStream(&context_, &request_.message, this);
     // A slow reader's next read comes from a timer.
@@ -63,7 +61,7 @@ class Client::Call final : public grpc::ClientReadReactor<v1::GenerateChunk> {
     }
     // A new one each time: the last one's function may not have returned yet.
     alarm_ = std::make_unique<grpc::Alarm>();
-    alarm_->Set(std::chrono::system_clock::now() + Duration(1e-3 * client_->options_.slow_reader_ms),
+    alarm_->Set(std::chrono::system_clock::now() + ToDuration(1e-3 * client_->options_.slow_reader_ms),
                 [this](bool /*expired*/) { StartRead(&chunk_); });
   }
 

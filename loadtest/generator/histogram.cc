@@ -7,18 +7,19 @@
 namespace dejavu {
 namespace {
 
-const double kLogGrowth = std::log(Histogram::kGrowth);
+const double kLogGrowth = std::log(TimeHistogram::kGrowth);
 
 int BucketOf(double ms) {
-  if (!(ms > Histogram::kLeastMs)) return 0;
-  return static_cast<int>(std::ceil(std::log(std::min(ms, Histogram::kMostMs) / Histogram::kLeastMs) / kLogGrowth));
+  if (!(ms > TimeHistogram::kLeastMs)) return 0;
+  return static_cast<int>(
+      std::ceil(std::log(std::min(ms, TimeHistogram::kMostMs) / TimeHistogram::kLeastMs) / kLogGrowth));
 }
 
-double UpperEdge(int bucket) { return Histogram::kLeastMs * std::exp(bucket * kLogGrowth); }
+double UpperEdge(int bucket) { return TimeHistogram::kLeastMs * std::exp(bucket * kLogGrowth); }
 
 }  // namespace
 
-void Histogram::Reach(int bucket) {
+void TimeHistogram::Reach(int bucket) {
   if (counts_.empty()) first_ = bucket;
   if (bucket < first_) {
     counts_.insert(counts_.begin(), first_ - bucket, 0);
@@ -27,7 +28,7 @@ void Histogram::Reach(int bucket) {
   if (bucket - first_ >= static_cast<int>(counts_.size())) counts_.resize(bucket - first_ + 1);
 }
 
-void Histogram::Add(double ms) {
+void TimeHistogram::Add(double ms) {
   const int bucket = BucketOf(ms);
   Reach(bucket);
   ++counts_[bucket - first_];
@@ -37,7 +38,7 @@ void Histogram::Add(double ms) {
   max_ms_ = std::max(max_ms_, ms);
 }
 
-void Histogram::Merge(const Histogram& other) {
+void TimeHistogram::Merge(const TimeHistogram& other) {
   if (other.count_ == 0) return;
   Reach(other.first_);
   Reach(other.first_ + static_cast<int>(other.counts_.size()) - 1);
@@ -48,7 +49,7 @@ void Histogram::Merge(const Histogram& other) {
   max_ms_ = std::max(max_ms_, other.max_ms_);
 }
 
-std::optional<double> Histogram::QuantileMs(double share) const {
+std::optional<double> TimeHistogram::QuantileMs(double share) const {
   if (count_ == 0) return std::nullopt;
   const auto rank = std::max<int64_t>(1, static_cast<int64_t>(std::ceil(share * static_cast<double>(count_))));
   int64_t seen = 0;
@@ -59,12 +60,12 @@ std::optional<double> Histogram::QuantileMs(double share) const {
   return std::min(max_ms_, bucket == 0 ? kLeastMs : UpperEdge(bucket) / std::sqrt(kGrowth));
 }
 
-double Histogram::deviation_ms() const {
+double TimeHistogram::deviation_ms() const {
   const double mean = mean_ms();
   return std::sqrt(std::max(0.0, sum_of_squares_ / static_cast<double>(count_) - mean * mean));
 }
 
-std::vector<std::pair<double, int64_t>> Histogram::Buckets() const {
+std::vector<std::pair<double, int64_t>> TimeHistogram::Buckets() const {
   std::vector<std::pair<double, int64_t>> buckets;
   for (size_t i = 0; i < counts_.size(); ++i) {
     if (counts_[i] > 0) buckets.emplace_back(UpperEdge(first_ + static_cast<int>(i)), counts_[i]);

@@ -1,5 +1,5 @@
-// Histogram: counts of times in buckets 1 % wide, from a microsecond to a quarter of an hour, in memory that grows with
-// the range of what was seen: a few hundred words. One thread at a time.
+// TimeHistogram: counts of times in buckets 1 % wide, from a microsecond to a quarter of an hour, in memory that grows
+// with the range of what was seen: a few hundred words. One thread at a time.
 #ifndef LOADTEST_GENERATOR_HISTOGRAM_H_
 #define LOADTEST_GENERATOR_HISTOGRAM_H_
 
@@ -10,14 +10,14 @@
 
 namespace dejavu {
 
-class Histogram {
+class TimeHistogram {
  public:
   static constexpr double kGrowth = 1.01;       // upper edge over lower edge
   static constexpr double kLeastMs = 1e-3;      // the first bucket holds everything up to here
   static constexpr double kMostMs = 900'000.0;  // the last one everything above
 
   void Add(double ms);
-  void Merge(const Histogram& other);
+  void Merge(const TimeHistogram& other);
 
   int64_t count() const { return count_; }
   double max_ms() const { return max_ms_; }

@@ -145,28 +145,44 @@ Json ConfigOf(const CLI::App& run) {
   return config;
 }
 
+int Fail(const absl::Status& status, int code) {
+  std::fprintf(stderr, "dejavu-loadtest: %s\n", std::string(status.message()).c_str());
+  return code;
+}
+
 struct ReportOptions {
   std::vector<std::string> files;
   std::string html;
   bool markdown = false;
 };
 
+CLI::App* AddReport(CLI::App* program, ReportOptions* o) {
+  CLI::App* const report = program->add_subcommand("report", "Show results of earlier runs, side by side");
+  report->add_option("results", o->files, "What run --json wrote")->required();
+  report->add_option("--html", o->html, "All of them on one page");
+  report->add_flag("--markdown", o->markdown, "A table for a README instead of the text");
+  return report;
+}
+
 int Report(const ReportOptions& options) {
   const auto runs = dejavu::ReadResults(options.files);
-  if (!runs.ok()) {
-    std::fprintf(stderr, "dejavu-loadtest: %s\n", std::string(runs.status().message()).c_str());
-    return dejavu::kLoadtestFailed;
-  }
+  if (!runs.ok()) return Fail(runs.status(), dejavu::kLoadtestFailed);
   if (options.markdown) {
     std::fputs(dejavu::MarkdownReport(*runs).c_str(), stdout);
   } else {
     for (const Json& run : *runs) std::fputs(dejavu::ConsoleReport(run).c_str(), stdout);
   }
   if (options.html.empty()) return dejavu::kLoadtestOk;
-  const absl::Status written = dejavu::WriteText(options.html, dejavu::HtmlPage(*runs));
-  if (written.ok()) return dejavu::kLoadtestOk;
-  std::fprintf(stderr, "dejavu-loadtest: %s\n", std::string(written.message()).c_str());
-  return dejavu::kLoadtestFailed;
+  const absl::Status written = dejavu::WriteFile(options.html, dejavu::HtmlPage(*runs));
+  return written.ok() ? dejavu::kLoadtestOk : Fail(written, dejavu::kLoadtestFailed);
+}
+
+void AddEcho(CLI::App* program, dejavu::EchoOptions* o) {
+  CLI::App* const echo = program->add_subcommand("echo", "Serve answers that cost nothing, to measure the generator");
+  echo->group("");  // hidden
+  echo->add_option("--listen", o->listen, "HOST:PORT")->capture_default_str();
+  echo->add_option("--port-file", o->port_file, "File that gets the port");
+  echo->add_option("--itl-ms", o->itl_ms, "Between two tokens; 0: all at once")->check(CLI::Range(0.0, 1e6));
 }
 
 }  // namespace
@@ -183,19 +199,10 @@ int main(int argc, char** argv) {
   AddRequestFlags(run, &options);
   AddServerFlags(run, &options);
   AddReportFlags(run, &options);
-
   ReportOptions report_options;
-  CLI::App* const report = program.add_subcommand("report", "Show results of earlier runs, side by side");
-  report->add_option("results", report_options.files, "What run --json wrote")->required();
-  report->add_option("--html", report_options.html, "All of them on one page");
-  report->add_flag("--markdown", report_options.markdown, "A table for a README instead of the text");
-
+  CLI::App* const report = AddReport(&program, &report_options);
   dejavu::EchoOptions echo_options;
-  CLI::App* const echo = program.add_subcommand("echo", "Serve answers that cost nothing, to measure the generator");
-  echo->group("");  // hidden
-  echo->add_option("--listen", echo_options.listen, "HOST:PORT")->capture_default_str();
-  echo->add_option("--port-file", echo_options.port_file, "File that gets the port");
-  echo->add_option("--itl-ms", echo_options.itl_ms, "Between two tokens; 0: all at once")->check(CLI::Range(0.0, 1e6));
+  AddEcho(&program, &echo_options);
 
   try {
     program.parse(argc, argv);
@@ -206,7 +213,5 @@ int main(int argc, char** argv) {
   if (report->parsed()) return Report(report_options);
   if (run->parsed()) return dejavu::Run(options, ConfigOf(*run), interrupted);
   const absl::Status served = dejavu::RunEcho(echo_options, interrupted);
-  if (served.ok()) return dejavu::kLoadtestOk;
-  std::fprintf(stderr, "dejavu-loadtest: %s\n", std::string(served.message()).c_str());
-  return dejavu::kLoadtestUnavailable;
+  return served.ok() ? dejavu::kLoadtestOk : Fail(served, dejavu::kLoadtestUnavailable);
 }

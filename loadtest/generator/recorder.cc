@@ -15,6 +15,7 @@
 #include "absl/strings/strip.h"
 #include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
+#include "loadtest/client/names.h"
 #include "loadtest/client/status_code.h"
 
 namespace dejavu {
@@ -46,21 +47,13 @@ double Percentile99(std::vector<float> gaps) {
 
 bool Within(double value, std::optional<double> limit) { return !limit || !std::isfinite(value) || value <= *limit; }
 
-std::string ShortName(absl::string_view name, absl::string_view prefix) {
-  return absl::AsciiStrToLower(absl::StripPrefix(name, prefix));
-}
-
 }  // namespace
 
-std::string FinishName(v1::FinishReason reason) {
-  if (reason == v1::FINISH_REASON_UNSPECIFIED) return "none";
-  return ShortName(v1::FinishReason_Name(reason), "FINISH_REASON_");
+std::string FinishInReport(v1::FinishReason reason) {
+  return reason == v1::FINISH_REASON_UNSPECIFIED ? "none" : FinishReasonName(reason);
 }
 
-std::string TierName(v1::Tier tier) {
-  if (tier == v1::TIER_UNSPECIFIED) return "default";
-  return ShortName(v1::Tier_Name(tier), "TIER_");
-}
+std::string TierInReport(v1::Tier tier) { return tier == v1::TIER_UNSPECIFIED ? "default" : TierName(tier); }
 
 absl::StatusOr<Objectives> ParseObjectives(const std::vector<std::string>& entries) {
   Objectives objectives;
@@ -107,7 +100,7 @@ absl::Status Recorder::Finish() {
 
 Record Recorder::Summarise(const Outcome& o) const {
   Record r;
-  r.scheduled_s = Seconds(o.scheduled);
+  r.scheduled_s = SinceStart(o.scheduled);
   r.lag_ms = static_cast<float>(Milliseconds(o.scheduled, o.sent));
   r.ttft_ms = o.tokens > 0 ? static_cast<float>(Milliseconds(o.scheduled, o.first_token)) : kNone;
   r.e2el_ms = static_cast<float>(Milliseconds(o.scheduled, o.ended));
@@ -133,9 +126,9 @@ std::string Recorder::Line(const Outcome& o, const Record& r) const {
   };
   absl::StrAppend(&line, "{\"id\":", o.id);
   number(",\"scheduled_s\":", r.scheduled_s);
-  number(",\"sent_s\":", Seconds(o.sent));
-  number(",\"first_token_s\":", o.tokens > 0 ? Seconds(o.first_token) : static_cast<double>(kNone));
-  number(",\"end_s\":", Seconds(o.ended));
+  number(",\"sent_s\":", SinceStart(o.sent));
+  number(",\"first_token_s\":", o.tokens > 0 ? SinceStart(o.first_token) : static_cast<double>(kNone));
+  number(",\"end_s\":", SinceStart(o.ended));
   number(",\"lag_ms\":", r.lag_ms);
   number(",\"ttft_ms\":", r.ttft_ms);
   number(",\"e2el_ms\":", r.e2el_ms);
@@ -146,10 +139,10 @@ std::string Recorder::Line(const Outcome& o, const Record& r) const {
     AppendNumber(o.gaps_ms[i], &line);
   }
   absl::StrAppend(&line, "],\"prompt_tokens\":", o.prompt_tokens, ",\"tokens\":", o.tokens, ",\"tier\":\"",
-                  TierName(o.tier), "\"");
+                  TierInReport(o.tier), "\"");
   number(",\"density\":", r.density);
-  absl::StrAppend(&line, ",\"code\":\"", CodeName(o.code), "\",\"finish\":\"", FinishName(o.finish), "\",\"kind\":\"",
-                  Name(o.kind), "\",\"good\":", r.good ? "true" : "false", "}\n");
+  absl::StrAppend(&line, ",\"code\":\"", CodeName(o.code), "\",\"finish\":\"", FinishInReport(o.finish),
+                  "\",\"kind\":\"", Name(o.kind), "\",\"good\":", r.good ? "true" : "false", "}\n");
   return line;
 }
 
@@ -182,13 +175,13 @@ Recorder::Interval& Recorder::At(double s) {
 
 void Recorder::AddToTimeline(const Outcome& o, const Record& r) {
   const bool normal = o.kind == RequestKind::kNormal, answered = normal && o.code == grpc::StatusCode::OK;
-  At(Seconds(o.sent)).sent += 1;
-  Interval& end = At(Seconds(o.ended));
+  At(SinceStart(o.sent)).sent += 1;
+  Interval& end = At(SinceStart(o.ended));
   end.ended += 1;
   end.completed += answered;
   end.failed += normal && !answered;
   if (o.tokens == 0) return;
-  double at_s = Seconds(o.first_token);
+  double at_s = SinceStart(o.first_token);
   At(at_s).tokens += 1;
   if (answered) At(r.scheduled_s).ttft.Add(r.ttft_ms);
   for (const float gap : o.gaps_ms) {
@@ -229,7 +222,7 @@ void Recorder::Add(const Outcome& outcome) {
 Recorder::Progress Recorder::progress() {
   const MutexLock lock(mutex_);
   Progress progress = progress_;
-  progress_.ttft = Histogram();
+  progress_.ttft = TimeHistogram();
   return progress;
 }
 

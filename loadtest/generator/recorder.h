@@ -68,11 +68,11 @@ class Gaps {
   }
   void Forget() { values_ = {}; }  // the kept ones; the histogram stays
   const std::deque<float>& values() const { return values_; }
-  const Histogram& histogram() const { return histogram_; }
+  const TimeHistogram& histogram() const { return histogram_; }
 
  private:
   std::deque<float> values_;
-  Histogram histogram_;
+  TimeHistogram histogram_;
 };
 
 class Recorder {
@@ -82,13 +82,13 @@ class Recorder {
   struct Interval {
     int64_t sent = 0, completed = 0, failed = 0, tokens = 0;  // sent and tokens of all kinds, the others of normal ones
     int64_t ended = 0;
-    Histogram ttft;  // of the requests scheduled in it
-    Histogram itl;   // of the tokens that came in it
+    TimeHistogram ttft;  // of the requests scheduled in it
+    TimeHistogram itl;   // of the tokens that came in it
   };
 
   struct Progress {
     int64_t ended = 0, completed = 0, failed = 0, tokens = 0;
-    Histogram ttft;  // since the last call of progress()
+    TimeHistogram ttft;  // since the last call of progress()
   };
 
   // `jsonl` gets a line for each request; empty: none.
@@ -120,7 +120,7 @@ class Recorder {
   std::string Line(const Outcome& outcome, const Record& record) const;
   void AddToTimeline(const Outcome& outcome, const Record& record) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Interval& At(double s) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  double Seconds(SteadyTime time) const { return std::chrono::duration<double>(time - start_).count(); }
+  double SinceStart(SteadyTime time) const { return Seconds(start_, time); }
 
   const Objectives objectives_;
   SteadyTime start_;
@@ -142,8 +142,8 @@ class Recorder {
 };
 
 // "length", "eos", ...; "none" without one. "dense", ...; "default" where the server has not said.
-std::string FinishName(v1::FinishReason reason);
-std::string TierName(v1::Tier tier);
+std::string FinishInReport(v1::FinishReason reason);
+std::string TierInReport(v1::Tier tier);
 
 }  // namespace dejavu
 

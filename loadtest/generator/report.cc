@@ -55,57 +55,67 @@ std::string CrossCheck(const Json& checks) {
   return absl::StrFormat("server: %d of %d comparisons with its metrics agree\n%s", agreeing, checks.size(), text);
 }
 
+std::string Verdict(const Json& run) {
+  if (run.value("valid", false)) return "";
+  std::string text = "INVALID: the generator did not do what it was told; the figures say nothing about the server\n";
+  for (const Json& reason : run.value("invalid_because", Json::array())) {
+    absl::StrAppend(&text, "  ", reason.is_string() ? reason.get<std::string>() : reason.dump(), "\n");
+  }
+  return text;
+}
+
+std::string Requests(const Json& run) {
+  std::string text = absl::StrCat("requests   ", Short(Number(run, "completed")), " answered of ",
+                                  Short(Number(run, "num_prompts")), ", ", Short(Number(run, "failed").value_or(0)),
+                                  " failed, in ", Short(Number(run, "duration")), " s\n");
+  const Json by_code = Part(run, "by_code");
+  if (by_code.size() > 1 || !by_code.contains("OK")) absl::StrAppend(&text, "           ", Counts(by_code), "\n");
+  if (const auto offered = Number(run, "offered_rate")) {
+    absl::StrAppend(&text, "rate       ", Short(offered), "/s offered, ", Short(Number(run, "achieved_rate")),
+                    "/s sent\n");
+  }
+  absl::StrAppend(&text, "answered   ", Short(Number(run, "request_throughput")), " requests/s, ",
+                  Short(Number(run, "output_throughput")), " tokens/s\n");
+  if (const std::string objectives = Objectives(Part(run, "objectives")); !objectives.empty()) {
+    absl::StrAppend(&text, "goodput    ", Short(Number(run, "request_goodput")), "/s, ",
+                    Percent(Number(run, "goodput_share")), " of the requests: ", objectives, "\n");
+  }
+  return text;
+}
+
+std::string Latencies(const Json& run) {
+  std::string text =
+      absl::StrFormat("%-20s %8s %8s %8s %8s %8s %8s %8s\n", "ms", "mean", "p50", "p90", "p95", "p99", "p99.9", "max");
+  for (const auto& [key, name] : {std::pair("ttft", "time to first token"), std::pair("itl", "between two tokens"),
+                                  std::pair("tpot", "mean between tokens"), std::pair("e2el", "whole request")}) {
+    absl::StrAppendFormat(&text, "%-20s", name);
+    for (const char* what : {"mean", "p50", "p90", "p95", "p99", "p99.9", "max"}) {
+      absl::StrAppendFormat(&text, " %8s", Short(Number(run, absl::StrCat(what, "_", key, "_ms"))));
+    }
+    text += "\n";
+  }
+  return text;
+}
+
+std::string Generator(const Json& run) {
+  const Json lag = Part(run, "lag_ms"), client = Part(run, "client");
+  std::string text = "generator: ";
+  if (const auto p99 = Number(lag, "p99")) {
+    absl::StrAppend(&text, "lag p50 ", Short(Number(lag, "p50")), ", p99 ", Short(p99), ", max ",
+                    Short(Number(lag, "max")), " ms; ", Short(Number(run, "dropped")), " dropped; ");
+  }
+  return absl::StrCat(text, Percent(Number(client, "cpu_share")), " of a CPU, ", Short(Number(client, "max_rss_mb")),
+                      " MB\n");
+}
+
 }  // namespace
 
 std::string ConsoleReport(const Json& run) {
-  std::string out;
-  if (!run.value("valid", false)) {
-    absl::StrAppend(&out,
-                    "INVALID: the generator did not do what it was told; the figures say nothing about the server\n");
-    for (const Json& reason : run.value("invalid_because", Json::array())) {
-      absl::StrAppend(&out, "  ", reason.is_string() ? reason.get<std::string>() : reason.dump(), "\n");
-    }
-  }
   const std::string label = Text(run, "label");
-  absl::StrAppend(&out, Text(run, "model_id"), ", ", Backend(run), label.empty() ? "" : ", ", label, "\n", Loop(run),
-                  "\n\n");
-  const double failed = Number(run, "failed").value_or(0);
-  absl::StrAppend(&out, "requests   ", Short(Number(run, "completed")), " answered of ",
-                  Short(Number(run, "num_prompts")), ", ", Short(failed), " failed, in ",
-                  Short(Number(run, "duration")), " s\n");
-  const Json by_code = Part(run, "by_code");
-  if (by_code.size() > 1 || !by_code.contains("OK")) absl::StrAppend(&out, "           ", Counts(by_code), "\n");
-  if (const auto offered = Number(run, "offered_rate")) {
-    absl::StrAppend(&out, "rate       ", Short(offered), "/s offered, ", Short(Number(run, "achieved_rate")),
-                    "/s sent\n");
-  }
-  absl::StrAppend(&out, "answered   ", Short(Number(run, "request_throughput")), " requests/s, ",
-                  Short(Number(run, "output_throughput")), " tokens/s\n");
-  if (const std::string objectives = Objectives(Part(run, "objectives")); !objectives.empty()) {
-    absl::StrAppend(&out, "goodput    ", Short(Number(run, "request_goodput")), "/s, ",
-                    Percent(Number(run, "goodput_share")), " of the requests: ", objectives, "\n");
-  }
-  absl::StrAppendFormat(&out, "\n%-20s %8s %8s %8s %8s %8s %8s %8s\n", "ms", "mean", "p50", "p90", "p95", "p99",
-                        "p99.9", "max");
-  for (const auto& [key, name] : {std::pair("ttft", "time to first token"), std::pair("itl", "between two tokens"),
-                                  std::pair("tpot", "mean between tokens"), std::pair("e2el", "whole request")}) {
-    absl::StrAppendFormat(&out, "%-20s", name);
-    for (const char* what : {"mean", "p50", "p90", "p95", "p99", "p99.9", "max"}) {
-      absl::StrAppendFormat(&out, " %8s", Short(Number(run, absl::StrCat(what, "_", key, "_ms"))));
-    }
-    out += "\n";
-  }
-  const Json lag = Part(run, "lag_ms"), client = Part(run, "client");
-  absl::StrAppend(&out, "\ngenerator: ");
-  if (const auto p99 = Number(lag, "p99")) {
-    absl::StrAppend(&out, "lag p50 ", Short(Number(lag, "p50")), ", p99 ", Short(p99), ", max ",
-                    Short(Number(lag, "max")), " ms; ", Short(Number(run, "dropped")), " dropped; ");
-  }
-  absl::StrAppend(&out, Percent(Number(client, "cpu_share")), " of a CPU, ", Short(Number(client, "max_rss_mb")),
-                  " MB\n");
   const Json checks = Part(run, "server").value("crosscheck", Json::array());
-  if (!checks.empty()) absl::StrAppend(&out, CrossCheck(checks));
-  return out;
+  return absl::StrCat(Verdict(run), Text(run, "model_id"), ", ", Backend(run), label.empty() ? "" : ", ", label, "\n",
+                      Loop(run), "\n\n", Requests(run), "\n", Latencies(run), "\n", Generator(run),
+                      checks.empty() ? "" : CrossCheck(checks));
 }
 
 std::string MarkdownReport(const std::vector<Json>& runs) {

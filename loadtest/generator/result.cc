@@ -35,7 +35,7 @@ Json OrNull(std::optional<double> value) { return value ? Json(*value) : Json();
 // The latencies of the requests that count, in ascending order.
 struct Latencies {
   std::vector<float> ttft, tpot, e2el, itl;
-  Histogram itl_histogram;
+  TimeHistogram itl_histogram;
   int64_t completed = 0, failed = 0, good = 0;
   int64_t prompt_tokens = 0, tokens = 0;
   double density_sum = 0.0;
@@ -92,14 +92,14 @@ void AddLatencies(const Latencies& l, bool gaps_are_exact, Json* json) {
   AddSummary("e2el", l.e2el, json);
 }
 
-Json BucketsJson(const Histogram& histogram) {
+Json BucketsJson(const TimeHistogram& histogram) {
   Json json = Json::array();
   for (const auto& [upper_ms, count] : histogram.Buckets()) json.push_back({Rounded(upper_ms), count});
   return json;
 }
 
 Json BucketsJson(const std::vector<float>& values) {
-  Histogram histogram;
+  TimeHistogram histogram;
   for (const float value : values) histogram.Add(value);
   return BucketsJson(histogram);
 }
@@ -137,7 +137,7 @@ Json TimelineJson(const Recorder& recorder) {
   double t_s = 0.0;
   for (const Recorder::Interval& i : recorder.intervals()) {
     running += i.sent - i.ended;
-    const auto percentile = [](const Histogram& histogram, double share) {
+    const auto percentile = [](const TimeHistogram& histogram, double share) {
       const std::optional<double> ms = histogram.QuantileMs(share);
       return ms ? Rounded(*ms) : Json();
     };
@@ -169,7 +169,7 @@ Json SampleJson(const std::vector<Record>& records) {
                     {"ttft_ms", Rounded(r.ttft_ms)},
                     {"tpot_ms", Rounded(r.tpot_ms)},
                     {"e2el_ms", Rounded(r.e2el_ms)},
-                    {"tier", TierName(static_cast<v1::Tier>(r.tier))},
+                    {"tier", TierInReport(static_cast<v1::Tier>(r.tier))},
                     {"density", Rounded(r.density)},
                     {"tokens", r.tokens}});
   }
@@ -181,7 +181,7 @@ Json ByTier(const Recorder& recorder, double duration_s) {
   for (int tier = 0; tier < kTiers; ++tier) {
     const Latencies l = Collect(recorder, tier);
     if (l.completed + l.failed == 0) continue;
-    Json& of_tier = json[TierName(static_cast<v1::Tier>(tier))];
+    Json& of_tier = json[TierInReport(static_cast<v1::Tier>(tier))];
     of_tier["completed"] = l.completed;
     of_tier["failed"] = l.failed;
     of_tier["goodput_share"] = static_cast<double>(l.good) / static_cast<double>(l.completed + l.failed);
@@ -199,7 +199,7 @@ void AddCounts(const std::vector<Record>& records, Json* json) {
   for (const Record& r : records) {
     const auto code = static_cast<grpc::StatusCode>(r.code);
     ++codes[CodeName(code)];
-    ++finishes[FinishName(static_cast<v1::FinishReason>(r.finish))];
+    ++finishes[FinishInReport(static_cast<v1::FinishReason>(r.finish))];
     ++kinds[static_cast<size_t>(r.kind)];
     prompt_tokens += r.prompt_tokens;
     tokens += r.tokens;
@@ -237,83 +237,126 @@ Json ClientJson(const RunFacts& facts, double duration_s) {
           {"realtime_pacing", facts.sending.realtime}};
 }
 
-}  // namespace
+// What several keys are formed from.
+struct Totals {
+  Latencies all;
+  bool closed;  // closed loop
+  int64_t sent, dropped;
+  double duration_s;  // to the last end, or to that of the sending where nothing was due before it
+  double window_s;    // of the sending
+  double offered_rate;
+  Json lag_ms;  // of an open loop
+};
 
-Json MakeResult(const RunOptions& options, Json config, const Target& target, const RunFacts& facts,
-                const Objectives& objectives, const Recorder& recorder) {
-  const bool closed = facts.plan.concurrency > 0;
-  const Latencies all = Collect(recorder, std::nullopt);
-  const int64_t sent = facts.sending.sent, scheduled = sent + facts.sending.dropped;
-  // To the last end, or to that of the sending where nothing was due before it.
-  const double last_end_s = std::chrono::duration<double>(recorder.last_end() - recorder.start()).count();
-  const double duration_s = std::max({1e-9, last_end_s, facts.sending.window_s});
-  const auto per_second = [duration_s](auto count) { return static_cast<double>(count) / duration_s; };
-  const double window_s = std::max(1e-9, facts.sending.window_s);
-  const double offered_rate = static_cast<double>(scheduled) / window_s;
-  const Json lag_ms = closed ? Json() : LagJson(recorder);
-  const Json invalid_because = InvalidBecause(facts, lag_ms, all.completed);
+Totals AddUp(const RunFacts& facts, const Recorder& recorder) {
+  Totals t;
+  t.all = Collect(recorder, std::nullopt);
+  t.closed = facts.plan.concurrency > 0;
+  t.sent = facts.sending.sent;
+  t.dropped = facts.sending.dropped;
+  t.duration_s = std::max({1e-9, Seconds(recorder.start(), recorder.last_end()), facts.sending.window_s});
+  t.window_s = std::max(1e-9, facts.sending.window_s);
+  t.offered_rate = static_cast<double>(t.sent + t.dropped) / t.window_s;
+  if (!t.closed) t.lag_ms = LagJson(recorder);
+  return t;
+}
 
-  Json r;
+// Whether it is to be believed, and what was run.
+void AddHeading(const RunOptions& options, const Target& target, const RunFacts& facts, const Totals& t, Json* json) {
+  Json& r = *json;
+  const Json invalid_because = InvalidBecause(facts, t.lag_ms, t.all.completed);
   r["valid"] = invalid_because.empty();
   r["invalid_because"] = invalid_because;
-  r["loop"] = closed ? "closed" : "open";
+  r["loop"] = t.closed ? "closed" : "open";
   r["date"] = absl::FormatTime("%Y-%m-%dT%H:%M:%SZ", absl::Now(), absl::UTCTimeZone());
   r["endpoint_type"] = "dejavu";
   r["backend"] = "dejavu";
   r["label"] = options.label;
   r["model_id"] = target.model.model();
   r["tokenizer_id"] = target.model.has_tokenizer() ? Json(target.model.model()) : Json();
-  r["num_prompts"] = sent;
-  r["request_rate"] = closed ? Json("inf") : Json(facts.plan.arrivals ? facts.plan.arrivals->rate : offered_rate);
-  r["burstiness"] = facts.plan.arrivals ? Json(facts.plan.arrivals->burstiness) : Json();
-  r["max_concurrency"] = closed ? facts.plan.concurrency : facts.plan.max_in_flight;
-  r["duration"] = duration_s;
-  r["completed"] = all.completed;
-  r["failed"] = all.failed;
-  r["total_input_tokens"] = all.prompt_tokens;
-  r["total_output_tokens"] = all.tokens;
-  r["request_throughput"] = per_second(all.completed);
-  r["request_goodput"] = per_second(all.good);
-  r["output_throughput"] = per_second(all.tokens);
-  r["total_token_throughput"] = per_second(all.tokens + all.prompt_tokens);
-  AddLatencies(all, recorder.gaps_are_exact(), &r);
-  r["itl_exact"] = recorder.gaps_are_exact();
+}
 
+// The figures of `vllm bench serve`.
+void AddFigures(const RunFacts& facts, const Recorder& recorder, const Totals& t, Json* json) {
+  Json& r = *json;
+  const auto per_second = [&](auto count) { return static_cast<double>(count) / t.duration_s; };
+  const std::optional<ArrivalOptions>& arrivals = facts.plan.arrivals;
+  r["num_prompts"] = t.sent;
+  r["request_rate"] = t.closed ? Json("inf") : Json(arrivals ? arrivals->rate : t.offered_rate);
+  r["burstiness"] = arrivals ? Json(arrivals->burstiness) : Json();
+  r["max_concurrency"] = t.closed ? facts.plan.concurrency : facts.plan.max_in_flight;
+  r["duration"] = t.duration_s;
+  r["completed"] = t.all.completed;
+  r["failed"] = t.all.failed;
+  r["total_input_tokens"] = t.all.prompt_tokens;
+  r["total_output_tokens"] = t.all.tokens;
+  r["request_throughput"] = per_second(t.all.completed);
+  r["request_goodput"] = per_second(t.all.good);
+  r["output_throughput"] = per_second(t.all.tokens);
+  r["total_token_throughput"] = per_second(t.all.tokens + t.all.prompt_tokens);
+  AddLatencies(t.all, recorder.gaps_are_exact(), &r);
+  r["itl_exact"] = recorder.gaps_are_exact();
+}
+
+// What was asked of the generator, and whether it kept to it.
+void AddLoad(const RunOptions& options, const RunFacts& facts, const Totals& t, Json* json) {
+  Json& r = *json;
   r["arrivals"] = ArrivalsJson(facts.plan, options.seed);
   if (facts.ramp) {
     r["ramp"] = {
         {"from", facts.ramp->from}, {"to", facts.ramp->to}, {"steps", facts.ramp->steps}, {"step", facts.step}};
   }
-  r["lag_ms"] = lag_ms;
-  r["dropped"] = facts.sending.dropped;
+  r["lag_ms"] = t.lag_ms;
+  r["dropped"] = t.dropped;
   r["abandoned"] = facts.abandoned;
-  r["offered_rate"] = closed ? Json() : Json(offered_rate);
-  r["achieved_rate"] = static_cast<double>(sent) / std::max(window_s, facts.sending.sending_s);
+  r["offered_rate"] = t.closed ? Json() : Json(t.offered_rate);
+  r["achieved_rate"] = static_cast<double>(t.sent) / std::max(t.window_s, facts.sending.sending_s);
   r["warmup"] = {{"s", options.warmup_s}, {"requests", facts.warmup_requests}};
-  r["client"] = ClientJson(facts, duration_s);
-  r["objectives"] = {{"ttft_ms", OrNull(objectives.ttft_ms)},
-                     {"tpot_ms", OrNull(objectives.tpot_ms)},
-                     {"itl_p99_ms", OrNull(objectives.itl_p99_ms)},
-                     {"e2el_ms", OrNull(objectives.e2el_ms)}};
+  r["client"] = ClientJson(facts, t.duration_s);
+}
+
+void AddGoodput(const Objectives& objectives, const Totals& t, Json* json) {
+  (*json)["objectives"] = {{"ttft_ms", OrNull(objectives.ttft_ms)},
+                           {"tpot_ms", OrNull(objectives.tpot_ms)},
+                           {"itl_p99_ms", OrNull(objectives.itl_p99_ms)},
+                           {"e2el_ms", OrNull(objectives.e2el_ms)}};
   // What was to be sent and was not is as bad as what failed.
-  const int64_t wanted = all.completed + all.failed + facts.sending.dropped;
-  r["goodput_share"] = wanted > 0 ? Json(static_cast<double>(all.good) / static_cast<double>(wanted)) : Json();
-  r["intervals"] = {{"ttft", BootstrapIntervals(all.ttft, options.seed)},
-                    {"tpot", BootstrapIntervals(all.tpot, options.seed)},
-                    {"itl", BootstrapIntervals(all.itl, options.seed)},
-                    {"e2el", BootstrapIntervals(all.e2el, options.seed)}};
+  const int64_t wanted = t.all.completed + t.all.failed + t.dropped;
+  (*json)["goodput_share"] = wanted > 0 ? Json(static_cast<double>(t.all.good) / static_cast<double>(wanted)) : Json();
+}
+
+// What the page draws.
+void AddDetails(const RunOptions& options, const Recorder& recorder, const Totals& t, Json* json) {
+  Json& r = *json;
+  r["intervals"] = {{"ttft", BootstrapIntervals(t.all.ttft, options.seed)},
+                    {"tpot", BootstrapIntervals(t.all.tpot, options.seed)},
+                    {"itl", BootstrapIntervals(t.all.itl, options.seed)},
+                    {"e2el", BootstrapIntervals(t.all.e2el, options.seed)}};
   AddCounts(recorder.records(), &r);
-  r["by_tier"] = ByTier(recorder, duration_s);
-  r["histograms"] = {{"ttft", BucketsJson(all.ttft)},
-                     {"itl", BucketsJson(all.itl_histogram)},
-                     {"tpot", BucketsJson(all.tpot)},
-                     {"e2el", BucketsJson(all.e2el)}};
+  r["by_tier"] = ByTier(recorder, t.duration_s);
+  r["histograms"] = {{"ttft", BucketsJson(t.all.ttft)},
+                     {"itl", BucketsJson(t.all.itl_histogram)},
+                     {"tpot", BucketsJson(t.all.tpot)},
+                     {"e2el", BucketsJson(t.all.e2el)}};
   r["timeline_interval_s"] = recorder.interval_s();
   r["timeline"] = TimelineJson(recorder);
   r["requests_sample"] = SampleJson(recorder.records());
-  r["server"] = {{"info", InfoJson(target.server)}};
-  r["config"] = std::move(config);
-  return r;
+}
+
+}  // namespace
+
+Json MakeResult(const RunOptions& options, Json config, const Target& target, const RunFacts& facts,
+                const Objectives& objectives, const Recorder& recorder) {
+  const Totals totals = AddUp(facts, recorder);
+  Json result;
+  AddHeading(options, target, facts, totals, &result);
+  AddFigures(facts, recorder, totals, &result);
+  AddLoad(options, facts, totals, &result);
+  AddGoodput(objectives, totals, &result);
+  AddDetails(options, recorder, totals, &result);
+  result["server"] = {{"info", InfoJson(target.server)}};
+  result["config"] = std::move(config);
+  return result;
 }
 
 }  // namespace dejavu

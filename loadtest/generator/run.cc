@@ -19,6 +19,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "kernels/base/status_macros.h"
+#include "loadtest/client/duration.h"
 #include "loadtest/generator/client.h"
 #include "loadtest/generator/document.h"
 #include "loadtest/generator/knee.h"
@@ -40,10 +41,6 @@ using SteadyClock = std::chrono::steady_clock;
 constexpr double kDefaultDuration_s = 30.0;
 constexpr auto kSecond = std::chrono::seconds(1);
 constexpr auto kToGetReady = std::chrono::milliseconds(20);  // for the pacing thread, before the first send
-
-SteadyClock::duration Duration(double seconds) {
-  return std::chrono::duration_cast<SteadyClock::duration>(std::chrono::duration<double>(seconds));
-}
 
 double CpuSeconds() {
   rusage usage;
@@ -112,7 +109,7 @@ PhaseFacts RunPhase(const RunOptions& options, const SendPlan& plan, const Workl
     if (!sent) std::this_thread::sleep_for(kLook);
     const SteadyTime now = SteadyClock::now();
     if (sent && !give_up)
-      give_up = now + (interrupted.load() ? SteadyClock::duration::zero() : Duration(options.grace_s));
+      give_up = now + (interrupted.load() ? SteadyClock::duration::zero() : ToDuration(options.grace_s));
     if (give_up && (now >= *give_up || interrupted.load())) {
       facts.abandoned = client.in_flight();
       client.CancelAll();
@@ -251,10 +248,10 @@ class Session {
   absl::Status Write() const {
     if (!options_.json.empty()) {
       const Json document = options_.ramp.empty() ? results_.front() : Json(results_);
-      RETURN_IF_ERROR(WriteText(options_.json, document.dump(1) + "\n"));
+      RETURN_IF_ERROR(WriteFile(options_.json, document.dump(1) + "\n"));
     }
     if (options_.html.empty()) return absl::OkStatus();
-    return WriteText(options_.html, HtmlPage(results_));
+    return WriteFile(options_.html, HtmlPage(results_));
   }
 
   const RunOptions& options_;
@@ -281,7 +278,7 @@ int ExitCodeOf(const absl::Status& status) {
 
 }  // namespace
 
-absl::Status WriteText(const std::string& path, const std::string& text) {
+absl::Status WriteFile(const std::string& path, const std::string& text) {
   std::FILE* const file = std::fopen(path.c_str(), "w");
   const bool written = file != nullptr && std::fwrite(text.data(), 1, text.size(), file) == text.size();
   if (file != nullptr && std::fclose(file) == 0 && written) return absl::OkStatus();

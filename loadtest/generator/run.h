@@ -27,7 +27,7 @@ absl::Status CheckOptions(const RunOptions& options);
 // what was measured by then is reported as invalid.
 int Run(const RunOptions& options, const nlohmann::ordered_json& config, const std::atomic<bool>& interrupted);
 
-absl::Status WriteText(const std::string& path, const std::string& text);
+absl::Status WriteFile(const std::string& path, const std::string& text);
 
 }  // namespace dejavu
 

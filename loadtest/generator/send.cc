@@ -1,5 +1,4 @@
 #include "loadtest/generator/send.h"
-#include "kernels/base/clock.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -10,6 +9,9 @@
 #include <chrono>
 #include <utility>
 
+#include "kernels/base/clock.h"
+#include "loadtest/client/duration.h"
+
 namespace dejavu {
 namespace {
 
@@ -17,10 +19,6 @@ using SteadyClock = std::chrono::steady_clock;  // CLOCK_MONOTONIC in libstdc++
 
 constexpr auto kSpin = std::chrono::microseconds(50);  // sleeps end late by about so much
 constexpr auto kLookForInterrupt = std::chrono::milliseconds(100);
-
-SteadyClock::duration Duration(double seconds) {
-  return std::chrono::duration_cast<SteadyClock::duration>(std::chrono::duration<double>(seconds));
-}
 
 void Sleep(SteadyTime until) {
   const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(until.time_since_epoch()).count();
@@ -80,7 +78,7 @@ SendFacts SendOpen(const SendPlan& plan, const Workload& workload, SteadyTime be
   while (const std::optional<double> offset_s = times.Next()) {
     Client::CallPtr call = client->Prepare(id, workload.Make(plan.phase, id));
     ++id;
-    const SteadyTime due = begin + Duration(*offset_s);
+    const SteadyTime due = begin + ToDuration(*offset_s);
     if (!WaitFor(due, interrupted)) break;
     facts.window_s = *offset_s;
     if (client->in_flight() >= plan.max_in_flight) {

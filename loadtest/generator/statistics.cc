@@ -72,7 +72,7 @@ void AddSummary(const std::string& name, const std::vector<float>& sorted, Json*
       std::sqrt(squares / static_cast<double>(sorted.size())), json);
 }
 
-void AddSummary(const std::string& name, const Histogram& histogram, Json* json) {
+void AddSummary(const std::string& name, const TimeHistogram& histogram, Json* json) {
   if (histogram.count() == 0) return AddNulls(name, json);
   const auto percentile = [&](double share) {
     return share == 1.0 ? histogram.max_ms() : histogram.QuantileMs(share).value_or(0.0);

@@ -19,7 +19,7 @@ double Percentile(const std::vector<float>& sorted, double share);
 // by their number.
 void AddSummary(const std::string& name, const std::vector<float>& sorted, nlohmann::ordered_json* json);
 // The same of what only a histogram has: percentiles within 0.5 %.
-void AddSummary(const std::string& name, const Histogram& histogram, nlohmann::ordered_json* json);
+void AddSummary(const std::string& name, const TimeHistogram& histogram, nlohmann::ordered_json* json);
 
 // 95 % bootstrap intervals, {"p50": [low, high], "p99": ..., "mean": ...}: 1,000 resamples of at most 10,000 values,
 // drawn from all. They take requests as independent, which neighbours in a queue are not. Null with fewer than two

@@ -4,30 +4,16 @@
 #include <utility>
 
 #include "absl/status/status.h"
-#include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
+#include "loadtest/client/names.h"
 
 namespace dejavu {
 namespace {
 
 absl::Status At(const char* flag, const absl::Status& status) {
   return absl::InvalidArgumentError(absl::StrCat(flag, ": ", status.message()));
-}
-
-std::optional<v1::Tier> TierOf(const std::string& name) {
-  v1::Tier tier;
-  if (name.empty() || !v1::Tier_Parse(absl::StrCat("TIER_", absl::AsciiStrToUpper(name)), &tier)) return std::nullopt;
-  return tier;
-}
-
-std::optional<v1::Urgency> UrgencyOf(const std::string& name) {
-  v1::Urgency urgency;
-  if (name.empty() || !v1::Urgency_Parse(absl::StrCat("URGENCY_", absl::AsciiStrToUpper(name)), &urgency)) {
-    return std::nullopt;
-  }
-  return urgency;
 }
 
 // `known` says whether a name of the mix means something.

@@ -7,7 +7,7 @@ namespace {
 
 using std::chrono::milliseconds;
 
-constexpr Latency::Time kSent{};
+constexpr SteadyTime kSent{};
 
 TEST(Latency, IsZeroWithoutTokens) {
   const Latency latency(kSent);
@@ -40,7 +40,7 @@ TEST(Latency, TokensOfOneMessageShareTheTimeSinceTheOneBefore) {
 
 TEST(Latency, PercentilesAreByNearestRank) {
   Latency latency(kSent);
-  Latency::Time now = kSent;
+  SteadyTime now = kSent;
   latency.AddTokens(1, now);
   for (int gap = 100; gap >= 1; --gap) latency.AddTokens(1, now += milliseconds(gap));
   EXPECT_EQ(latency.gap_ms(0.5), 50);

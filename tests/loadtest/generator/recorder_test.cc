@@ -29,9 +29,9 @@ std::vector<float> LogUniform(int count) {
   return values;
 }
 
-TEST(Histogram, ItsQuantilesAreWithinHalfAPercent) {
+TEST(TimeHistogram, ItsQuantilesAreWithinHalfAPercent) {
   const std::vector<float> values = LogUniform(20'001);
-  Histogram histogram;
+  TimeHistogram histogram;
   for (const float value : values) histogram.Add(value);
   for (const double share : {0.01, 0.5, 0.9, 0.99, 0.999}) {
     const double exact = Percentile(values, share);
@@ -40,9 +40,9 @@ TEST(Histogram, ItsQuantilesAreWithinHalfAPercent) {
   EXPECT_EQ(histogram.max_ms(), values.back());
 }
 
-TEST(Histogram, ItsBucketsAreOnePercentWideAndHoldEverything) {
+TEST(TimeHistogram, ItsBucketsAreOnePercentWideAndHoldEverything) {
   const std::vector<float> values = LogUniform(20'000);
-  Histogram histogram;
+  TimeHistogram histogram;
   for (const float value : values) histogram.Add(value);
   size_t counted = 0;
   for (const auto& [upper_ms, count] : histogram.Buckets()) {
@@ -54,22 +54,22 @@ TEST(Histogram, ItsBucketsAreOnePercentWideAndHoldEverything) {
   EXPECT_EQ(counted, values.size());
 }
 
-TEST(Histogram, MergesToWhatOneWouldHold) {
+TEST(TimeHistogram, MergesToWhatOneWouldHold) {
   const std::vector<float> values = LogUniform(1'000);
-  Histogram one, low, high;
+  TimeHistogram one, low, high;
   for (size_t i = 0; i < values.size(); ++i) {
     one.Add(values[i]);
     (i < 300 ? low : high).Add(values[i]);
   }
   high.Merge(low);
-  high.Merge(Histogram());
+  high.Merge(TimeHistogram());
   EXPECT_EQ(high.Buckets(), one.Buckets());
   EXPECT_DOUBLE_EQ(high.mean_ms(), one.mean_ms());
   EXPECT_NEAR(high.deviation_ms(), one.deviation_ms(), 1e-6 * one.deviation_ms());
 }
 
-TEST(Histogram, TakesNothingZeroAndForever) {
-  Histogram histogram;
+TEST(TimeHistogram, TakesNothingZeroAndForever) {
+  TimeHistogram histogram;
   EXPECT_FALSE(histogram.QuantileMs(0.5).has_value());
   histogram.Add(0.0);
   EXPECT_EQ(*histogram.QuantileMs(0.5), 0.0);
