@@ -9,6 +9,7 @@
 #include "absl/strings/str_format.h"
 #include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/thread_pool.h"
 #include "nlohmann/json.hpp"
 #include "tests/bench/flags.h"

@@ -36,6 +36,16 @@ SelectorData MakeSelector(int32_t rank, int32_t hidden, int32_t outputs, std::mt
 
 }  // namespace
 
+OptConfig ConfigOf(int32_t layers, int32_t hidden, int32_t heads, int32_t ffn) {
+  OptConfig config;
+  config.layers = layers;
+  config.hidden = hidden;
+  config.heads = heads;
+  config.head_dim = hidden / heads;
+  config.ffn = ffn;
+  return config;
+}
+
 PredictorData MakePredictor(const OptConfig& config, Tap tap, uint32_t seed) {
   std::mt19937 random(seed);
   PredictorData data;

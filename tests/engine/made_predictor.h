@@ -13,6 +13,9 @@ namespace dejavu {
 
 inline constexpr int32_t kMadeNeuronRank = 6, kMadeHeadRank = 3;
 
+// A model's shape, for tests that need a predictor and no model.
+OptConfig ConfigOf(int32_t layers, int32_t hidden, int32_t heads, int32_t ffn);
+
 // Random stages in every layer, for neurons and, but at the MLP's input, for heads. HIGH, BALANCED and FAST select
 // about three quarters, half and a quarter, each with fewer components than the one before. For inputs that are
 // integers of at most 4, and up to 20 of them, every sum is exact.

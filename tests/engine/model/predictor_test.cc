@@ -20,15 +20,7 @@ namespace {
 constexpr int32_t kLayers = 3, kHidden = 20, kHeads = 5, kFfn = 70;
 constexpr int32_t kMaxRows = 12, kMaxAudits = 4;
 
-OptConfig SmallConfig() {
-  OptConfig config;
-  config.layers = kLayers;
-  config.hidden = kHidden;
-  config.heads = kHeads;
-  config.head_dim = kHidden / kHeads;
-  config.ffn = kFfn;
-  return config;
-}
+OptConfig SmallConfig() { return ConfigOf(kLayers, kHidden, kHeads, kFfn); }
 
 // A selection copied from the device.
 struct Selected {

@@ -363,12 +363,7 @@ TEST(ShardedModel, AMemoryPlanIsOneRanks) {
 constexpr int32_t kLayers = 3, kHidden = 20, kHeads = 5, kFfn = 70, kRows = 6;
 
 OptConfig SmallConfig() {
-  OptConfig config;
-  config.layers = kLayers;
-  config.hidden = kHidden;
-  config.heads = kHeads;
-  config.head_dim = kHidden / kHeads;
-  config.ffn = kFfn;
+  OptConfig config = ConfigOf(kLayers, kHidden, kHeads, kFfn);
   config.vocab = 50;
   return config;
 }

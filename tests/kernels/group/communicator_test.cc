@@ -24,7 +24,6 @@ using ::testing::AllOf;
 using ::testing::AnyOf;
 using ::testing::HasSubstr;
 using Ranks = std::vector<std::unique_ptr<Communicator>>;
-using Clock = std::chrono::steady_clock;
 
 Ranks MakeRanks(int size, const ThreadGroupOptions& options = {}) {
   if (size > 0) return MakeThreadGroup(size, options);
@@ -108,7 +107,7 @@ INSTANTIATE_TEST_SUITE_P(Threads, Broken, ::testing::Values(2, 3, 4));
 TEST_P(Broken, GivesUpWithinTheLimitOnARankThatDoesNotCome) {
   const int missing = GetParam() - 1;
   const Ranks ranks = MakeRanks(GetParam(), {.timeout_s = 600});
-  const auto start = Clock::now();
+  const SteadyTime start = std::chrono::steady_clock::now();
   OnAll(ranks, [&](Communicator& rank) {
     ThrownByAllReduce(rank);  // every thread runs
     rank.SetLimit(kLimit_s);
@@ -136,7 +135,7 @@ TEST_P(Broken, GivesUpOnABroadcastAndAGather) {
 
 TEST_P(Broken, TellsEverybodyAtOnceWhenARankLeaves) {
   Ranks ranks = MakeRanks(GetParam(), {.timeout_s = 600});
-  const auto start = Clock::now();
+  const SteadyTime start = std::chrono::steady_clock::now();
   OnAll(ranks, [&](Communicator& rank) {
     ThrownByAllReduce(rank);
     if (rank.rank() == 1) {

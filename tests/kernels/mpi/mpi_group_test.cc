@@ -19,8 +19,6 @@
 namespace dejavu {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 constexpr double kLimit_s = 0.5;
 
 int Say(int code, const std::string& what) {
@@ -55,7 +53,7 @@ std::string Idles(Communicator& group) {
     return usage.ru_utime.tv_sec + usage.ru_stime.tv_sec + (usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) * 1e-6;
   };
   const double before = processor_s();
-  const auto start = Clock::now();
+  const SteadyTime start = std::chrono::steady_clock::now();
   if (group.rank() == 0) std::this_thread::sleep_for(std::chrono::seconds(2));
   group.Broadcast(&word, sizeof(word));
   const double share = (processor_s() - before) / SecondsSince(start);
@@ -72,7 +70,7 @@ int Loses(Communicator& group, const std::string& how) {
     if (how == "killed") kill(getpid(), SIGKILL);
     _exit(0);
   }
-  const auto start = Clock::now();
+  const SteadyTime start = std::chrono::steady_clock::now();
   try {
     std::vector<float> x(2048);
     while (true) group.AllReduce({x.data(), DType::kFloat32, 1, 2048, 2048});
