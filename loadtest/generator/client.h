@@ -1,5 +1,5 @@
-// Client: streams on several connections, each driven by gRPC's own threads; whoever sends waits for nothing. A call
-// reports its Outcome once, from one of those threads.
+// Client: streams on several connections, each driven by gRPC's own threads; the thread that sends waits for nothing. A
+// call reports its Outcome once, from one of those threads.
 #ifndef LOADTEST_GENERATOR_CLIENT_H_
 #define LOADTEST_GENERATOR_CLIENT_H_
 

@@ -1,4 +1,4 @@
-// One HTML page of any number of result documents: all it needs is in it, and it asks nobody for anything.
+// One HTML page of any number of result documents: all it needs is in it, and it loads nothing.
 #ifndef LOADTEST_GENERATOR_PAGE_H_
 #define LOADTEST_GENERATOR_PAGE_H_
 

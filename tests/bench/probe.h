@@ -1,5 +1,5 @@
 // What this machine could do at best, now: BandwidthProbe reads memory, ArithmeticProbe multiplies and adds. Both check
-// that the work was really done: a loop whose result nobody looked at was optimised away here, and showed 2.6 times the
+// that the work was really done: a loop whose result was not used was optimised away here, and showed 2.6 times the
 // truth. One thread at a time may call; the calling thread is pinned by the first measurement.
 #ifndef TESTS_BENCH_PROBE_H_
 #define TESTS_BENCH_PROBE_H_
@@ -29,7 +29,7 @@ class BandwidthProbe {
   BandwidthProbe& operator=(const BandwidthProbe&) = delete;
 
   // GB/s (10^9 bytes) over `seconds`, in whole passes over the buffer. The default is short: the bandwidth that
-  // neighbours leave changes within seconds, and what is compared with it shall meet the same.
+  // neighbours leave changes within seconds, and what is compared with it must meet the same.
   double Measure(double seconds = 0.06);
 
   // The share of its time that a thread waits for the slowest where each reads `bytes` of its own and then all meet,

@@ -1,9 +1,9 @@
 // `dejavu-bench ranks`: what a decode step costs a group of ranks beside one rank on the same CPUs. The group is
 // threads of this process; under mpirun its processes, which all run this with the same options, and rank 0 reports.
 //
-// Both hold the model at once. A repeat takes the tiers in turn, each by one rank and by the group, who goes first
-// changing from repeat to repeat, with a probe of the bandwidth between tiers: ratios are formed within a repeat.
-// Greedy tokens are drawn where the logits are, as the daemon does it.
+// One rank and the group hold the model at once. A repeat takes the tiers in turn, each by one rank and by the group,
+// of which the other goes first in the next repeat. Between tiers the bandwidth is probed: ratios are formed within a
+// repeat. Greedy tokens are drawn where the logits are, as the daemon does it.
 #include <sys/resource.h>
 #include <unistd.h>
 

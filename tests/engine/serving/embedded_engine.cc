@@ -18,7 +18,7 @@ std::unique_ptr<Engine> MakeEngine(EngineOptions options) {
   options.device = "cpu";
   options.threads = 2;
   options.pin_threads = false;
-  // What is in a step shall not depend on how long it takes.
+  // What is in a step must not depend on how long it takes.
   options.scheduler.prefill_share = 1e6;
   options.scheduler.ageing_s = 1e6;
   auto engine = Engine::Create(options, 0, nullptr);
