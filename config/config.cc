@@ -1,19 +1,12 @@
 #include "config/config.h"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <cstdio>
-#include <fstream>
 #include <utility>
 #include <vector>
 
-#include "CLI/CLI.hpp"
-#include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "absl/strings/str_replace.h"
 #include "absl/strings/string_view.h"
 #include "config/option_table.h"
 #include "config/yaml_reader.h"
@@ -21,11 +14,6 @@
 
 namespace dejavu {
 namespace {
-
-constexpr int kExitDone = 0;
-constexpr int kExitConfiguration = 1;
-constexpr int kExitUsage = 2;
-constexpr char kConfigVariable[] = "DEJAVUD_CONFIG";  // beside the keys: the path of the file
 
 std::string SectionOf(absl::string_view key) { return std::string(key.substr(0, key.rfind('.') + 1)); }  // "kv." or ""
 
@@ -159,68 +147,6 @@ std::vector<std::string> CheckTogether(const Schema& schema, const ServerOptions
   return errors;
 }
 
-// What --help shows after the flag: what its value is, or for a switch the way to turn it off.
-std::string Placeholder(const Option& option) {
-  if (option.is_bool()) return absl::StrCat(", --no-", FlagName(option.key).substr(2));
-  if (!option.choices.empty()) return " " + absl::StrJoin(option.choices, "|");
-  if (!option.is_text()) return " N";
-  if (option.key == "model") return " DIR";
-  if (option.key == "predictor") return " FILE";
-  if (option.key == "listen") return " HOST:PORT";
-  return absl::EndsWith(option.key, "_file") ? " FILE" : " TEXT";
-}
-
-std::vector<std::string> DeviceKindNames() {
-  std::vector<std::string> names;
-  for (const DeviceKind& kind : kDeviceKinds) names.push_back(kind.name);
-  return names;
-}
-
-std::string HelpText() {
-  Config defaults;
-  std::string text =
-      "dejavud serves an OPT model over gRPC.\n\n"
-      "  dejavud --model DIR [flags]\n\n"
-      "Every flag is also an environment variable (in brackets) and a key of the YAML file: --kv-block-tokens is\n"
-      "block_tokens below kv. A flag wins over the environment, which wins over the file, which wins over the "
-      "default.\n\n"
-      "  --config FILE       YAML file to read [DEJAVUD_CONFIG]\n"
-      "  --check-config      check flags, environment and file; exit 0 if they are good, 1 if not\n"
-      "  --print-config      write the configuration in effect as YAML and exit\n"
-      "  --plan[=json]       calculate memory and latencies on devices that need not be there (see Planning) and "
-      "exit;\n"
-      "                      0 if the model fits, 1 if not\n"
-      "  --version           write the version and exit\n"
-      "  --help              write this and exit\n";
-  std::string group;
-  for (const Option& option : OptionTable(&defaults)) {
-    if (option.group != group) absl::StrAppend(&text, "\n", option.group, ":\n");
-    group = option.group;
-    std::vector<std::string> notes;
-    if (!option.is_text()) notes.push_back(LimitText(option));
-    if (!OptionText(option).empty()) notes.push_back(absl::StrCat("default ", OptionText(option)));
-    absl::StrAppend(&text, "  ", FlagName(option.key), Placeholder(option), "\n      ", option.help,
-                    notes.empty() ? "" : absl::StrCat(" (", absl::StrJoin(notes, "; "), ")"), " [",
-                    EnvironmentName(option.key), "]\n");
-  }
-  const PlanOptions plan;
-  absl::StrAppend(&text, "\nPlanning (with --plan; the model, its types and its memory are said by the flags above):\n",
-                  "  --plan-device ", absl::StrJoin(DeviceKindNames(), "|"), "\n      kind of device\n",
-                  "  --plan-devices N\n      how many; each is a rank (1 to ", kMaxPlanDevices, "; default ",
-                  plan.devices, ")\n", "  --plan-memory-gib N\n      memory of each (default: the kind's)\n",
-                  "  --plan-bandwidth-gbs N\n      read bandwidth of each in GB/s (default: the kind's data sheet)\n",
-                  "  --plan-bandwidth-share N\n      share of it that a decode step reaches (above 0 to 1; default ",
-                  plan.bandwidth_share, ")\n",
-                  "  --plan-all-reduce-us N\n      time of one all-reduce (default: the kind's)\n",
-                  "  --plan-context N\n      tokens of each sequence where latencies are estimated (default ",
-                  plan.context_tokens, ")\n");
-  absl::StrAppend(
-      &text,
-      "\nExit codes: 0 drained after SIGTERM or SIGINT; 1 cannot start (configuration, model, port); 2 wrong usage;\n"
-      "3 the engine failed; 4 a second signal cut off running requests.\n");
-  return text;
-}
-
 // YAML's double-quoted form, which FormatConfig uses for all text.
 std::string Quoted(absl::string_view text) {
   std::string quoted = "\"";
@@ -235,124 +161,6 @@ std::string Quoted(absl::string_view text) {
     }
   }
   return quoted + "\"";
-}
-
-std::map<std::string, std::string> ProcessEnvironment() {
-  std::map<std::string, std::string> variables;
-  for (char** entry = environ; *entry != nullptr; ++entry) {
-    const absl::string_view text = *entry;
-    const size_t equals = text.find('=');
-    if (equals == text.npos || !absl::StartsWith(text, "DEJAVUD_")) continue;
-    variables.emplace(text.substr(0, equals), text.substr(equals + 1));
-  }
-  return variables;
-}
-
-absl::StatusOr<std::string> ReadText(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::string text(kMaxYamlBytes + 1, '\0');  // one more than allowed, for ReadYaml to see
-  file.read(text.data(), static_cast<std::streamsize>(text.size()));
-  if (!file.is_open() || file.bad()) return absl::NotFoundError(absl::StrCat(path, ": cannot be read"));
-  text.resize(static_cast<size_t>(file.gcount()));
-  return text;
-}
-
-struct Flags {
-  std::string config_path;
-  bool check = false, print = false, version = false, help = false;
-  std::optional<PlanOptions> plan;
-  std::map<std::string, std::string> values;  // by key
-};
-
-// What the flags of --plan say, before the device's kind fills in what they leave out.
-struct PlanFlags {
-  std::string format;  // empty: no plan
-  PlanOptions options;
-
-  void AddTo(CLI::App* app) {
-    CLI::Option* const plan = app->add_flag("--plan{text}", format)->check(CLI::IsMember({"text", "json"}));
-    const auto add = [&](const char* name, auto* value) {
-      return app->add_option(name, *value)->needs(plan)->multi_option_policy(CLI::MultiOptionPolicy::Throw);
-    };
-    constexpr double kMost = 1e6;
-    add("--plan-device", &options.device)->check(CLI::IsMember(DeviceKindNames()));
-    add("--plan-devices", &options.devices)->check(CLI::Range(1, kMaxPlanDevices));
-    add("--plan-memory-gib", &options.memory_gib)->check(CLI::Range(0.001, kMost));
-    add("--plan-bandwidth-gbs", &options.bandwidth_gbs)->check(CLI::Range(0.001, kMost));
-    add("--plan-bandwidth-share", &options.bandwidth_share)->check(CLI::Range(0.001, 1.0));
-    add("--plan-all-reduce-us", &options.all_reduce_us)->check(CLI::Range(0.0, kMost));
-    add("--plan-context", &options.context_tokens)->check(CLI::Range(1, 1 << 20));
-  }
-
-  absl::StatusOr<PlanOptions> Complete() const {
-    PlanOptions plan = options;
-    plan.json = format == "json";
-    DeviceKind kind = {"", 0.0, 0.0, kDeviceKinds[0].all_reduce_us};
-    for (const DeviceKind& known : kDeviceKinds) {
-      if (plan.device == known.name) kind = known;
-    }
-    if (plan.memory_gib == 0.0) plan.memory_gib = kind.memory_gib;
-    if (plan.bandwidth_gbs == 0.0) plan.bandwidth_gbs = kind.bandwidth_gbs;
-    if (plan.all_reduce_us < 0.0) {
-      plan.all_reduce_us = kind.all_reduce_us * (plan.devices > kDevicesOfHost ? kHostsFactor : 1.0);
-    }
-    const char* const missing = plan.memory_gib == 0.0      ? "--plan-memory-gib"
-                                : plan.bandwidth_gbs == 0.0 ? "--plan-bandwidth-gbs"
-                                                            : nullptr;
-    if (missing == nullptr) return plan;
-    return absl::InvalidArgumentError(plan.device.empty()
-                                          ? absl::StrCat("--plan needs --plan-device or ", missing)
-                                          : absl::StrCat("--plan-device ", plan.device, " needs ", missing));
-  }
-};
-
-// The one user of CLI11; its exceptions end here. INVALID_ARGUMENT is a usage error.
-absl::StatusOr<Flags> ParseFlags(int argc, const char* const* argv) {
-  Flags flags;
-  CLI::App app;
-  app.set_help_flag();
-  app.add_option("--config", flags.config_path);
-  app.add_flag("--check-config", flags.check);
-  app.add_flag("--print-config", flags.print);
-  app.add_flag("--version", flags.version);
-  app.add_flag("-h,--help", flags.help);
-  PlanFlags plan;
-  plan.AddTo(&app);
-
-  Config scratch;
-  const std::vector<Option> options = OptionTable(&scratch);
-  std::map<std::string, std::string> texts;
-  for (const Option& option : options) {
-    const std::string flag = FlagName(option.key);
-    std::string& text = texts[option.key];
-    CLI::Option* added = option.is_bool()
-                             ? app.add_flag(absl::StrCat(flag, "{true},--no-", flag.substr(2), "{false}"), text)
-                             : app.add_option(flag, text);
-    added->multi_option_policy(CLI::MultiOptionPolicy::Throw);
-  }
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return absl::InvalidArgumentError(e.what());
-  }
-  for (const Option& option : options) {
-    const std::string flag = FlagName(option.key);
-    if (app.count(flag) == 0) continue;
-    const absl::Status set = SetOption(option, texts[option.key]);
-    if (!set.ok()) return absl::InvalidArgumentError(absl::StrCat(flag, ": ", set.message()));
-    flags.values[option.key] = texts[option.key];
-  }
-  if (!plan.format.empty()) {
-    ASSIGN_OR_RETURN(flags.plan, plan.Complete());
-  }
-  return flags;
-}
-
-ParsedCommandLine Exit(int code) { return {code, {}, {}}; }
-
-ParsedCommandLine ExitWith(int code, absl::string_view message) {
-  std::fprintf(stderr, "dejavud: %s\n", std::string(message).c_str());
-  return Exit(code);
 }
 
 }  // namespace
@@ -392,40 +200,6 @@ std::string FormatConfig(const Config& config) {
     absl::StrAppend(&text, indent, option.key.substr(option_section.size()), ": ", value, "\n");
   }
   return text;
-}
-
-ParsedCommandLine ParseCommandLine(int argc, const char* const* argv) {
-  absl::StatusOr<Flags> flags = ParseFlags(argc, argv);
-  if (!flags.ok()) return ExitWith(kExitUsage, absl::StrCat(flags.status().message(), " (see --help)"));
-  if (flags->help) {
-    std::fputs(HelpText().c_str(), stdout);
-    return Exit(kExitDone);
-  }
-  if (flags->version) {
-    std::puts("dejavud " DEJAVU_VERSION);
-    return Exit(kExitDone);
-  }
-  ConfigSources sources{
-      .yaml = {}, .yaml_name = flags->config_path, .environment = ProcessEnvironment(), .flags = flags->values};
-  if (sources.yaml_name.empty() && sources.environment.count(kConfigVariable) > 0) {
-    sources.yaml_name = sources.environment[kConfigVariable];
-  }
-  if (!sources.yaml_name.empty()) {
-    absl::StatusOr<std::string> text = ReadText(sources.yaml_name);
-    if (!text.ok()) return ExitWith(kExitConfiguration, text.status().message());
-    sources.yaml = *std::move(text);
-  }
-  const absl::StatusOr<Config> config = LoadConfig(sources);
-  if (!config.ok()) return ExitWith(kExitConfiguration, config.status().message());
-  if (flags->print) {
-    std::fputs(FormatConfig(*config).c_str(), stdout);
-    return Exit(kExitDone);
-  }
-  if (flags->check) return Exit(kExitDone);
-  if (config->engine.model.empty()) {
-    return ExitWith(kExitUsage, "no model: give --model DIR, DEJAVUD_MODEL or the key model (see --help)");
-  }
-  return {std::nullopt, *config, flags->plan};
 }
 
 }  // namespace dejavu

@@ -13,7 +13,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "engine/calibration/layer_fit.h"
-#include "engine/model/predictor_file.h"
+#include "engine/model/predictor_data.h"
 
 namespace dejavu {
 

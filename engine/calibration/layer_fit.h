@@ -12,28 +12,14 @@
 #include <functional>
 #include <vector>
 
-#include "engine/calibration/matrix.h"
+#include "engine/calibration/half_rows.h"
+#include "engine/calibration/host_matrix.h"
 #include "engine/calibration/selector_trainer.h"
-#include "engine/model/predictor_file.h"
 #include "kernels/backend.h"
 
 namespace dejavu {
 
 enum class FitMethod { kSvd, kWhitenedSvd, kRegression };
-
-// Rows of float32 vectors kept as float16: half the memory.
-class HalfRows {
- public:
-  void Reserve(int64_t rows, int64_t cols);
-  void Append(const float* row);
-  int64_t rows() const { return cols_ == 0 ? 0 : static_cast<int64_t>(bits_.size()) / cols_; }
-  int64_t cols() const { return cols_; }
-  void Copy(int64_t row, float* to) const;
-
- private:
-  int64_t cols_ = 0;
-  std::vector<uint16_t> bits_;
-};
 
 // What a pass over the text keeps of one layer.
 struct LayerSample {
@@ -42,17 +28,17 @@ struct LayerSample {
   std::vector<float> head_mass, validation_head_mass;  // [samples, heads] Fisher mass of each head's output
   // Over all training tokens: sums, then means.
   int64_t tokens = 0;
-  std::vector<double> tap_sum;  // [hidden]
-  Matrix tap_tap, tap_input;    // [hidden, hidden] sums of outer products
+  std::vector<double> tap_sum;    // [hidden]
+  HostMatrix tap_tap, tap_input;  // [hidden, hidden] sums of outer products
 };
 
 // The weights and what a miss costs.
 struct LayerProblem {
   int32_t layers = 0;  // of the model: a layer's bytes are this share of all
   LinearWeights up;
-  Matrix down;                     // [ffn, hidden]
-  const Matrix* fisher = nullptr;  // [hidden, hidden]
-  std::vector<float> sensitivity;  // [ffn] nats per Fisher mass
+  HostMatrix down;                     // [ffn, hidden]
+  const HostMatrix* fisher = nullptr;  // [hidden, hidden]
+  std::vector<float> sensitivity;      // [ffn] nats per Fisher mass
   float common_sensitivity = 1.0f;
   int32_t heads = 0;
   float head_sensitivity = 1.0f;  // nats per Fisher mass of a head's output
@@ -74,9 +60,6 @@ struct LayerFit {
 // `keep_going(done)`: false gives up; the result is then to be thrown away.
 LayerFit FitLayer(Backend& backend, const LayerProblem& problem, const LayerSample& sample, const FitOptions& options,
                   const std::function<bool(double done)>& keep_going);
-
-// int8 stages and float16 thresholds. `shifts` (one per point) are added to the biases.
-SelectorData Quantise(const FloatSelector& selector, const std::vector<double>& shifts, const std::vector<Tier>& tiers);
 
 }  // namespace dejavu
 

@@ -11,10 +11,10 @@ namespace {
 
 using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
-Eigen::Map<const RowMajor> MapOf(const Matrix& m) { return {m.values.data(), m.rows, m.cols}; }
+Eigen::Map<const RowMajor> MapOf(const HostMatrix& m) { return {m.values.data(), m.rows, m.cols}; }
 
-Matrix FromEigen(const Eigen::Ref<const RowMajor>& m) {
-  Matrix result(m.rows(), m.cols());
+HostMatrix FromEigen(const Eigen::Ref<const RowMajor>& m) {
+  HostMatrix result(m.rows(), m.cols());
   Eigen::Map<RowMajor>(result.values.data(), m.rows(), m.cols()) = m;
   return result;
 }
@@ -25,7 +25,7 @@ constexpr int kIterations = 8;
 
 }  // namespace
 
-Matrix WhiteningMatrix(const Matrix& covariance, double ridge) {
+HostMatrix WhiteningMatrix(const HostMatrix& covariance, double ridge) {
   const int64_t d = covariance.rows;
   Eigen::MatrixXd c = MapOf(covariance).cast<double>();
   c = ((c + c.transpose()) / 2.0).eval();
@@ -38,7 +38,7 @@ Matrix WhiteningMatrix(const Matrix& covariance, double ridge) {
   return FromEigen(w.cast<float>());
 }
 
-Matrix LeadingEigenvectors(Backend& backend, const Matrix& symmetric, int64_t count) {
+HostMatrix LeadingEigenvectors(Backend& backend, const HostMatrix& symmetric, int64_t count) {
   const int64_t d = symmetric.rows;
   CHECK(count <= d) << count << " of " << d;
   if (d <= kWholeUpTo) {
@@ -48,18 +48,18 @@ Matrix LeadingEigenvectors(Backend& backend, const Matrix& symmetric, int64_t co
     return FromEigen(vectors.cast<float>());
   }
   const int64_t width = std::min(d, count + kExtra);
-  Matrix rows(width, d);
+  HostMatrix rows(width, d);
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
   for (float& value : rows.values) value = normal(random);
   for (int i = 0; i < kIterations; ++i) {
-    const Matrix product = Product(backend, rows, symmetric);
+    const HostMatrix product = Product(backend, rows, symmetric);
     const Eigen::HouseholderQR<Eigen::MatrixXf> qr(MapOf(product).transpose());
     const Eigen::MatrixXf q = qr.householderQ() * Eigen::MatrixXf::Identity(d, width);
     rows = FromEigen(q.transpose());
   }
   // Rayleigh-Ritz: the eigenvectors within the subspace, in order.
-  const Matrix product = Product(backend, rows, symmetric);
+  const HostMatrix product = Product(backend, rows, symmetric);
   const Eigen::MatrixXd small = (MapOf(product) * MapOf(rows).transpose()).cast<double>();
   const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> solver((small + small.transpose()) / 2.0);
   const Eigen::MatrixXf turn = solver.eigenvectors().rightCols(count).rowwise().reverse().transpose().cast<float>();

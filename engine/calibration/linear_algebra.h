@@ -4,16 +4,16 @@
 
 #include <cstdint>
 
-#include "engine/calibration/matrix.h"
+#include "engine/calibration/host_matrix.h"
 
 namespace dejavu {
 
 // W [d, d] with (x - mean) W white for x of this covariance, to which ridge * trace / d is added on the diagonal.
-Matrix WhiteningMatrix(const Matrix& covariance, double ridge);
+HostMatrix WhiteningMatrix(const HostMatrix& covariance, double ridge);
 
 // The `count` leading eigenvectors of a symmetric positive semidefinite matrix, as rows [count, d], by decreasing
 // eigenvalue. Few of many by subspace iteration from a fixed start.
-Matrix LeadingEigenvectors(Backend& backend, const Matrix& symmetric, int64_t count);
+HostMatrix LeadingEigenvectors(Backend& backend, const HostMatrix& symmetric, int64_t count);
 
 }  // namespace dejavu
 

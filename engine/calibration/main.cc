@@ -1,5 +1,4 @@
 // dejavu-calibrate: makes the predictor of a model.
-#include <chrono>
 #include <cstdio>
 #include <map>
 #include <string>
@@ -13,6 +12,8 @@
 #include "engine/calibration/calibrator.h"
 #include "engine/calibration/report.h"
 #include "engine/eval/tool.h"
+#include "engine/model/predictor_file.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
 
 namespace dejavu {
@@ -46,7 +47,7 @@ uint64_t Fingerprint(const std::vector<int32_t>& tokens) {
 }
 
 absl::Status Run(Arguments* arguments) {
-  const auto start = std::chrono::steady_clock::now();
+  const SteadyTime start = std::chrono::steady_clock::now();
   CalibrationOptions& options = arguments->options;
   RETURN_IF_ERROR(CheckWritable(arguments->out));
   RETURN_IF_ERROR(CheckWritable(arguments->json));
@@ -70,7 +71,7 @@ absl::Status Run(Arguments* arguments) {
   std::remove(options.state_file.c_str());
   std::fputs(CalibrationTable(*data).c_str(), stdout);
   if (!arguments->json.empty()) RETURN_IF_ERROR(WriteText(arguments->json, data->report_json + "\n"));
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const double seconds = SecondsSince(start);
   std::fputs(absl::StrFormat("%s written in %d:%02d\n", arguments->out, static_cast<int>(seconds) / 60,
                              static_cast<int>(seconds) % 60)
                  .c_str(),
@@ -78,43 +79,48 @@ absl::Status Run(Arguments* arguments) {
   return absl::OkStatus();
 }
 
-int Main(int argc, char** argv) {
-  Arguments arguments;
-  CalibrationOptions& o = arguments.options;
-  CLI::App app("Calibrate the predictor that lets dejavud skip neurons and heads of a model.", "dejavu-calibrate");
-  app.footer(kFooter);
-  app.set_version_flag("--version", "dejavu-calibrate " DEJAVU_VERSION);
-  app.add_option("--model", o.model, "Directory of the checkpoint, in Hugging Face layout")->required();
-  app.add_option("--text", arguments.text, "UTF-8 text like that which will be served; a few hundred kB are enough")
+void AddOptions(CLI::App* app, Arguments* arguments) {
+  CalibrationOptions& o = arguments->options;
+  app->add_option("--model", o.model, "Directory of the checkpoint, in Hugging Face layout")->required();
+  app->add_option("--text", arguments->text, "UTF-8 text like that which will be served; a few hundred kB are enough")
       ->required();
-  app.add_option("--out", arguments.out, "The file to write")->required();
-  app.add_option("--json", arguments.json, "Write the report there too, as JSON");
+  app->add_option("--out", arguments->out, "The file to write")->required();
+  app->add_option("--json", arguments->json, "Write the report there too, as JSON");
   const std::map<std::string, FitMethod> methods = {
       {"svd", FitMethod::kSvd}, {"whitened-svd", FitMethod::kWhitenedSvd}, {"regression", FitMethod::kRegression}};
-  app.add_option("--method", o.method, "Where the predictor starts from: svd (weights only), whitened-svd, regression")
+  app->add_option("--method", o.method, "Where the predictor starts from: svd (weights only), whitened-svd, regression")
       ->transform(CLI::Transformer(methods))
       ->option_text("NAME [regression]");
   const std::map<std::string, Tap> taps = {
       {"attention-norm", Tap::kAttentionNorm}, {"mlp-norm", Tap::kMlpNorm}, {"previous-layer", Tap::kPreviousLayer}};
-  app.add_option("--tap", o.tap,
-                 "What it reads: attention-norm (rides in the QKV product), mlp-norm (more exact, one more product) or "
-                 "previous-layer (a layer ahead)")
+  app->add_option(
+         "--tap", o.tap,
+         "What it reads: attention-norm (rides in the QKV product), mlp-norm (more exact, one more product) or "
+         "previous-layer (a layer ahead)")
       ->transform(CLI::Transformer(taps))
       ->option_text("NAME [attention-norm]");
-  app.add_flag("--no-training", arguments.no_training, "Leave out the fine-tuning by gradient descent");
-  app.add_flag("--no-heads", arguments.no_heads, "Never skip attention heads");
-  app.add_option("--kl", arguments.targets,
-                 "Mean KL from DENSE, in nats per token, that HIGH, BALANCED and FAST may cost [0.0018,0.0065,0.018]")
+  app->add_flag("--no-training", arguments->no_training, "Leave out the fine-tuning by gradient descent");
+  app->add_flag("--no-heads", arguments->no_heads, "Never skip attention heads");
+  app->add_option("--kl", arguments->targets,
+                  "Mean KL from DENSE, in nats per token, that HIGH, BALANCED and FAST may cost [0.0018,0.0065,0.018]")
       ->delimiter(',')
       ->expected(3)
       ->check(CLI::Range(1e-6, 10.0));
-  app.add_option("--tokens", o.tokens, "Tokens to fit to [49152, wide models 16384]")
+  app->add_option("--tokens", o.tokens, "Tokens to fit to [49152, wide models 16384]")
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 32));
-  app.add_option("--window", o.window, "Tokens of context [256, or the model's context if that is less]")
+  app->add_option("--window", o.window, "Tokens of context [256, or the model's context if that is less]")
       ->check(CLI::Range(2, 1 << 16));
-  app.add_option("--memory-mib", o.memory_mib, "Memory to use beside the weights and one step's activations [1536]")
+  app->add_option("--memory-mib", o.memory_mib, "Memory to use beside the weights and one step's activations [1536]")
       ->check(CLI::Range(int64_t{16}, int64_t{1} << 24));
-  app.add_option("--threads", o.threads, "CPU threads [one per CPU]")->check(CLI::Range(0, 1024));
+  app->add_option("--threads", o.threads, "CPU threads [one per CPU]")->check(CLI::Range(0, 1024));
+}
+
+int Main(int argc, char** argv) {
+  Arguments arguments;
+  CLI::App app("Calibrate the predictor that lets dejavud skip neurons and heads of a model.", "dejavu-calibrate");
+  app.footer(kFooter);
+  app.set_version_flag("--version", "dejavu-calibrate " DEJAVU_VERSION);
+  AddOptions(&app, &arguments);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "absl/types/span.h"
-#include "engine/calibration/matrix.h"
+#include "engine/calibration/host_matrix.h"
 
 namespace dejavu {
 
@@ -24,8 +24,8 @@ struct FloatSelector {
     double mu = 0.0;          // how much a nat of loss weighs against the bytes of a dense layer
     std::vector<float> bias;  // [outputs]
   };
-  Matrix a;  // [R, inputs]
-  Matrix b;  // [R, outputs]
+  HostMatrix a;  // [R, inputs]
+  HostMatrix b;  // [R, outputs]
   std::vector<Point> points;
 };
 
@@ -36,10 +36,10 @@ struct TrainingOptions {
 };
 
 // Fills gains [ids, outputs] for these samples at `mu`.
-using GainFunction = std::function<void(absl::Span<const int32_t> ids, double mu, Matrix* gains)>;
+using GainFunction = std::function<void(absl::Span<const int32_t> ids, double mu, HostMatrix* gains)>;
 
 // `x` [samples, inputs], best white. `keep_going` is asked now and then; false ends the training early.
-void TrainSelector(Backend& backend, const Matrix& x, const GainFunction& gains, const TrainingOptions& options,
+void TrainSelector(Backend& backend, const HostMatrix& x, const GainFunction& gains, const TrainingOptions& options,
                    const std::function<bool(double done)>& keep_going, FloatSelector* selector);
 
 }  // namespace dejavu

@@ -10,7 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
-#include "engine/model/predictor_file.h"
+#include "engine/model/predictor_data.h"
 #include "engine/ranks/model_runner.h"
 #include "engine/sparsity.h"
 

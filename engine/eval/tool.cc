@@ -85,7 +85,7 @@ ProgressLine::~ProgressLine() {
 }
 
 void ProgressLine::Show(absl::string_view part, double done) {
-  const Time now = std::chrono::steady_clock::now();
+  const SteadyTime now = std::chrono::steady_clock::now();
   const bool new_part = part != part_;
   if (new_part) {
     part_ = std::string(part);
@@ -99,7 +99,7 @@ void ProgressLine::Show(absl::string_view part, double done) {
   std::string line = absl::StrCat(on_terminal_ ? "\r" : "", program_, ": ", part, part.empty() ? "" : ", ");
   absl::StrAppendFormat(&line, "%3.0f %%", 100.0 * done);
   if (done > 0.0) {
-    const double spent_s = std::chrono::duration<double>(now - part_start_).count();
+    const double spent_s = Seconds(part_start_, now);
     const auto left = static_cast<int64_t>(spent_s * (1.0 - done) / done + 0.5);
     absl::StrAppendFormat(&line, ", %d:%02d left", left / 60, left % 60);
   }

@@ -2,13 +2,13 @@
 #ifndef ENGINE_EVAL_TOOL_H_
 #define ENGINE_EVAL_TOOL_H_
 
-#include <chrono>
 #include <cstdint>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "kernels/base/clock.h"
 
 namespace dejavu {
 
@@ -41,11 +41,10 @@ class ProgressLine {
   void Show(absl::string_view part, double done);
 
  private:
-  using Time = std::chrono::steady_clock::time_point;
   const std::string program_;
   const bool on_terminal_;
   std::string part_;
-  Time part_start_, last_;
+  SteadyTime part_start_, last_;
   bool shown_ = false;
 };
 

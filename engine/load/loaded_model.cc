@@ -8,19 +8,13 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/formats/checkpoint.h"
-#include "engine/load/synthetic.h"
+#include "engine/load/synthetic/generator.h"
+#include "engine/model/predictor_file.h"
+#include "engine/model/weights_hash.h"
 #include "kernels/base/status_macros.h"
 
 namespace dejavu {
 namespace {
-
-// Empty: none.
-std::string PredictorPath(const ModelOptions& options) {
-  if (options.predictor == "none") return "";
-  if (!options.predictor.empty()) return options.predictor;
-  const std::string beside = absl::StrCat(options.model, "/predictor.safetensors");
-  return access(beside.c_str(), F_OK) == 0 ? beside : "";
-}
 
 // A file holds stage A, which every rank needs, and stage B, thresholds and worth, of which it takes its share.
 int64_t ShareOfPredictor(int64_t bytes, const OptConfig& config, const Shard& shard) {
@@ -38,6 +32,13 @@ absl::StatusOr<std::optional<DType>> ParseWeights(const std::string& name) {
   if (name == "int8") return DType::kInt8;
   return absl::InvalidArgumentError(
       absl::StrCat("weights is '", name, "'; it must be stored, fp32, fp16, bf16 or int8"));
+}
+
+std::string PredictorPath(const ModelOptions& options) {
+  if (options.predictor == "none") return "";
+  if (!options.predictor.empty()) return options.predictor;
+  const std::string beside = absl::StrCat(options.model, "/predictor.safetensors");
+  return access(beside.c_str(), F_OK) == 0 ? beside : "";
 }
 
 absl::StatusOr<OptConfig> LoadModelConfig(const std::string& model) {

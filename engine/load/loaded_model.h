@@ -9,7 +9,7 @@
 #include "absl/status/statusor.h"
 #include "engine/model/opt_config.h"
 #include "engine/model/opt_weights.h"
-#include "engine/model/predictor_file.h"
+#include "engine/model/predictor_data.h"
 #include "engine/model/shard.h"
 #include "kernels/backend.h"
 
@@ -17,7 +17,7 @@ namespace dejavu {
 
 struct ModelOptions {
   std::string
-      model;  // directory in Hugging Face layout, or a name such as "synthetic:opt-6.7b" (engine/load/synthetic.h)
+      model;  // directory in Hugging Face layout, or a name such as "synthetic:opt-6.7b" (engine/load/synthetic)
   // Type of the matrices in memory: stored, fp32, fp16, bf16 or int8. A synthetic model is stored in bf16.
   std::string weights = "stored";
   // File; empty: predictor.safetensors in the model's directory, if there, or a synthetic model's own; "none": none.
@@ -37,6 +37,9 @@ struct LoadedModel {
   std::string weights_hash;    // of the weights as stored
   std::string synthetic;       // empty for real weights, else how they were generated, on one line
 };
+
+// The predictor's file; empty: none. For a synthetic model this is not its own.
+std::string PredictorPath(const ModelOptions& options);
 
 // The model's shape, without loading it.
 absl::StatusOr<OptConfig> LoadModelConfig(const std::string& model);

@@ -10,7 +10,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
-#include "engine/model/opt_config.h"
+#include "engine/model_shape.h"
 #include "kernels/backend.h"
 
 namespace dejavu {
@@ -21,9 +21,9 @@ absl::StatusOr<DType> ParseKvType(absl::string_view name);
 class KvCache {
  public:
   // Bytes of one block over all layers, keys and values of so many heads.
-  static int64_t BlockBytes(const OptConfig& config, int32_t block_tokens, DType dtype, int32_t heads);
+  static int64_t BlockBytes(const ModelShape& shape, int32_t block_tokens, DType dtype, int32_t heads);
 
-  static absl::StatusOr<KvCache> Create(Backend& backend, const OptConfig& config, int32_t blocks, int32_t block_tokens,
+  static absl::StatusOr<KvCache> Create(Backend& backend, const ModelShape& shape, int32_t blocks, int32_t block_tokens,
                                         DType dtype, int32_t heads);
 
   const KvLayer& layer(int32_t l) const { return layers_[l]; }

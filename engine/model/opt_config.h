@@ -1,4 +1,11 @@
-// OptConfig: the shape of an OPT model, from its config.json.
+// OptConfig: the shape of an OPT model, from its config.json. Plain data; any thread.
+//
+// OPT is the one family of models. What knows it is named after it (OptConfig, OptWeights, OptModel), beside the loader
+// of its files (weight_plan.h, weights_hash.h), the synthetic models (engine/load/synthetic) and calibration, which
+// takes the MLP for ReLU between two projections. Everything else takes ModelShape: the KV cache, shards, predictors,
+// memory planning, scheduling, serving, the server. A second family would need these three classes for itself, a
+// choice by model_type in LoadModelConfig and LoadModel (engine/load/loaded_model.h), a common face for OptModel where
+// ModelGroup holds it (engine/ranks/model_group.h), and its name beside kModelFamily (engine/model_shape.h).
 #ifndef ENGINE_MODEL_OPT_CONFIG_H_
 #define ENGINE_MODEL_OPT_CONFIG_H_
 

@@ -278,11 +278,11 @@ void OptModel::Layer(int32_t l, const KvLayer& kv, const RowTable& rows) {
   if (config_.pre_norm) dev_.LayerNorm(h, x, w.mlp_norm);
   if (observer_ != nullptr) observer_->OnInput(l, Tap::kMlpNorm, h);
   if (!early) {
-    Compute(predictor_.RideAlong(l, Tap::kMlpNorm), h);
+    Compute(predictor_.StageA(l, Tap::kMlpNorm), h);
     neurons = predictor_.Neurons(l);
   }
   predictor_.Audit(l, h, w.mlp.up);
-  Compute(predictor_.RideAlong(l, Tap::kPreviousLayer), h);
+  Compute(predictor_.StageA(l, Tap::kPreviousLayer), h);
   dev_.Mlp(partial, h, w.mlp, neurons, skip_zeros_, neurons_.Rows(0, n), predictor_.ActiveCounts(l));
   if (observer_ != nullptr) observer_->OnMlp(l, neurons_.Rows(0, n), partial);
   comm_.AllReduce(partial);
@@ -294,7 +294,7 @@ void OptModel::Layer(int32_t l, const KvLayer& kv, const RowTable& rows) {
 void OptModel::Attend(int32_t l, const KvLayer& kv, const RowTable& rows, Tensor partial, Tensor h) {
   const int64_t n = rows.rows();
   if (shard_.heads.count == 0) {
-    Compute(predictor_.RideAlong(l, Tap::kAttentionNorm), h);
+    Compute(predictor_.StageA(l, Tap::kAttentionNorm), h);
     dev_.GatherRows(partial, nothing_, no_head_.Cols(0, n));
     return;
   }
@@ -307,17 +307,17 @@ void OptModel::Attend(int32_t l, const KvLayer& kv, const RowTable& rows, Tensor
   dev_.Linear(partial, context, weights_.layers[l].out, heads, config_.head_dim);
 }
 
-void OptModel::Compute(const Ride& ride, Tensor x) {
-  if (ride.w != nullptr) dev_.Linear(ride.y, x, *ride.w);
+void OptModel::Compute(const Ride& stage_a, Tensor x) {
+  if (stage_a.w != nullptr) dev_.Linear(stage_a.y, x, *stage_a.w);
 }
 
-// The predictor's first stage rides along. Where heads are chosen, K and V (of every head: one that is skipped now may
-// be wanted later) come first, then Q of the chosen ones.
+// The predictor's stage A is part of the product. Where heads are chosen, K and V (of every head: one that is skipped
+// now may be wanted later) come first, then Q of the chosen ones.
 Selection OptModel::ProjectQkv(int32_t l, Tensor qkv, Tensor h) {
   const LinearWeights& w = weights_.layers[l].qkv;
-  const Ride ride = predictor_.RideAlong(l, Tap::kAttentionNorm);
+  const Ride stage_a = predictor_.StageA(l, Tap::kAttentionNorm);
   if (!predictor_.SelectsHeads(l)) {
-    dev_.Linear(qkv, h, w, {}, 1, ride);
+    dev_.Linear(qkv, h, w, {}, 1, stage_a);
     return {};
   }
   const int64_t width = int64_t{shard_.heads.count} * config_.head_dim;
@@ -328,7 +328,7 @@ Selection OptModel::ProjectQkv(int32_t l, Tensor qkv, Tensor h) {
     if (!w.bias.empty()) view.bias = w.bias.Cols(first, count);
     return view;
   };
-  dev_.Linear(qkv.Cols(width, 2 * width), h, part(width, 2 * width), {}, 1, ride);
+  dev_.Linear(qkv.Cols(width, 2 * width), h, part(width, 2 * width), {}, 1, stage_a);
   const Selection heads = predictor_.Heads(l);
   dev_.Linear(qkv.Cols(0, width), h, part(0, width), heads, config_.head_dim);
   return heads;

@@ -85,7 +85,7 @@ class OptModel {
   void Embed(const RowTable& rows);
   void Layer(int32_t l, const KvLayer& kv, const RowTable& rows);
   void Attend(int32_t l, const KvLayer& kv, const RowTable& rows, Tensor partial, Tensor h);
-  void Compute(const Ride& ride, Tensor x);
+  void Compute(const Ride& stage_a, Tensor x);
   Selection ProjectQkv(int32_t l, Tensor qkv, Tensor h);
   void Head(int64_t n, int64_t rows);
 

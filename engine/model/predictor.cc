@@ -46,11 +46,11 @@ uint64_t HashOf(uint64_t seed, Values... values) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Predictor>> Predictor::Create(const PredictorData* data, const OptConfig& config,
+absl::StatusOr<std::unique_ptr<Predictor>> Predictor::Create(const PredictorData* data, const ModelShape& shape,
                                                              const Shard& shard, Backend& backend, int32_t max_rows,
                                                              int32_t max_audits) {
-  std::unique_ptr<Predictor> predictor(new Predictor(config, shard, backend));
-  predictor->layers_.resize(config.layers);
+  std::unique_ptr<Predictor> predictor(new Predictor(shape, shard, backend));
+  predictor->layers_.resize(shape.layers);
   for (Layer& layer : predictor->layers_) {
     layer.heads.outputs = shard.heads.count;
     layer.neurons.outputs = shard.neuron_count;
@@ -75,7 +75,7 @@ absl::Status Predictor::Load(const PredictorData& data, const Shard& shard) {
     layer.neurons.rank = from.neurons.rank;
     const int32_t ranks = layer.heads.rank + layer.neurons.rank;
     if (ranks == 0) continue;
-    layout.Reserve(&layer.a, DType::kInt8, ranks, config_.hidden);
+    layout.Reserve(&layer.a, DType::kInt8, ranks, shape_.hidden);
     layout.Reserve(&layer.a_scale, DType::kFloat32, 1, ranks);
     layout.Reserve(&layer.worth, DType::kFloat32, 1, neurons_);
     const auto reserve = [&](const SelectorData& selector, Selector* to) {
@@ -173,8 +173,8 @@ void Predictor::Fill(const PredictorData& data, const Shard& shard) {
       dev_.Upload(to.weights.thresholds.Rows(0, points), thresholds.data());
       dev_.Upload(to.weights.ranks.Cols(0, points), to.point_ranks.data());
     };
-    upload(from.heads, config_.heads, own_heads, layer.heads);
-    upload(from.neurons, config_.ffn, own_neurons, layer.neurons);
+    upload(from.heads, shape_.heads, own_heads, layer.heads);
+    upload(from.neurons, shape_.ffn, own_neurons, layer.neurons);
   }
   dev_.Synchronize();
 }
@@ -185,12 +185,12 @@ absl::Status Predictor::AllocateStep(int32_t max_rows, int32_t max_audits) {
   int64_t rank = 0;
   for (const Layer& layer : layers_) rank = std::max<int64_t>(rank, layer.heads.rank + layer.neurons.rank);
   const bool predicts = rank > 0;
-  const int64_t layers = config_.layers, audits = predicts ? max_audits : 0, rows = predicts ? max_rows : 0;
+  const int64_t layers = shape_.layers, audits = predicts ? max_audits : 0, rows = predicts ? max_rows : 0;
   const int64_t neuron_words = Padded(neurons_) / 32, head_words = Padded(heads_) / 32;
   DeviceLayout floats, ints;
   floats.Reserve(&coordinates_, DType::kFloat32, rows, rank);
   floats.Reserve(&audit_coordinates_, DType::kFloat32, audits, rank);
-  floats.Reserve(&audit_x_, DType::kFloat32, audits, config_.hidden);
+  floats.Reserve(&audit_x_, DType::kFloat32, audits, shape_.hidden);
   floats.Reserve(&audit_hidden_, DType::kFloat32, audits, neurons_);
   floats.Reserve(&audit_results_, DType::kFloat32, layers, audits * kAuditFields);
   ints.Reserve(&neuron_points_, DType::kInt32, layers, rows);
@@ -244,8 +244,6 @@ void Predictor::SetSwitches(const std::vector<int32_t>& words) {
   }
 }
 
-// Rows of prefill compute everything. An audited row's own prediction is computed even where it is switched off, so
-// that a layer can be seen to recover.
 void Predictor::BeginStep(const Batch& batch) {
   rows_ = batch.rows();
   decode_rows_ = batch.decode_rows;
@@ -255,38 +253,8 @@ void Predictor::BeginStep(const Batch& batch) {
   step_bytes_ = 0;
   step_key_ = HashOf(0, rows_, decode_rows_, audits_);
   for (size_t l = 0; l < layers_.size(); ++l) {
-    Layer& layer = layers_[l];
-    layer.rank_heads = layer.rank_neurons = 0;
-    layer.selects_neurons = false;
-    if (layer.a.empty()) continue;
-    int32_t* const neurons = &host_neuron_points_[l * rows_];
-    int32_t* const heads = &host_head_points_[l * rows_];
-    for (int32_t r = 0; r < rows_; ++r) {
-      const bool decodes = r < decode_rows_;
-      neurons[r] = decodes ? layer.neurons.PointFor(batch.tiers[r]) : kSelectEverything;
-      heads[r] = decodes ? layer.heads.PointFor(batch.tiers[r]) : kSelectEverything;
-      if (neurons[r] != kSelectEverything) {
-        layer.selects_neurons = true;
-        layer.rank_neurons = std::max(layer.rank_neurons, layer.neurons.point_ranks[neurons[r]]);
-      }
-      if (heads[r] != kSelectEverything) layer.rank_heads = layer.heads.rank;
-    }
-    for (int32_t i = 0; i < audits_; ++i) {
-      const int32_t point = layer.neurons.point_of_tier[Index(batch.tiers[batch.audit_rows[i]])];
-      host_audit_points_[l * audits_ + i] = point;
-      if (point != kSelectEverything) {
-        layer.rank_neurons = std::max(layer.rank_neurons, layer.neurons.point_ranks[point]);
-      }
-    }
-    any = any || layer.rank_heads > 0 || layer.rank_neurons > 0;
-    step_key_ = HashOf(step_key_, layer.rank_heads, layer.rank_neurons, layer.selects_neurons);
-    // Stage A's rows are the heads', then the neurons': what is needed is one run of rows.
-    const int32_t first = layer.rank_heads > 0 ? 0 : layer.heads.rank;
-    const int32_t count = layer.rank_neurons > 0 ? layer.heads.rank + layer.rank_neurons - first : layer.rank_heads;
-    layer.ride.weight = layer.a.Rows(first, count);
-    step_bytes_ += layer.ride.weight.bytes() + layer.rank_neurons * layer.neurons.weights.b.cols +
-                   layer.rank_heads * layer.heads.weights.b.cols;
-    layer.ride.scale = layer.a_scale.Cols(first, count);
+    PlanLayer(batch, l);
+    any = any || layers_[l].rank_heads > 0 || layers_[l].rank_neurons > 0;
   }
   if (!any) return;
   for (int32_t r = 0; r < rows_; ++r) host_strict_[r] = r < decode_rows_ && batch.strict[r] ? 1 : 0;
@@ -300,18 +268,54 @@ void Predictor::BeginStep(const Batch& batch) {
   upload(audit_rows_, audits_, batch.audit_rows);
 }
 
-// The heads' or the neurons' columns of the coordinates that rode along.
+// Rows of prefill compute everything. An audited row's own prediction is computed even where it is switched off, so
+// that a layer can be seen to recover.
+void Predictor::PlanLayer(const Batch& batch, size_t l) {
+  Layer& layer = layers_[l];
+  layer.rank_heads = layer.rank_neurons = 0;
+  layer.selects_neurons = false;
+  if (layer.a.empty()) return;
+  int32_t* const neurons = &host_neuron_points_[l * rows_];
+  int32_t* const heads = &host_head_points_[l * rows_];
+  for (int32_t r = 0; r < rows_; ++r) {
+    const bool decodes = r < decode_rows_;
+    neurons[r] = decodes ? layer.neurons.PointFor(batch.tiers[r]) : kSelectEverything;
+    heads[r] = decodes ? layer.heads.PointFor(batch.tiers[r]) : kSelectEverything;
+    if (neurons[r] != kSelectEverything) {
+      layer.selects_neurons = true;
+      layer.rank_neurons = std::max(layer.rank_neurons, layer.neurons.point_ranks[neurons[r]]);
+    }
+    if (heads[r] != kSelectEverything) layer.rank_heads = layer.heads.rank;
+  }
+  for (int32_t i = 0; i < audits_; ++i) {
+    const int32_t point = layer.neurons.point_of_tier[Index(batch.tiers[batch.audit_rows[i]])];
+    host_audit_points_[l * audits_ + i] = point;
+    if (point != kSelectEverything) {
+      layer.rank_neurons = std::max(layer.rank_neurons, layer.neurons.point_ranks[point]);
+    }
+  }
+  step_key_ = HashOf(step_key_, layer.rank_heads, layer.rank_neurons, layer.selects_neurons);
+  // Stage A's rows are the heads', then the neurons': what is needed is one run of rows.
+  const int32_t first = layer.rank_heads > 0 ? 0 : layer.heads.rank;
+  const int32_t count = layer.rank_neurons > 0 ? layer.heads.rank + layer.rank_neurons - first : layer.rank_heads;
+  layer.stage_a.weight = layer.a.Rows(first, count);
+  layer.stage_a.scale = layer.a_scale.Cols(first, count);
+  step_bytes_ += layer.stage_a.weight.bytes() + layer.rank_neurons * layer.neurons.weights.b.cols +
+                 layer.rank_heads * layer.heads.weights.b.cols;
+}
+
+// The heads' or the neurons' columns of what stage A has computed.
 Tensor Predictor::Coordinates(const Layer& layer, bool heads, int64_t rows) const {
   const int64_t first = heads || layer.rank_heads == 0 ? 0 : layer.heads.rank;
   return coordinates_.Rows(0, rows).Cols(first, heads ? layer.rank_heads : layer.rank_neurons);
 }
 
-Ride Predictor::RideAlong(int32_t layer, Tap at) {
+Ride Predictor::StageA(int32_t layer, Tap at) {
   if (at == Tap::kPreviousLayer) ++layer;
-  if (layer >= config_.layers) return {};
+  if (layer >= shape_.layers) return {};
   const Layer& l = layers_[layer];
   if (l.tap != at || (l.rank_heads == 0 && l.rank_neurons == 0)) return {};
-  return {coordinates_.Rows(0, rows_).Cols(0, l.ride.weight.rows), &l.ride};
+  return {coordinates_.Rows(0, rows_).Cols(0, l.stage_a.weight.rows), &l.stage_a};
 }
 
 bool Predictor::SelectsHeads(int32_t layer) const { return layers_[layer].rank_heads > 0; }
@@ -354,7 +358,7 @@ Tensor Predictor::ActiveCounts(int32_t layer) const {
 }
 
 StepCounts Predictor::MakeCounts() const {
-  const size_t layers = config_.layers, rows = max_rows_;
+  const size_t layers = shape_.layers, rows = max_rows_;
   StepCounts counts;
   counts.selected.resize(layers * rows);
   counts.active.resize(layers * (rows + 1));
@@ -370,7 +374,7 @@ StepCounts Predictor::MakeCounts() const {
 void Predictor::EndStep(StepCounts* counts) {
   counts->decode_rows = decode_rows_;
   counts->audit_rows = audits_;
-  for (int32_t l = 0; l < config_.layers; ++l) {
+  for (int32_t l = 0; l < shape_.layers; ++l) {
     counts->chose_neurons[l] = layers_[l].selects_neurons;
     counts->chose_heads[l] = layers_[l].rank_heads > 0;
   }
@@ -388,7 +392,7 @@ void Predictor::EndStep(StepCounts* counts) {
 
 void Predictor::Complete(StepCounts* counts) const {
   const int32_t rows = counts->decode_rows;
-  for (int32_t l = 0; l < config_.layers; ++l) {
+  for (int32_t l = 0; l < shape_.layers; ++l) {
     if (!counts->chose_neurons[l]) {
       std::fill_n(counts->selected.begin() + int64_t{l} * rows, rows, neurons_);
       counts->union_selected[l] = neurons_;

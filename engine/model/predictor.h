@@ -10,49 +10,20 @@
 
 #include "absl/status/statusor.h"
 #include "engine/model/batch.h"
-#include "engine/model/predictor_file.h"
+#include "engine/model/predictor_data.h"
 #include "engine/model/shard.h"
+#include "engine/model/step_counts.h"
+#include "engine/model_shape.h"
 #include "kernels/backend.h"
 
 namespace dejavu {
-
-// What the decode rows of a step, its first ones, computed of the rank's own heads and neurons, on the host. Filled by
-// OptModel::Forward.
-struct StepCounts {
-  int32_t decode_rows = 0, audit_rows = 0;
-  bool skipped_zeros = true;
-  int32_t ranks = 1;
-  double imbalance = 1.0;  // of a group of ranks: the largest count of active neurons over the mean, layers added up
-  std::vector<int32_t> selected;        // [layers, decode rows] neurons that a row selected
-  std::vector<int32_t> active;          // [layers, decode rows + 1] and not zero; in the last column: in any row
-  std::vector<int32_t> heads;           // [layers, decode rows]
-  std::vector<int32_t> union_selected;  // [layers] neurons that some row selected
-  std::vector<int32_t> union_heads;     // [layers]
-  std::vector<float> audits;            // [layers, audit rows, kAuditFields]; of layers with a predictor only
-  std::vector<uint8_t> chose_neurons, chose_heads;  // [layers] 0: nothing was selected, which means everything
-
-  int32_t selected_of(int32_t layer, int32_t row) const {
-    return selected[static_cast<size_t>(layer) * decode_rows + row];
-  }
-  int32_t active_of(int32_t layer, int32_t row) const {
-    return active[static_cast<size_t>(layer) * (decode_rows + 1) + row];
-  }
-  int32_t heads_of(int32_t layer, int32_t row) const { return heads[static_cast<size_t>(layer) * decode_rows + row]; }
-  // Down rows that the step read: a DENSE row makes it all that were selected.
-  int32_t union_down_of(int32_t layer) const {
-    return skipped_zeros ? active_of(layer, decode_rows) : union_selected[layer];
-  }
-  const float* audit_of(int32_t layer, int32_t audit) const {
-    return &audits[(static_cast<size_t>(layer) * audit_rows + audit) * kAuditFields];
-  }
-};
 
 class Predictor {
  public:
   // `data`, of the whole model, may be nullptr: everything is selected. The device gets all of stage A and of stage B
   // what belongs to the heads and neurons of `shard`, which are numbered as its weights are. `max_rows`, `max_audits`:
   // the largest step.
-  static absl::StatusOr<std::unique_ptr<Predictor>> Create(const PredictorData* data, const OptConfig& config,
+  static absl::StatusOr<std::unique_ptr<Predictor>> Create(const PredictorData* data, const ModelShape& shape,
                                                            const Shard& shard, Backend& backend, int32_t max_rows,
                                                            int32_t max_audits);
 
@@ -71,20 +42,21 @@ class Predictor {
   void GetSwitches(std::vector<int32_t>* words) const;
   void SetSwitches(const std::vector<int32_t>& words);
 
-  // In the order in which the model calls them. BeginStep uploads what each row wants. Ride: what is to be computed
-  // from the vector that `at` stands for, in `layer`; may be nothing. Heads and Neurons run the second stage.
+  // In the order in which the model calls them. BeginStep uploads what each row wants. StageA: what the predictor of
+  // `layer` computes from the vector that `at` stands for, beside the product that the model takes of it anyway; may be
+  // nothing. Heads and Neurons run stage B.
   void BeginStep(const Batch& batch);
-  Ride RideAlong(int32_t layer, Tap at);
+  Ride StageA(int32_t layer, Tap at);
   bool SelectsHeads(int32_t layer) const;
   Selection Heads(int32_t layer);
-  // Where PredictsEarly, any time after the QKV product; else after what rides along at the MLP's norm.
+  // Where PredictsEarly, any time after the QKV product; else after StageA at the MLP's norm.
   Selection Neurons(int32_t layer);
   // Whether there are neurons to be selected in this step, from what does not wait for the attention.
   bool PredictsEarly(int32_t layer) const {
     return layers_[layer].selects_neurons && layers_[layer].tap != Tap::kMlpNorm;
   }
   // Compares what the audited rows' predictions select in `layer` with the whole up-projection of x, the MLP's input.
-  // After Neurons, before anything else rides along.
+  // After Neurons, before the next StageA.
   void Audit(int32_t layer, Tensor x, const LinearWeights& up);
   Tensor ActiveCounts(int32_t layer) const;  // for Backend::Mlp
   StepCounts MakeCounts() const;             // with room for the largest step
@@ -126,18 +98,20 @@ class Predictor {
     int32_t rank_heads = 0;  // of stage A, how many rows of each are needed: 0: no row asks
     int32_t rank_neurons = 0;
     bool selects_neurons = false;  // some row has an operating point
-    LinearWeights ride;
+    LinearWeights stage_a;         // the rows of `a` that the step needs
   };
 
-  Predictor(const OptConfig& config, const Shard& shard, Backend& backend)
-      : config_(config), heads_(shard.heads.count), neurons_(shard.neuron_count), dev_(backend) {}
+  Predictor(const ModelShape& shape, const Shard& shard, Backend& backend)
+      : shape_(shape), heads_(shard.heads.count), neurons_(shard.neuron_count), dev_(backend) {}
   absl::Status Load(const PredictorData& data, const Shard& shard);
   void Fill(const PredictorData& data, const Shard& shard);
   absl::Status AllocateStep(int32_t max_rows, int32_t max_audits);
+  // Which operating points the rows of a step use in layer `l`, and so which rows of stage A it needs.
+  void PlanLayer(const Batch& batch, size_t l);
   Tensor Coordinates(const Layer& layer, bool heads, int64_t rows) const;
 
   // Constant after Create.
-  const OptConfig config_;
+  const ModelShape shape_;
   const int32_t heads_, neurons_;  // own ones
   Backend& dev_;
   std::vector<Layer> layers_;

@@ -1,89 +1,35 @@
-// PredictorData: a calibrated predictor in host memory, as dejavu-calibrate writes it and the engine reads it, and its
-// file. One safetensors file holds everything; what is not a tensor stands as JSON in its metadata under
-// kPredictorMetadataKey. Any thread.
-//
-// For layer l with the tap x (float32 [hidden]) the file says which neurons a tier computes:
-//   a = scale * (A x)                  stage A, int8 [rank, hidden] with a factor per row
-//   neuron j iff sum over k < r of a[k] * B[k][j] > threshold[j]     stage B, int8 [rank, ffn]
-// with r and the thresholds of the tier's operating point (Deja Vu, arXiv 2310.17157, section 4; low-rank maps as in
-// section 4.1). Heads are chosen in the same way.
+// The file of a PredictorData. One safetensors file holds everything; what is not a tensor is JSON in its metadata
+// under kPredictorMetadataKey. Any thread.
 #ifndef ENGINE_MODEL_PREDICTOR_FILE_H_
 #define ENGINE_MODEL_PREDICTOR_FILE_H_
 
-#include <array>
 #include <cstdint>
-#include <optional>
 #include <string>
-#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "engine/formats/checkpoint.h"
-#include "engine/model/opt_config.h"
-#include "engine/sparsity.h"
+#include "absl/strings/string_view.h"
+#include "engine/model/predictor_data.h"
+#include "engine/model_shape.h"
 
 namespace dejavu {
 
-// Which vector of the model the predictor of a layer reads.
-enum class Tap : uint8_t {
-  kAttentionNorm,  // the input of the layer's attention: stage A rides in its QKV product
-  kMlpNorm,        // the input of its MLP
-  kPreviousLayer,  // the input of the previous layer's MLP; layer 0 then reads its kAttentionNorm
-};
-absl::string_view Name(Tap tap);  // "attention-norm", "mlp-norm", "previous-layer"
-std::optional<Tap> ParseTap(absl::string_view name);
-
-// How a tier selects in one layer.
-struct OperatingPoint {
-  int32_t rank = 0;               // the first so many components
-  std::vector<float> thresholds;  // [outputs], float16 values; -infinity: always, +infinity: never
-  double missed_mass = 0.0;       // in calibration: missed mass over all mass (ShadowReport::missed_mass)
-  double missed_share = 0.0;      // and the mean over tokens of each one's own share: what shadow checks are held to
-  double density = 0.0;           // share of the outputs that it selected at batch 1
-};
-
-// What chooses among a layer's neurons, or among its heads.
-struct SelectorData {
-  int32_t rank = 0;            // 0: everything is computed
-  std::vector<int8_t> a;       // [rank, hidden]
-  std::vector<float> a_scale;  // [rank]
-  std::vector<int8_t> b;       // [rank, outputs]
-  // By tier; absent: the layer runs EXACT (neurons) or computes every head.
-  std::array<std::optional<OperatingPoint>, kAllTiers.size()> points;
-};
-
-struct LayerPredictorData {
-  Tap tap = Tap::kAttentionNorm;
-  SelectorData neurons;
-  SelectorData heads;
-  std::vector<float> worth;      // [ffn] squared norm of each down row
-  std::vector<float> frequency;  // [ffn] how often each neuron was not zero in calibration
-};
-
-struct PredictorData {
-  std::string weights_hash;  // WeightsHash of the model that it belongs to
-  Tap tap = Tap::kAttentionNorm;
-  std::vector<Tier> tiers;  // the predicted tiers that it serves, by falling quality
-  std::vector<LayerPredictorData> layers;
-  std::string report_json;  // what calibration measured, for people and tools; an object
-};
-
 inline constexpr char kPredictorMetadataKey[] = "dejavu.predictor";
+inline constexpr int kPredictorVersion = 1;
 
-// Identifies a model by the names, shapes and some fixed rows of its matrices, as float32 values: the same for
-// safetensors and .bin files and for float16 values stored as float32, without reading everything.
-absl::StatusOr<std::string> WeightsHash(const Checkpoint& checkpoint, const OptConfig& config);
+// "layers.3.worth".
+std::string PredictorTensorName(int32_t layer, absl::string_view name);
 
 // Written beside `path` first and then renamed.
-absl::Status WritePredictor(const PredictorData& data, const OptConfig& config, const std::string& path);
+absl::Status WritePredictor(const PredictorData& data, const ModelShape& shape, const std::string& path);
 
 // INVALID_ARGUMENT with the path and the reason for a file that is damaged, of another version, not finite, or of
 // another shape than the model; FAILED_PRECONDITION where its hash differs from `weights_hash`.
-absl::StatusOr<PredictorData> ReadPredictor(const std::string& path, const OptConfig& config,
+absl::StatusOr<PredictorData> ReadPredictor(const std::string& path, const ModelShape& shape,
                                             const std::string& weights_hash);
 
 // The same without matrices, thresholds and worth, for whatever weights it was made: ranks, densities, frequencies.
-absl::StatusOr<PredictorData> ReadPredictorOutline(const std::string& path, const OptConfig& config);
+absl::StatusOr<PredictorData> ReadPredictorOutline(const std::string& path, const ModelShape& shape);
 
 }  // namespace dejavu
 

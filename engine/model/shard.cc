@@ -35,11 +35,11 @@ Shard::Range Shard::RangeOf(int32_t count, int rank, int ranks) {
   return {rank * each + std::min(rank, longer), each + (rank < longer ? 1 : 0)};
 }
 
-Shard Shard::Whole(const OptConfig& config) {
+Shard Shard::Whole(const ModelShape& shape) {
   Shard shard;
-  shard.heads = {0, config.heads};
-  shard.vocab = {0, config.vocab};
-  shard.neuron_count = config.ffn;
+  shard.heads = {0, shape.heads};
+  shard.vocab = {0, shape.vocab};
+  shard.neuron_count = shape.ffn;
   return shard;
 }
 
@@ -53,23 +53,23 @@ std::vector<Shard::Range> Shard::NeuronRuns(int32_t layer) const {
   return runs;
 }
 
-absl::StatusOr<Shard> MakeShard(const OptConfig& config, const PredictorData* predictor, int rank, int ranks) {
+absl::StatusOr<Shard> MakeShard(const ModelShape& shape, const PredictorData* predictor, int rank, int ranks) {
   if (ranks < 1 || rank < 0 || rank >= ranks) {
     return absl::InvalidArgumentError(absl::StrCat("rank ", rank, " of ", ranks, " ranks"));
   }
-  if (ranks > std::min(config.ffn, config.vocab)) {
-    return absl::InvalidArgumentError(absl::StrCat(ranks, " ranks for ", config.ffn, " neurons and ", config.vocab,
+  if (ranks > std::min(shape.ffn, shape.vocab)) {
+    return absl::InvalidArgumentError(absl::StrCat(ranks, " ranks for ", shape.ffn, " neurons and ", shape.vocab,
                                                    " tokens: each rank needs one of both"));
   }
-  Shard shard = Shard::Whole(config);
+  Shard shard = Shard::Whole(shape);
   if (ranks == 1) return shard;
   shard.rank = rank;
   shard.ranks = ranks;
-  shard.heads = Shard::RangeOf(config.heads, rank, ranks);
-  shard.vocab = Shard::RangeOf(config.vocab, rank, ranks);
-  shard.neuron_count = Shard::RangeOf(config.ffn, rank, ranks).count;
-  std::vector<int32_t> order(config.ffn);
-  for (int32_t l = 0; l < config.layers; ++l) {
+  shard.heads = Shard::RangeOf(shape.heads, rank, ranks);
+  shard.vocab = Shard::RangeOf(shape.vocab, rank, ranks);
+  shard.neuron_count = Shard::RangeOf(shape.ffn, rank, ranks).count;
+  std::vector<int32_t> order(shape.ffn);
+  for (int32_t l = 0; l < shape.layers; ++l) {
     const std::vector<float> frequency = predictor != nullptr ? predictor->layers[l].frequency : std::vector<float>();
     std::iota(order.begin(), order.end(), 0);
     if (!frequency.empty()) {

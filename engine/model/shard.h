@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "engine/model/opt_config.h"
-#include "engine/model/predictor_file.h"
+#include "engine/model/predictor_data.h"
+#include "engine/model_shape.h"
 
 namespace dejavu {
 
@@ -26,7 +26,7 @@ struct Shard {
   int32_t neuron_count = 0;                   // of every layer
   std::vector<std::vector<int32_t>> neurons;  // [layers][neuron_count] ids, ascending; empty: those are all
 
-  static Shard Whole(const OptConfig& config);
+  static Shard Whole(const ModelShape& shape);
 
   // Rank's part of `count` heads or ids: runs whose lengths differ by at most one, the longer first.
   static Range RangeOf(int32_t count, int rank, int ranks);
@@ -43,7 +43,7 @@ struct Shard {
 // the longer first. Neurons are dealt by `predictor`'s frequencies, so that each rank expects to compute as many as the
 // others: from the most frequent on, to whoever has least. Without a predictor (nullptr), or for layers where it has no
 // frequencies, in turn. INVALID_ARGUMENT where there are more ranks than neurons or ids, or the rank is none of them.
-absl::StatusOr<Shard> MakeShard(const OptConfig& config, const PredictorData* predictor, int rank, int ranks);
+absl::StatusOr<Shard> MakeShard(const ModelShape& shape, const PredictorData* predictor, int rank, int ranks);
 
 }  // namespace dejavu
 

@@ -24,9 +24,9 @@ const std::optional<OperatingPoint>& PointOf(const SelectorData& selector, Tier 
 
 }  // namespace
 
-LayerBytes::LayerBytes(const LayerWeights& weights, const OptConfig& config) {
+LayerBytes::LayerBytes(const LayerWeights& weights, const ModelShape& shape) {
   const MlpWeights& w = weights.mlp;
-  const int64_t neurons = w.up.weight.rows, heads = weights.out.weight.rows / config.head_dim;
+  const int64_t neurons = w.up.weight.rows, heads = weights.out.weight.rows / shape.head_dim;
   up_row = BytesOf(w.up) / neurons;
   down_row = BytesOf(w.down.weight, w.down.scale) / neurons;
   down_bias = w.down.bias.bytes();

@@ -7,14 +7,14 @@
 
 #include "engine/model/opt_config.h"
 #include "engine/model/opt_weights.h"
-#include "engine/model/predictor_file.h"
+#include "engine/model/predictor_data.h"
 #include "engine/sparsity.h"
 
 namespace dejavu {
 
 // One layer.
 struct LayerBytes {
-  LayerBytes(const LayerWeights& weights, const OptConfig& config);
+  LayerBytes(const LayerWeights& weights, const ModelShape& shape);
 
   int64_t up_row = 0;     // of a neuron, with its bias
   int64_t down_row = 0;   // of a neuron

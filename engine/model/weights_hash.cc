@@ -1,6 +1,8 @@
 // SHA-256 over a description of the model and a few rows of each of its matrices: all the attention and MLP matrices of
 // every layer, kSampledRows rows each, at fixed places. A predictor depends on every weight; one that was trained
 // further differs in nearly all of them, so a sample tells models apart, and costs a few pages per matrix.
+#include "engine/model/weights_hash.h"
+
 #include <string>
 #include <vector>
 
@@ -8,7 +10,6 @@
 #include "absl/strings/str_cat.h"
 #include "engine/formats/sha256.h"
 #include "engine/model/opt_weights.h"
-#include "engine/model/predictor_file.h"
 #include "kernels/base/float16.h"
 #include "kernels/base/status_macros.h"
 

@@ -9,61 +9,23 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "engine/load/synthetic.h"
 #include "engine/model/opt_config.h"
-#include "engine/model/predictor_file.h"
 #include "engine/model/shard.h"
 #include "engine/options.h"
 #include "engine/plan_options.h"
+#include "engine/planning/memory_fit.h"
+#include "engine/planning/planned_model.h"
+#include "engine/planning/rank_shapes.h"
 #include "engine/sparsity.h"
 #include "kernels/tensor.h"
 
 namespace dejavu {
-
-// A model without its weights.
-struct PlannedModel {
-  std::string name;
-  std::string densities;   // where they come from, for people
-  bool synthetic = false;  // they are another model's
-  OptConfig config;
-  DType stored = DType::kFloat16;          // type of its matrices, where they are not converted
-  std::optional<PredictorData> predictor;  // without matrices and thresholds
-  std::vector<Tier> tiers;                 // those whose reads are known, by falling quality
-  std::vector<int> batches;
-  ReadTable reads;  // for `batches`
-};
-
-// By `options.model`: a directory, of which only headers are read and, of a predictor, the neurons' frequencies; or a
-// name such as opt-175b. A directory without weights stores float16. Batches are the powers of two up to max_batch,
-// tiers those from `highest` to `lowest`. NOT_FOUND and INVALID_ARGUMENT with the reason.
-absl::StatusOr<PlannedModel> DescribeModel(const EngineOptions& options, Tier highest = Tier::kDense,
-                                           Tier lowest = Tier::kFast);
-
-// Of a rank, with the padding of long rows.
-struct RankWeights {
-  int64_t split = 0;       // divided among the ranks: attention, MLP, vocabulary
-  int64_t replicated = 0;  // on every rank: position embedding, norms, project_in and project_out
-  int64_t first_rank = 0;  // on rank 0 alone: biases that are added once
-  int64_t total() const { return split + replicated + first_rank; }
-};
-
-struct RankPredictor {
-  int64_t split = 0;       // stage B, thresholds and worth of own neurons and heads
-  int64_t replicated = 0;  // stage A
-  int64_t total() const { return split + replicated; }
-};
 
 struct TierPlan {
   Tier tier = Tier::kDense;
   // By batch.
   std::vector<double> step_bytes;         // of weights, predictor included, that a step reads
   std::vector<std::optional<double>> ms;  // between two tokens; nothing where the keys and values do not fit
-};
-
-// What would fit in place of a plan that does not.
-struct PlanAlternative {
-  std::string flags;  // "--plan-devices 8"
-  std::string text;   // "8 devices instead of 4"
 };
 
 struct CapacityPlan {

@@ -15,10 +15,10 @@ std::string Gib(int64_t bytes) { return absl::StrFormat("%.2f GiB", static_cast<
 
 }  // namespace
 
-int64_t ActivationBytes(const EngineOptions& options, const OptConfig& config, const Shard& shard) {
-  const int64_t features = int64_t{shard.heads.count} * config.head_dim;
-  const int64_t row = 4 * (config.hidden + features) + int64_t{2} * shard.neuron_count;
-  const int64_t logits = int64_t{shard.vocab.count} + config.hidden;
+int64_t ActivationBytes(const EngineOptions& options, const ModelShape& shape, const Shard& shard) {
+  const int64_t features = int64_t{shard.heads.count} * shape.head_dim;
+  const int64_t row = 4 * (shape.hidden + features) + int64_t{2} * shard.neuron_count;
+  const int64_t logits = int64_t{shard.vocab.count} + shape.hidden;
   return static_cast<int64_t>(sizeof(float)) *
          (options.scheduler.max_step_tokens * row +
           (options.scheduler.max_batch + options.scheduler.score_rows) * logits + options.scheduler.max_batch * row);

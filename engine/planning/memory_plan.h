@@ -28,7 +28,7 @@ struct MemoryPlan {
 };
 
 // Of OptModel, the predictor's masks and the logits, for steps of the largest size.
-int64_t ActivationBytes(const EngineOptions& options, const OptConfig& config, const Shard& shard);
+int64_t ActivationBytes(const EngineOptions& options, const ModelShape& shape, const Shard& shard);
 
 // What rank `rank` of `ranks` takes of its device. RESOURCE_EXHAUSTED with the sizes where the model, or with it one
 // sequence of the full context, does not fit.

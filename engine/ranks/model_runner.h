@@ -18,7 +18,7 @@
 #include "engine/model/opt_model.h"
 #include "engine/model/opt_weights.h"
 #include "engine/model/predictor.h"
-#include "engine/model/predictor_file.h"
+#include "engine/model/predictor_data.h"
 #include "engine/ranks/model_group.h"
 #include "kernels/backend.h"
 

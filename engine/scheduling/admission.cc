@@ -11,6 +11,12 @@ namespace {
 
 constexpr std::chrono::milliseconds kLeastRetry(100), kMostRetry(30'000);
 
+absl::Status CannotMeet(const Request& request, double needed_ms, double left_ms) {
+  return absl::DeadlineExceededError(absl::StrCat(
+      "the request would take about ", std::ceil(needed_ms), " ms and its deadline leaves ",
+      std::max(0.0, std::floor(left_ms)), " ms; ask for fewer than ", request.max_new_tokens, " tokens or more time"));
+}
+
 }  // namespace
 
 absl::Status Admission::Refuse(Refusal refusal, absl::Status status, std::chrono::milliseconds retry_after,
@@ -54,15 +60,9 @@ absl::Status Admission::Admit(const Request& request, SteadyTime now, Expectatio
                 o.tenant_max_waiting_tokens);
   }
   if (o.deadline_slack > 0.0 && learned_ && request.deadline != SteadyTime::max()) {
-    const double left_ms = std::chrono::duration<double, std::milli>(request.deadline - now).count();
-    const double needed_ms = PredictMs(request, samples);
+    const double left_ms = Milliseconds(now, request.deadline), needed_ms = PredictMs(request, samples);
     if (needed_ms > left_ms * o.deadline_slack) {
-      return Refuse(Refusal::kDeadlineInfeasible,
-                    absl::DeadlineExceededError(
-                        absl::StrCat("the request would take about ", std::ceil(needed_ms),
-                                     " ms and its deadline leaves ", std::max(0.0, std::floor(left_ms)),
-                                     " ms; ask for fewer than ", request.max_new_tokens, " tokens or more time")),
-                    RetryAfter(), samples);
+      return Refuse(Refusal::kDeadlineInfeasible, CannotMeet(request, needed_ms, left_ms), RetryAfter(), samples);
     }
   }
   if (expected != nullptr) *expected = Predict(request, samples);
@@ -112,11 +112,11 @@ void Admission::Move(const Request& request, int count) {
   if (mine.requests == 0) tenants_.erase(request.tenant);
 }
 
-void Admission::SetLoad(const CostParameters& costs, bool learned, Tier dearest, int32_t running,
+void Admission::SetLoad(const CostParameters& costs, bool learned, Tier costliest, int32_t running,
                         int64_t first_free_steps) {
   costs_ = costs;
   learned_ = learned;
-  dearest_ = dearest;
+  costliest_tier_ = costliest;
   running_ = running;
   first_free_steps_ = first_free_steps;
 }
@@ -133,7 +133,7 @@ Expectation Admission::Predict(const Request& request, int samples) const {
   const int32_t slots = scheduler_.max_batch;
   const int32_t rows =
       std::min<int32_t>(slots, running_ + static_cast<int32_t>(std::min<int64_t>(waiting_, slots)) + samples);
-  const double step_ms = StepMs(rows, std::min(request.sparsity.tier, running_ > 0 ? dearest_ : Tier::kFast));
+  const double step_ms = StepMs(rows, std::min(request.sparsity.tier, running_ > 0 ? costliest_tier_ : Tier::kFast));
   double prompts = 0.0, outputs = 0.0, requests = 0.0;
   for (int u = 0; u <= static_cast<int>(request.urgency); ++u) {
     requests += static_cast<double>(waiting_of_[u]);
@@ -167,7 +167,7 @@ void Admission::NoteOutcome(const Expectation& expected, double ms, int32_t toke
 // When a place in the queue is likely to be free: one request of the usual size from now.
 std::chrono::milliseconds Admission::RetryAfter() const {
   if (!learned_) return std::chrono::milliseconds(1000);
-  const double step_ms = StepMs(std::min(scheduler_.max_batch, running_ + 1), dearest_);
+  const double step_ms = StepMs(std::min(scheduler_.max_batch, running_ + 1), costliest_tier_);
   const auto ms = static_cast<int64_t>(static_cast<double>(std::max<int64_t>(1, first_free_steps_)) * step_ms);
   return std::clamp(std::chrono::milliseconds(ms), kLeastRetry, kMostRetry);
 }

@@ -42,7 +42,7 @@ class Admission {
   void NoteOutcome(const Expectation& expected, double ms, int32_t tokens);
 
   // What predictions are made of: the costs, how many run and how many steps the first of them still needs.
-  void SetLoad(const CostParameters& costs, bool learned, Tier dearest, int32_t running, int64_t first_free_steps);
+  void SetLoad(const CostParameters& costs, bool learned, Tier costliest, int32_t running, int64_t first_free_steps);
 
   Expectation Predict(const Request& request, int samples = 1) const;
   // From now to the last token.
@@ -71,7 +71,7 @@ class Admission {
   double margin_ = 1.0;  // what predictions are multiplied by
   CostParameters costs_;
   bool learned_ = false;
-  Tier dearest_ = Tier::kFast;
+  Tier costliest_tier_ = Tier::kFast;
   int32_t running_ = 0;
   int64_t first_free_steps_ = 0;
 };

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "kernels/base/check.h"
+#include "kernels/base/clock.h"
 
 namespace dejavu {
 namespace {
@@ -88,7 +89,7 @@ double Scheduler::served(const std::string& tenant, Urgency urgency) const {
 void Scheduler::Plan(SteadyTime now, Batch& batch) {
   admitted_.clear();
   preempted_.clear();
-  NoteOthers(now);
+  CountNotBatch(now);
   Admit(now, batch);
   batch.Clear();
   shape_ = StepShape{Tier::kFast, 0, 0, 0};
@@ -160,26 +161,26 @@ int32_t Scheduler::PrefillBudget(const StepShape& decoding, Urgency urgency, int
 }
 
 // How many at once, lately, were not BATCH: so many slots are kept for them.
-void Scheduler::NoteOthers(SteadyTime now) {
+void Scheduler::CountNotBatch(SteadyTime now) {
   constexpr double kMemoryS = 30.0;
-  const double passed_s = std::chrono::duration<double>(now - noted_).count();
-  noted_ = now;
-  int32_t others = 0;
-  for (const Tenant& tenant : tenants_) others += tenant.active[0] + tenant.active[1];
-  others_ = std::max<double>(others, others_ * std::exp(-std::max(0.0, passed_s) / kMemoryS));
+  const double passed_s = Seconds(not_batch_counted_, now);
+  not_batch_counted_ = now;
+  int32_t not_batch = 0;
+  for (const Tenant& tenant : tenants_) not_batch += tenant.active[0] + tenant.active[1];
+  recent_not_batch_ = std::max<double>(not_batch, recent_not_batch_ * std::exp(-std::max(0.0, passed_s) / kMemoryS));
 }
 
 void Scheduler::Admit(SteadyTime now, Batch& batch) {
   while (!waiting_.empty() && !free_slots_.empty() && !nothing_fits_) {
     bool aged = false;
-    const size_t next = Next(now, &aged);
+    const size_t next = NextToAdmit(now, &aged);
     if (next == kNobody) return;
     Sequence& s = *waiting_[next];
     if (!TakeBlocks(s)) {
       nothing_fits_ = true;
       return;
     }
-    since_aged_ = aged ? 0 : since_aged_ + 1;
+    since_aged_admission_ = aged ? 0 : since_aged_admission_ + 1;
     s.slot = free_slots_.back();
     free_slots_.pop_back();
     s.admission = ++admissions_;
@@ -191,25 +192,32 @@ void Scheduler::Admit(SteadyTime now, Batch& batch) {
   }
 }
 
-// The place in waiting_ of who is admitted next.
-size_t Scheduler::Next(SteadyTime now, bool* aged) {
-  dearest_ = Tier::kFast;
-  for (const auto& s : running_) dearest_ = std::min(dearest_, s->request.sparsity.tier);
-  if (running_.empty()) dearest_ = Tier::kDense;
+// Of the tiers that run, the one that reads most. While nothing runs, no tier costs others anything.
+Tier Scheduler::CostliestRunningTier() const {
+  if (running_.empty()) return Tier::kDense;
+  Tier costliest = Tier::kFast;
+  for (const auto& s : running_) costliest = std::min(costliest, s->request.sparsity.tier);
+  return costliest;
+}
+
+// The place in waiting_ of the sequence that is admitted next, or kNobody.
+size_t Scheduler::NextToAdmit(SteadyTime now, bool* aged) const {
+  const Tier costliest = CostliestRunningTier();
   const auto old =
       now - std::chrono::duration_cast<SteadyTime::duration>(std::chrono::duration<double>(options_.ageing_s));
   size_t best = kNobody, oldest = kNobody;
   for (size_t i = 0; i < waiting_.size(); ++i) {
     const Sequence& s = *waiting_[i];
     if (!MayRun(s)) continue;
-    if (best == kNobody || Before(s, *waiting_[best])) best = i;
+    if (best == kNobody || Before(s, *waiting_[best], costliest)) best = i;
     if (s.arrival <= old && (oldest == kNobody || s.turn < waiting_[oldest]->turn)) oldest = i;
   }
-  *aged = oldest != kNobody && (oldest == best || since_aged_ + 1 >= kAgedTurn);
+  *aged = oldest != kNobody && (oldest == best || since_aged_admission_ + 1 >= kAgedTurn);
   return *aged ? oldest : best;
 }
 
-bool Scheduler::Before(const Sequence& a, const Sequence& b) const {
+// Whether `a` is admitted before `b`, while tiers up to `costliest` run.
+bool Scheduler::Before(const Sequence& a, const Sequence& b, Tier costliest) const {
   if (a.request.urgency != b.request.urgency) return a.request.urgency < b.request.urgency;
   if (a.tenant != b.tenant) {
     const int u = Index(a.request.urgency);
@@ -217,16 +225,16 @@ bool Scheduler::Before(const Sequence& a, const Sequence& b) const {
     if (of_a != of_b) return of_a < of_b;
     return a.turn < b.turn;
   }
-  // Who reads no more than the others read already costs them nothing.
-  const auto costs_others = [&](const Sequence& s) { return s.request.sparsity.tier < dearest_; };
+  // A sequence that reads no more than the others read already costs them nothing.
+  const auto costs_others = [&](const Sequence& s) { return s.request.sparsity.tier < costliest; };
   return std::make_tuple(-int64_t{a.request.priority}, a.request.deadline, costs_others(a), a.turn) <
          std::make_tuple(-int64_t{b.request.priority}, b.request.deadline, costs_others(b), b.turn);
 }
 
 bool Scheduler::MayRun(const Sequence& s) const {
   if (s.request.urgency == Urgency::kBatch) {
-    const int32_t reserved =
-        std::clamp(static_cast<int32_t>(std::ceil(others_)) + 1, options_.max_batch / 4, options_.max_batch * 3 / 4);
+    const int32_t reserved = std::clamp(static_cast<int32_t>(std::ceil(recent_not_batch_)) + 1, options_.max_batch / 4,
+                                        options_.max_batch * 3 / 4);
     if (running_of_[Index(Urgency::kBatch)] >= options_.max_batch - reserved) return false;
   }
   // The first block that nobody has computed: somebody as urgent may be about to.
@@ -339,13 +347,14 @@ void Scheduler::NoteStep(double ms) {
 }
 
 void Scheduler::Inform(Admission& admission) const {
-  Tier dearest = Tier::kFast;
+  Tier costliest = Tier::kFast;
   int64_t first_free = running_.empty() ? 0 : std::numeric_limits<int64_t>::max();
   for (const auto& s : running_) {
-    dearest = std::min(dearest, s->request.sparsity.tier);
+    costliest = std::min(costliest, s->request.sparsity.tier);
     first_free = std::min<int64_t>(first_free, s->request.max_new_tokens - s->generated_tokens());
   }
-  admission.SetLoad(costs_.parameters(), costs_.learned(), dearest, static_cast<int32_t>(running_.size()), first_free);
+  admission.SetLoad(costs_.parameters(), costs_.learned(), costliest, static_cast<int32_t>(running_.size()),
+                    first_free);
 }
 
 // A prefix may have been computed in part; what is not is withdrawn by the pool.

@@ -20,6 +20,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -64,7 +65,18 @@ class Scheduler {
   const std::vector<std::unique_ptr<Sequence>>& running() const { return running_; }
   const std::vector<std::unique_ptr<Sequence>>& waiting() const { return waiting_; }
 
-  // What its predictions are made of.
+  // Calls end(Sequence&, FinishReason) for each sequence that has to end by `now`, running ones first. `end` must not
+  // remove anything yet.
+  template <typename End>
+  void ForEachOverdue(SteadyTime now, const End& end) const {
+    for (const auto* sequences : {&running_, &waiting_}) {
+      for (const auto& s : *sequences) {
+        if (const std::optional<FinishReason> reason = s->Overdue(now); reason.has_value()) end(*s, *reason);
+      }
+    }
+  }
+
+  // Gives `admission` what its predictions are made of.
   void Inform(Admission& admission) const;
 
   // A step that was not planned here, such as one to warm up.
@@ -86,15 +98,16 @@ class Scheduler {
   int32_t TenantOf(const Sequence& s);
   void Charge(const Sequence& s, double tokens);
   void Admit(SteadyTime now, Batch& batch);
-  size_t Next(SteadyTime now, bool* aged);
-  bool Before(const Sequence& a, const Sequence& b) const;
+  size_t NextToAdmit(SteadyTime now, bool* aged) const;
+  Tier CostliestRunningTier() const;
+  bool Before(const Sequence& a, const Sequence& b, Tier costliest) const;
   bool MayRun(const Sequence& s) const;
   bool TakeBlocks(Sequence& s);
   size_t Sharable(const Sequence& s) const;
   void GrowAll(Batch& batch);
   void Preempt(Sequence& s);
   int32_t PrefillBudget(const StepShape& decoding, Urgency urgency, int32_t all) const;
-  void NoteOthers(SteadyTime now);
+  void CountNotBatch(SteadyTime now);
   void AddRows(Sequence& s, int32_t rows, Batch& batch);
   void SetBlocks(const Sequence& s, Batch& batch) const;
   void Release(Sequence& s);
@@ -110,10 +123,9 @@ class Scheduler {
   std::vector<Tenant> tenants_;
   absl::flat_hash_map<std::string, int32_t> tenant_ids_;
   std::array<int32_t, kUrgencies> running_of_ = {};
-  Tier dearest_ = Tier::kDense;  // of those that run, when somebody is chosen
-  double others_ = 0.0;          // the most that were not BATCH at once, fading
-  SteadyTime noted_;
-  int since_aged_ = 0;  // admissions that went before an old one
+  double recent_not_batch_ = 0.0;  // the most sequences at once that were not BATCH, fading with time
+  SteadyTime not_batch_counted_;   // when that was brought up to date
+  int since_aged_admission_ = 0;   // admissions that went before an old one
   uint64_t turns_ = 0, admissions_ = 0;
   bool nothing_fits_ = false;  // nor will it until something arrives or leaves
   StepShape shape_;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -71,6 +72,12 @@ struct Sequence {
   bool decodes() const { return computed >= prefill_tokens; }
   int32_t uncomputed() const { return static_cast<int32_t>(tokens.size()) - computed; }
   int64_t max_tokens() const { return int64_t{prompt_tokens()} + request.max_new_tokens; }
+  // Why it has to end now, whatever it has generated; nothing while it may go on.
+  std::optional<FinishReason> Overdue(SteadyTime now) const {
+    if (request.deadline <= now) return FinishReason::kDeadline;
+    if (request.stop_at <= now) return FinishReason::kTime;
+    return std::nullopt;
+  }
 };
 
 }  // namespace dejavu

@@ -1,156 +1,28 @@
 // dejavu-sim: what a server with given costs does with given arrivals, on a virtual clock.
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
-#include <fstream>
-#include <iostream>
-#include <random>
-#include <sstream>
+#include <string>
+#include <vector>
 
 #include "CLI/CLI.hpp"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
-#include "absl/strings/str_split.h"
+#include "engine/sim/arrivals.h"
 #include "engine/sim/simulator.h"
 
 namespace dejavu {
 namespace {
 
-constexpr char kTraceHeader[] = "arrival_s,prompt_tokens,output_tokens,urgency,tenant,tier,deadline_s";
-
 struct Arguments {
   SimOptions sim;
-  std::string trace;
-  double rate = 0.0, seconds = 3600.0, burstiness = 1.0;
-  int64_t requests = 0;
-  double prompt_tokens = 256, output_tokens = 64, spread = 0.5;
-  double deadline_s = 0.0;
-  uint64_t seed = 1;
-  std::string tier = "dense";
-  std::vector<std::string> mix, tenants;
+  std::string trace;  // empty: `arrivals`
+  SimArrivalOptions arrivals;
+  std::vector<std::string> tenant_weights;  // "NAME=WEIGHT"
   bool no_prefix_cache = false;
 };
 
-// "name=number".
-std::vector<std::pair<std::string, double>> Parse(const char* flag, const std::vector<std::string>& entries) {
-  std::vector<std::pair<std::string, double>> parsed;
-  for (const std::string& entry : entries) {
-    const std::pair<std::string, std::string> parts = absl::StrSplit(entry, absl::MaxSplits('=', 1));
-    double value = 0.0;
-    if (parts.first.empty() || !absl::SimpleAtod(parts.second, &value) || !(value >= 0.0 && value <= 1e9)) {
-      throw CLI::ValidationError(flag, absl::StrCat("'", entry, "' is not NAME=NUMBER"));
-    }
-    parsed.emplace_back(parts.first, value);
-  }
-  return parsed;
-}
-
-Urgency ParseUrgency(const std::string& name) {
-  for (int u = 0; u < kUrgencies; ++u) {
-    if (name == Name(static_cast<Urgency>(u))) return static_cast<Urgency>(u);
-  }
-  throw CLI::ValidationError("urgency", absl::StrCat("'", name, "' is not interactive, normal or batch"));
-}
-
-Tier TierOf(const std::string& name) {
-  const std::optional<Tier> tier = ParseTier(name);
-  if (!tier.has_value()) throw CLI::ValidationError("tier", absl::StrCat("'", name, "' is not a tier"));
-  return *tier;
-}
-
-// Gamma gaps (burstiness 1: Poisson) and log-normal lengths.
-class Arrivals {
- public:
-  explicit Arrivals(const Arguments& arguments)
-      : a_(arguments), random_(arguments.seed), tier_(TierOf(arguments.tier)) {
-    for (const auto& [name, share] : Parse("--mix", a_.mix)) mix_.emplace_back(ParseUrgency(name), share);
-    if (mix_.empty()) mix_.emplace_back(Urgency::kNormal, 1.0);
-    tenants_ = Parse("--tenant", a_.tenants);
-    if (tenants_.empty()) tenants_.emplace_back("", 1.0);
-  }
-
-  std::optional<SimRequest> Next() {
-    const double shape = 1.0 / (a_.burstiness * a_.burstiness);
-    now_s_ += std::gamma_distribution<double>(shape, 1.0 / (a_.rate * shape))(random_);
-    if (a_.requests > 0 ? made_ >= a_.requests : now_s_ > a_.seconds) return std::nullopt;
-    ++made_;
-    SimRequest r;
-    r.arrival_s = now_s_;
-    r.prompt_tokens = Length(a_.prompt_tokens, a_.sim.context / 2);
-    r.output_tokens = r.max_new_tokens = Length(a_.output_tokens, a_.sim.context - r.prompt_tokens);
-    r.urgency = Draw(mix_);
-    r.tenant = Draw(tenants_);
-    r.tier = tier_;
-    r.deadline_s = a_.deadline_s;
-    return r;
-  }
-
- private:
-  int32_t Length(double mean, int32_t most) {
-    const double sigma = a_.spread, mu = std::log(mean) - sigma * sigma / 2.0;
-    return static_cast<int32_t>(std::clamp(std::lognormal_distribution<double>(mu, sigma)(random_), 1.0, double(most)));
-  }
-  template <typename T>
-  T Draw(const std::vector<std::pair<T, double>>& shares) {
-    double total = 0.0;
-    for (const auto& share : shares) total += share.second;
-    double at = std::uniform_real_distribution<double>(0.0, total)(random_);
-    for (const auto& share : shares) {
-      if ((at -= share.second) <= 0.0) return share.first;
-    }
-    return shares.back().first;
-  }
-
-  const Arguments& a_;
-  std::mt19937_64 random_;
-  const Tier tier_;
-  std::vector<std::pair<Urgency, double>> mix_;
-  std::vector<std::pair<std::string, double>> tenants_;
-  double now_s_ = 0.0;
-  int64_t made_ = 0;
-};
-
-// Rows in order of arrival.
-class Trace {
- public:
-  explicit Trace(const std::string& path) : path_(path), in_(path) {
-    std::string header;
-    if (!in_) throw CLI::FileError(absl::StrCat("cannot read ", path));
-    if (!std::getline(in_, header) || header != kTraceHeader) {
-      throw CLI::FileError(absl::StrCat(path, ": the first line must be ", kTraceHeader));
-    }
-  }
-  std::optional<SimRequest> Next() {
-    std::string line;
-    if (!std::getline(in_, line)) return std::nullopt;
-    ++line_;
-    const std::vector<std::string> cells = absl::StrSplit(line, ',');
-    SimRequest r;
-    if (cells.size() != 7 || !absl::SimpleAtod(cells[0], &r.arrival_s) ||
-        !absl::SimpleAtoi(cells[1], &r.prompt_tokens) || !absl::SimpleAtoi(cells[2], &r.output_tokens) ||
-        (!cells[6].empty() && !absl::SimpleAtod(cells[6], &r.deadline_s)) || r.prompt_tokens < 1 ||
-        r.output_tokens < 1 || !(r.arrival_s >= last_s_)) {
-      throw CLI::FileError(
-          absl::StrCat(path_, ":", line_, ": '", line, "' is not a row of ", kTraceHeader, " in order of arrival"));
-    }
-    last_s_ = r.arrival_s;
-    r.max_new_tokens = r.output_tokens;
-    r.urgency = cells[3].empty() ? Urgency::kNormal : ParseUrgency(cells[3]);
-    r.tenant = cells[4];
-    r.tier = cells[5].empty() ? Tier::kDense : TierOf(cells[5]);
-    return r;
-  }
-
- private:
-  const std::string path_;
-  std::ifstream in_;
-  int64_t line_ = 1;
-  double last_s_ = 0.0;
-};
-
-void PrintHistogram(const char* name, const Histogram& h) {
+void PrintQuantiles(const char* name, const QuantileCounter& h) {
   absl::PrintF("  %-22s %10.2f %10.2f %10.2f %10.2f %10.2f\n", name, h.mean(), h.Quantile(0.5), h.Quantile(0.9),
                h.Quantile(0.99), h.most());
 }
@@ -169,9 +41,9 @@ void Print(const SimResult& r, const SimOptions& options) {
     const SimClass& of = r.of_urgency[u];
     if (of.ttft_ms.count() == 0) continue;
     absl::PrintF("%s: %d finished, %d good\n", Name(static_cast<Urgency>(u)), of.finished, of.good);
-    PrintHistogram("queue", of.queue_ms);
-    PrintHistogram("time to first token", of.ttft_ms);
-    PrintHistogram("between tokens", of.inter_token_ms);
+    PrintQuantiles("queue", of.queue_ms);
+    PrintQuantiles("time to first token", of.ttft_ms);
+    PrintQuantiles("between tokens", of.inter_token_ms);
   }
   absl::PrintF(
       "\nlongest wait %.2f s, at most %d waiting; at most %d of %d KV blocks; %d prompt tokens from the prefix "
@@ -188,87 +60,118 @@ void Print(const SimResult& r, const SimOptions& options) {
   }
 }
 
-int Run(int argc, char** argv) {
-  Arguments a;
-  CLI::App app{"What a dejavud server with given step costs does with given arrivals, on a virtual clock.",
-               "dejavu-sim"};
-  app.add_option("--trace", a.trace, absl::StrCat("CSV of arrivals: ", kTraceHeader));
-  app.add_option("--rate", a.rate, "requests per second to generate, where there is no trace")
+void AddArrivals(CLI::App* app, std::string* trace, SimArrivalOptions* options) {
+  app->add_option("--trace", *trace, absl::StrCat("CSV of arrivals: ", kTraceHeader));
+  app->add_option("--rate", options->rate, "requests per second to generate, where there is no trace")
       ->check(CLI::Range(1e-6, 1e6));
-  app.add_option("--seconds", a.seconds, "of arrivals")->capture_default_str();
-  app.add_option("--requests", a.requests, "this many instead");
-  app.add_option("--burstiness", a.burstiness, "coefficient of variation of the gaps; 1: Poisson")
+  app->add_option("--seconds", options->seconds, "of arrivals")->capture_default_str();
+  app->add_option("--requests", options->requests, "this many instead");
+  app->add_option("--burstiness", options->burstiness, "coefficient of variation of the gaps; 1: Poisson")
       ->capture_default_str()
       ->check(CLI::Range(0.01, 100.0));
-  app.add_option("--prompt-tokens", a.prompt_tokens, "mean")->capture_default_str()->check(CLI::Range(1.0, 1e6));
-  app.add_option("--output-tokens", a.output_tokens, "mean")->capture_default_str()->check(CLI::Range(1.0, 1e6));
-  app.add_option("--spread", a.spread, "sigma of the log-normal lengths")
+  app->add_option("--prompt-tokens", options->prompt_tokens, "mean")
+      ->capture_default_str()
+      ->check(CLI::Range(1.0, 1e6));
+  app->add_option("--output-tokens", options->output_tokens, "mean")
+      ->capture_default_str()
+      ->check(CLI::Range(1.0, 1e6));
+  app->add_option("--spread", options->spread, "sigma of the log-normal lengths")
       ->capture_default_str()
       ->check(CLI::Range(0.0, 3.0));
-  app.add_option("--deadline-s", a.deadline_s, "of each request; 0: none")->capture_default_str();
-  app.add_option("--tier", a.tier, "of each request")->capture_default_str();
-  app.add_option("--mix", a.mix, "shares of urgencies, such as interactive=1 batch=3");
-  app.add_option("--tenant", a.tenants, "shares of the arrivals, such as a=1 b=1");
-  app.add_option("--seed", a.seed, "of the arrivals")->capture_default_str();
+  app->add_option("--deadline-s", options->deadline_s, "of each request; 0: none")->capture_default_str();
+  app->add_option("--tier", options->tier, "of each request")->capture_default_str();
+  app->add_option("--mix", options->mix, "shares of urgencies, such as interactive=1 batch=3");
+  app->add_option("--tenant", options->tenants, "shares of the arrivals, such as a=1 b=1");
+  app->add_option("--seed", options->seed, "of the arrivals")->capture_default_str();
+}
 
-  SimOptions& s = a.sim;
-  std::vector<std::string> weights;
-  app.add_option("--dense-ms", s.costs.dense_ms, "a dense step by itself")->default_val("10");
-  app.add_option("--exact-ms", s.costs.exact_ms, "an EXACT step")->default_val("8");
-  app.add_option("--predicted-ms", s.costs.predicted_ms, "a step of a predicted tier")->default_val("5");
-  app.add_option("--row-ms", s.costs.row_ms, "more for each row that decodes")->default_val("0.1");
-  app.add_option("--prefill-token-ms", s.costs.prefill_token_ms, "more for each prompt token")->default_val("0.2");
-  app.add_option("--context-token-ms", s.costs.context_token_ms, "more for each token of context")
+void AddCosts(CLI::App* app, CostParameters* costs) {
+  app->add_option("--dense-ms", costs->dense_ms, "a dense step by itself")->default_val("10");
+  app->add_option("--exact-ms", costs->exact_ms, "an EXACT step")->default_val("8");
+  app->add_option("--predicted-ms", costs->predicted_ms, "a step of a predicted tier")->default_val("5");
+  app->add_option("--row-ms", costs->row_ms, "more for each row that decodes")->default_val("0.1");
+  app->add_option("--prefill-token-ms", costs->prefill_token_ms, "more for each prompt token")->default_val("0.2");
+  app->add_option("--context-token-ms", costs->context_token_ms, "more for each token of context")
       ->default_val("0.0001");
-  app.add_option("--max-batch", s.scheduler.max_batch, "sequences at once")
+}
+
+void AddScheduling(CLI::App* app, SimOptions* options, std::vector<std::string>* tenant_weights) {
+  app->add_option("--max-batch", options->scheduler.max_batch, "sequences at once")
       ->capture_default_str()
       ->check(CLI::Range(1, 1024));
-  app.add_option("--max-step-tokens", s.scheduler.max_step_tokens, "of one step")->capture_default_str();
-  app.add_option("--prefill-chunk-tokens", s.scheduler.prefill_chunk_tokens, "of one sequence in a step")
+  app->add_option("--max-step-tokens", options->scheduler.max_step_tokens, "of one step")->capture_default_str();
+  app->add_option("--prefill-chunk-tokens", options->scheduler.prefill_chunk_tokens, "of one sequence in a step")
       ->capture_default_str();
-  app.add_option("--max-waiting-requests", s.admission.max_waiting_requests, "in the queue")->capture_default_str();
-  app.add_option("--max-waiting-tokens", s.admission.max_waiting_tokens, "of their prompts; 0: no limit")
+  app->add_option("--max-waiting-requests", options->admission.max_waiting_requests, "in the queue")
       ->capture_default_str();
-  app.add_option("--deadline-slack", s.admission.deadline_slack, "see dejavud --help")->capture_default_str();
-  app.add_option("--tenant-weight", weights, "such as a=1 b=3");
-  app.add_option("--ageing-s", s.scheduler.ageing_s, "see dejavud --help")->capture_default_str();
-  app.add_option("--prefill-share", s.scheduler.prefill_share, "see dejavud --help")->capture_default_str();
-  app.add_option("--step-target-ms", s.scheduler.inter_token_target_ms, "between two tokens; 0: by --prefill-share")
+  app->add_option("--max-waiting-tokens", options->admission.max_waiting_tokens, "of their prompts; 0: no limit")
       ->capture_default_str();
-  app.add_flag("--overcommit", s.scheduler.overcommit, "of KV blocks");
-  app.add_flag("--no-prefix-cache", a.no_prefix_cache, "share no prefixes");
-  app.add_option("--kv-blocks", s.kv_blocks, "in all")->capture_default_str()->check(CLI::Range(1, 1 << 24));
-  app.add_option("--block-tokens", s.block_tokens, "of one")->capture_default_str()->check(CLI::Range(1, 4096));
-  app.add_option("--context", s.context, "of the model")->capture_default_str()->check(CLI::Range(2, 1 << 20));
-  app.add_option("--ttft-target-ms", s.ttft_target_ms, "of goodput; 0: any")->capture_default_str();
-  app.add_option("--inter-token-target-ms", s.inter_token_target_ms, "of goodput; 0: any")->capture_default_str();
+  app->add_option("--deadline-slack", options->admission.deadline_slack, "see dejavud --help")->capture_default_str();
+  app->add_option("--tenant-weight", *tenant_weights, "such as a=1 b=3");
+  app->add_option("--ageing-s", options->scheduler.ageing_s, "see dejavud --help")->capture_default_str();
+  app->add_option("--prefill-share", options->scheduler.prefill_share, "see dejavud --help")->capture_default_str();
+  app->add_option("--step-target-ms", options->scheduler.inter_token_target_ms,
+                  "between two tokens; 0: by --prefill-share")
+      ->capture_default_str();
+}
+
+void AddMemoryAndTargets(CLI::App* app, SimOptions* options, bool* no_prefix_cache) {
+  app->add_flag("--overcommit", options->scheduler.overcommit, "of KV blocks");
+  app->add_flag("--no-prefix-cache", *no_prefix_cache, "share no prefixes");
+  app->add_option("--kv-blocks", options->kv_blocks, "in all")->capture_default_str()->check(CLI::Range(1, 1 << 24));
+  app->add_option("--block-tokens", options->block_tokens, "of one")->capture_default_str()->check(CLI::Range(1, 4096));
+  app->add_option("--context", options->context, "of the model")->capture_default_str()->check(CLI::Range(2, 1 << 20));
+  app->add_option("--ttft-target-ms", options->ttft_target_ms, "of goodput; 0: any")->capture_default_str();
+  app->add_option("--inter-token-target-ms", options->inter_token_target_ms, "of goodput; 0: any")
+      ->capture_default_str();
+}
+
+// Checks what no option has wrong by itself, and completes the simulation's options.
+void Complete(Arguments* arguments) {
+  SimOptions& sim = arguments->sim;
+  if (arguments->trace.empty() == (arguments->arrivals.rate <= 0.0)) {
+    throw CLI::ValidationError("--rate", "give either --rate or --trace");
+  }
+  if (sim.kv_blocks * sim.block_tokens < sim.context) {
+    throw CLI::ValidationError("--kv-blocks",
+                               absl::StrCat("is ", sim.kv_blocks, "; one sequence of ", sim.context, " tokens needs ",
+                                            (sim.context + sim.block_tokens - 1) / sim.block_tokens));
+  }
+  sim.scheduler.max_step_tokens = std::max(sim.scheduler.max_step_tokens, sim.scheduler.max_batch);
+  sim.scheduler.tenant_weights = absl::StrJoin(arguments->tenant_weights, ",");
+  if (const absl::Status checked = ParseTenantWeights(sim.scheduler.tenant_weights).status(); !checked.ok()) {
+    throw CLI::ValidationError("--tenant-weight", std::string(checked.message()));
+  }
+  sim.prefix_cache = !arguments->no_prefix_cache;
+}
+
+SimResult Simulated(const Arguments& arguments) {
+  const SimOptions& sim = arguments.sim;
+  const auto progress = [](double seconds) { std::fprintf(stderr, "\rdejavu-sim: %.0f s of virtual time", seconds); };
+  if (!arguments.trace.empty()) {
+    TraceArrivals trace(arguments.trace);
+    return Simulate(
+        sim, [&] { return trace.Next(); }, progress);
+  }
+  DrawnArrivals drawn(arguments.arrivals, sim.context);
+  return Simulate(
+      sim, [&] { return drawn.Next(); }, progress);
+}
+
+int Main(int argc, char** argv) {
+  Arguments arguments;
+  CLI::App app{"What a dejavud server with given step costs does with given arrivals, on a virtual clock.",
+               "dejavu-sim"};
+  AddArrivals(&app, &arguments.trace, &arguments.arrivals);
+  AddCosts(&app, &arguments.sim.costs);
+  AddScheduling(&app, &arguments.sim, &arguments.tenant_weights);
+  AddMemoryAndTargets(&app, &arguments.sim, &arguments.no_prefix_cache);
   try {
     app.parse(argc, argv);
-    if (a.trace.empty() == (a.rate <= 0.0)) throw CLI::ValidationError("--rate", "give either --rate or --trace");
-    if (s.kv_blocks * s.block_tokens < s.context) {
-      throw CLI::ValidationError("--kv-blocks",
-                                 absl::StrCat("is ", s.kv_blocks, "; one sequence of ", s.context, " tokens needs ",
-                                              (s.context + s.block_tokens - 1) / s.block_tokens));
-    }
-    s.scheduler.max_step_tokens = std::max(s.scheduler.max_step_tokens, s.scheduler.max_batch);
-    s.scheduler.tenant_weights = absl::StrJoin(weights, ",");
-    if (const absl::Status checked = ParseTenantWeights(s.scheduler.tenant_weights).status(); !checked.ok()) {
-      throw CLI::ValidationError("--tenant-weight", std::string(checked.message()));
-    }
-    s.prefix_cache = !a.no_prefix_cache;
-    const auto progress = [](double seconds) { std::fprintf(stderr, "\rdejavu-sim: %.0f s of virtual time", seconds); };
-    SimResult result;
-    if (a.trace.empty()) {
-      Arrivals arrivals(a);
-      result = Simulate(
-          s, [&] { return arrivals.Next(); }, progress);
-    } else {
-      Trace trace(a.trace);
-      result = Simulate(
-          s, [&] { return trace.Next(); }, progress);
-    }
+    Complete(&arguments);
+    const SimResult result = Simulated(arguments);
     std::fprintf(stderr, "\n");
-    Print(result, s);
+    Print(result, arguments.sim);
     return 0;
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : 2;
@@ -281,4 +184,4 @@ int Run(int argc, char** argv) {
 }  // namespace
 }  // namespace dejavu
 
-int main(int argc, char** argv) { return dejavu::Run(argc, argv); }
+int main(int argc, char** argv) { return dejavu::Main(argc, argv); }

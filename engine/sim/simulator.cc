@@ -11,8 +11,6 @@
 namespace dejavu {
 namespace {
 
-constexpr double kLeastValue = 1e-6, kGrowth = 1.02;
-
 SteadyTime At(double seconds) {
   return SteadyTime() + std::chrono::duration_cast<SteadyTime::duration>(std::chrono::duration<double>(seconds));
 }
@@ -84,14 +82,8 @@ void Simulation::Arrive(const SimRequest& r) {
 }
 
 void Simulation::EndOverdue() {
-  const SteadyTime now = At(now_s_);
-  const auto note = [&](const auto& sequences) {
-    for (const auto& s : sequences) {
-      if (s->request.deadline <= now) ending_.emplace_back(s.get(), FinishReason::kDeadline);
-    }
-  };
-  note(scheduler_.running());
-  note(scheduler_.waiting());
+  scheduler_.ForEachOverdue(At(now_s_),
+                            [&](const Sequence& s, FinishReason reason) { ending_.emplace_back(&s, reason); });
   for (const auto& [s, reason] : ending_) End(*s, reason);
   ending_.clear();
 }
@@ -188,26 +180,6 @@ SimResult Simulation::Run(const std::function<std::optional<SimRequest>()>& next
 }
 
 }  // namespace
-
-void Histogram::Add(double value) {
-  const double place = value <= kLeastValue ? 0.0 : std::log(value / kLeastValue) / std::log(kGrowth);
-  ++buckets_[static_cast<size_t>(std::clamp(place, 0.0, static_cast<double>(buckets_.size() - 1)))];
-  ++count_;
-  sum_ += value;
-  most_ = std::max(most_, value);
-}
-
-double Histogram::Quantile(double q) const {
-  if (count_ == 0) return 0.0;
-  const auto rank = static_cast<int64_t>(std::ceil(q * static_cast<double>(count_)));
-  int64_t seen = 0;
-  for (size_t i = 0; i < buckets_.size(); ++i) {
-    seen += buckets_[i];
-    if (seen >= std::max<int64_t>(1, rank))
-      return std::min(most_, kLeastValue * std::pow(kGrowth, static_cast<double>(i + 1)));
-  }
-  return most_;
-}
 
 SimResult Simulate(const SimOptions& options, const std::function<std::optional<SimRequest>()>& next,
                    const std::function<void(double)>& progress) {

@@ -15,6 +15,7 @@
 #include "engine/scheduling/admission.h"
 #include "engine/scheduling/cost_model.h"
 #include "engine/scheduling/scheduler.h"
+#include "engine/sim/quantile_counter.h"
 
 namespace dejavu {
 
@@ -31,22 +32,6 @@ struct SimRequest {
   int32_t prefix_id = 0;
 };
 
-// Counts in buckets of 2 % width: quantiles of any number of samples in little memory.
-class Histogram {
- public:
-  void Add(double value);
-  int64_t count() const { return count_; }
-  double mean() const { return count_ == 0 ? 0.0 : sum_ / static_cast<double>(count_); }
-  double most() const { return most_; }
-  // The upper edge of the bucket that holds it; 0 without samples.
-  double Quantile(double q) const;
-
- private:
-  std::array<int64_t, 1600> buckets_ = {};
-  int64_t count_ = 0;
-  double sum_ = 0.0, most_ = 0.0;
-};
-
 struct SimOptions {
   SchedulerOptions scheduler;
   AdmissionOptions admission;
@@ -60,7 +45,7 @@ struct SimOptions {
 };
 
 struct SimClass {
-  Histogram queue_ms, ttft_ms, inter_token_ms;
+  QuantileCounter queue_ms, ttft_ms, inter_token_ms;
   int64_t finished = 0, good = 0;
 };
 

@@ -19,7 +19,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
-#include "config/config.h"
+#include "config/command_line.h"
 #include "engine/engine.h"
 #include "engine/plan.h"
 #include "engine/text/tokenizer.h"

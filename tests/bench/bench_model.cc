@@ -6,7 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/load/loaded_model.h"
-#include "engine/load/synthetic.h"
+#include "engine/load/synthetic/synthetic_model.h"
 #include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
 #include "tests/bench/tool.h"

@@ -4,7 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/load/checkpoint_writer.h"
-#include "engine/load/synthetic.h"
+#include "engine/load/synthetic/synthetic_model.h"
 #include "tests/bench/flags.h"
 #include "tests/bench/subcommand.h"
 #include "tests/bench/tool.h"

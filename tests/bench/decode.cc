@@ -14,7 +14,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/load/loaded_model.h"
-#include "engine/load/synthetic.h"
+#include "engine/load/synthetic/synthetic_model.h"
 #include "engine/model/weight_bytes.h"
 #include "engine/serving/sampler.h"
 #include "kernels/base/clock.h"

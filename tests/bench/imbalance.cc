@@ -9,7 +9,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/load/loaded_model.h"
-#include "engine/load/synthetic.h"
+#include "engine/load/synthetic/synthetic_model.h"
 #include "engine/model/shard.h"
 #include "engine/ranks/model_runner.h"
 #include "kernels/base/check.h"

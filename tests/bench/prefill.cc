@@ -10,7 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/load/loaded_model.h"
-#include "engine/load/synthetic.h"
+#include "engine/load/synthetic/synthetic_model.h"
 #include "kernels/base/status_macros.h"
 #include "nlohmann/json.hpp"
 #include "tests/bench/bench_model.h"

@@ -10,7 +10,8 @@
 #include <vector>
 
 #include "engine/engine.h"
-#include "engine/load/synthetic.h"
+#include "engine/eval/tool.h"
+#include "engine/load/synthetic/synthetic_model.h"
 #include "engine/scheduling/scheduler.h"
 #include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"

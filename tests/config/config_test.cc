@@ -11,6 +11,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "config/command_line.h"
 #include "config/option_table.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "engine/model/opt_config.h"
-#include "engine/model/predictor_file.h"
+#include "engine/model/predictor_data.h"
 
 namespace dejavu {
 

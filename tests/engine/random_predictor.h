@@ -6,7 +6,7 @@
 #include <string>
 
 #include "engine/model/opt_config.h"
-#include "engine/model/predictor_file.h"
+#include "engine/model/predictor_data.h"
 
 namespace dejavu {
 

@@ -1,5 +1,5 @@
 // Synthetic models keep what their names promise: densities, unions, recall, and the same weights for the same seed.
-#include "engine/load/synthetic.h"
+#include "engine/load/synthetic/densities.h"
 
 #include <algorithm>
 #include <cmath>

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "engine/model/weights_hash.h"
 #include "engine/ranks/model_runner.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"

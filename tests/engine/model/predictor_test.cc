@@ -162,7 +162,7 @@ class PredictorTest : public testing::Test {
     return buffer;
   }
   void Ridden(int32_t l, Tap at, StepResult* result) {
-    const Ride ride = predictor_->RideAlong(l, at);
+    const Ride ride = predictor_->StageA(l, at);
     if (ride.w == nullptr) return;
     const bool at_attention = at == Tap::kAttentionNorm;
     backend_->Linear(ride.y, Input(l, at_attention ? at : Tap::kMlpNorm), *ride.w);

@@ -11,7 +11,7 @@
 
 #include "engine/formats/checkpoint.h"
 #include "engine/load/loaded_model.h"
-#include "engine/load/synthetic.h"
+#include "engine/load/synthetic/generator.h"
 #include "engine/model/kv_cache.h"
 #include "engine/model/opt_weights.h"
 #include "engine/model/predictor.h"
@@ -396,7 +396,7 @@ Chosen Choose(const PredictorData& data, const Shard& shard, Tensor x) {
   }
   Chosen chosen;
   const auto ride = [&](int32_t l, Tap at) {
-    const Ride riding = predictor->RideAlong(l, at);
+    const Ride riding = predictor->StageA(l, at);
     if (riding.w != nullptr) Cpu().Linear(riding.y, x, *riding.w);
   };
   predictor->BeginStep(batch);

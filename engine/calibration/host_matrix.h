@@ -1,6 +1,6 @@
-// Matrix: float32 values on the host that the CPU backend can read as a Tensor.
-#ifndef ENGINE_CALIBRATION_MATRIX_H_
-#define ENGINE_CALIBRATION_MATRIX_H_
+// HostMatrix: float32 values on the host that the CPU backend can read as a Tensor.
+#ifndef ENGINE_CALIBRATION_HOST_MATRIX_H_
+#define ENGINE_CALIBRATION_HOST_MATRIX_H_
 
 #include <cstdint>
 #include <vector>
@@ -9,9 +9,9 @@
 
 namespace dejavu {
 
-struct Matrix {
-  Matrix() = default;
-  Matrix(int64_t r, int64_t c) : rows(r), cols(c), values(static_cast<size_t>(r * c), 0.0f) {}
+struct HostMatrix {
+  HostMatrix() = default;
+  HostMatrix(int64_t r, int64_t c) : rows(r), cols(c), values(static_cast<size_t>(r * c), 0.0f) {}
 
   float* row(int64_t r) { return values.data() + r * cols; }
   const float* row(int64_t r) const { return values.data() + r * cols; }
@@ -23,8 +23,8 @@ struct Matrix {
   std::vector<float> values;  // [rows, cols]
 };
 
-inline Matrix Transposed(const Matrix& m) {
-  Matrix t(m.cols, m.rows);
+inline HostMatrix Transposed(const HostMatrix& m) {
+  HostMatrix t(m.cols, m.rows);
   for (int64_t r = 0; r < m.rows; ++r) {
     for (int64_t c = 0; c < m.cols; ++c) t.row(c)[r] = m.row(r)[c];
   }
@@ -43,12 +43,12 @@ inline void MultiplyTransposed(Backend& backend, const Tensor& a, const Tensor& 
   w.weight = b;
   backend.Linear(y, a, w);
 }
-inline Matrix Product(Backend& backend, const Matrix& a, const Matrix& b) {
-  Matrix y(a.rows, b.cols);
+inline HostMatrix Product(Backend& backend, const HostMatrix& a, const HostMatrix& b) {
+  HostMatrix y(a.rows, b.cols);
   Multiply(backend, a.tensor(), b.tensor(), y.tensor());
   return y;
 }
 
 }  // namespace dejavu
 
-#endif  // ENGINE_CALIBRATION_MATRIX_H_
+#endif  // ENGINE_CALIBRATION_HOST_MATRIX_H_

@@ -1,0 +1,26 @@
+// InParallel: a loop over all CPUs, for generating weights before any thread pool of the engine runs.
+#ifndef ENGINE_LOAD_SYNTHETIC_IN_PARALLEL_H_
+#define ENGINE_LOAD_SYNTHETIC_IN_PARALLEL_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace dejavu {
+
+// Calls use(first, last) for parts of 0 ... count on all CPUs.
+template <typename Use>
+void InParallel(int64_t count, const Use& use) {
+  const int64_t threads = std::clamp<int64_t>(std::thread::hardware_concurrency(), 1, std::max<int64_t>(count, 1));
+  std::vector<std::thread> others;
+  for (int64_t t = 1; t < threads; ++t) {
+    others.emplace_back([&, t] { use(count * t / threads, count * (t + 1) / threads); });
+  }
+  use(0, count / threads);
+  for (std::thread& other : others) other.join();
+}
+
+}  // namespace dejavu
+
+#endif  // ENGINE_LOAD_SYNTHETIC_IN_PARALLEL_H_
