@@ -22,7 +22,7 @@ struct YamlEntry {
   std::string key_place, value_place;  // "dejavud.yaml:3:5"
 };
 
-// INVALID_ARGUMENT with name:line:column for what is not such a file, and for a key that stands there twice.
+// INVALID_ARGUMENT with name:line:column for what is not such a file, and for a key that the file has twice.
 absl::StatusOr<std::vector<YamlEntry>> ReadYaml(const std::string& text, const std::string& name);
 
 }  // namespace dejavu

@@ -46,7 +46,7 @@ class OptWeights {
   static absl::StatusOr<int64_t> Measure(const Checkpoint& checkpoint, const OptConfig& config, const Shard& shard,
                                          std::optional<DType> dtype);
 
-  // The same tensors, all zero, for whoever fills them (engine/load/synthetic/). Only for models without project_in.
+  // The same tensors, all zero, to be filled (engine/load/synthetic). Only for models without project_in.
   static absl::StatusOr<OptWeights> Allocate(const OptConfig& config, const Shard& shard, DType dtype,
                                              Backend& backend);
 

@@ -41,8 +41,9 @@ struct Shard {
 
 // How rank `rank` of `ranks` divides up `config`. Heads and vocabulary go in runs whose lengths differ by at most one,
 // the longer first. Neurons are dealt by `predictor`'s frequencies, so that each rank expects to compute as many as the
-// others: from the most frequent on, to whoever has least. Without a predictor (nullptr), or for layers where it has no
-// frequencies, in turn. INVALID_ARGUMENT where there are more ranks than neurons or ids, or the rank is none of them.
+// others: from the most frequent on, to the rank that has least. Without a predictor (nullptr), or for layers where it
+// has no frequencies, in turn. INVALID_ARGUMENT where there are more ranks than neurons or ids, or the rank is none of
+// them.
 absl::StatusOr<Shard> MakeShard(const ModelShape& shape, const PredictorData* predictor, int rank, int ranks);
 
 }  // namespace dejavu

@@ -292,7 +292,7 @@ void Scheduler::GrowAll(Batch& batch) {
         return std::make_pair(a->request.urgency, a->admission) < std::make_pair(b->request.urgency, b->admission);
       });
       Preempt(**least);
-      i = 0;  // places have changed, and who has its block keeps it
+      i = 0;  // places have changed; sequences that have their block keep it
     }
   }
 }

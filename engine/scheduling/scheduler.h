@@ -7,9 +7,9 @@
 //      Large Language Models, OSDI 2024), each urgency by itself;
 //   3. within a tenant the priority, then the earliest deadline, then tiers that read no more than what runs reads
 //      already, then the order of arrival.
-// Nothing starves: who has waited longer than `ageing_s` is old, and one admission in kAgedTurn goes to the oldest of
-// those. BATCH leaves slots for as many others as there were at once lately. A sequence whose prefix another one is
-// computing waits for it, and shares it.
+// Nothing starves: a sequence that has waited longer than `ageing_s` is old, and one admission in kAgedTurn goes to the
+// oldest of those. BATCH leaves slots for as many others as there were at once lately. A sequence whose prefix another
+// one is computing waits for it, and shares it.
 //
 // By default a sequence is admitted when all the blocks that it can ever need are free, so nothing that runs is ever
 // evicted. With `overcommit` it takes blocks as it grows, and where none is left the youngest of the least urgent goes

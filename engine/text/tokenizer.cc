@@ -159,7 +159,7 @@ void ByteLevelBpe::EncodePiece(absl::string_view piece, Scratch& scratch, std::v
     const int32_t left = static_cast<int32_t>(candidates.front() & 0xFFFFFFFF);
     std::pop_heap(candidates.begin(), candidates.end(), std::greater<>());
     candidates.pop_back();
-    // Stale, unless the pair that now stands there still makes the same token.
+    // Stale, unless the pair at that place now still makes the same token.
     if (symbols[left].id < 0) continue;
     const int32_t rank = Rank(symbols, left);
     if (rank < 0 || data_.merges[rank].result != merge.result) continue;

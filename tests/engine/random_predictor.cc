@@ -70,4 +70,15 @@ void SelectTheFirst(int32_t count, SelectorData* selector) {
   }
 }
 
+PredictorData RandomFrequencies(const OptConfig& config, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::uniform_real_distribution<float> uniform(0.0f, 1.0f);
+  PredictorData data;
+  for (int32_t l = 0; l < config.layers; ++l) {
+    std::vector<float>& frequency = data.layers.emplace_back().frequency;
+    for (int32_t j = 0; j < config.ffn; ++j) frequency.push_back(uniform(random));
+  }
+  return data;
+}
+
 }  // namespace dejavu

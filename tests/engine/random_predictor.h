@@ -22,6 +22,9 @@ void SetThresholds(float threshold, PredictorData* data);
 // Neurons (heads) below `count` always, the others never.
 void SelectTheFirst(int32_t count, SelectorData* selector);
 
+// Only frequencies, by which neurons are dealt.
+PredictorData RandomFrequencies(const OptConfig& config, uint32_t seed);
+
 }  // namespace dejavu
 
 #endif  // TESTS_ENGINE_RANDOM_PREDICTOR_H_
