@@ -48,7 +48,7 @@ class Flights {
   void Await(const Batch& batch) { Await(batch, flights_[current_]); }
   const StepCounts& counts() const { return flights_[current_].counts; }
   const int32_t* drawn() const { return flights_[current_].drawn.data(); }  // [logit rows], where the device drew
-  float* logits() { return logits_.data(); }  // [max logit rows, vocab], where it did not
+  float* logits() { return logits_.data(); }                                // [max logit rows, vocab], where it did not
 
  private:
   struct Flight {

@@ -34,8 +34,8 @@ std::optional<Ending> HandOut::GiveScores(Sequence& s, const StepResults& result
     const float* logits = results.logits + static_cast<size_t>(s.first_logit + i) * shape_.vocab;
     const int32_t position = s.computed + i;
     if (!AllFinite(logits, shape_.vocab)) {
-      return Ending{FinishReason::kError, absl::DataLossError(absl::StrCat("the logits after prompt token ", position,
-                                                                           " are not finite"))};
+      return Ending{FinishReason::kError,
+                    absl::DataLossError(absl::StrCat("the logits after prompt token ", position, " are not finite"))};
     }
     Token token;
     token.id = s.tokens[position];

@@ -1,5 +1,5 @@
-// HandOut: from a step's results to the tokens that its sequences get. It chooses tokens where the device has not, tells
-// the sinks, and says whose text ends. Engine thread.
+// HandOut: from a step's results to the tokens that its sequences get. It chooses tokens where the device has not,
+// tells the sinks, and says whose text ends. Engine thread.
 #ifndef ENGINE_SERVING_HAND_OUT_H_
 #define ENGINE_SERVING_HAND_OUT_H_
 

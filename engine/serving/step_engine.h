@@ -1,5 +1,5 @@
-// StepEngine: the Engine that serves. One thread of its own schedules, runs the steps and calls the sinks; callers reach
-// the inbox, and what may be read by any thread. Only create.cc makes one.
+// StepEngine: the Engine that serves. One thread of its own schedules, runs the steps and calls the sinks; callers
+// reach the inbox, and what may be read by any thread. Only create.cc makes one.
 #ifndef ENGINE_SERVING_STEP_ENGINE_H_
 #define ENGINE_SERVING_STEP_ENGINE_H_
 

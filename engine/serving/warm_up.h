@@ -11,8 +11,8 @@
 
 namespace dejavu {
 
-// `scheduler` learns the costs; `logits` [batch.max_logit_rows, vocab] is scratch. The KV blocks that the steps write to
-// are overwritten by those who take them later.
+// `scheduler` learns the costs; `logits` [batch.max_logit_rows, vocab] is scratch. The KV blocks that the steps write
+// to are overwritten by those who take them later.
 void WarmUp(ModelGroup& group, const ModelShape& shape, const SchedulerOptions& options, Batch& batch, float* logits,
             Scheduler& scheduler);
 
