@@ -69,8 +69,8 @@ absl::StatusOr<Evaluation> TierTuner::Measure(const PredictorData& data, const s
   return Evaluate(runner_, &data, tokens, options, nullptr);
 }
 
-// A shift of all biases of a tier trades nats for bytes as a
-// larger or smaller mu would: d log(mu) = d bias, and nats fall about in proportion to mu.
+// A shift of all biases of a tier trades nats for bytes as a larger or smaller mu would: d log(mu) = d bias, and nats
+// fall about in proportion to mu.
 absl::Status TierTuner::MeetTargets(std::vector<TierChoice>* choices) {
   std::vector<Tier> open(kCalibratedTiers.begin(), kCalibratedTiers.end());
   for (int round = 0; round < kShiftRounds && !open.empty(); ++round) {
