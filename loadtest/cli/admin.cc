@@ -40,6 +40,7 @@ class AdminMethod {
   CLI::App* const app_;
 };
 
+// One that is a call of the stub's, with an empty request where Request is not overridden.
 template <typename RequestType, typename ResponseType>
 class MethodOf : public AdminMethod {
  public:

@@ -29,7 +29,7 @@ std::vector<float> LogUniform(int count) {
   return values;
 }
 
-TEST(TimeHistogram, ItsQuantilesAreWithinHalfAPercent) {
+TEST(Histogram, ItsQuantilesAreWithinHalfAPercent) {
   const std::vector<float> values = LogUniform(20'001);
   TimeHistogram histogram;
   for (const float value : values) histogram.Add(value);
@@ -40,7 +40,7 @@ TEST(TimeHistogram, ItsQuantilesAreWithinHalfAPercent) {
   EXPECT_EQ(histogram.max_ms(), values.back());
 }
 
-TEST(TimeHistogram, ItsBucketsAreOnePercentWideAndHoldEverything) {
+TEST(Histogram, ItsBucketsAreOnePercentWideAndHoldEverything) {
   const std::vector<float> values = LogUniform(20'000);
   TimeHistogram histogram;
   for (const float value : values) histogram.Add(value);
@@ -54,7 +54,7 @@ TEST(TimeHistogram, ItsBucketsAreOnePercentWideAndHoldEverything) {
   EXPECT_EQ(counted, values.size());
 }
 
-TEST(TimeHistogram, MergesToWhatOneWouldHold) {
+TEST(Histogram, MergesToWhatOneWouldHold) {
   const std::vector<float> values = LogUniform(1'000);
   TimeHistogram one, low, high;
   for (size_t i = 0; i < values.size(); ++i) {
@@ -68,7 +68,7 @@ TEST(TimeHistogram, MergesToWhatOneWouldHold) {
   EXPECT_NEAR(high.deviation_ms(), one.deviation_ms(), 1e-6 * one.deviation_ms());
 }
 
-TEST(TimeHistogram, TakesNothingZeroAndForever) {
+TEST(Histogram, TakesNothingZeroAndForever) {
   TimeHistogram histogram;
   EXPECT_FALSE(histogram.QuantileMs(0.5).has_value());
   histogram.Add(0.0);
