@@ -288,16 +288,9 @@ void StepEngine::EndWaiting(const absl::Status& status) {
 }
 
 void StepEngine::EndOverdue() {
-  const SteadyTime now = std::chrono::steady_clock::now();
-  for (const auto* sequences : {&scheduler_.running(), &scheduler_.waiting()}) {
-    for (const auto& s : *sequences) {
-      if (s->request.deadline <= now) {
-        ends_.push_back({s.get(), {FinishReason::kDeadline, absl::OkStatus()}});
-      } else if (s->request.stop_at <= now) {
-        ends_.push_back({s.get(), {FinishReason::kTime, absl::OkStatus()}});
-      }
-    }
-  }
+  scheduler_.ForEachOverdue(std::chrono::steady_clock::now(), [&](const Sequence& s, FinishReason reason) {
+    ends_.push_back({&s, {reason, absl::OkStatus()}});
+  });
   EndNoted();
 }
 

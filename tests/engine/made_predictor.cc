@@ -6,6 +6,8 @@
 #include <random>
 
 #include "engine/formats/checkpoint.h"
+#include "engine/model/predictor_file.h"
+#include "engine/model/weights_hash.h"
 #include "kernels/base/check.h"
 #include "kernels/base/float16.h"
 

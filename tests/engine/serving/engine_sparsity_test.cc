@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <numeric>
 
+#include "engine/model/predictor_file.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/engine/golden.h"
