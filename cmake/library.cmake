@@ -2,12 +2,12 @@
 
 # dejavu_target(name visibility FOLDER f SOURCES ... USES ... LINKS ... PRIVATE_LINKS ...): what libraries and programs share.
 function(dejavu_target name visibility)
-  cmake_parse_arguments(TARGET "" "FOLDER" "HEADERS;SOURCES;USES;LINKS;PRIVATE_LINKS" ${ARGN})
-  foreach(source ${TARGET_SOURCES})
-    if(IS_ABSOLUTE ${source})
-      target_sources(${name} PRIVATE ${source})
-    else()
-      target_sources(${name} PRIVATE ${CMAKE_SOURCE_DIR}/${TARGET_FOLDER}/${source})
+  cmake_parse_arguments(TARGET "" "FOLDER" "HEADERS;SOURCES;ALONE;USES;LINKS;PRIVATE_LINKS" ${ARGN})
+  foreach(source ${TARGET_SOURCES} ${TARGET_ALONE})
+    cmake_path(ABSOLUTE_PATH source BASE_DIRECTORY ${CMAKE_SOURCE_DIR}/${TARGET_FOLDER} OUTPUT_VARIABLE path)
+    target_sources(${name} PRIVATE ${path})
+    if(source IN_LIST TARGET_ALONE)
+      set_source_files_properties(${path} PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
     endif()
   endforeach()
   target_include_directories(${name} ${visibility} ${CMAKE_SOURCE_DIR})

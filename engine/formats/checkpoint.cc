@@ -150,6 +150,10 @@ absl::StatusOr<std::string> RandomAccessFile::ReadString(int64_t offset, int64_t
   return text;
 }
 
+absl::Status Refuse(const RandomAccessFile& file, absl::string_view reason) {
+  return absl::InvalidArgumentError(absl::StrCat(file.path(), ": ", reason));
+}
+
 absl::StatusOr<int64_t> ElementCount(absl::Span<const int64_t> shape) {
   if (shape.size() > kMaxDimensions) {
     return absl::InvalidArgumentError(absl::StrCat("has ", shape.size(), " dimensions; the limit is ", kMaxDimensions));

@@ -43,6 +43,9 @@ class RandomAccessFile {
   const int64_t size_;
 };
 
+// INVALID_ARGUMENT with the path and what is wrong with the file.
+absl::Status Refuse(const RandomAccessFile& file, absl::string_view reason);
+
 // A dense row-major tensor in a file. Element count and extent have been checked against the file.
 struct StoredTensor {
   std::string name;

@@ -14,7 +14,7 @@ namespace dejavu {
 namespace {
 
 constexpr int kMaxDepth = 32;
-constexpr int64_t kMaxValues = 2'000'000;  // a checkpoint of 100,000 tensors has half as many
+constexpr int64_t kMaxJsonValues = 2'000'000;  // a checkpoint of 100,000 tensors has half as many
 
 class Inspector : public nlohmann::json_sax<nlohmann::json> {
  public:
@@ -47,7 +47,9 @@ class Inspector : public nlohmann::json_sax<nlohmann::json> {
     return false;
   }
 
-  bool Value() { return ++values_ <= kMaxValues || Refuse(absl::StrCat("more than ", kMaxValues, " JSON values")); }
+  bool Value() {
+    return ++values_ <= kMaxJsonValues || Refuse(absl::StrCat("more than ", kMaxJsonValues, " JSON values"));
+  }
 
   bool Open() {
     keys_.emplace_back();

@@ -11,7 +11,7 @@
 namespace dejavu {
 namespace {
 
-constexpr size_t kMaxValues = 1'000'000;  // a tensor takes about 30
+constexpr size_t kMaxPickleValues = 1'000'000;  // a tensor takes about 30
 constexpr size_t kMaxStack = 1'000'000;
 constexpr size_t kMaxMarks = 1'000;
 constexpr uint64_t kStop = '.';
@@ -68,7 +68,7 @@ absl::Status PickleMachine::Push(Ref ref) {
 }
 
 absl::Status PickleMachine::PushValue(PickleValue value) {
-  if (values_.size() >= kMaxValues) return Refuse(absl::StrCat("more than ", kMaxValues, " values"));
+  if (values_.size() >= kMaxPickleValues) return Refuse(absl::StrCat("more than ", kMaxPickleValues, " values"));
   values_.push_back(std::move(value));
   return Push(static_cast<Ref>(values_.size() - 1));
 }
@@ -239,7 +239,7 @@ absl::Status PickleMachine::Put() {
 
 absl::Status PickleMachine::PutAt(uint64_t index) {
   ASSIGN_OR_RETURN(memo_[index], Top());
-  if (memo_.size() > kMaxValues) return Refuse(absl::StrCat("a memo of more than ", kMaxValues, " values"));
+  if (memo_.size() > kMaxPickleValues) return Refuse(absl::StrCat("a memo of more than ", kMaxPickleValues, " values"));
   return absl::OkStatus();
 }
 

@@ -19,10 +19,6 @@ namespace {
 
 constexpr int64_t kMaxPickleBytes = int64_t{16} << 20;  // that of OPT-175B would be below 1 MiB
 
-absl::Status Refuse(const RandomAccessFile& file, absl::string_view reason) {
-  return absl::InvalidArgumentError(absl::StrCat(file.path(), ": ", reason));
-}
-
 // Says what a file is that is not a zip archive at all.
 absl::Status CheckIsZip(const RandomAccessFile& file) {
   if (file.size() < 4) return Refuse(file, absl::StrCat(file.size(), " bytes are too few for a PyTorch file"));

@@ -41,10 +41,6 @@ uint16_t U16(absl::string_view bytes, size_t offset) { return Unsigned(bytes, of
 uint32_t U32(absl::string_view bytes, size_t offset) { return Unsigned(bytes, offset, 4); }
 uint64_t U64(absl::string_view bytes, size_t offset) { return Unsigned(bytes, offset, 8); }
 
-absl::Status Refuse(const RandomAccessFile& file, absl::string_view reason) {
-  return absl::InvalidArgumentError(absl::StrCat(file.path(), ": ", reason));
-}
-
 // Where the central directory lies.
 struct DirectoryExtent {
   uint64_t offset = 0;

@@ -30,8 +30,6 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr int64_t kStripeBytes = int64_t{4} << 20;
-
 // A tensor of the file.
 struct Entry {
   std::string name;

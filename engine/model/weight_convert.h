@@ -8,6 +8,9 @@
 
 namespace dejavu {
 
+// Of a matrix: read, made or written at a time, in whole rows.
+inline constexpr int64_t kStripeBytes = int64_t{4} << 20;
+
 // `source` holds finite values of float32, float16 or bfloat16.
 void WidenValues(const void* source, DType dtype, int64_t count, float* target);
 

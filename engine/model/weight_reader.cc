@@ -10,8 +10,6 @@
 namespace dejavu {
 namespace {
 
-constexpr int64_t kStripeBytes = int64_t{4} << 20;
-
 // From the first of `runs` to the last.
 Shard::Range SpanOf(const Runs& runs) {
   return {runs.front().first, runs.back().first + runs.back().count - runs.front().first};

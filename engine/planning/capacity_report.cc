@@ -19,10 +19,12 @@ struct Unit {
   double bytes;
   std::string Of(double amount) const { return absl::StrFormat("%.2f", amount / bytes); }
 };
-constexpr Unit kGib = {"GiB", 1 << 30}, kMib = {"MiB", 1 << 20};
+constexpr Unit kInGib = {"GiB", 1 << 30}, kInMib = {"MiB", 1 << 20};
 constexpr Unit kGb = {"GB", 1e9}, kMb = {"MB", 1e6};
 
-Unit MemoryUnit(const CapacityPlan& plan) { return plan.budget_bytes - plan.left_bytes < 4 * kGib.bytes ? kMib : kGib; }
+Unit MemoryUnit(const CapacityPlan& plan) {
+  return plan.budget_bytes - plan.left_bytes < 4 * kInGib.bytes ? kInMib : kInGib;
+}
 
 std::string Row(absl::string_view what, const std::string& value, const std::string& note) {
   return absl::StrFormat("  %-27s%9s%s%s\n", what, value, note.empty() ? "" : "   ", note);
@@ -100,7 +102,7 @@ std::string Steps(const CapacityPlan& plan) {
 std::string CapacityText(const CapacityPlan& plan) {
   std::string text = absl::StrFormat("%s, %s weights, %s keys and values, on %d x %s\n\n", plan.model,
                                      Name(plan.weights), Name(plan.kv), plan.shard.ranks,
-                                     plan.device.empty() ? kGib.Of(plan.memory_bytes) + " GiB" : plan.device);
+                                     plan.device.empty() ? kInGib.Of(plan.memory_bytes) + " GiB" : plan.device);
   absl::StrAppend(&text, Memory(plan), "\n");
   if (plan.fits) {
     absl::StrAppend(&text, Steps(plan), "\nIt fits.\n");

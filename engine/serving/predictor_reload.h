@@ -1,5 +1,5 @@
-// A predictor that is read again while the engine serves: a caller reads it, and the engine thread swaps it in between two
-// steps (Inbox::Swap).
+// A predictor that is read again while the engine serves: a caller reads it, and the engine thread swaps it in between
+// two steps (Inbox::Swap).
 #ifndef ENGINE_SERVING_PREDICTOR_RELOAD_H_
 #define ENGINE_SERVING_PREDICTOR_RELOAD_H_
 

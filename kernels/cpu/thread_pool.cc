@@ -5,17 +5,12 @@
 #include <chrono>
 
 #include "kernels/base/check.h"
+#include "kernels/base/pause.h"
 
 namespace dejavu {
 namespace {
 
 constexpr int kSpins = 2000;  // pauses of 10 to 40 ns
-
-void Pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
 
 // Best effort: a CPU can leave the process's set after Cpus() was read, and then the thread runs where it may.
 void RunOn(const std::vector<int>& cpus) {

@@ -26,8 +26,8 @@
 namespace dejavu::cuda {
 namespace {
 
-constexpr int64_t kFusedRows = 16;   // of a step; from more on keys and values are written by a launch of their own
-constexpr int64_t kRowsAtOnce = 64;  // of an Attention, whose scratch grows with the rows
+constexpr int64_t kFusedRows = 16;      // of a step; from more on keys and values are written by a launch of their own
+constexpr int64_t kAttentionRows = 64;  // at once of an Attention, whose scratch grows with the rows
 
 class CudaBackend final : public Backend {
  public:
@@ -181,8 +181,8 @@ void CudaBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const
   const bool writes = fused && held_.TakeWriteKv(attending);
   held_.Flush();
   const int64_t splits = DivideUp(rows.block_table.cols * kv.block_tokens, kSplitPositions);
-  for (int64_t row = 0; row < rows.rows(); row += kRowsAtOnce) {
-    const int64_t n = std::min(kRowsAtOnce, rows.rows() - row);
+  for (int64_t row = 0; row < rows.rows(); row += kAttentionRows) {
+    const int64_t n = std::min(kAttentionRows, rows.rows() - row);
     AttentionParams p = AttentionFrom(attending, row);
     p.context = MatrixFrom<float>(context);
     p.context.data += row * p.context.stride;

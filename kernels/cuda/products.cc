@@ -9,7 +9,7 @@
 namespace dejavu::cuda {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 64;               // of a Sum, whose scratch grows with the rows
+constexpr int64_t kSumRows = 64;                  // at once of a Sum, whose scratch grows with the rows
 constexpr int64_t kSumSegments = 16;              // at most, so many blocks share the inputs
 constexpr int64_t kLinearStaticBytes = 21 << 10;  // shared memory that Linear takes beside x; and 1 KB is the device's
 constexpr int64_t kBlocksPerMultiprocessor = 2;
@@ -136,7 +136,7 @@ void Products::Sum(Tensor y, Tensor x, const LinearWeights& w, const Selection& 
   const int64_t slab = 32 * kVectorBytes / SizeOf(w.weight.dtype), slabs = DivideUp(w.outputs(), slab);
   const int64_t segment = RoundUp(DivideUp(w.inputs(), kSumSegments), kSumSegment);
   const int64_t segments = DivideUp(w.inputs(), segment);
-  const int64_t groups_at_once = kRowsAtOnce / variant.rows;
+  const int64_t groups_at_once = kSumRows / variant.rows;
   CHECK(segment <= UINT16_MAX) << w.inputs() << " inputs";
   const int64_t shared =
       std::max(segment * variant.rows, kWarps * variant.rows * slab) * int64_t{sizeof(float)} + 3 * segment;

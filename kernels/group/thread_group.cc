@@ -20,6 +20,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
 #include "kernels/base/clock.h"
+#include "kernels/base/pause.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/group/ordered_sum.h"
 
@@ -32,16 +33,10 @@ constexpr int64_t kBufferBytes = 64 << 10;
 constexpr int64_t kBufferFloats = kBufferBytes / sizeof(float);
 // Pauses of 10 to 40 ns, up to 2 ms in all: CPUs that share a memory differ by a quarter for a millisecond and longer,
 // and a sleeper of a virtual machine takes 50 us to wake (measured: spins of 50 us made 2 ranks 4 % slower).
-constexpr int kSpins = 50000;
+constexpr int kLongSpins = 50000;
 constexpr int kShortSpins = 50;  // with more ranks than CPUs the one that is waited for may need this one
 constexpr int kNobody = -1;
 constexpr char kAllReduce[] = "AllReduce", kBroadcast[] = "Broadcast", kGather[] = "Gather";  // compared by address
-
-void Pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
 
 // Until woken, `word` is not `value`, or the time is over.
 void FutexWait(std::atomic<uint32_t>& word, uint32_t value, double seconds) {
@@ -69,7 +64,7 @@ struct Group {
   Group(int size, const ThreadGroupOptions& options)
       : size(size),
         options(options),
-        spins(size <= static_cast<int>(ThreadPool::Cpus().size()) ? kSpins : kShortSpins),
+        spins(size <= static_cast<int>(ThreadPool::Cpus().size()) ? kLongSpins : kShortSpins),
         slots(new Slot[size]) {
     for (int rank = 0; rank < size; ++rank) {
       for (auto& buffer : slots[rank].buffers) buffer.reset(new float[kBufferFloats]);  // first touched by its rank

@@ -37,7 +37,7 @@ using std::chrono::microseconds;
 constexpr int64_t kPieceFloats = 64 << 10;
 constexpr int64_t kPieceBytes = int64_t{1} << 30;  // MPI counts in int
 constexpr double kLongestLeave_s = 10;             // whatever the limit
-constexpr int kSpins = 200;                        // tests before the clock is read
+constexpr int kTests = 200;                        // before the clock is read
 constexpr auto kSpinTime = microseconds(200);
 constexpr auto kShortestSleep = microseconds(20), kLongestSleep = microseconds(1000);
 constexpr int kSleepShare = 50;  // of the time waited so far: a sleep makes no wait much longer
@@ -47,7 +47,8 @@ struct Call {
   int tag;
   const char* name;
 };
-constexpr Call kAllReduce{1, "AllReduce"}, kBroadcast{2, "Broadcast"}, kGather{3, "Gather"}, kLeave{4, "leaving"};
+constexpr Call kMpiAllReduce{1, "AllReduce"}, kMpiBroadcast{2, "Broadcast"}, kMpiGather{3, "Gather"},
+    kMpiLeave{4, "leaving"};
 
 int FromEnvironment(const char* name) {
   const char* const value = std::getenv(name);
@@ -78,10 +79,10 @@ class OpenMpiCommunicator final : public Communicator {
       char nothing = 0;
       for (int peer = 0; peer < size_; ++peer) {
         if (peer == rank_) continue;
-        Receive(buffers_[peer].get(), 1, peer, kLeave);
-        Send(&nothing, 1, peer, kLeave);
+        Receive(buffers_[peer].get(), 1, peer, kMpiLeave);
+        Send(&nothing, 1, peer, kMpiLeave);
       }
-      Await(kLeave, std::min(limit_s_, kLongestLeave_s), /*long_wait=*/true);
+      Await(kMpiLeave, std::min(limit_s_, kLongestLeave_s), /*long_wait=*/true);
       if (mpi_->leave() != 0) std::fprintf(stderr, "%s\n", mpi_->error());
     } catch (const std::runtime_error& error) {
       std::fprintf(stderr, "MPI is not ended: %s\n", error.what());
@@ -108,12 +109,12 @@ class OpenMpiCommunicator final : public Communicator {
         });
       }
       for (int peer = 0; peer < size_; ++peer) {
-        if (peer != rank_) Receive(buffers_[peer].get(), count * sizeof(float), peer, kAllReduce);
+        if (peer != rank_) Receive(buffers_[peer].get(), count * sizeof(float), peer, kMpiAllReduce);
       }
       for (int peer = 0; peer < size_; ++peer) {
-        if (peer != rank_) Send(own, count * sizeof(float), peer, kAllReduce);
+        if (peer != rank_) Send(own, count * sizeof(float), peer, kMpiAllReduce);
       }
-      Await(kAllReduce, limit_s_, /*long_wait=*/false);
+      Await(kMpiAllReduce, limit_s_, /*long_wait=*/false);
       ForEachRun(x, first, count, [&](float* run, int64_t offset, int64_t length) {
         for (int peer = 0; peer < size_; ++peer) parts_[peer] = peer == rank_ ? run : buffers_[peer].get() + offset;
         SumInOrder(parts_, length, run);
@@ -128,13 +129,13 @@ class OpenMpiCommunicator final : public Communicator {
       char* const piece = static_cast<char*>(data) + first;
       const int64_t count = std::min(kPieceBytes, bytes - first);
       if (rank_ != 0) {
-        Receive(piece, count, 0, kBroadcast);
-        Await(kBroadcast, broadcast_limit_s_,
+        Receive(piece, count, 0, kMpiBroadcast);
+        Await(kMpiBroadcast, broadcast_limit_s_,
               /*long_wait=*/true);
         continue;
       }
-      for (int peer = 1; peer < size_; ++peer) Send(piece, count, peer, kBroadcast);
-      Await(kBroadcast, limit_s_, /*long_wait=*/false);
+      for (int peer = 1; peer < size_; ++peer) Send(piece, count, peer, kMpiBroadcast);
+      Await(kMpiBroadcast, limit_s_, /*long_wait=*/false);
     }
   }
 
@@ -143,13 +144,13 @@ class OpenMpiCommunicator final : public Communicator {
       const char* const piece = static_cast<const char*>(mine) + first;
       const int64_t count = std::min(kPieceBytes, bytes - first);
       if (rank_ != 0) {
-        Send(piece, count, 0, kGather);
+        Send(piece, count, 0, kMpiGather);
       } else {
         char* const to = static_cast<char*>(all) + first;
-        for (int peer = 1; peer < size_; ++peer) Receive(to + peer * bytes, count, peer, kGather);
+        for (int peer = 1; peer < size_; ++peer) Receive(to + peer * bytes, count, peer, kMpiGather);
         std::memcpy(to, piece, count);
       }
-      Await(kGather, limit_s_, /*long_wait=*/false);
+      Await(kMpiGather, limit_s_, /*long_wait=*/false);
     }
   }
 
@@ -166,7 +167,7 @@ class OpenMpiCommunicator final : public Communicator {
   // Until all messages are done. After a while the processor goes to others, in a long wait for longer.
   void Await(const Call& call, double limit_s, bool long_wait) {
     int32_t peer = 0;
-    for (int i = 0; i < kSpins; ++i) {
+    for (int i = 0; i < kTests; ++i) {
       if (mpi_->test(&peer) != 0) Fail(call, mpi_->error());
       if (peer < 0) return;
     }

@@ -8,12 +8,12 @@
 
 #include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
+#include "loadtest/cli/output.h"
 #include "loadtest/client/duration.h"
 
 namespace dejavu {
 namespace {
 
-constexpr int kExitInterrupted = 130;
 constexpr auto kPoll = std::chrono::milliseconds(100);
 // A daemon that was started a moment ago does not listen yet. After that, no daemon is there.
 constexpr auto kStateTimeout = std::chrono::seconds(1);  // the channel would try for longer

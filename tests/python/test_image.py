@@ -95,7 +95,7 @@ def test_the_runtime_packages_are_those_that_the_programs_load():
 
 def test_the_image_holds_only_what_runs():
     assert [rest for word, rest in stages()["runtime"] if word == "COPY"] == [
-        "--from=build /src/build/demo/bin/dejavud /src/build/demo/bin/dejavu-cli /usr/local/bin/",
+        "--from=build /src/build/image/bin/dejavud /src/build/image/bin/dejavu-cli /usr/local/bin/",
         "--from=model /models /usr/share/dejavu/models"]
     for target in ("cuda", "multi-host"):
         module, = (rest for word, rest in stages()[target] if word == "COPY" and "--from=build" in rest)

@@ -10,11 +10,6 @@
 #include "kernels/base/check.h"
 
 namespace dejavu {
-namespace {
-
-constexpr int64_t kStripeBytes = int64_t{4} << 20;
-
-}  // namespace
 
 // The next stripe is made while this one is uploaded: the first touch of new memory costs as much as making it.
 absl::Status RowWriter::Write(const Tensor& weight, const Tensor& scale, const RowId& id, const MakeRow& make) {
