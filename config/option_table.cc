@@ -162,7 +162,7 @@ std::vector<Option> OptionTable(Config* config) {
        .limits = kTimeLimits},
       {.key = "scheduler.fault",
        .group = "Scheduler",
-       .help = "for tests: throw@STEP or hang@STEP breaks that step; empty: none",
+       .help = "for tests: throw@STEP or hang@STEP breaks that step, slow@MS lengthens every step; empty: none",
        .target = &e.fault},
 
       {.key = "kv.block_tokens",

@@ -102,7 +102,7 @@ struct EngineOptions {
   MetricsOptions metrics;
 
   double watchdog_s = 300.0;  // a step that takes longer means that the engine has failed; 0: never
-  std::string fault;          // for tests: throw@STEP or hang@STEP
+  std::string fault;          // for tests: throw@STEP, hang@STEP or slow@MS
 };
 
 // INVALID_ARGUMENT with the option, its value and its limits.

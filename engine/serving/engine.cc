@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "engine/serving/draws.h"
 #include "engine/serving/step_engine.h"
 #include "engine/serving/warm_up.h"
@@ -202,6 +204,7 @@ void StepEngine::Step() {
   const bool drawn = !batch_.draws.empty();
   RunAhead();
   flights_.Await(batch_);
+  if (fault_.kind == Fault::Kind::kSlow) absl::SleepFor(absl::Milliseconds(fault_.delay_ms));
   times.done = std::chrono::steady_clock::now();
   times.since = std::exchange(since_, times.done);
 
@@ -250,7 +253,7 @@ void StepEngine::HandOutAll(const StepResults& results) {
 
 void StepEngine::InjectFault() {
   spdlog::warn("fault {} is injected", options_.fault);
-  if (fault_.hang) inbox_.WaitUntilStopped();
+  if (fault_.kind == Fault::Kind::kHang) inbox_.WaitUntilStopped();
   throw std::runtime_error("injected fault");
 }
 

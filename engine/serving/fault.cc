@@ -9,15 +9,16 @@
 namespace dejavu {
 
 absl::StatusOr<Fault> ParseFault(const std::string& text) {
-  Fault fault;
-  if (text.empty()) return fault;
+  if (text.empty()) return Fault();
   const std::pair<std::string, std::string> parts = absl::StrSplit(text, absl::MaxSplits('@', 1));
-  fault.hang = parts.first == "hang";
-  if ((parts.first != "throw" && parts.first != "hang") || !absl::SimpleAtoi(parts.second, &fault.step) ||
-      fault.step < 1) {
-    return absl::InvalidArgumentError(absl::StrCat("fault is '", text, "'; it must be throw@STEP or hang@STEP"));
+  int64_t value = 0;
+  if (absl::SimpleAtoi(parts.second, &value) && value >= 1) {
+    if (parts.first == "throw") return Fault{.kind = Fault::Kind::kThrow, .step = value};
+    if (parts.first == "hang") return Fault{.kind = Fault::Kind::kHang, .step = value};
+    if (parts.first == "slow") return Fault{.kind = Fault::Kind::kSlow, .delay_ms = value};
   }
-  return fault;
+  return absl::InvalidArgumentError(
+      absl::StrCat("fault is '", text, "'; it must be throw@STEP, hang@STEP or slow@MS, from 1"));
 }
 
 }  // namespace dejavu

@@ -1,4 +1,4 @@
-// Fault: what the engine thread does in the place of one of its steps, for tests of what happens then.
+// Fault: what the engine thread does to its steps, for tests of what happens then.
 #ifndef ENGINE_SERVING_FAULT_H_
 #define ENGINE_SERVING_FAULT_H_
 
@@ -10,11 +10,13 @@
 namespace dejavu {
 
 struct Fault {
-  bool hang = false;  // else it throws
-  int64_t step = 0;   // 0: none
+  enum class Kind { kNone, kThrow, kHang, kSlow };
+  Kind kind = Kind::kNone;
+  int64_t step = 0;      // kThrow and kHang: the step that breaks, from 1
+  int64_t delay_ms = 0;  // kSlow: what every step takes longer
 };
 
-// "throw@STEP", "hang@STEP", or nothing.
+// "throw@STEP", "hang@STEP", "slow@MS", or nothing.
 absl::StatusOr<Fault> ParseFault(const std::string& text);
 
 }  // namespace dejavu

@@ -113,18 +113,6 @@ class Daemon:
             assert time.monotonic() < deadline, load
             time.sleep(0.01)
 
-    @contextlib.contextmanager
-    def crowd(self):
-        """Two batches full of long streams: who comes after them does not end by itself for a thousand steps."""
-        streams = [self.stub.GenerateStream(self.request([2, 5], 500), timeout=PATIENCE_S) for _ in range(32)]
-        for stream in streams:
-            next(stream)
-        try:
-            yield
-        finally:
-            for stream in streams:
-                stream.cancel()
-
     def pid(self, rank=0):
         """Of the process that is that rank."""
         if self.processes == 1:
@@ -158,6 +146,15 @@ class Daemon:
 def daemon(api, tmp_path_factory):
     """One daemon with the embedded model, shared by the tests that leave it as they found it."""
     daemon = Daemon(api, tmp_path_factory.mktemp("daemon"))
+    yield daemon
+    daemon.stop()
+    assert daemon.process.returncode == 0, daemon.log()
+
+
+@pytest.fixture(scope="session")
+def braked(api, tmp_path_factory):
+    """A daemon whose steps take 10 ms: a stream of 500 tokens does not end by itself before a test has done its part."""
+    daemon = Daemon(api, tmp_path_factory.mktemp("braked"), "--scheduler-fault", "slow@10", "--scheduler-deadline-slack", "0")
     yield daemon
     daemon.stop()
     assert daemon.process.returncode == 0, daemon.log()

@@ -298,15 +298,15 @@ def test_a_deadline_is_exit_code_4(daemon):
     daemon.expect_idle()
 
 
-def test_ctrl_c_cancels_the_request_and_is_exit_code_130(daemon):
-    command = [BIN / "dejavu-cli", "--server", daemon.address, "generate", "--token-ids", IDS_FLAG, "--max-new-tokens",
+def test_ctrl_c_cancels_the_request_and_is_exit_code_130(braked):
+    command = [BIN / "dejavu-cli", "--server", braked.address, "generate", "--token-ids", IDS_FLAG, "--max-new-tokens",
                "500", "--ignore-eos", "--json", "--stream"]
-    with daemon.crowd(), subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
         process.stdout.read()
         assert process.wait(timeout=PATIENCE_S) == 130
-    daemon.expect_idle()
+    braked.expect_idle()
 
 
 def test_abort_of_an_unknown_request_is_exit_code_1(daemon):
