@@ -325,8 +325,8 @@ DJ_DEVICE void Attention(const AttentionParams& p) {
   DJ_SHARED(float, parts, kBlockThreads* kPieceElements);
   DJ_SHARED(float, sums, kWarps);
   DJ_SHARED(float, maxima, kWarps);
-  GridLaunchDependents();
   GridWait();
+  GridLaunchDependents();
   AttentionBlock<Kv, kRows> block(p, q, scores, parts, sums, maxima);
   const int end = Min(p.rows, (static_cast<int>(blockIdx.z) + 1) * kRows);
   int next = 0;
@@ -343,8 +343,8 @@ static_assert(kSplitPositions == kBlockThreads, "a thread a score");
 
 template <typename Kv>
 DJ_DEVICE void WriteKv(const AttentionParams& p) {
-  GridLaunchDependents();
   GridWait();
+  GridLaunchDependents();
   const int row = static_cast<int>(blockIdx.z), head = static_cast<int>(blockIdx.y);
   CacheOf<Kv>(p, row, head).Store(p.positions[row]);
 }

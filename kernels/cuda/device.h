@@ -1,7 +1,9 @@
 // What kernel sources may use of CUDA, by one name for both compilers: nvcc, and the host compiler over the emulator of
 // tests/simt, which runs the very same sources on the CPU. Kernels use nothing else of CUDA.
 //
-//   DJ_KERNEL(Name, Params, threads) { ... p.field ... }   a kernel; its one parameter is called p
+//   DJ_KERNEL(Name, Params, threads) { ... p.field ... }   a kernel; its one parameter is called p; two blocks of it fit a
+//                                    multiprocessor's registers
+//   DJ_WIDE_KERNEL(Name, Params, threads)                  likewise, of which one block does
 //   DJ_SHARED(T, name, N)            static shared memory T name[N]; T without constructors
 //   DJ_DYNAMIC_SHARED(T, name)       the launch's dynamic shared memory, 16-byte aligned
 //   DJ_DEVICE                        before functions that kernels call (always inlined)
@@ -11,9 +13,11 @@
 //   __uint_as_float, __float_as_uint
 //   and, of our own, what is declared below.
 //
-// Every kernel calls GridWait before it reads what a launch before it wrote, in all of its threads: so a launch that
-// begins early (DejavuCudaLaunch.overlaps) still comes after all launches before it. LoadStream is for weights alone,
-// which no kernel writes.
+// Every kernel calls GridWait, in all of its threads, before it reads what the launch before it wrote and before it writes
+// anything that others see: so a launch that begins early (DejavuCudaLaunch.overlaps) still comes after all launches
+// before it. It calls GridLaunchDependents after GridWait: when the next launch begins, the one before this has ended, so
+// that what is two launches old may be read before GridWait. LoadStream, LoadConstant and CopyAsync16 before GridWait are
+// for that and for weights, which no kernel writes.
 #ifndef KERNELS_CUDA_DEVICE_H_
 #define KERNELS_CUDA_DEVICE_H_
 
@@ -25,6 +29,8 @@
 
 #define DJ_KERNEL(Name, Params, threads) \
   __global__ void __launch_bounds__(threads, 2) Name(const __grid_constant__ Params p)
+#define DJ_WIDE_KERNEL(Name, Params, threads) \
+  __global__ void __launch_bounds__(threads, 1) Name(const __grid_constant__ Params p)
 #define DJ_DEVICE __device__ __forceinline__
 #define DJ_SHARED(T, name, N) __shared__ T name[N]
 #define DJ_DYNAMIC_SHARED(T, name) T* const name = reinterpret_cast<T*>(::dejavu::cuda::dynamic_shared)
@@ -56,6 +62,13 @@ DJ_DEVICE Vector16 LoadStream(const void* p) {
   return v;
 }
 
+// What no kernel writes, read where this stands: neither behind GridWait nor when it is first used.
+DJ_DEVICE float LoadConstant(const float* p) {
+  float value;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(p));
+  return value;
+}
+
 DJ_DEVICE float HalfToFloat(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 DJ_DEVICE uint16_t FloatToHalf(float value) { return __half_as_ushort(__float2half_rn(value)); }
 DJ_DEVICE float BFloat16ToFloat(uint16_t bits) { return __uint_as_float(uint32_t{bits} << 16); }
@@ -81,16 +94,37 @@ DJ_DEVICE void MmaS8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// cp.async of 16 aligned bytes.
-DJ_DEVICE void CopyAsync16(void* shared, const void* global) {
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-      "l"(global));
+// cp.async of 16 aligned bytes; zeros in their place unless `copies`, whatever `global` is.
+DJ_DEVICE void CopyAsync16(void* shared, const void* global, bool copies = true) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(copies ? 16 : 0)
+               : "memory");
 }
-DJ_DEVICE void CopyAsyncCommit() { asm volatile("cp.async.commit_group;"); }
+DJ_DEVICE void CopyAsyncCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
 DJ_DEVICE void CopyAsyncWait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// ldmatrix: four matrices of 8 rows of 16 bytes in shared memory; lane l names row l % 8 of matrix l / 8 and gets in w[i]
+// bytes 4 (l % 4) ... of row l / 4 of matrix i. Transposed: of 16-bit elements, w[i] holds rows 2 (l % 4) and the next of
+// column l / 4.
+DJ_DEVICE Vector16 LoadMatrices(const void* shared) {
+  Vector16 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared)))
+               : "memory");
+  return v;
+}
+DJ_DEVICE Vector16 LoadMatricesTransposed(const void* shared) {
+  Vector16 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared)))
+               : "memory");
+  return v;
 }
 
 // Programmatic dependent launch: nothing on devices before Hopper, where launches do not overlap.
@@ -101,7 +135,7 @@ DJ_DEVICE void GridWait() {
 }
 DJ_DEVICE void GridLaunchDependents() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

@@ -31,8 +31,8 @@ DJ_DEVICE int BlockArgMax(double& value, int id) {
 }
 
 DJ_KERNEL(Draw, DrawParams, kBlockThreads) {
-  GridLaunchDependents();
   GridWait();
+  GridLaunchDependents();
   const int row = static_cast<int>(blockIdx.x);
   const float* logits = Row(p.logits, row);
   const int32_t* draw = Row(p.draws, row);

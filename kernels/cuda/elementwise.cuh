@@ -23,8 +23,8 @@ DJ_DEVICE void EmbedRow(const EmbedParams& p, int row) {
 
 // Grid (pieces, rows), as of the next two.
 DJ_KERNEL(Embed, EmbedParams, kBlockThreads) {
-  GridLaunchDependents();
   GridWait();
+  GridLaunchDependents();
   const int row = static_cast<int>(blockIdx.y);
   switch (p.type) {
     case kF32:
@@ -39,8 +39,8 @@ DJ_KERNEL(Embed, EmbedParams, kBlockThreads) {
 }
 
 DJ_KERNEL(Add, AddParams, kBlockThreads) {
-  GridLaunchDependents();
   GridWait();
+  GridLaunchDependents();
   float* to = Row(p.x, blockIdx.y);
   const float* from = Row(p.y, blockIdx.y);
   for (int i = static_cast<int>(blockIdx.x) * kBlockThreads + Thread(); i < p.features;
@@ -50,8 +50,8 @@ DJ_KERNEL(Add, AddParams, kBlockThreads) {
 }
 
 DJ_KERNEL(GatherRows, GatherRowsParams, kBlockThreads) {
-  GridLaunchDependents();
   GridWait();
+  GridLaunchDependents();
   float* to = Row(p.y, blockIdx.y);
   const float* from = Row(p.x, p.ids[blockIdx.y]);
   for (int i = static_cast<int>(blockIdx.x) * kBlockThreads + Thread(); i < p.features;
@@ -87,8 +87,8 @@ DJ_DEVICE void NormRow(const NormParams& p, int row, float* x) {
 
 DJ_KERNEL(Norm, NormParams, kBlockThreads) {
   DJ_DYNAMIC_SHARED(float, x);
-  GridLaunchDependents();
   GridWait();
+  GridLaunchDependents();
   NormRow(p, static_cast<int>(blockIdx.x), x);
 }
 
@@ -96,8 +96,8 @@ DJ_KERNEL(Norm, NormParams, kBlockThreads) {
 DJ_KERNEL(Audit, AuditParams, kBlockThreads) {
   DJ_SHARED(int, counts, kWarps);
   DJ_SHARED(float, masses, kWarps);
-  GridLaunchDependents();
   GridWait();
+  GridLaunchDependents();
   const float* h = Row(p.hidden, blockIdx.x);
   const int32_t* mask = p.masks.data != nullptr ? Row(p.masks, blockIdx.x) : nullptr;
   int selected = 0, active = 0, hits = 0;

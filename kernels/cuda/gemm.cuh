@@ -9,8 +9,8 @@ namespace dejavu::cuda {
 // Grid (pieces, rows), as of the next.
 template <typename W>
 DJ_DEVICE void SplitRow(const SplitParams& p) {
-  GridLaunchDependents();
   GridWait();
+  GridLaunchDependents();
   const int row = static_cast<int>(blockIdx.y), i = static_cast<int>(blockIdx.x) * kBlockThreads + Thread();
   if (row == 0 && blockIdx.x == 0) {
     for (int k = Thread(); k < p.cleared_count; k += kBlockThreads) p.cleared[k] = 0;
@@ -21,8 +21,8 @@ DJ_KERNEL(SplitF16, SplitParams, kBlockThreads) { SplitRow<Half>(p); }
 DJ_KERNEL(SplitBF16, SplitParams, kBlockThreads) { SplitRow<BFloat16>(p); }
 
 DJ_KERNEL(FinishGemm, FinishGemmParams, kBlockThreads) {
-  GridLaunchDependents();
   GridWait();
+  GridLaunchDependents();
   const int i = static_cast<int>(blockIdx.x) * kBlockThreads + Thread();
   if (i >= p.features) return;
   float& y = Row(p.y, blockIdx.y)[i];
@@ -32,8 +32,8 @@ DJ_KERNEL(FinishGemm, FinishGemmParams, kBlockThreads) {
 
 // A thread has a neuron.
 DJ_KERNEL(CountActive, CountActiveParams, kBlockThreads) {
-  GridLaunchDependents();
   GridWait();
+  GridLaunchDependents();
   const int neuron = static_cast<int>(blockIdx.x) * kBlockThreads + Thread();
   bool any = false;
   for (int r = 0; r < p.rows; ++r) {

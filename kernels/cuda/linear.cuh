@@ -363,8 +363,8 @@ DJ_DEVICE void Linear(const LinearParams& p) {
   DJ_DYNAMIC_SHARED(Vector16, x);
   DJ_SHARED(int32_t, sums, kWarps * 2 * kLinearRows * kTokenStride);
   DJ_SHARED(float, scales, kLinearRows);
-  GridLaunchDependents();
   GridWait();
+  GridLaunchDependents();
   const int block = static_cast<int>(blockIdx.y), blocks = static_cast<int>(gridDim.y);
   if (block == 0 && blockIdx.x == 0) {
     for (int i = Thread(); i < p.cleared_count; i += kBlockThreads) p.cleared[i] = 0;

@@ -15,8 +15,8 @@ DJ_DEVICE uint64_t SumOfWords(const Vector16& v) {
 DJ_KERNEL(ReadSum, ReadSumParams, kBlockThreads) {
   constexpr int kLoads = 8;
   constexpr int64_t kPiece = kLoads * kBlockThreads;
-  GridLaunchDependents();
   GridWait();
+  GridLaunchDependents();
   const Vector16* data = static_cast<const Vector16*>(p.data);
   uint64_t sum = 0;
   for (int64_t first = blockIdx.x * kPiece; first < p.vectors; first += gridDim.x * kPiece) {

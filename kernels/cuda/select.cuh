@@ -181,8 +181,8 @@ DJ_DEVICE void NormSelect(const NormSelectParams& p) {
   DJ_SHARED(int16_t, q, kCoordinates * kRows);
   DJ_SHARED(float, scales, kRows);
   DJ_SHARED(int32_t, ranks, kRows);
-  GridLaunchDependents();
   GridWait();
+  GridLaunchDependents();
   const int block = static_cast<int>(blockIdx.x) - p.norm.rows;
   if (block < 0) {
     NormRow(p.norm, static_cast<int>(blockIdx.x), shared);

@@ -188,8 +188,8 @@ class SumBlock {
 template <typename W, int kRows>
 DJ_DEVICE void Sum(const SumParams& p) {
   DJ_DYNAMIC_SHARED(float, shared);
-  GridLaunchDependents();
   GridWait();
+  GridLaunchDependents();
   SumBlock<W, kRows>(p, shared).Run();
 }
 

@@ -21,7 +21,7 @@ enum class State { kNew, kReady, kAtBlock, kAtWarp, kAtGrid, kEnded };
 
 struct AsyncCopy {
   void* to;
-  const void* from;
+  const void* from;  // nullptr: zeros
   int group;
 };
 

@@ -43,7 +43,9 @@ void Grid::FinishCopies(int groups_under_way) {
   std::vector<AsyncCopy>& copies = running_->copies;
   const int finished = running_->copy_groups - groups_under_way;
   const auto end = std::find_if(copies.begin(), copies.end(), [&](const AsyncCopy& c) { return c.group >= finished; });
-  std::for_each(copies.begin(), end, [](const AsyncCopy& copy) { std::memcpy(copy.to, copy.from, 16); });
+  std::for_each(copies.begin(), end, [](const AsyncCopy& copy) {
+    copy.from != nullptr ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+  });
   copies.erase(copies.begin(), end);
 }
 

@@ -1,4 +1,4 @@
-// Matrix products of a warp.
+// Matrix products of a warp, and how it loads matrices for them.
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -62,6 +62,45 @@ void Mma(const char* what, Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (
 }
 
 }  // namespace
+
+namespace {
+
+Vector16 LoadFour(const char* what, bool transposed, const void* shared, simt::Where where) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) simt::Fail("ldmatrix: a row is not aligned to 16 bytes");
+  struct Operand {
+    const void* row;
+    bool transposed;
+    Vector16 result;
+  } operand{shared, transposed, {}};
+  simt::MeetWarp(
+      what, simt::kAllLanes, &operand,
+      [](uint32_t, void* const* operands) {
+        for (uint32_t lane = 0; lane < kWarp; ++lane) {
+          auto& mine = *static_cast<Operand*>(operands[lane]);
+          for (uint32_t matrix = 0; matrix < 4; ++matrix) {
+            uint16_t pair[2];
+            for (uint32_t i = 0; i < 2; ++i) {
+              const uint32_t along = 2 * (lane % 4) + i, across = lane / 4;
+              const uint32_t row = mine.transposed ? along : across, column = mine.transposed ? across : along;
+              const auto* from = static_cast<const uint16_t*>(static_cast<Operand*>(operands[8 * matrix + row])->row);
+              pair[i] = from[column];
+            }
+            mine.result.w[matrix] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+          }
+        }
+      },
+      where);
+  return operand.result;
+}
+
+}  // namespace
+
+Vector16 LoadMatrices(const void* shared, simt::Where where) {
+  return LoadFour("LoadMatrices", false, shared, where);
+}
+Vector16 LoadMatricesTransposed(const void* shared, simt::Where where) {
+  return LoadFour("LoadMatricesTransposed", true, shared, where);
+}
 
 uint16_t FloatToBFloat16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);

@@ -78,7 +78,9 @@ uint32_t Vote(const char* what, uint32_t mask, bool predicate, Where where) {
 
 namespace dejavu::cuda {
 
-void CopyAsync16(void* shared, const void* global) { simt::Running().CopyAsync(shared, global); }
+void CopyAsync16(void* shared, const void* global, bool copies) {
+  simt::Running().CopyAsync(shared, copies ? global : nullptr);
+}
 void CopyAsyncCommit() { simt::Running().CommitCopies(); }
 void FinishCopies(int groups_under_way) { simt::Running().FinishCopies(groups_under_way); }
 void GridWait() { simt::Running().WaitForGrid(); }

@@ -123,6 +123,7 @@ T Replace(T* address, T value) {
   inline void Name##Body(const Params& p);                                          \
   inline constexpr ::dejavu::simt::Kernel<Params> Name{#Name, threads, Name##Body}; \
   inline void Name##Body([[maybe_unused]] const Params& p)
+#define DJ_WIDE_KERNEL DJ_KERNEL
 #define DJ_DEVICE inline
 #define DJ_SHARED(T, name, N)           \
   static constinit char name##Site = 0; \
@@ -222,6 +223,7 @@ inline Vector16 LoadVector(const void* p) {
   return *static_cast<const Vector16*>(p);
 }
 inline Vector16 LoadStream(const void* p) { return LoadVector(p); }
+inline float LoadConstant(const float* p) { return *p; }
 
 inline float HalfToFloat(uint16_t bits) { return FloatFromFloat16(bits); }
 inline uint16_t FloatToHalf(float value) { return Float16FromFloat(value); }
@@ -236,13 +238,17 @@ void MmaS8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], simt
 
 // cp.async. The target is NaN from the copy's begin until the wait that covers its group: reading it earlier, and
 // beginning to overwrite what others still read, both show.
-void CopyAsync16(void* shared, const void* global);
+void CopyAsync16(void* shared, const void* global, bool copies = true);
 void CopyAsyncCommit();
 void FinishCopies(int groups_under_way);
 template <int N>
 void CopyAsyncWait() {
   FinishCopies(N);
 }
+
+// ldmatrix, as kernels/cuda/device.h says.
+Vector16 LoadMatrices(const void* shared, simt::Where where = simt::Where::Here());
+Vector16 LoadMatricesTransposed(const void* shared, simt::Where where = simt::Where::Here());
 
 // Programmatic dependent launch.
 void GridWait();
