@@ -15,6 +15,7 @@
 #include "kernels/check_shapes.h"
 #include "kernels/cuda/device_group.h"
 #include "kernels/cuda/device_queue.h"
+#include "kernels/cuda/fragment_store.h"
 #include "kernels/cuda/held_ops.h"
 #include "kernels/cuda/kernel_params.h"
 #include "kernels/cuda/params.h"
@@ -44,6 +45,7 @@ class CudaBackend final : public Backend {
   absl::StatusOr<Buffer> Allocate(int64_t bytes) override { return queue_->Allocate(bytes); }
   void Upload(Tensor target, const void* source) override {
     held_.Flush();
+    fragments_.Wrote(target);
     staging_->Upload(target, source);
   }
   void Download(void* target, Tensor source) override {
@@ -66,10 +68,13 @@ class CudaBackend final : public Backend {
   void Await(uint64_t mark) override { staging_->Await(mark); }
   void Run(uint64_t key, absl::FunctionRef<void()> ops) override {
     held_.Flush();
+    // A replay does not come through here: what it leaves, nobody knows.
+    fragments_.Forget();
     recordings_.Run(key, [&] {
       ops();
       held_.Flush();
     });
+    fragments_.Forget();
   }
   void Stamp(int event) override {
     held_.Flush();
@@ -105,12 +110,15 @@ class CudaBackend final : public Backend {
   Recordings recordings_{*queue_, *staging_};
   Scratch scratch_{*queue_, *staging_, recordings_};
   HeldOps held_{*queue_};
-  Products products_{*queue_, scratch_};
+  FragmentStore fragments_{*queue_, scratch_, held_};
+  Products products_{*queue_, scratch_, fragments_};
+  FragmentStore::Forms of_up_;  // in which the last up-projection read its rows: the next norm leaves them so
 };
 
 void CudaBackend::Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) {
   CheckEmbed(y, ids, table);
   held_.Flush();
+  fragments_.Wrote(y);
   const EmbedParams p = {.y = MatrixFrom<float>(y),
                          .ids = VectorFrom<int32_t>(ids),
                          .table = table.weight.data,
@@ -126,17 +134,20 @@ void CudaBackend::Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int
 
 void CudaBackend::LayerNorm(Tensor y, Tensor x, const NormWeights& norm) {
   CheckLayerNorm(y, x, norm);
+  fragments_.Wrote(y);
   held_.HoldNorm(y, x, norm);
 }
 
 void CudaBackend::Add(Tensor x, Tensor y) {
   CheckAdd(x, y);
+  fragments_.Wrote(x);
   held_.HoldAdd(x, y);
 }
 
 void CudaBackend::GatherRows(Tensor y, Tensor x, Tensor ids) {
   CheckGatherRows(y, x, ids);
   held_.Flush();
+  fragments_.Wrote(y);
   const GatherRowsParams p = {.y = MatrixFrom<float>(y),
                               .x = MatrixFrom<const float>(x),
                               .ids = VectorFrom<int32_t>(ids),
@@ -147,13 +158,16 @@ void CudaBackend::GatherRows(Tensor y, Tensor x, Tensor ids) {
 void CudaBackend::Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& selected, int64_t group,
                          const Ride& ride) {
   CheckLinear(y, x, w, group, ride);
-  held_.Flush();
+  fragments_.Wrote(y);
+  if (ride.w != nullptr) fragments_.Wrote(ride.y);
   if (Products::TakesGemm(x, w, selected)) {
+    held_.Flush();
     products_.Gemm(y, x, w);
     if (ride.w != nullptr) products_.Multiply({.y = ride.y, .x = x, .w = *ride.w});
     return;
   }
   if (w.layout == LinearWeights::Layout::kInputRows) {
+    held_.Flush();
     products_.Sum(y, x, w, selected, group, /*skip_zeros=*/false, {});
     return;
   }
@@ -176,6 +190,7 @@ void CudaBackend::WriteKv(const KvLayer& kv, Tensor qkv, const RowTable& rows) {
 void CudaBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const RowTable& rows, float scale,
                             const Selection& heads) {
   CheckAttention(context, qkv, kv, rows, heads);
+  fragments_.Wrote(context);
   const KvRows attending = {kv, qkv, rows};
   const bool fused = rows.rows() <= kFusedRows;
   const bool writes = fused && held_.TakeWriteKv(attending);
@@ -207,9 +222,10 @@ void CudaBackend::Select(const Selection& selection, Tensor counts, Tensor a, co
   CHECK(w.b.stride % 4 == 0 && reinterpret_cast<uintptr_t>(w.b.data) % 4 == 0) << "b of Select is not aligned";
   NormSelectParams p = {};
   int64_t norm_bytes = 0;
-  if (const std::optional<NormParams> norm = held_.TakeNorm(/*beside=*/a)) {
-    p.norm = *norm;
-    norm_bytes = norm->features * int64_t{sizeof(float)};
+  if (const std::optional<HeldOps::HeldNorm> norm = held_.TakeNorm(/*beside=*/a)) {
+    p.norm = norm->params;
+    p.norm.fragments = fragments_.MadeWith(norm->y, of_up_);
+    norm_bytes = HeldOps::SharedBytes(p.norm);
   }
   const bool single = a.rows == 1;
   const int64_t rows_of_block = single ? 1 : 8, groups = DivideUp(a.rows, rows_of_block);
@@ -234,8 +250,10 @@ void CudaBackend::Select(const Selection& selection, Tensor counts, Tensor a, co
 void CudaBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& neurons, bool skip_zeros, Tensor hidden,
                       Tensor active) {
   CheckMlp(y, x, w, neurons, hidden, active);
-  held_.Flush();
+  fragments_.Wrote(y);
+  fragments_.Wrote(hidden);
   if (Products::TakesGemm(x, w.up, neurons) && Products::TakesGemm(x, w.down, neurons)) {
+    held_.Flush();
     products_.Gemm(hidden, x, w.up, /*relu=*/true, active);
     if (!active.empty()) {
       const CountActiveParams p = {.x = MatrixFrom<const float>(hidden),
@@ -248,6 +266,7 @@ void CudaBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& 
     products_.Gemm(y, hidden, w.down);
     return;
   }
+  of_up_ = FragmentStore::FormsOf(w.up.weight.dtype);
   products_.Multiply({.y = hidden,
                       .x = x,
                       .w = w.up,
@@ -260,8 +279,9 @@ void CudaBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& 
 void CudaBackend::Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
                         Tensor hidden) {
   CheckAudit(result, x, up, worth, neurons, hidden);
-  held_.Flush();
+  fragments_.Wrote(hidden);
   if (Products::TakesGemm(x, up, {})) {
+    held_.Flush();
     products_.Gemm(hidden, x, up, /*relu=*/true);
   } else {
     products_.Multiply({.y = hidden, .x = x, .w = up, .relu = true});

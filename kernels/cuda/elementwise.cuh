@@ -60,38 +60,6 @@ DJ_KERNEL(GatherRows, GatherRowsParams, kBlockThreads) {
   }
 }
 
-// Mean and variance in two passes, as PyTorch does. `x` is the block's dynamic shared memory, [features].
-DJ_DEVICE void NormRow(const NormParams& p, int row, float* x) {
-  DJ_SHARED(float, sums, kWarps);
-  float* residual = Row(p.x, row);
-  float* y = Row(p.y, row);
-  float sum = 0.0f;
-  for (int i = Thread(); i < p.features; i += kBlockThreads) {
-    float value = residual[i];
-    if (p.add.data != nullptr) residual[i] = value += Row(p.add, row)[i];
-    x[i] = value;
-    sum += value;
-  }
-  const float mean = BlockSum(sum, sums) / static_cast<float>(p.features);
-  float squares = 0.0f;
-  for (int i = Thread(); i < p.features; i += kBlockThreads) {
-    const float d = x[i] - mean;
-    squares = fmaf(d, d, squares);
-  }
-  const float variance = BlockSum(squares, sums) / static_cast<float>(p.features);
-  const float scale = 1.0f / sqrtf(variance + p.epsilon);
-  for (int i = Thread(); i < p.features; i += kBlockThreads) {
-    y[i] = fmaf((x[i] - mean) * scale, p.weight[i], p.bias[i]);
-  }
-}
-
-DJ_KERNEL(Norm, NormParams, kBlockThreads) {
-  DJ_DYNAMIC_SHARED(float, x);
-  GridWait();
-  GridLaunchDependents();
-  NormRow(p, static_cast<int>(blockIdx.x), x);
-}
-
 // A block does a row.
 DJ_KERNEL(Audit, AuditParams, kBlockThreads) {
   DJ_SHARED(int, counts, kWarps);

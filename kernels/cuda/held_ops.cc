@@ -3,20 +3,15 @@
 #include <cstdint>
 #include <utility>
 
+#include "kernels/base/round.h"
+
 namespace dejavu::cuda {
-namespace {
 
-bool SameView(const Tensor& a, const Tensor& b) {
-  return a.data == b.data && a.rows == b.rows && a.cols == b.cols && a.stride == b.stride;
-}
-bool Overlap(const Tensor& a, const Tensor& b) {
-  const auto end = [](const Tensor& t) {
-    return static_cast<const char*>(t.data) + ((t.rows - 1) * t.stride + t.cols) * SizeOf(t.dtype);
-  };
-  return a.data < end(b) && b.data < end(a);
+int64_t HeldOps::SharedBytes(const NormParams& norm) {
+  return 3 * RoundUp(norm.features * int64_t{sizeof(float)}, kVectorBytes);
 }
 
-}  // namespace
+void HeldOps::Launch(const NormParams& norm) { queue_.Launch(kNorm, {norm.rows}, SharedBytes(norm), norm); }
 
 void HeldOps::Flush() {
   if (const auto add = std::exchange(add_, std::nullopt)) {
@@ -25,7 +20,7 @@ void HeldOps::Flush() {
     queue_.Launch(kAdd, RowGrid(add->x), 0, p);
   }
   if (const auto norm = std::exchange(norm_, std::nullopt)) {
-    queue_.Launch(kNorm, {norm->params.rows}, norm->params.features * int64_t{sizeof(float)}, norm->params);
+    Launch(norm->params);
   }
   if (const auto rows = std::exchange(write_kv_, std::nullopt)) {
     queue_.Launch(rows->kv.dtype == DType::kFloat16 ? kWriteKvF16 : kWriteKvF32, {1, rows->kv.heads, rows->rows.rows()},
@@ -40,8 +35,10 @@ void HeldOps::HoldAdd(Tensor x, Tensor y) {
 
 void HeldOps::HoldNorm(Tensor y, Tensor x, const NormWeights& norm) {
   MatrixOf<const float> add = {};
+  Tensor added;
   if (add_.has_value() && SameView(add_->x, x)) {
-    add = MatrixFrom<const float>(add_->y);
+    added = add_->y;
+    add = MatrixFrom<const float>(added);
     add_.reset();
   }
   Flush();
@@ -50,8 +47,11 @@ void HeldOps::HoldNorm(Tensor y, Tensor x, const NormWeights& norm) {
                       .add = add,
                       .weight = VectorFrom<float>(norm.weight),
                       .bias = VectorFrom<float>(norm.bias),
+                      .fragments = {},
                       .rows = Int(x.rows),
                       .features = Int(x.cols),
+                      .vectors = HasVectors(x) && HasVectors(norm.weight) && HasVectors(norm.bias) &&
+                                 (add.data == nullptr || HasVectors(added)),
                       .epsilon = norm.epsilon},
            .y = y,
            .x = x};
@@ -62,8 +62,15 @@ void HeldOps::HoldWriteKv(const KvRows& rows) {
   write_kv_ = rows;
 }
 
-std::optional<NormParams> HeldOps::TakeNorm(const Tensor& beside) {
+std::optional<HeldOps::HeldNorm> HeldOps::TakeNorm(const Tensor& beside) {
   if (norm_.has_value() && (Overlap(norm_->y, beside) || Overlap(norm_->x, beside))) Flush();
+  std::optional<HeldNorm> norm = std::exchange(norm_, std::nullopt);
+  Flush();
+  return norm;
+}
+
+std::optional<NormParams> HeldOps::TakeNormOf(const Tensor& x) {
+  if (norm_.has_value() && !SameView(norm_->y, x)) Flush();
   const std::optional<HeldNorm> norm = std::exchange(norm_, std::nullopt);
   Flush();
   return norm.has_value() ? std::optional(norm->params) : std::nullopt;

@@ -19,6 +19,11 @@ class HeldOps {
   HeldOps(const HeldOps&) = delete;
   HeldOps& operator=(const HeldOps&) = delete;
 
+  struct HeldNorm {
+    NormParams params;
+    Tensor y, x;  // [rows, features]
+  };
+
   // Launches what is held back.
   void Flush();
 
@@ -28,7 +33,12 @@ class HeldOps {
   void HoldWriteKv(const KvRows& rows);
 
   // The LayerNorm that is held back, for a launch which also reads `beside`; none if it touches that. Flushes.
-  std::optional<NormParams> TakeNorm(const Tensor& beside);
+  std::optional<HeldNorm> TakeNorm(const Tensor& beside);
+
+  // The LayerNorm that makes x, if that is held back. Flushes what else is.
+  std::optional<NormParams> TakeNormOf(const Tensor& x);
+  void Launch(const NormParams& norm);
+  static int64_t SharedBytes(const NormParams& norm);  // dynamic
 
   // Whether the WriteKv of these rows was held back; it no longer is.
   bool TakeWriteKv(const KvRows& rows);
@@ -37,11 +47,6 @@ class HeldOps {
   struct HeldAdd {
     Tensor x, y;  // [rows, features]
   };
-  struct HeldNorm {
-    NormParams params;
-    Tensor y, x;  // [rows, features]
-  };
-
   DeviceQueue& queue_;
   std::optional<HeldAdd> add_;
   std::optional<HeldNorm> norm_;

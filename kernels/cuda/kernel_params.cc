@@ -27,6 +27,17 @@ bool HasVectors(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.data) % kVectorBytes == 0 && t.stride * SizeOf(t.dtype) % kVectorBytes == 0;
 }
 
+bool SameView(const Tensor& a, const Tensor& b) {
+  return a.data == b.data && a.rows == b.rows && a.cols == b.cols && a.stride == b.stride;
+}
+
+bool Overlap(const Tensor& a, const Tensor& b) {
+  const auto end = [](const Tensor& t) {
+    return static_cast<const char*>(t.data) + ((t.rows - 1) * t.stride + t.cols) * SizeOf(t.dtype);
+  };
+  return a.data < end(b) && b.data < end(a);
+}
+
 SelectionParams SelectionFrom(const Selection& selection, bool masks, int64_t first_row) {
   SelectionParams p = {};
   if (selection.all()) return p;

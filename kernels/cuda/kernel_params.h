@@ -32,6 +32,10 @@ WeightType TypeOf(DType dtype);
 // Whether kVectorBytes can be read at once from every row on.
 bool HasVectors(const Tensor& t);
 
+bool SameView(const Tensor& a, const Tensor& b);
+// Whether they have memory in common.
+bool Overlap(const Tensor& a, const Tensor& b);
+
 // A block for each piece of each row.
 inline DeviceQueue::Grid RowGrid(const Tensor& y) { return {DivideUp(y.cols, kBlockThreads), y.rows}; }
 

@@ -7,6 +7,7 @@
 #include "kernels/cuda/elementwise.cuh"
 #include "kernels/cuda/gemm.cuh"
 #include "kernels/cuda/linear.cuh"
+#include "kernels/cuda/norm.cuh"
 #include "kernels/cuda/probe.cuh"
 #include "kernels/cuda/select.cuh"
 #include "kernels/cuda/sum.cuh"

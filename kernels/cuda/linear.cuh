@@ -1,393 +1,338 @@
 // y = W x + b where an output is a row of the weight, for up to 16 rows of x, at the speed at which the weight is read.
 //
-// A tile is 16 weight rows, and a block's warps share its inputs: each has a fixed range of them, a whole number of
-// windows, that depends on the number of inputs alone. A window is the inputs of 16 bytes for each of four lanes. Lane
-// l reads those of weight rows l / 4 and l / 4 + 8, and the same inputs of row l / 4 of x from shared memory. As both
-// sides number the inputs alike, each 16 bytes feed two mma as they are, whatever the order in which mma sees the
-// inputs. The warps' sums are added in order. So a row's sums have one order, whoever shares its step and however many
-// blocks run.
+// A block has a range of the outputs, alike in all blocks, so that they end together; its warps share the inputs: each
+// has a fixed range of them, a whole number of windows (fragments.cuh), that depends on the number of inputs alone. A
+// warp passes over its inputs once for up to kTiles tiles of 16 outputs, whose sums it keeps in registers; then the
+// warps' sums are added in order. So a row's sums have one order, whoever shares its step and however many blocks run.
 //
-// x stays float32: it is split into two halves that mma multiplies one after the other, high + low, which leaves 21
-// bits (bfloat16: 16). With int8 weights x is rounded to 14 bits and a sign, by row, as on the CPU, and split into two
-// int8; the sums are exact, and the products those of the CPU. float32 weights are multiplied without mma.
+// Weights flow through a ring of each warp's own in shared memory. It begins to fill before the launch before this one
+// has ended: weights never change, and which outputs are wanted is known then, or lies in a list that is old enough.
+// A lane copies what it reads itself, so that nobody waits for anybody else.
 //
-// Bytes: the weight once for 16 rows of x; x of each block from L2. Few rows of x lie whole in shared memory; for more
-// (Chunked), a chunk of each warp's range at a time passes several tiles.
+// Bytes: the weight once for 16 rows of x; x as fragments by each block, from L2: 4 bytes an input and row (int8: 2).
 #ifndef KERNELS_CUDA_LINEAR_CUH_
 #define KERNELS_CUDA_LINEAR_CUH_
 
-#include "kernels/cuda/common.cuh"
-#include "kernels/cuda/quantize.cuh"
+#include "kernels/cuda/fragments.cuh"
 
 namespace dejavu::cuda {
 
-constexpr int kFourLanes = 4;      // that read one weight row's part of a window
-constexpr int kLoadsInFlight = 8;  // of a lane
-constexpr int kTokenStride = 20;   // of the warps' sums: 16 outputs and no bank conflicts
+constexpr int kSlotWindows = 4;  // of 16 outputs, that lie in a slot of a ring
+constexpr int kSlotVectors = 2 * kSlotWindows * 32;
+constexpr int kTokenStride = 20;  // of the warps' sums: 16 outputs and no bank conflicts
+static_assert(kLinearRingBytes == kWarps * kLinearSlots * kSlotVectors * 16);
 
-// What the kernel does for a type of weights: how a lane's inputs of a window, x[kPiece], lie in shared memory, and how
-// they are multiplied with those of two weight rows.
-//   Sums          a lane's share of a tile's sums, zero at first
-//   Place(x, to)  `to` is the lane's 16 bytes, others of it lie `plane` of them apart
-template <typename W>
-struct HalfTerms {
-  using Weight = W;
-  using Sum = float;
-  static constexpr int kPiece = 8;
-  static constexpr int kPlanes = 1;  // of sums
-  static constexpr bool kQuantizes = false;
-
-  struct Sums {
-    float d[2][4];  // of the rows 0 ... 7 of x, and of 8 ... 15
-  };
-
-  static DJ_DEVICE void Place(const float (&x)[kPiece], float, Vector16* to, int plane) {
-    Vector16 high, low;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint16_t h[2], l[2];
-      Split(x[2 * i], h[0], l[0], W());
-      Split(x[2 * i + 1], h[1], l[1], W());
-      high.w[i] = h[0] | static_cast<uint32_t>(h[1]) << 16;
-      low.w[i] = l[0] | static_cast<uint32_t>(l[1]) << 16;
-    }
-    to[0] = high;
-    to[plane] = low;
-  }
-
-  static DJ_DEVICE void Mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Half) { MmaF16(d, a, b); }
-  static DJ_DEVICE void Mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], BFloat16) {
-    MmaBF16(d, a, b);
-  }
-  static DJ_DEVICE void Multiply(const uint32_t (&a)[4], const uint32_t (&b)[2], int group, int, Sums& sums) {
-    Mma(sums.d[group], a, b, W());
-  }
-  static DJ_DEVICE float SumAt(const Sums& sums, int group, int, int i) { return sums.d[group][i]; }
+// What a block knows of its outputs, in shared memory.
+struct LinearOutputs {
+  int32_t ids[kMostLinearOutputs];
+  float bias[kMostLinearOutputs], scale[kMostLinearOutputs];
 };
+constexpr int kLinearSums = kWarps * 2 * kLinearRows * kTokenStride;  // words
 
-struct Int8Terms {
-  using Weight = int8_t;
-  using Sum = int32_t;
-  static constexpr int kPiece = 16;
-  static constexpr int kPlanes = 2;
-  static constexpr bool kQuantizes = true;
-
-  struct Sums {
-    int32_t d[2][2][4];  // [rows 0 ... 7, 8 ... 15 of x][high, low]
-  };
-
-  // q = 128 * high + low.
-  static DJ_DEVICE void Place(const float (&x)[kPiece], float inverse, Vector16* to, int plane) {
-    Vector16 high = {{0, 0, 0, 0}}, low = {{0, 0, 0, 0}};
-#pragma unroll
-    for (int i = 0; i < kPiece; ++i) {
-      const int q = Quantize(x[i], inverse), at = i % 4 * 8;
-      high.w[i / 4] |= static_cast<uint32_t>(q >> 7 & 0xFF) << at;
-      low.w[i / 4] |= static_cast<uint32_t>(q & 0x7F) << at;
-    }
-    to[0] = high;
-    to[plane] = low;
-  }
-
-  static DJ_DEVICE void Multiply(const uint32_t (&a)[4], const uint32_t (&b)[2], int group, int part, Sums& sums) {
-    MmaS8(sums.d[group][part], a, b);
-  }
-  static DJ_DEVICE int32_t SumAt(const Sums& sums, int group, int plane, int i) { return sums.d[group][plane][i]; }
-};
-
-// The products of one lane with all rows of x; four lanes share a weight row.
-struct FloatTerms {
-  using Weight = float;
-  using Sum = float;
-  static constexpr int kPiece = 4;
-  static constexpr int kPlanes = 1;
-  static constexpr bool kQuantizes = false;
-
-  struct Sums {
-    float d[2][kLinearRows];  // of weight rows l / 4 and l / 4 + 8
-  };
-
-  static DJ_DEVICE void Place(const float (&x)[kPiece], float, Vector16* to, int) {
-    Vector16 v;
-#pragma unroll
-    for (int i = 0; i < kPiece; ++i) v.w[i] = __float_as_uint(x[i]);
-    *to = v;
-  }
-
-  static DJ_DEVICE void MultiplyAll(const Vector16& first, const Vector16& second, const Vector16* x, int rows,
-                                    Sums& sums) {
-#pragma unroll
-    for (int r = 0; r < kLinearRows; ++r) {
-      if (r >= rows) continue;
-      const Vector16 v = x[r * kFourLanes + Lane() % kFourLanes];
-#pragma unroll
-      for (int i = 0; i < kPiece; ++i) {
-        sums.d[0][r] = fmaf(__uint_as_float(first.w[i]), __uint_as_float(v.w[i]), sums.d[0][r]);
-        sums.d[1][r] = fmaf(__uint_as_float(second.w[i]), __uint_as_float(v.w[i]), sums.d[1][r]);
-      }
-    }
-  }
-};
-
-// The sums of tiles += those of a window; weights[tile] are its rows l / 4 and l / 4 + 8. `x` is the window's: [high,
-// low] [rows][4 lanes], of float32 [rows][4 lanes].
-template <typename T, int kTiles>
-DJ_DEVICE void MultiplyWindow(const Vector16 (&weights)[kTiles][2], const Vector16* x, int rows,
-                              typename T::Sums (&sums)[kTiles]) {
-  if constexpr (T::kPiece == 4) {
-    T::MultiplyAll(weights[0][0], weights[0][1], x, rows, sums[0]);
-    return;
-  } else {
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-#pragma unroll
-      for (int group = 0; group < 2; ++group) {
-        if (group == 1 && rows <= 8) continue;
-        Vector16 v = {{0, 0, 0, 0}};
-        if (Lane() / kFourLanes + 8 * group < rows) v = x[(part * rows + 8 * group) * kFourLanes + Lane()];
-#pragma unroll
-        for (int i = 0; i < 4; i += 2) {
-          const uint32_t b[2] = {v.w[i], v.w[i + 1]};
-#pragma unroll
-          for (int t = 0; t < kTiles; ++t) {
-            const Vector16 &first = weights[t][0], &second = weights[t][1];
-            const uint32_t a[4] = {first.w[i], second.w[i], first.w[i + 1], second.w[i + 1]};
-            T::Multiply(a, b, group, part, sums[t]);
-          }
-        }
-      }
-    }
-  }
-}
-
-template <typename T, int kTiles>
+// kGroups: of 8 rows of x. kTiles: of 16 outputs, of a pass.
+template <typename T, int kGroups, int kTiles>
 class LinearBlock {
  public:
-  DJ_DEVICE LinearBlock(const LinearParams& p, const OutputRows& w, bool selected, Vector16* x, typename T::Sum* sums,
-                        float* scales)
+  DJ_DEVICE LinearBlock(const LinearParams& p, const OutputRows& w, bool selected, Vector16* ring, LinearOutputs* outputs,
+                        typename T::Sum* sums)
       : p_(p),
         w_(w),
+        listed_(selected && p.selected.list != nullptr),
         selected_(selected),
         first_row_(static_cast<int>(blockIdx.x) * kLinearRows),
-        rows_(Min(kLinearRows, p.rows - first_row_)),
-        count_(!selected                    ? w.outputs
-               : p.selected.list == nullptr ? w.outputs
-                                            : p.selected.count[0] * p.group),
-        range_(DivideUp(DivideUp(p.inputs, kWindow), kWarps)),
-        x_(x),
-        sums_(sums),
-        scales_(scales) {}
+        x_(w.x, static_cast<int>(blockIdx.x), p.rows, p.inputs),
+        range_(DivideUp(x_.windows(), kWarps)),
+        first_(Warp() * range_),
+        end_(Min(first_ + range_, x_.windows())),
+        steps_(DivideUp(Max(end_ - first_, 0), kSlotWindows)),
+        ring_(ring + Warp() * kLinearSlots * kSlotVectors + Lane()),
+        outputs_(outputs),
+        sums_(sums) {}
 
-  // Every `blocks`-th pass from `block` on; a pass is kTiles tiles.
+  // Before GridWait: what can be asked for by then.
+  DJ_DEVICE void Begin(int block, int blocks) {
+    if (!listed_ || p_.list_early) Fill(block, blocks);
+  }
+
   DJ_DEVICE void Run(int block, int blocks) {
-    const int tiles = DivideUp(count_, kLinearOutputs);
-    if (block * kTiles >= tiles) return;
-    if (T::kQuantizes) FindScales();
-    const bool whole = w_.chunk >= range_;
-    if (whole) Stage(0);
-    for (int first = block * kTiles; first < tiles; first += blocks * kTiles) {
-      typename T::Sums sums[kTiles] = {};
-      for (int start = 0; start < range_; start += w_.chunk) {
-        if (!whole) Stage(start);
-        Accumulate(first, start, sums);
-      }
+    if (listed_ && !p_.list_early) Fill(block, blocks);
+    for (int pass = 0; pass < passes_; ++pass) {
+      const int first = pass * kTiles, tiles = Min(kTiles, tiles_ - first);
+      Sums sums[kTiles] = {};
+      for (int step = 0; step < steps_; ++step) {
+        Vector16 x[kSlotWindows][2][kGroups];
+        LoadX(step, x);
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        if (first + t < tiles) Finish(first + t, sums[t]);
+        for (int t = 0; t < kTiles; ++t) {
+          if (t >= tiles) continue;
+          CopyAsyncWait<kLinearSlots - 1>();
+          Multiply(x, sums[t]);
+          Issue();
+          if (++slot_ == kLinearSlots) slot_ = 0;
+        }
       }
+      Join(first, tiles, sums);
     }
   }
 
  private:
   using Weight = typename T::Weight;
+  using Sum = typename T::Sum;
+  struct Sums {
+    Sum d[kGroups][T::kPlanes][4];
+  };
   static constexpr int kWindow = kFourLanes * T::kPiece;
-  static constexpr int kWindowVectors = kLinearXBytes / 16;     // of shared memory for a row of x
-  static constexpr int kAhead = kLoadsInFlight / (2 * kTiles);  // windows that are read before the first is used
+  static constexpr int kRows = 8 * kGroups;
+  static constexpr int kTileSums = kWarps * T::kPlanes * kRows * kTokenStride;
+  static constexpr int kJoined = kLinearSums / kTileSums;  // tiles at once
 
-  DJ_DEVICE int Output(int i) const {
-    if (!selected_ || p_.selected.list == nullptr) return i;
-    return p_.group == 1 ? p_.selected.list[i] : p_.selected.list[i / p_.group] * p_.group + i % p_.group;
-  }
-
-  // Of each row of x: what its integers are multiplied with, and the inverse.
-  DJ_DEVICE void FindScales() {
-    for (int r = Warp(); r < rows_; r += kWarps) {
-      const float scale = QuantizedScale(Row(p_.x, first_row_ + r), p_.inputs);
-      if (Lane() == 0) scales_[r] = scale;
+  // Finds the block's outputs and fills the ring.
+  DJ_DEVICE void Fill(int block, int blocks) {
+    const int64_t count = listed_ ? int64_t{p_.selected.count[0]} * p_.group : w_.outputs;
+    const int begin = static_cast<int>(count * block / blocks);
+    count_ = static_cast<int>(count * (block + 1) / blocks) - begin;
+    tiles_ = DivideUp(count_, kLinearOutputs);
+    passes_ = DivideUp(tiles_, kTiles);
+    for (int i = Thread(); i < count_; i += kBlockThreads) {
+      const int place = begin + i;
+      const int id = !listed_         ? place
+                     : p_.group == 1 ? p_.selected.list[place]
+                                     : p_.selected.list[place / p_.group] * p_.group + place % p_.group;
+      outputs_->ids[i] = id;
+      outputs_->bias[i] = w_.bias != nullptr ? LoadConstant(w_.bias + id) : 0.0f;
+      if (T::kQuantizes) outputs_->scale[i] = LoadConstant(w_.scale + id);
     }
     __syncthreads();
+    for (int slot = 0; slot < kLinearSlots; ++slot) Issue();
   }
 
-  // Puts windows start ... start + chunk of each warp's range into shared memory, window by window.
-  DJ_DEVICE void Stage(int start) {
-    __syncthreads();
-    const int windows = Min(w_.chunk, range_ - start), pieces = rows_ * kFourLanes;
-    for (int i = Thread(); i < kWarps * windows * pieces; i += kBlockThreads) {
-      const int piece = i % pieces, slot = i / pieces, row = piece / kFourLanes;
-      const int k = ((slot / windows) * range_ + start + slot % windows) * kWindow + piece % kFourLanes * T::kPiece;
-      const float* from = Row(p_.x, first_row_ + row) + k;
-      float x[T::kPiece];
-      if (p_.x_vectors && k + T::kPiece <= p_.inputs) {
+  // Asks for the next slot of the ring: inputs of a step for a tile. Tiles follow each other within a step, steps within
+  // a pass. What is beyond the outputs or the warp's range becomes zero.
+  DJ_DEVICE void Issue() {
+    const int first = next_pass_ * kTiles;
+    if (next_pass_ < passes_ && steps_ > 0) {
+      Vector16* const slot = ring_ + next_slot_ * kSlotVectors;
 #pragma unroll
-        for (int j = 0; j < T::kPiece; j += 4) {
-          const Vector16 v = *reinterpret_cast<const Vector16*>(from + j);
+      for (int half = 0; half < 2; ++half) {
+        const int place = (first + next_tile_) * kLinearOutputs + Lane() / kFourLanes + 8 * half;
+        const Weight* row = static_cast<const Weight*>(w_.weight) + outputs_->ids[Min(place, count_ - 1)] * w_.stride;
 #pragma unroll
-          for (int e = 0; e < 4; ++e) x[j + e] = __uint_as_float(v.w[e]);
-        }
-      } else {
-#pragma unroll
-        for (int j = 0; j < T::kPiece; ++j) x[j] = k + j < p_.inputs ? from[j] : 0.0f;
-      }
-      T::Place(x, T::kQuantizes ? QuantizedInverse(scales_[row]) : 1.0f,
-               x_ + (slot / windows * w_.chunk + slot % windows) * kWindowVectors * rows_ + piece, pieces);
-    }
-    __syncthreads();
-  }
-
-  // What the windows of this warp that lie in shared memory add to the tiles from `tile` on.
-  DJ_DEVICE void Accumulate(int tile, int start, typename T::Sums (&sums)[kTiles]) {
-    const int k = Lane() % kFourLanes * T::kPiece;
-    const Weight* weight = static_cast<const Weight*>(w_.weight) + k;
-    uint32_t rows[kTiles][2];  // where they begin: half the registers of pointers
-#pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {  // rows beyond the last are read as the last and not stored
-      const int place = (tile + i / 2) * kLinearOutputs + Lane() / kFourLanes + i % 2 * 8;
-      rows[i / 2][i % 2] = static_cast<uint32_t>(Output(Min(place, count_ - 1)) * w_.stride);
-    }
-    const int first = Warp() * range_ + start;
-    const int end = Min(first + Min(w_.chunk, range_ - start), DivideUp(p_.inputs, kWindow));
-    const int whole = w_.vectors ? Min(end, p_.inputs / kWindow) : 0;
-    const Vector16* x = x_ + Warp() * w_.chunk * kWindowVectors * rows_;
-    int window = first;
-    for (; window + kAhead <= whole; window += kAhead) {
-      Vector16 v[kAhead][kTiles][2];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-#pragma unroll
-        for (int j = 0; j < 2 * kTiles; ++j) {
-          v[i][j / 2][j % 2] = LoadStream(weight + (window + i) * kWindow + rows[j / 2][j % 2]);
+        for (int s = 0; s < kSlotWindows; ++s) {
+          const int window = first_ + next_step_ * kSlotWindows + s;
+          const int k = window * kWindow + Lane() % kFourLanes * T::kPiece;
+          Copy(slot + (2 * s + half) * 32, row + k, place < count_ && window < end_ ? p_.inputs - k : 0);
         }
       }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i, x += kWindowVectors * rows_) MultiplyWindow<T>(v[i], x, rows_, sums);
-    }
-    for (; window < end; ++window, x += kWindowVectors * rows_) {
-      const int at = window * kWindow;
-      Vector16 v[kTiles][2];
-#pragma unroll
-      for (int j = 0; j < 2 * kTiles; ++j) {
-        v[j / 2][j % 2] = Load(weight + at + rows[j / 2][j % 2], window < whole, p_.inputs - at - k);
-      }
-      MultiplyWindow<T>(v, x, rows_, sums);
-    }
-  }
-
-  static DJ_DEVICE Vector16 Load(const Weight* from, bool whole, int left) {
-    return whole ? LoadStream(from) : LoadPart(from, left);
-  }
-
-  // Adds the warps' sums and stores the tile: a thread an output of a row of x.
-  DJ_DEVICE void Finish(int tile, const typename T::Sums& sums) {
-    __syncthreads();
-    Spread(sums, sums_ + Warp() * T::kPlanes * kLinearRows * kTokenStride);
-    __syncthreads();
-    const int place = Thread() % kLinearOutputs, r = Thread() / kLinearOutputs;
-    const int i = tile * kLinearOutputs + place;
-    if (r >= rows_ || i >= count_) return;
-    const int output = Output(i), row = first_row_ + r;
-    float y = Total(sums_ + r * kTokenStride + place, r, output);
-    if (w_.bias != nullptr) y += w_.bias[output];
-    if (p_.relu && y < 0.0f) y = 0.0f;  // NaN stays
-    if (selected_ && IsStrict(p_.selected, row) && !Bit(Row(p_.selected.masks, row), output)) y = 0.0f;
-    Row(w_.y, row)[output] = y;
-  }
-
-  // This warp's sums to [planes][kLinearRows][kTokenStride].
-  static DJ_DEVICE void Spread(const typename T::Sums& sums, typename T::Sum* to) {
-    const int place = Lane() / kFourLanes, row = Lane() % kFourLanes * 2;
-    if constexpr (T::kPiece == 4) {
-      for (int r = 0; r < kLinearRows; ++r) {  // four lanes have a share each
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float sum = sums.d[i][r];
-          sum += __shfl_xor_sync(kAllLanes, sum, 1);
-          sum += __shfl_xor_sync(kAllLanes, sum, 2);
-          if (Lane() % kFourLanes == 0) to[r * kTokenStride + place + 8 * i] = sum;
+      if (++next_tile_ == Min(kTiles, tiles_ - first)) {
+        next_tile_ = 0;
+        if (++next_step_ == steps_) {
+          next_step_ = 0;
+          ++next_pass_;
         }
       }
+      if (++next_slot_ == kLinearSlots) next_slot_ = 0;
+    }
+    CopyAsyncCommit();
+  }
+
+  // 16 bytes of which `left` elements are there.
+  DJ_DEVICE void Copy(Vector16* to, const Weight* from, int left) const {
+    if (w_.vectors && (left <= 0 || left >= T::kPiece)) {
+      CopyAsync16(to, left > 0 ? from : w_.weight, left > 0);
     } else {
+      *to = LoadPart(from, left);
+    }
+  }
+
+  // This lane's fragments of a step; zeros beyond the rows and the warp's range.
+  DJ_DEVICE void LoadX(int step, Vector16 (&x)[kSlotWindows][2][kGroups]) const {
 #pragma unroll
-      for (int plane = 0; plane < T::kPlanes; ++plane) {
+    for (int s = 0; s < kSlotWindows; ++s) {
+      const int window = first_ + step * kSlotWindows + s;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const int group = i / 4, j = i % 4;
-          to[(plane * kLinearRows + group * 8 + row + j % 2) * kTokenStride + place + j / 2 * 8] =
-              T::SumAt(sums, group, plane, j);
+      for (int part = 0; part < 2; ++part) {
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+          const bool there = window < end_ && Lane() / kFourLanes + 8 * g < x_.rows();
+          x[s][part][g] = {{0, 0, 0, 0}};
+          if (there) x[s][part][g] = LoadVector(x_.At(window, part, 8 * g) + Lane());
+        }
+      }
+    }
+  }
+
+  DJ_DEVICE void Multiply(const Vector16 (&x)[kSlotWindows][2][kGroups], Sums& sums) const {
+    const Vector16* slot = ring_ + slot_ * kSlotVectors;
+#pragma unroll
+    for (int s = 0; s < kSlotWindows; ++s) {
+      const Vector16 first = slot[2 * s * 32], second = slot[(2 * s + 1) * 32];
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+          for (int i = 0; i < 4; i += 2) {
+            const uint32_t a[4] = {first.w[i], second.w[i], first.w[i + 1], second.w[i + 1]};
+            const uint32_t b[2] = {x[s][part][g].w[i], x[s][part][g].w[i + 1]};
+            T::Multiply(a, b, part, sums.d[g]);
+          }
+        }
+      }
+    }
+  }
+
+  // Adds the warps' sums and stores the tiles, kJoined of them at a time.
+  DJ_DEVICE void Join(int first, int tiles, const Sums (&sums)[kTiles]) {
+#pragma unroll
+    for (int begin = 0; begin < kTiles; begin += kJoined) {
+      if (begin >= tiles) continue;
+      __syncthreads();  // sums_ has been read
+#pragma unroll
+      for (int j = 0; j < kJoined && begin + j < kTiles; ++j) {
+        if (begin + j < tiles) Spread(sums[begin + j], sums_ + j * kTileSums + Warp() * (kTileSums / kWarps));
+      }
+      __syncthreads();
+      for (int i = Thread(); i < kJoined * kRows * kLinearOutputs; i += kBlockThreads) {
+        const int place = i % kLinearOutputs, r = i / kLinearOutputs % kRows, j = i / (kLinearOutputs * kRows);
+        const int output = (first + begin + j) * kLinearOutputs + place;
+        if (begin + j >= tiles || r >= x_.rows() || output >= count_) continue;
+        Store(output, r, Total(sums_ + j * kTileSums + r * kTokenStride + place, r, output));
+      }
+    }
+  }
+
+  // This warp's sums to [planes][kRows][kTokenStride].
+  static DJ_DEVICE void Spread(const Sums& sums, Sum* to) {
+    const int place = Lane() / kFourLanes, row = Lane() % kFourLanes * 2;
+#pragma unroll
+    for (int plane = 0; plane < T::kPlanes; ++plane) {
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          to[(plane * kRows + 8 * g + row + i % 2) * kTokenStride + place + i / 2 * 8] = sums.d[g][plane][i];
         }
       }
     }
   }
 
   DJ_DEVICE float Total(const float* sums, int, int) const {
-    constexpr int kWarpStride = kLinearRows * kTokenStride;
+    constexpr int kWarpSums = kTileSums / kWarps;
     float total = sums[0];
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) total += sums[w * kWarpStride];
+    for (int w = 1; w < kWarps; ++w) total += sums[w * kWarpSums];
     return total;
   }
   DJ_DEVICE float Total(const int32_t* sums, int r, int output) const {
-    constexpr int kPlane = kLinearRows * kTokenStride;
+    constexpr int kPlane = kRows * kTokenStride;
     int32_t high = 0, low = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       high += sums[2 * w * kPlane];
       low += sums[(2 * w + 1) * kPlane];
     }
-    return static_cast<float>(int64_t{high} * 128 + low) * (scales_[r] * w_.scale[output]);
+    return static_cast<float>(int64_t{high} * 128 + low) * (w_.x.scales[first_row_ + r] * outputs_->scale[output]);
+  }
+
+  DJ_DEVICE void Store(int output, int r, float y) const {
+    const int row = first_row_ + r, id = outputs_->ids[output];
+    if (w_.bias != nullptr) y += outputs_->bias[output];
+    if (p_.relu && y < 0.0f) y = 0.0f;  // NaN stays
+    if (selected_ && IsStrict(p_.selected, row) && !Bit(Row(p_.selected.masks, row), id)) y = 0.0f;
+    Row(w_.y, row)[id] = y;
   }
 
   const LinearParams& p_;
   const OutputRows& w_;
-  const bool selected_;
-  const int first_row_, rows_;
-  const int count_;              // outputs
-  const int range_;              // windows of a warp
-  Vector16* const x_;            // [kWarps * chunk][kWindowVectors * rows]
-  typename T::Sum* const sums_;  // [kWarps][planes][kLinearRows][kTokenStride]
-  float* const scales_;          // [kLinearRows]
+  const bool listed_, selected_;  // selected: strict rows leave out what they did not select
+  const int first_row_;
+  const FragmentsOf<T> x_;
+  const int range_, first_, end_;  // windows of a warp, and this one's
+  const int steps_;
+  Vector16* const ring_;  // this lane's first 16 bytes
+  LinearOutputs* const outputs_;
+  Sum* const sums_;  // [kJoined][kWarps][planes][kRows][kTokenStride]
+
+  int count_ = 0, tiles_ = 0, passes_ = 0;  // of the block
+  int slot_ = 0;                            // that is multiplied next
+  int next_slot_ = 0, next_tile_ = 0, next_step_ = 0, next_pass_ = 0;  // that are asked for next
 };
 
-// Tiles of a pass, of `w` and of `ride`.
-template <typename T, int kTiles, int kRideTiles>
-DJ_DEVICE void Linear(const LinearParams& p) {
-  DJ_DYNAMIC_SHARED(Vector16, x);
-  DJ_SHARED(int32_t, sums, kWarps * 2 * kLinearRows * kTokenStride);
-  DJ_SHARED(float, scales, kLinearRows);
+template <typename T, int kGroups, int kTiles>
+DJ_DEVICE void LinearPart(const LinearParams& p, const OutputRows& w, bool selected, int block, int blocks,
+                          LinearOutputs* outputs, int32_t* sums) {
+  DJ_DYNAMIC_SHARED(Vector16, ring);
+  LinearBlock<T, kGroups, kTiles> part(p, w, selected, ring, outputs, reinterpret_cast<typename T::Sum*>(sums));
+  part.Begin(block, blocks);
   GridWait();
   GridLaunchDependents();
-  const int block = static_cast<int>(blockIdx.y), blocks = static_cast<int>(gridDim.y);
-  if (block == 0 && blockIdx.x == 0) {
+  if (blockIdx.y == 0 && blockIdx.x == 0) {
     for (int i = Thread(); i < p.cleared_count; i += kBlockThreads) p.cleared[i] = 0;
   }
+  part.Run(block, blocks);
+}
+
+// The first ride_blocks do `ride`. An int8 tile has twice the sums.
+template <typename T, int kGroups, int kTiles>
+DJ_DEVICE void Linear(const LinearParams& p) {
+  DJ_SHARED(LinearOutputs, outputs, 1);
+  DJ_SHARED(int32_t, sums, kLinearSums);
+  const int block = static_cast<int>(blockIdx.y), blocks = static_cast<int>(gridDim.y);
   if (block < p.ride_blocks) {
-    LinearBlock<Int8Terms, kRideTiles>(p, p.ride, false, x, sums, scales).Run(block, p.ride_blocks);
+    LinearPart<Int8Terms, kGroups, 4>(p, p.ride, false, block, p.ride_blocks, outputs, sums);
   } else {
-    LinearBlock<T, kTiles>(p, p.w, true, x, reinterpret_cast<typename T::Sum*>(sums), scales)
-        .Run(block - p.ride_blocks, blocks - p.ride_blocks);
+    LinearPart<T, kGroups, kTiles>(p, p.w, true, block - p.ride_blocks, blocks - p.ride_blocks, outputs, sums);
   }
 }
 
-DJ_KERNEL(LinearF32, LinearParams, kBlockThreads) { Linear<FloatTerms, 1, 1>(p); }
-DJ_KERNEL(LinearF16, LinearParams, kBlockThreads) { Linear<HalfTerms<Half>, 1, 1>(p); }
-DJ_KERNEL(LinearBF16, LinearParams, kBlockThreads) { Linear<HalfTerms<BFloat16>, 1, 1>(p); }
-DJ_KERNEL(LinearI8, LinearParams, kBlockThreads) { Linear<Int8Terms, 1, 1>(p); }
-DJ_KERNEL(LinearF16Chunked, LinearParams, kBlockThreads) {
-  Linear<HalfTerms<Half>, kChunkedTiles, kChunkedInt8Tiles>(p);
+DJ_WIDE_KERNEL(LinearF16x8, LinearParams, kBlockThreads) { Linear<HalfTerms<Half>, 1, 14>(p); }
+DJ_WIDE_KERNEL(LinearF16x16, LinearParams, kBlockThreads) { Linear<HalfTerms<Half>, 2, 12>(p); }
+DJ_WIDE_KERNEL(LinearBF16x8, LinearParams, kBlockThreads) { Linear<HalfTerms<BFloat16>, 1, 14>(p); }
+DJ_WIDE_KERNEL(LinearBF16x16, LinearParams, kBlockThreads) { Linear<HalfTerms<BFloat16>, 2, 12>(p); }
+DJ_WIDE_KERNEL(LinearI8x8, LinearParams, kBlockThreads) { Linear<Int8Terms, 1, 12>(p); }
+DJ_WIDE_KERNEL(LinearI8x16, LinearParams, kBlockThreads) { Linear<Int8Terms, 2, 6>(p); }
+
+// float32 weights, without tensor cores or ring: right, and slow. A warp has an output, its lanes share the inputs.
+DJ_KERNEL(LinearF32, LinearParams, kBlockThreads) {
+  constexpr int kPiece = 4;
+  GridWait();
+  GridLaunchDependents();
+  const int first_row = static_cast<int>(blockIdx.x) * kLinearRows, rows = Min(kLinearRows, p.rows - first_row);
+  const bool listed = p.selected.list != nullptr;
+  const int count = listed ? p.selected.count[0] * p.group : p.w.outputs;
+  if (blockIdx.y == 0 && blockIdx.x == 0) {
+    for (int i = Thread(); i < p.cleared_count; i += kBlockThreads) p.cleared[i] = 0;
+  }
+  for (int i = static_cast<int>(blockIdx.y) * kWarps + Warp(); i < count; i += static_cast<int>(gridDim.y) * kWarps) {
+    const int id = listed ? p.selected.list[i / p.group] * p.group + i % p.group : i;
+    const float* weight = static_cast<const float*>(p.w.weight) + id * p.w.stride;
+    float sums[kLinearRows] = {};
+    for (int k = Lane() * kPiece; k < p.inputs; k += 32 * kPiece) {
+      const int left = p.inputs - k;
+      const Vector16 w = p.w.vectors && left >= kPiece ? LoadStream(weight + k) : LoadPart(weight + k, left);
+#pragma unroll
+      for (int r = 0; r < kLinearRows; ++r) {
+        if (r >= rows) continue;
+        const float* x = Row(p.x, first_row + r) + k;
+#pragma unroll
+        for (int e = 0; e < kPiece; ++e) {
+          if (e < left) sums[r] = fmaf(x[e], __uint_as_float(w.w[e]), sums[r]);
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kLinearRows; ++r) {
+      float y = sums[r];
+      for (int step = 16; step > 0; step /= 2) y += __shfl_xor_sync(kAllLanes, y, step);
+      const int row = first_row + r;
+      if (r >= rows || Lane() != 0) continue;
+      if (p.w.bias != nullptr) y += p.w.bias[id];
+      if (p.relu && y < 0.0f) y = 0.0f;  // NaN stays
+      if (IsStrict(p.selected, row) && !Bit(Row(p.selected.masks, row), id)) y = 0.0f;
+      Row(p.w.y, row)[id] = y;
+    }
+  }
 }
-DJ_KERNEL(LinearBF16Chunked, LinearParams, kBlockThreads) {
-  Linear<HalfTerms<BFloat16>, kChunkedTiles, kChunkedInt8Tiles>(p);
-}
-DJ_KERNEL(LinearI8Chunked, LinearParams, kBlockThreads) { Linear<Int8Terms, kChunkedInt8Tiles, kChunkedInt8Tiles>(p); }
 
 }  // namespace dejavu::cuda
 

@@ -17,12 +17,12 @@ namespace dejavu::cuda {
   X(GatherRows, GatherRowsParams)        \
   X(Audit, AuditParams)                  \
   X(LinearF32, LinearParams)             \
-  X(LinearF16, LinearParams)             \
-  X(LinearBF16, LinearParams)            \
-  X(LinearI8, LinearParams)              \
-  X(LinearF16Chunked, LinearParams)      \
-  X(LinearBF16Chunked, LinearParams)     \
-  X(LinearI8Chunked, LinearParams)       \
+  X(LinearF16x8, LinearParams)           \
+  X(LinearF16x16, LinearParams)          \
+  X(LinearBF16x8, LinearParams)          \
+  X(LinearBF16x16, LinearParams)         \
+  X(LinearI8x8, LinearParams)            \
+  X(LinearI8x16, LinearParams)           \
   X(SumF32x1, SumParams)                 \
   X(SumF32x4, SumParams)                 \
   X(SumF32x8, SumParams)                 \
@@ -83,12 +83,27 @@ struct EmbedParams {
   WeightType type;
 };
 
-// y = norm(x), and with `add` before that x += add. A block does a row; dynamic shared memory holds it.
+// Rows of x as a product reads them (kernels/cuda/fragments.cuh), for weights of 16 bits or of 8.
+struct Fragments {
+  void* pieces;   // [groups of kLinearRows rows][windows][high, low][rows of the group][4 lanes] of 16 bytes, or nullptr
+  float* scales;  // [rows], with int8
+};
+struct RowFragments {
+  Fragments halves, integers;
+  WeightType halves_type;  // kF16 or kBF16
+};
+constexpr int kLinearRows = 16;  // of a group: rows of x that share a pass over the weight
+
+// y = norm(x), and with `add` before that x += add; without weights y = x. y is left as float32, as fragments, or both.
+// A block does a row; dynamic shared memory holds three.
 struct NormParams {
-  MatrixOf<float> y, x;        // [rows, features]
+  MatrixOf<float> y;           // [rows, features] or nullptr
+  MatrixOf<float> x;           // [rows, features]
   MatrixOf<const float> add;   // [rows, features] or nullptr
-  const float *weight, *bias;  // [features]
+  const float *weight, *bias;  // [features] or nullptr
+  RowFragments fragments;
   int32_t rows, features;
+  int32_t vectors;  // x, add, weight and bias start at 16-byte boundaries in every row
   float epsilon;
 };
 
@@ -138,30 +153,29 @@ struct OutputRows {
   int64_t stride;
   const float *bias, *scale;  // [outputs] or nullptr; `scale` for int8 alone
   MatrixOf<float> y;          // [rows, outputs]
+  Fragments x;                // [rows, inputs], in the form for this weight
   int32_t outputs;
   int32_t vectors;  // all rows start at 16-byte boundaries
-  int32_t chunk;    // how many windows of each warp's inputs lie in shared memory at a time
 };
 
 // y = w x + b for the selected outputs of `w` and, with `ride`, for all of an int8 weight of its own. Grid (groups of
 // kLinearRows rows, blocks): the first ride_blocks do `ride`.
 struct LinearParams {
-  MatrixOf<const float> x;  // [rows, inputs]
+  MatrixOf<const float> x;  // [rows, inputs], for float32 weights alone
   int32_t rows, inputs;
-  int32_t x_vectors;
   int32_t relu;
   int32_t ride_blocks;
   int32_t group;  // rows of w that an entry of the list stands for
   OutputRows w, ride;
   SelectionParams selected;  // strict rows get zeros where their mask has none
+  int32_t list_early;        // the list is at least two launches old
   int32_t* cleared;          // [cleared_count] zeroed for the launches that follow
   int32_t cleared_count;
 };
-constexpr int kLinearRows = 16;     // of x, in a block
-constexpr int kLinearOutputs = 16;  // of a tile
-constexpr int kLinearXBytes = 128;  // of shared memory for a window of one row of x
-constexpr int kChunkedTiles = 4;    // of a pass over x, in the kernels of that name; in others 1
-constexpr int kChunkedInt8Tiles = 2;
+constexpr int kLinearOutputs = 16;        // of a tile
+constexpr int kMostLinearOutputs = 512;   // of a block
+constexpr int kLinearSlots = 4;           // of a warp's ring, each 4 KB
+constexpr int kLinearRingBytes = kWarps * kLinearSlots * (4 << 10);  // dynamic shared memory; but for float32
 
 // y = sum over the selected inputs of x[i] * weight[i]. Grid (groups of rows from first_row on, slabs of columns,
 // segments of inputs).

@@ -11,8 +11,6 @@ namespace {
 
 constexpr int64_t kSumRows = 64;                  // at once of a Sum, whose scratch grows with the rows
 constexpr int64_t kSumSegments = 16;              // at most, so many blocks share the inputs
-constexpr int64_t kLinearStaticBytes = 21 << 10;  // shared memory that Linear takes beside x; and 1 KB is the device's
-constexpr int64_t kBlocksPerMultiprocessor = 2;
 constexpr int64_t kGemmRows = 33;  // from so many rows on a product is the library's
 
 }  // namespace
@@ -55,67 +53,58 @@ void Products::Gemm(Tensor y, Tensor x, const LinearWeights& w, bool relu, Tenso
   queue_.Launch(kFinishGemm, RowGrid(y), 0, finish);
 }
 
-// A block takes as much of x as lets two of them share a multiprocessor.
-OutputRows Products::RowsOf(const LinearWeights& w, const Tensor& y, int64_t rows) const {
-  CHECK(w.outputs() * w.inputs() > 0 && w.outputs() * w.weight.stride <= UINT32_MAX)
-      << w.outputs() << " outputs of " << w.inputs() << " inputs";
-  const int64_t window = 4 * kVectorBytes / SizeOf(w.weight.dtype);
-  const int64_t range = DivideUp(DivideUp(w.inputs(), window), kWarps);
-  const int64_t room =
-      std::min<int64_t>(queue_.device().shared_bytes_per_block,
-                        queue_.device().shared_bytes_per_multiprocessor / kBlocksPerMultiprocessor - 1024) -
-      kLinearStaticBytes;
-  const int64_t fit = room / (kWarps * rows * kLinearXBytes);
+OutputRows Products::RowsOf(const LinearWeights& w, const Tensor& y, const RowFragments& x) {
+  CHECK(w.outputs() > 0 && w.inputs() > 0) << w.outputs() << " outputs of " << w.inputs() << " inputs";
   return {.weight = w.weight.data,
           .stride = w.weight.stride,
           .bias = VectorFrom<float>(w.bias),
           .scale = VectorFrom<float>(w.scale),
           .y = MatrixFrom<float>(y),
+          .x = w.weight.dtype == DType::kInt8 ? x.integers : x.halves,
           .outputs = Int(w.outputs()),
-          .vectors = HasVectors(w.weight),
-          .chunk = Int(std::clamp<int64_t>(fit, 1, range))};
+          .vectors = HasVectors(w.weight)};
 }
 
+// One block a multiprocessor, each with as many outputs as the others; those of `ride` get their share by bytes.
 void Products::Multiply(const Job& job) {
-  constexpr Kernel kKernels[] = {kLinearF32, kLinearF16, kLinearBF16, kLinearI8};
-  constexpr Kernel kChunkedKernels[] = {kLinearF32, kLinearF16Chunked, kLinearBF16Chunked, kLinearI8Chunked};
-  constexpr int64_t kMostInt8Inputs = 128 << 10;  // whose products with halves of integers add up in int32
-  const DType dtype = job.w.weight.dtype;
-  const bool int8 = dtype == DType::kInt8, rides = job.ride.w != nullptr;
-  CHECK((!int8 && !rides) || job.x.cols <= kMostInt8Inputs) << job.x.cols << " inputs of int8 weights";
-  const int64_t rows = std::min<int64_t>(job.x.rows, kLinearRows);
+  constexpr Kernel kKernels[][2] = {
+      {kLinearF32, kLinearF32}, {kLinearF16x8, kLinearF16x16}, {kLinearBF16x8, kLinearBF16x16}, {kLinearI8x8, kLinearI8x16}};
+  constexpr int64_t kLeastOutputs = 8;  // of a block
   const int64_t groups = DivideUp(job.x.rows, kLinearRows);
   if (groups == 0) return;
+  const WeightType type = TypeOf(job.w.weight.dtype);
+  const bool rides = job.ride.w != nullptr;
+  FragmentStore::Forms forms = FragmentStore::FormsOf(job.w.weight.dtype);
+  forms.integers = forms.integers || rides;
+  const RowFragments x = fragments_.Of(job.x, forms);
 
   LinearParams p = {};
   p.x = MatrixFrom<const float>(job.x);
   p.rows = Int(job.x.rows);
   p.inputs = Int(job.x.cols);
-  p.x_vectors = HasVectors(job.x);
   p.relu = job.relu;
   p.group = Int(job.group);
-  p.w = RowsOf(job.w, job.y, rows);
+  p.w = RowsOf(job.w, job.y, x);
   p.selected = job.selected;
   p.cleared = VectorFrom<int32_t>(job.cleared);
   p.cleared_count = Int(job.cleared.cols);
 
-  const int64_t window = 4 * kVectorBytes / SizeOf(dtype);
-  const bool chunked = dtype != DType::kFloat32 && p.w.chunk * kWarps * window < p.inputs;
-  const int64_t tiles = !chunked ? 1 : int8 ? kChunkedInt8Tiles : kChunkedTiles;
-  const int64_t passes = DivideUp(job.w.outputs(), kLinearOutputs * tiles);
-  const int64_t most_blocks = std::max<int64_t>(1, kBlocksPerMultiprocessor * queue_.device().multiprocessors / groups);
-  const int64_t passes_of_block = DivideUp(passes, most_blocks);  // alike, so that blocks end together
-  int64_t blocks = DivideUp(passes, passes_of_block), chunk = p.w.chunk;
+  const int64_t all = std::max<int64_t>(1, queue_.device().multiprocessors / groups);
+  const auto blocks_of = [](const LinearWeights& w, int64_t share) {
+    const int64_t most = DivideUp(w.outputs(), kLeastOutputs);
+    return std::max(std::min(share, most), DivideUp(w.outputs(), int64_t{kMostLinearOutputs}));
+  };
+  int64_t share = all;
   if (rides) {
-    const int64_t ride_tiles = chunked ? kChunkedInt8Tiles : 1;
-    p.ride = RowsOf(*job.ride.w, job.ride.y, rows);
-    p.ride_blocks = Int(DivideUp(DivideUp(p.ride.outputs, kLinearOutputs * ride_tiles), passes_of_block));
-    blocks += p.ride_blocks;
-    chunk = std::max<int64_t>(chunk, p.ride.chunk);
+    p.ride = RowsOf(*job.ride.w, job.ride.y, x);
+    const auto bytes = [](const LinearWeights& w) { return w.outputs() * w.inputs() * SizeOf(w.weight.dtype); };
+    const int64_t ride = bytes(*job.ride.w), both = ride + bytes(job.w);
+    const int64_t ride_share = std::clamp<int64_t>((all * ride + both / 2) / both, 1, std::max<int64_t>(1, all - 1));
+    p.ride_blocks = Int(blocks_of(*job.ride.w, ride_share));
+    share = std::max<int64_t>(1, all - p.ride_blocks);
   }
-  const WeightType type = TypeOf(dtype);
-  queue_.Launch(chunked ? kChunkedKernels[type] : kKernels[type], {groups, blocks},
-                chunk * kWarps * rows * kLinearXBytes, p);
+  const int64_t blocks = blocks_of(job.w, share) + p.ride_blocks;
+  queue_.Launch(kKernels[type][job.x.rows > kLinearRows / 2], {groups, blocks}, type == kF32 ? 0 : kLinearRingBytes, p);
 }
 
 // Segments of inputs depend on their number alone: they order the sums.

@@ -7,6 +7,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/cuda/device_queue.h"
+#include "kernels/cuda/fragment_store.h"
 #include "kernels/cuda/params.h"
 #include "kernels/cuda/scratch.h"
 #include "kernels/selection.h"
@@ -16,7 +17,8 @@ namespace dejavu::cuda {
 
 class Products {
  public:
-  Products(DeviceQueue& queue, Scratch& scratch) : queue_(queue), scratch_(scratch) {}
+  Products(DeviceQueue& queue, Scratch& scratch, FragmentStore& fragments)
+      : queue_(queue), scratch_(scratch), fragments_(fragments) {}
   Products(const Products&) = delete;
   Products& operator=(const Products&) = delete;
 
@@ -43,10 +45,11 @@ class Products {
            Tensor active);
 
  private:
-  OutputRows RowsOf(const LinearWeights& w, const Tensor& y, int64_t rows) const;
+  static OutputRows RowsOf(const LinearWeights& w, const Tensor& y, const RowFragments& x);
 
   DeviceQueue& queue_;
   Scratch& scratch_;
+  FragmentStore& fragments_;
 };
 
 }  // namespace dejavu::cuda

@@ -11,18 +11,24 @@ constexpr int kQuantizedBits = 14;
 constexpr int kQuantizedMost = (1 << kQuantizedBits) - 1;
 constexpr int kExponentBias = 127;
 
-// The scale of x[0 ... n), found by a whole warp.
-DJ_DEVICE float QuantizedScale(const float* x, int n) {
+// Floats without their signs order as integers.
+DJ_DEVICE int Magnitude(float x) { return static_cast<int>(__float_as_uint(x) & 0x7FFFFFFFu); }
+
+// The scale of x whose largest Magnitude is `most`.
+DJ_DEVICE float QuantizedScaleOf(int most) {
   constexpr int kInfinity = 0x7F800000, kLeast = (kExponentBias - 100) << 23;
-  int most = 0;  // of floats without sign, which order as integers
-  for (int i = Lane(); i < n; i += 32) {
-    most = Max(most, static_cast<int>(__float_as_uint(x[i]) & 0x7FFFFFFFu));
-  }
-  for (int step = 16; step > 0; step /= 2) most = Max(most, __shfl_xor_sync(kAllLanes, most, step));
   if (most >= kInfinity) return __uint_as_float(0x7FC00000u);
   if (most < kLeast) return 0.0f;
   const int exponent = (most >> 23) + 1 - kQuantizedBits;  // of twice the power of two that is not above it
   return __uint_as_float(static_cast<uint32_t>(exponent) << 23);
+}
+
+// That of x[0 ... n), found by a whole warp.
+DJ_DEVICE float QuantizedScale(const float* x, int n) {
+  int most = 0;
+  for (int i = Lane(); i < n; i += 32) most = Max(most, Magnitude(x[i]));
+  for (int step = 16; step > 0; step /= 2) most = Max(most, __shfl_xor_sync(kAllLanes, most, step));
+  return QuantizedScaleOf(most);
 }
 
 // 0 for scales that leave no integer but 0.

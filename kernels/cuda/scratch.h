@@ -27,6 +27,9 @@ class Scratch {
   uint32_t* Tickets(int64_t count) { return Grown<uint32_t>(tickets_, count); }
   // [count] for x of a product that the library does, in the type of the weights.
   uint16_t* Halves(int64_t count) { return Grown<uint16_t>(halves_, count); }
+  // [bytes] for rows as products read them.
+  char* HalfFragments(int64_t bytes) { return Grown<char>(half_fragments_, bytes); }
+  char* IntegerFragments(int64_t bytes) { return Grown<char>(integer_fragments_, bytes); }
 
  private:
   template <typename T>
@@ -39,7 +42,7 @@ class Scratch {
   DeviceQueue& queue_;
   Staging& staging_;
   Recordings& recordings_;
-  Buffer partial_, tickets_, halves_;
+  Buffer partial_, tickets_, halves_, half_fragments_, integer_fragments_;
 };
 
 }  // namespace dejavu::cuda

@@ -8,7 +8,7 @@
 #ifndef KERNELS_CUDA_SELECT_CUH_
 #define KERNELS_CUDA_SELECT_CUH_
 
-#include "kernels/cuda/elementwise.cuh"
+#include "kernels/cuda/norm.cuh"
 #include "kernels/cuda/quantize.cuh"
 
 namespace dejavu::cuda {
@@ -181,11 +181,13 @@ DJ_DEVICE void NormSelect(const NormSelectParams& p) {
   DJ_SHARED(int16_t, q, kCoordinates * kRows);
   DJ_SHARED(float, scales, kRows);
   DJ_SHARED(int32_t, ranks, kRows);
+  const int block = static_cast<int>(blockIdx.x) - p.norm.rows;
+  NormBlock norm(p.norm, shared);
+  if (block < 0) norm.Begin();
   GridWait();
   GridLaunchDependents();
-  const int block = static_cast<int>(blockIdx.x) - p.norm.rows;
   if (block < 0) {
-    NormRow(p.norm, static_cast<int>(blockIdx.x), shared);
+    norm.Run(static_cast<int>(blockIdx.x));
     return;
   }
   SelectBlock<kRows>(p.select, block, q, reinterpret_cast<int32_t*>(shared), scales, ranks).Run();

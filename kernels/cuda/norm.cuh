@@ -1,0 +1,150 @@
+// What stands between two products: a row of the residual stream is added up, normalised, and left in the form in which
+// the next product reads it (fragments.cuh). A block does a row. A thread has four elements that follow each other of
+// every 1,024; sums have a fixed order: a thread's own elements first to last, then the lanes, then the warps.
+#ifndef KERNELS_CUDA_NORM_CUH_
+#define KERNELS_CUDA_NORM_CUH_
+
+#include "kernels/cuda/fragments.cuh"
+
+namespace dejavu::cuda {
+
+constexpr int kNormVector = 4;    // elements that a thread reads at once
+constexpr int kNormAtOnce = 8;    // vectors of a thread that are asked for before the first is used
+constexpr int kNormStride = kNormVector * kBlockThreads;
+
+// from[0 ... 4), of which `left` are there; zeros beyond.
+DJ_DEVICE void LoadFour(const float* from, int left, bool vectors, float (&to)[kNormVector]) {
+  if (vectors && left >= kNormVector) {
+    const Vector16 v = LoadVector(from);
+#pragma unroll
+    for (int e = 0; e < kNormVector; ++e) to[e] = __uint_as_float(v.w[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < kNormVector; ++e) to[e] = e < left ? from[e] : 0.0f;
+  }
+}
+
+DJ_DEVICE int BlockMost(int value, int* shared) {
+  for (int step = 16; step > 0; step /= 2) value = Max(value, __shfl_xor_sync(kAllLanes, value, step));
+  __syncthreads();
+  if (Lane() == 0) shared[Warp()] = value;
+  __syncthreads();
+  int most = shared[0];
+  for (int w = 1; w < kWarps; ++w) most = Max(most, shared[w]);
+  return most;
+}
+
+class NormBlock {
+ public:
+  // `shared`: [3][features], rounded up to vectors.
+  DJ_DEVICE NormBlock(const NormParams& p, float* shared)
+      : p_(p), x_(shared), weight_(x_ + RoundedFeatures()), bias_(weight_ + RoundedFeatures()) {}
+
+  // Before GridWait: asks for weight and bias, which no kernel writes. A thread copies what it reads itself.
+  DJ_DEVICE void Begin() {
+    for (int i = Thread() * kNormVector; p_.weight != nullptr && i < p_.features; i += kNormStride) {
+      const int left = p_.features - i;
+      if (p_.vectors && left >= kNormVector) {
+        CopyAsync16(weight_ + i, p_.weight + i);
+        CopyAsync16(bias_ + i, p_.bias + i);
+      } else {
+        for (int e = 0; e < Min(left, kNormVector); ++e) {
+          weight_[i + e] = LoadConstant(p_.weight + i + e);
+          bias_[i + e] = LoadConstant(p_.bias + i + e);
+        }
+      }
+    }
+    CopyAsyncCommit();
+  }
+
+  DJ_DEVICE void Run(int row) {
+    DJ_SHARED(float, sums, kWarps);
+    DJ_SHARED(int, mosts, kWarps);
+    const float sum = AddUp(row);
+    CopyAsyncWait<0>();
+    if (p_.weight != nullptr) Normalise(sum, sums);
+    int most = 0;
+    ForEach([&](int i) { most = Max(most, Magnitude(x_[i])); });
+    if (p_.y.data != nullptr) {
+      float* y = Row(p_.y, row);
+      ForEach([&](int i) { y[i] = x_[i]; });
+    }
+    if (p_.fragments.integers.pieces != nullptr) most = BlockMost(most, mosts);
+    __syncthreads();
+    StoreAllFragments(p_.fragments, row, p_.rows, x_, p_.features, most);
+  }
+
+ private:
+  DJ_DEVICE int RoundedFeatures() const { return DivideUp(p_.features, kNormVector) * kNormVector; }
+
+  // This thread's elements, in order.
+  template <typename F>
+  DJ_DEVICE void ForEach(const F& f) const {
+    for (int i = Thread() * kNormVector; i < p_.features; i += kNormStride) {
+#pragma unroll
+      for (int e = 0; e < kNormVector; ++e) {
+        if (i + e < p_.features) f(i + e);
+      }
+    }
+  }
+
+  // x_ = the row, to which `add` is added first; returns the sum of this thread's elements.
+  DJ_DEVICE float AddUp(int row) {
+    float* residual = Row(p_.x, row);
+    const bool adds = p_.add.data != nullptr;
+    const float* add = adds ? Row(p_.add, row) : residual;
+    float sum = 0.0f;
+    for (int first = Thread() * kNormVector; first < p_.features; first += kNormAtOnce * kNormStride) {
+      float x[kNormAtOnce][kNormVector], y[kNormAtOnce][kNormVector];
+#pragma unroll
+      for (int j = 0; j < kNormAtOnce; ++j) {  // all loads before the first store, which might be to the same memory
+        const int i = first + j * kNormStride, left = Max(p_.features - i, 0);
+        LoadFour(residual + i, left, p_.vectors, x[j]);
+        LoadFour(add + i, adds ? left : 0, p_.vectors, y[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < kNormAtOnce; ++j) {
+#pragma unroll
+        for (int e = 0; e < kNormVector; ++e) {
+          const int i = first + j * kNormStride + e;
+          if (i >= p_.features) continue;
+          const float value = adds ? x[j][e] + y[j][e] : x[j][e];
+          if (adds) residual[i] = value;
+          x_[i] = value;
+          sum += value;
+        }
+      }
+    }
+    return sum;
+  }
+
+  // Mean and variance in two passes, as PyTorch does.
+  DJ_DEVICE void Normalise(float sum, float* sums) const {
+    const float features = static_cast<float>(p_.features), mean = BlockSum(sum, sums) / features;
+    float squares = 0.0f;
+    ForEach([&](int i) {
+      const float d = x_[i] - mean;
+      squares = fmaf(d, d, squares);
+    });
+    const float scale = 1.0f / sqrtf(BlockSum(squares, sums) / features + p_.epsilon);
+    ForEach([&](int i) { x_[i] = fmaf((x_[i] - mean) * scale, weight_[i], bias_[i]); });
+  }
+
+  const NormParams& p_;
+  float* const x_;
+  float* const weight_;
+  float* const bias_;
+};
+
+DJ_KERNEL(Norm, NormParams, kBlockThreads) {
+  DJ_DYNAMIC_SHARED(float, shared);
+  NormBlock block(p, shared);
+  block.Begin();
+  GridWait();
+  GridLaunchDependents();
+  block.Run(static_cast<int>(blockIdx.x));
+}
+
+}  // namespace dejavu::cuda
+
+#endif  // KERNELS_CUDA_NORM_CUH_
