@@ -263,11 +263,12 @@ void OptModel::Layer(int32_t l, const KvLayer& kv, const RowTable& rows) {
 
   if (config_.pre_norm) dev_.LayerNorm(h, x, w.attention_norm);
   if (observer_ != nullptr) observer_->OnInput(l, Tap::kAttentionNorm, h);
-  Attend(l, kv, rows, partial, h);
-  // One rank's selection shares a launch with the MLP's norm; a group's runs beside the sum that the norm waits for.
-  const bool early = comm_.size() > 1 && predictor_.PredictsEarly(l);
+  // A selection that need not wait for the attention goes beside it, so that the up-projection finds its list in time; a
+  // group's runs beside the sum that the norm waits for.
+  const bool early = predictor_.PredictsEarly(l), alone = comm_.size() == 1;
   Selection neurons;
-  if (early) {
+  Attend(l, kv, rows, partial, h, early && alone ? &neurons : nullptr);
+  if (early && !alone) {
     comm_.AllReduceBeside(partial, [&] { neurons = predictor_.Neurons(l); });
   } else {
     comm_.AllReduce(partial);
@@ -290,8 +291,9 @@ void OptModel::Layer(int32_t l, const KvLayer& kv, const RowTable& rows) {
   if (!config_.pre_norm) dev_.LayerNorm(x, x, w.mlp_norm);
 }
 
-// This rank's heads of the input `h`, to `partial`.
-void OptModel::Attend(int32_t l, const KvLayer& kv, const RowTable& rows, Tensor partial, Tensor h) {
+// This rank's heads of the input `h`, to `partial`. `neurons`, if wanted, are selected on the way.
+void OptModel::Attend(int32_t l, const KvLayer& kv, const RowTable& rows, Tensor partial, Tensor h,
+                      Selection* neurons) {
   const int64_t n = rows.rows();
   if (shard_.heads.count == 0) {
     Compute(predictor_.StageA(l, Tap::kAttentionNorm), h);
@@ -301,6 +303,7 @@ void OptModel::Attend(int32_t l, const KvLayer& kv, const RowTable& rows, Tensor
   const Tensor qkv = qkv_.Rows(0, n), context = context_.Rows(0, n);
   const float scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
   const Selection heads = ProjectQkv(l, qkv, h);
+  if (neurons != nullptr) *neurons = predictor_.Neurons(l);
   dev_.WriteKv(kv, qkv, rows);
   dev_.Attention(context, qkv, kv, rows, scale, heads);
   if (observer_ != nullptr) observer_->OnContext(l, context);

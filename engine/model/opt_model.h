@@ -84,7 +84,7 @@ class OptModel {
   uint64_t StepKey(const Batch& batch) const;
   void Embed(const RowTable& rows);
   void Layer(int32_t l, const KvLayer& kv, const RowTable& rows);
-  void Attend(int32_t l, const KvLayer& kv, const RowTable& rows, Tensor partial, Tensor h);
+  void Attend(int32_t l, const KvLayer& kv, const RowTable& rows, Tensor partial, Tensor h, Selection* neurons);
   void Compute(const Ride& stage_a, Tensor x);
   Selection ProjectQkv(int32_t l, Tensor qkv, Tensor h);
   void Head(int64_t n, int64_t rows);

@@ -34,17 +34,18 @@ void HeldOps::HoldAdd(Tensor x, Tensor y) {
 }
 
 void HeldOps::HoldNorm(Tensor y, Tensor x, const NormWeights& norm) {
-  MatrixOf<const float> add = {};
+  MatrixOf<float> add = {};
   Tensor added;
   if (add_.has_value() && SameView(add_->x, x)) {
     added = add_->y;
-    add = MatrixFrom<const float>(added);
+    add = MatrixFrom<float>(added);
     add_.reset();
   }
   Flush();
   norm_ = {.params = {.y = MatrixFrom<float>(y),
                       .x = MatrixFrom<float>(x),
                       .add = add,
+                      .sums = {},
                       .weight = VectorFrom<float>(norm.weight),
                       .bias = VectorFrom<float>(norm.bias),
                       .fragments = {},

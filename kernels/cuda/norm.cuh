@@ -34,14 +34,17 @@ DJ_DEVICE int BlockMost(int value, int* shared) {
   return most;
 }
 
+// kAhead: weight and bias are asked for before GridWait and lie in shared memory then.
+template <bool kAhead>
 class NormBlock {
  public:
-  // `shared`: [3][features], rounded up to vectors.
+  // `shared`: [features], rounded up to vectors, or three of those with kAhead.
   DJ_DEVICE NormBlock(const NormParams& p, float* shared)
       : p_(p), x_(shared), weight_(x_ + RoundedFeatures()), bias_(weight_ + RoundedFeatures()) {}
 
-  // Before GridWait: asks for weight and bias, which no kernel writes. A thread copies what it reads itself.
+  // Before GridWait. A thread copies what it reads itself.
   DJ_DEVICE void Begin() {
+    static_assert(kAhead);
     for (int i = Thread() * kNormVector; p_.weight != nullptr && i < p_.features; i += kNormStride) {
       const int left = p_.features - i;
       if (p_.vectors && left >= kNormVector) {
@@ -61,7 +64,6 @@ class NormBlock {
     DJ_SHARED(float, sums, kWarps);
     DJ_SHARED(int, mosts, kWarps);
     const float sum = AddUp(row);
-    CopyAsyncWait<0>();
     if (p_.weight != nullptr) Normalise(sum, sums);
     int most = 0;
     ForEach([&](int i) { most = Max(most, Magnitude(x_[i])); });
@@ -88,11 +90,33 @@ class NormBlock {
     }
   }
 
+  // What is added to the row: `add`, or what the segments' sums make, in JoinedSum's order.
+  DJ_DEVICE void LoadAdd(int row, int i, int left, float (&to)[kNormVector]) const {
+    const SegmentSums& s = p_.sums;
+    if (s.segments == 0) return LoadFour(Row(p_.add, row) + i, left, p_.vectors, to);
+#pragma unroll
+    for (int e = 0; e < kNormVector; ++e) to[e] = 0.0f;
+    if (left == 0) return;
+    const float* partial = Row(s.partial, row) + i;  // whole vectors
+    const int64_t stride = s.rows * s.partial.stride;
+#pragma unroll 8
+    for (int segment = 0; segment < s.segments; ++segment) {
+      float sum[kNormVector];
+      LoadFour(partial + segment * stride, kNormVector, true, sum);
+#pragma unroll
+      for (int e = 0; e < kNormVector; ++e) to[e] += sum[e];
+    }
+    if (s.bias == nullptr) return;
+    float bias[kNormVector];
+    LoadFour(s.bias + i, left, p_.vectors, bias);
+#pragma unroll
+    for (int e = 0; e < kNormVector; ++e) to[e] += bias[e];
+  }
+
   // x_ = the row, to which `add` is added first; returns the sum of this thread's elements.
   DJ_DEVICE float AddUp(int row) {
     float* residual = Row(p_.x, row);
     const bool adds = p_.add.data != nullptr;
-    const float* add = adds ? Row(p_.add, row) : residual;
     float sum = 0.0f;
     for (int first = Thread() * kNormVector; first < p_.features; first += kNormAtOnce * kNormStride) {
       float x[kNormAtOnce][kNormVector], y[kNormAtOnce][kNormVector];
@@ -100,7 +124,7 @@ class NormBlock {
       for (int j = 0; j < kNormAtOnce; ++j) {  // all loads before the first store, which might be to the same memory
         const int i = first + j * kNormStride, left = Max(p_.features - i, 0);
         LoadFour(residual + i, left, p_.vectors, x[j]);
-        LoadFour(add + i, adds ? left : 0, p_.vectors, y[j]);
+        if (adds) LoadAdd(row, i, left, y[j]);
       }
 #pragma unroll
       for (int j = 0; j < kNormAtOnce; ++j) {
@@ -110,6 +134,7 @@ class NormBlock {
           if (i >= p_.features) continue;
           const float value = adds ? x[j][e] + y[j][e] : x[j][e];
           if (adds) residual[i] = value;
+          if (p_.sums.segments > 0) Row(p_.add, row)[i] = y[j][e];
           x_[i] = value;
           sum += value;
         }
@@ -127,7 +152,28 @@ class NormBlock {
       squares = fmaf(d, d, squares);
     });
     const float scale = 1.0f / sqrtf(BlockSum(squares, sums) / features + p_.epsilon);
-    ForEach([&](int i) { x_[i] = fmaf((x_[i] - mean) * scale, weight_[i], bias_[i]); });
+    if constexpr (kAhead) {
+      CopyAsyncWait<0>();
+      ForEach([&](int i) { x_[i] = fmaf((x_[i] - mean) * scale, weight_[i], bias_[i]); });
+      return;
+    }
+    for (int first = Thread() * kNormVector; first < p_.features; first += kNormAtOnce * kNormStride) {
+      float weight[kNormAtOnce][kNormVector], bias[kNormAtOnce][kNormVector];
+#pragma unroll
+      for (int j = 0; j < kNormAtOnce; ++j) {
+        const int i = first + j * kNormStride, left = Max(p_.features - i, 0);
+        LoadFour(p_.weight + i, left, p_.vectors, weight[j]);
+        LoadFour(p_.bias + i, left, p_.vectors, bias[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < kNormAtOnce; ++j) {
+#pragma unroll
+        for (int e = 0; e < kNormVector; ++e) {
+          const int i = first + j * kNormStride + e;
+          if (i < p_.features) x_[i] = fmaf((x_[i] - mean) * scale, weight[j][e], bias[j][e]);
+        }
+      }
+    }
   }
 
   const NormParams& p_;
@@ -138,7 +184,7 @@ class NormBlock {
 
 DJ_KERNEL(Norm, NormParams, kBlockThreads) {
   DJ_DYNAMIC_SHARED(float, shared);
-  NormBlock block(p, shared);
+  NormBlock<true> block(p, shared);
   block.Begin();
   GridWait();
   GridLaunchDependents();

@@ -94,12 +94,20 @@ struct RowFragments {
 };
 constexpr int kLinearRows = 16;  // of a group: rows of x that share a pass over the weight
 
+// A Sum (SumParams) whose segments have not been joined yet.
+struct SegmentSums {
+  MatrixOf<float> partial;  // [segments * rows, columns]
+  const float* bias;        // [columns] or nullptr
+  int32_t segments, rows;   // segments 0: there is none
+};
+
 // y = norm(x), and with `add` before that x += add; without weights y = x. y is left as float32, as fragments, or both.
-// A block does a row; dynamic shared memory holds three.
+// With `sums` these are joined first and left in `add`. A block does a row; dynamic shared memory holds three.
 struct NormParams {
   MatrixOf<float> y;           // [rows, features] or nullptr
   MatrixOf<float> x;           // [rows, features]
-  MatrixOf<const float> add;   // [rows, features] or nullptr
+  MatrixOf<float> add;         // [rows, features] or nullptr
+  SegmentSums sums;
   const float *weight, *bias;  // [features] or nullptr
   RowFragments fragments;
   int32_t rows, features;

@@ -182,7 +182,7 @@ DJ_DEVICE void NormSelect(const NormSelectParams& p) {
   DJ_SHARED(float, scales, kRows);
   DJ_SHARED(int32_t, ranks, kRows);
   const int block = static_cast<int>(blockIdx.x) - p.norm.rows;
-  NormBlock norm(p.norm, shared);
+  NormBlock<true> norm(p.norm, shared);
   if (block < 0) norm.Begin();
   GridWait();
   GridLaunchDependents();
