@@ -108,9 +108,13 @@ DJ_DEVICE void WidenPiece(const Vector16& v, float (&to)[8], const W*) {
     to[2 * i + 1] = W::Widen(static_cast<uint16_t>(v.w[i] >> 16));
   }
 }
+// 2^23 + 128 + an integer has the integer in its last bits: conversions would take four times as long as sums.
 DJ_DEVICE void WidenPiece(const Vector16& v, float (&to)[16], const int8_t*) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) to[i] = static_cast<float>(static_cast<int8_t>(v.w[i / 4] >> (i % 4 * 8)));
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t byte = (v.w[i / 4] ^ 0x80808080u) >> (i % 4 * 8) & 0xFF;
+    to[i] = __uint_as_float(0x4B000000u | byte) - 8388736.0f;
+  }
 }
 
 // 16 bytes of elements of which the first n are there; the others become zero. For rows that do not allow LoadStream.

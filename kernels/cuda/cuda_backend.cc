@@ -111,7 +111,7 @@ class CudaBackend final : public Backend {
   Scratch scratch_{*queue_, *staging_, recordings_};
   HeldOps held_{*queue_};
   FragmentStore fragments_{*queue_, scratch_, held_};
-  Products products_{*queue_, scratch_, fragments_};
+  Products products_{*queue_, scratch_, held_, fragments_};
   FragmentStore::Forms of_up_;  // in which the last up-projection read its rows: the next norm leaves them so
 };
 
@@ -222,7 +222,7 @@ void CudaBackend::Select(const Selection& selection, Tensor counts, Tensor a, co
   CHECK(w.b.stride % 4 == 0 && reinterpret_cast<uintptr_t>(w.b.data) % 4 == 0) << "b of Select is not aligned";
   NormSelectParams p = {};
   int64_t norm_bytes = 0;
-  if (const std::optional<HeldOps::HeldNorm> norm = held_.TakeNorm(/*beside=*/a)) {
+  if (const std::optional<HeldNorm> norm = held_.TakeNorm(/*beside=*/a)) {
     p.norm = norm->params;
     p.norm.fragments = fragments_.MadeWith(norm->y, of_up_);
     norm_bytes = HeldOps::SharedBytes(p.norm);
@@ -245,6 +245,7 @@ void CudaBackend::Select(const Selection& selection, Tensor counts, Tensor a, co
   const int64_t sums_bytes = kWarps * rows_of_block * kSelectColumns * int64_t{sizeof(int32_t)};
   queue_->Launch(single ? kNormSelect1 : kNormSelect8, {p.norm.rows + groups * DivideUp(w.b.cols, kSelectColumns)},
                  std::max(sums_bytes, norm_bytes), p);
+  products_.NoteList(selection.indices);
 }
 
 void CudaBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& neurons, bool skip_zeros, Tensor hidden,

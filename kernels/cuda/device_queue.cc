@@ -68,6 +68,7 @@ void DeviceQueue::LaunchWith(Kernel kernel, Grid grid, int64_t shared_bytes, con
       .params = params,
       .params_bytes = params_bytes};
   Try(module().launch(context(), &launch), kNames[kernel]);
+  ++launches_;
 }
 
 void DeviceQueue::AllReduce(float* x, int64_t count, bool aside) {

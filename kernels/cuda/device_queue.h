@@ -47,6 +47,8 @@ class DeviceQueue {
     LaunchWith(kernel, grid, shared_bytes, &params, sizeof params);
   }
 
+  int64_t launches() const { return launches_; }  // so far, without those of replays
+
   // In a group of devices; x [count]. With `aside` beside what follows, up to JoinAllReduce.
   void AllReduce(float* x, int64_t count, bool aside);
   void JoinAllReduce();
@@ -84,6 +86,7 @@ class DeviceQueue {
   bool peer_lost_ = false;           // that is what failed
   bool follows_all_reduce_ = false;  // the next launch
   bool capturing_ = false;
+  int64_t launches_ = 0;
   int64_t all_reduces_ = 0;
   int64_t all_reduces_before_ = 0;  // the capture under way
 };

@@ -47,10 +47,10 @@ RowFragments FragmentStore::MadeWith(const Tensor& x, Forms forms) {
 }
 
 RowFragments FragmentStore::Of(const Tensor& x, Forms forms) {
-  if (std::optional<NormParams> norm = held_.TakeNormOf(x)) {
-    norm->fragments = MadeWith(x, forms);
+  if (std::optional<HeldNorm> norm = held_.TakeNormOf(x)) {
+    norm->params.fragments = MadeWith(x, forms);
     held_.Launch(*norm);
-    return norm->fragments;
+    return norm->params.fragments;
   }
   Forms missing = forms;
   if (SameView(x, x_)) {
@@ -61,12 +61,12 @@ RowFragments FragmentStore::Of(const Tensor& x, Forms forms) {
     forms_ = {};
   }
   if (missing.halves != kF32 || missing.integers) {
-    NormParams split = {};
-    split.x = MatrixFrom<float>(x);
-    split.fragments = Placed(missing);
-    split.rows = Int(x.rows);
-    split.features = Int(x.cols);
-    split.vectors = HasVectors(x);
+    HeldNorm split = {.params = {}, .y = {}, .x = x, .sum = {}};
+    split.params.x = MatrixFrom<float>(x);
+    split.params.fragments = Placed(missing);
+    split.params.rows = Int(x.rows);
+    split.params.features = Int(x.cols);
+    split.params.vectors = HasVectors(x);
     held_.Launch(split);
     if (missing.halves != kF32) forms_.halves = missing.halves;
     forms_.integers = forms_.integers || missing.integers;

@@ -29,11 +29,15 @@ namespace dejavu::cuda {
   X(SumF16x1, SumParams)                 \
   X(SumF16x4, SumParams)                 \
   X(SumF16x8, SumParams)                 \
+  X(SumF16x16, SumParams)                \
   X(SumBF16x1, SumParams)                \
   X(SumBF16x4, SumParams)                \
   X(SumBF16x8, SumParams)                \
+  X(SumBF16x16, SumParams)               \
   X(SumI8x1, SumParams)                  \
   X(SumI8x4, SumParams)                  \
+  X(SumI8x8, SumParams)                  \
+  X(JoinSums, SumParams)                 \
   X(WriteKvF16, AttentionParams)         \
   X(WriteKvF32, AttentionParams)         \
   X(AttentionF16, AttentionParams)       \
@@ -185,26 +189,43 @@ constexpr int kMostLinearOutputs = 512;   // of a block
 constexpr int kLinearSlots = 4;           // of a warp's ring, each 4 KB
 constexpr int kLinearRingBytes = kWarps * kLinearSlots * (4 << 10);  // dynamic shared memory; but for float32
 
-// y = sum over the selected inputs of x[i] * weight[i]. Grid (groups of rows from first_row on, slabs of columns,
-// segments of inputs).
+// y = sum over the selected inputs of x[i] * weight[i]. Grid (groups of rows, slabs of columns, segments of inputs).
+// Part w of a segment is warp w's.
 struct SumParams {
   MatrixOf<float> y;        // [rows, outputs]
-  MatrixOf<const float> x;  // [rows, inputs]
+  MatrixOf<const float> x;  // [all_rows, inputs]
   const void* weight;       // [inputs, stride]
   int64_t stride;
-  const float *bias, *scale;  // [outputs], [inputs] or nullptr; `scale` for int8 alone
-  SelectionParams selected;   // with masks: what any row has in its mask; otherwise the list
-  float* partial;             // [row groups, segments, rows of a group, slabs * columns of a slab]
-  uint32_t* tickets;          // [row groups * slabs], zero between launches
+  const float* scale;         // [inputs], for int8 alone
+  SelectionParams selected;   // the list alone
+  SegmentSums sums;           // of this launch's rows; columns of whole slabs
+  uint32_t* tickets;          // [slabs + 1], zero between launches, for one group of rows; or nullptr: others join
   int32_t* active;            // or nullptr: += how many inputs are not zero in rows 0 ... counted - 1 and in any row
   int32_t counted;
-  int32_t first_row, rows, inputs, outputs;
-  int32_t group;    // inputs that a bit or an entry of the list stands for
-  int32_t segment;  // inputs, a multiple of kSumSegment
-  int32_t vectors;  // all rows of the weight start at 16-byte boundaries
-  int32_t skip_zeros;
+  int32_t all_rows;  // for `active`
+  int32_t inputs, outputs;
+  int32_t group;    // inputs that an entry of the list stands for
+  int32_t segment;  // inputs, a multiple of kWarps
+  int32_t vectors;     // all rows of the weight start at 16-byte boundaries
+  int32_t skip_zeros;  // may leave out inputs that are zero in all rows of a group
+  int32_t list_early;  // the list is two launches old
+  NormParams norm;     // of y as `add`, done by the last slab's block of up to kSumNormRows rows; rows 0: none
 };
-constexpr int kSumSegment = kBlockThreads;
+constexpr int kSumNormRows = 4;     // of a kernel whose last block may do the norm
+constexpr int kSumRowBytes = 512;    // of a weight's row, in a slab
+constexpr int kSumSlotInputs = 4;    // whose rows arrive together
+constexpr int kSumRing = 16;         // inputs whose rows a warp has under way
+constexpr int kSumWideRing = 32;     // where one block has a multiprocessor for itself
+constexpr int kSumWindow = 64;       // inputs that a warp knows: those under way and the next 32
+constexpr int kSumMostPart = 65535;  // inputs of a warp
+// Under way in a block, and what it takes of dynamic shared memory: the windows of x beside that, and later the sums of
+// the warps in its place.
+constexpr int SumRingBytes(bool wide) { return kWarps * (wide ? kSumWideRing : kSumRing) * kSumRowBytes; }
+constexpr int SumSharedBytes(bool wide, int rows, int columns) {
+  const int filled = SumRingBytes(wide) + kWarps * kSumWindow * (rows + 1) * 4,
+            joined = kWarps * rows * (columns + 32) * 4;
+  return filled > joined ? filled : joined;
+}
 
 // Attention of a step's rows, grid (splits, heads, rows or groups of kPromptRows); WriteKv uses some of it, grid (1,
 // heads, rows).

@@ -1,6 +1,7 @@
 #include "kernels/cuda/products.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "kernels/base/check.h"
 #include "kernels/base/round.h"
@@ -10,7 +11,10 @@ namespace dejavu::cuda {
 namespace {
 
 constexpr int64_t kSumRows = 64;                  // at once of a Sum, whose scratch grows with the rows
-constexpr int64_t kSumSegments = 16;              // at most, so many blocks share the inputs
+constexpr int64_t kSumSegments = 32;              // at most, so many blocks share the inputs
+constexpr int64_t kSumSegmentInputs = 64;         // a multiple of it
+constexpr int64_t kSumBlocks = 264;               // about, of one group of rows: what a large GPU does at once
+constexpr int64_t kSumOwnRows = 3;                // up to so many the last block of a slab joins the segments
 constexpr int64_t kGemmRows = 33;  // from so many rows on a product is the library's
 
 }  // namespace
@@ -86,6 +90,7 @@ void Products::Multiply(const Job& job) {
   p.group = Int(job.group);
   p.w = RowsOf(job.w, job.y, x);
   p.selected = job.selected;
+  p.list_early = IsOld(p.selected.list);
   p.cleared = VectorFrom<int32_t>(job.cleared);
   p.cleared_count = Int(job.cleared.cols);
 
@@ -107,54 +112,71 @@ void Products::Multiply(const Job& job) {
   queue_.Launch(kKernels[type][job.x.rows > kLinearRows / 2], {groups, blocks}, type == kF32 ? 0 : kLinearRingBytes, p);
 }
 
-// Segments of inputs depend on their number alone: they order the sums.
+// Segments of inputs order the sums, so they depend on the shape of the weight alone, not on rows or device.
 void Products::Sum(Tensor y, Tensor x, const LinearWeights& w, const Selection& selected, int64_t group,
                    bool skip_zeros, Tensor active) {
   struct Variant {
     Kernel kernel;
     int64_t rows;
+    bool wide;
   };
-  constexpr Variant kVariants[][3] = {
-      {{kSumF32x1, 1}, {kSumF32x4, 4}, {kSumF32x8, 8}},
-      {{kSumF16x1, 1}, {kSumF16x4, 4}, {kSumF16x8, 8}},
-      {{kSumBF16x1, 1}, {kSumBF16x4, 4}, {kSumBF16x8, 8}},
-      {{kSumI8x1, 1}, {kSumI8x4, 4}, {kSumI8x4, 4}},
+  constexpr Variant kVariants[][4] = {
+      {{kSumF32x1, 1, false}, {kSumF32x4, 4, false}, {kSumF32x8, 8, false}, {kSumF32x8, 8, false}},
+      {{kSumF16x1, 1, false}, {kSumF16x4, 4, false}, {kSumF16x8, 8, false}, {kSumF16x16, 16, true}},
+      {{kSumBF16x1, 1, false}, {kSumBF16x4, 4, false}, {kSumBF16x8, 8, false}, {kSumBF16x16, 16, true}},
+      {{kSumI8x1, 1, false}, {kSumI8x4, 4, false}, {kSumI8x8, 8, true}, {kSumI8x8, 8, true}},
   };
   const auto& variants = kVariants[TypeOf(w.weight.dtype)];
-  const Variant& variant = variants[x.rows == 1 ? 0 : x.rows <= variants[1].rows ? 1 : 2];
-  const int64_t slab = 32 * kVectorBytes / SizeOf(w.weight.dtype), slabs = DivideUp(w.outputs(), slab);
-  const int64_t segment = RoundUp(DivideUp(w.inputs(), kSumSegments), kSumSegment);
+  const Variant& variant = *std::find_if(std::begin(variants), std::end(variants) - 1,
+                                         [&](const Variant& variant) { return x.rows <= variant.rows; });
+  const int64_t slab = kSumRowBytes / SizeOf(w.weight.dtype), slabs = DivideUp(w.outputs(), slab);
+  const int64_t most_segments = std::clamp<int64_t>(kSumBlocks / slabs, 1, kSumSegments);
+  const int64_t segment = RoundUp(DivideUp(w.inputs(), most_segments), kSumSegmentInputs);
   const int64_t segments = DivideUp(w.inputs(), segment);
-  const int64_t groups_at_once = kSumRows / variant.rows;
-  CHECK(segment <= UINT16_MAX) << w.inputs() << " inputs";
-  const int64_t shared =
-      std::max(segment * variant.rows, kWarps * variant.rows * slab) * int64_t{sizeof(float)} + 3 * segment;
+  CHECK(segment / kWarps <= kSumMostPart) << w.inputs() << " inputs";
+  const int64_t rows_at_once = std::min<int64_t>(kSumRows, x.rows);
+  const bool joins = x.rows > kSumOwnRows;
 
   SumParams p = {};
-  p.x = MatrixFrom<const float>(x);
-  p.y = MatrixFrom<float>(y);
   p.weight = w.weight.data;
   p.stride = w.weight.stride;
-  p.bias = VectorFrom<float>(w.bias);
   p.scale = VectorFrom<float>(w.scale);
-  p.selected = SelectionFrom(selected, selected.masks.rows >= x.rows);
+  p.selected = SelectionFrom(selected, /*masks=*/false);
+  p.list_early = IsOld(p.selected.list);
+  p.sums = {.partial = {scratch_.Partial<float>(segments * rows_at_once * slabs * slab), slabs * slab},
+            .bias = VectorFrom<float>(w.bias),
+            .segments = Int(segments),
+            .rows = 0};
+  p.tickets = joins ? nullptr : scratch_.Tickets(slabs + 1);
   p.active = VectorFrom<int32_t>(active);
   p.counted = Int(std::max<int64_t>(0, active.cols - 1));
-  p.rows = Int(x.rows);
+  p.all_rows = Int(x.rows);
   p.inputs = Int(w.inputs());
   p.outputs = Int(w.outputs());
   p.group = Int(group);
   p.segment = Int(segment);
   p.vectors = HasVectors(w.weight);
   p.skip_zeros = skip_zeros;
-  for (int64_t row = 0; row < x.rows; row += groups_at_once * variant.rows) {
-    const int64_t groups = std::min(groups_at_once, DivideUp(x.rows - row, variant.rows));
-    p.first_row = Int(row);
-    p.tickets = scratch_.Tickets(groups * slabs);
-    p.partial = scratch_.Partial<float>(groups * segments * variant.rows * slabs * slab);
-    queue_.Launch(variant.kernel, {groups, slabs, segments}, shared, p);
+  for (int64_t row = 0; row < x.rows; row += kSumRows) {
+    p.sums.rows = Int(std::min(kSumRows, x.rows - row));
+    p.x = MatrixFrom<const float>(x);
+    p.x.data += row * x.stride;
+    p.y = MatrixFrom<float>(y);
+    p.y.data += row * y.stride;
+    held_.HoldSum({.kernel = variant.kernel,
+                   .grid = {DivideUp(p.sums.rows, variant.rows), slabs, segments},
+                   .shared_bytes = SumSharedBytes(variant.wide, Int(variant.rows), Int(slab)),
+                   .params = p,
+                   .y = y.Rows(row, p.sums.rows)});
     p.active = nullptr;
   }
+}
+
+void Products::NoteList(const Tensor& list) { made_at_[list.data] = queue_.launches(); }
+
+bool Products::IsOld(const int32_t* list) const {
+  const auto made = made_at_.find(list);
+  return list != nullptr && made != made_at_.end() && queue_.launches() > made->second;
 }
 
 }  // namespace dejavu::cuda

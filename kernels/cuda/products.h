@@ -4,10 +4,12 @@
 #define KERNELS_CUDA_PRODUCTS_H_
 
 #include <cstdint>
+#include <unordered_map>
 
 #include "kernels/backend.h"
 #include "kernels/cuda/device_queue.h"
 #include "kernels/cuda/fragment_store.h"
+#include "kernels/cuda/held_ops.h"
 #include "kernels/cuda/params.h"
 #include "kernels/cuda/scratch.h"
 #include "kernels/selection.h"
@@ -17,8 +19,8 @@ namespace dejavu::cuda {
 
 class Products {
  public:
-  Products(DeviceQueue& queue, Scratch& scratch, FragmentStore& fragments)
-      : queue_(queue), scratch_(scratch), fragments_(fragments) {}
+  Products(DeviceQueue& queue, Scratch& scratch, HeldOps& held, FragmentStore& fragments)
+      : queue_(queue), scratch_(scratch), held_(held), fragments_(fragments) {}
   Products(const Products&) = delete;
   Products& operator=(const Products&) = delete;
 
@@ -41,15 +43,23 @@ class Products {
   void Multiply(const Job& job);
 
   // y = w x + b where an input is a row of the weight: over the selected groups of inputs. `active` as in Backend::Mlp.
+  // The last of it is held back.
   void Sum(Tensor y, Tensor x, const LinearWeights& w, const Selection& selected, int64_t group, bool skip_zeros,
            Tensor active);
 
+  // The last launch has made this list of selected ones. Products that come after one launch more read it before they
+  // wait for anything.
+  void NoteList(const Tensor& list);
+
  private:
+  bool IsOld(const int32_t* list) const;
   static OutputRows RowsOf(const LinearWeights& w, const Tensor& y, const RowFragments& x);
 
   DeviceQueue& queue_;
   Scratch& scratch_;
+  HeldOps& held_;
   FragmentStore& fragments_;
+  std::unordered_map<const void*, int64_t> made_at_;  // lists: how many launches there were then
 };
 
 }  // namespace dejavu::cuda

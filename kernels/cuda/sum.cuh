@@ -1,209 +1,315 @@
 // y = W x + b where an input is a row of the weight: a sum of the rows whose inputs are selected.
 //
 // A block has a segment of the inputs and a slab of columns: 16 bytes for each lane. Of the segment each warp has a
-// part of its own, finds in it the inputs that are selected and not zero, in ascending order, and adds their rows, one
-// fused multiply-add after the other. Then the warps' sums are added in order, and by the last block of a slab the
-// segments'. Who adds what depends on the number of an input alone, and adding zero changes no bit (weights are
-// finite), so that leaving out what is zero gives the same result.
+// part of its own, whose selected inputs it adds in ascending order, one fused multiply-add after the other. Then the
+// warps' sums are added in order, and then the segments', by the last block of a slab or by JoinSums. Who adds what
+// depends on the number of an input alone, and adding zero changes no bit (weights are finite), so that leaving out
+// what is zero gives the same result.
+//
+// A warp works for itself until the warps' sums are joined. It looks at 32 inputs at a time, a lane at each, and keeps
+// in its window those that add something, with their x. Their rows come by way of its ring in shared memory, where each
+// lane copies and reads bytes of its own. As far as the inputs are known without x, the ring begins to fill before
+// GridWait.
 //
 // Bytes: the selected rows of the weight, once for each group of rows of x; partial sums of segments / inputs of that.
 #ifndef KERNELS_CUDA_SUM_CUH_
 #define KERNELS_CUDA_SUM_CUH_
 
-#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/norm.cuh"
 
 namespace dejavu::cuda {
 
-template <typename W, int kRows>
+// Element (row, column) of y, from all segments' sums.
+DJ_DEVICE float JoinedSum(const SegmentSums& p, int row, int column) {
+  const float* partial = Row(p.partial, row) + column;
+  const int64_t stride = p.rows * p.partial.stride;
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int s = 0; s < p.segments; ++s) sum += partial[s * stride];
+  return p.bias != nullptr ? sum + p.bias[column] : sum;
+}
+
+template <typename W, int kRows, int kRing>
 class SumBlock {
  public:
-  // Dynamic shared memory, in bytes: kRows floats and 3 bytes for each input of a segment, and room for Spread.
-  DJ_DEVICE SumBlock(const SumParams& p, float* shared)
+  // Dynamic shared memory: SumSharedBytes.
+  DJ_DEVICE SumBlock(const SumParams& p, unsigned char* shared)
       : p_(p),
-        first_row_(p.first_row + static_cast<int>(blockIdx.x) * kRows),
-        rows_(Min(kRows, p.rows - first_row_)),
+        first_row_(static_cast<int>(blockIdx.x) * kRows),
+        rows_(Min(kRows, p.sums.rows - first_row_)),
         slab_(static_cast<int>(blockIdx.y)),
         segment_(static_cast<int>(blockIdx.z)),
-        first_(segment_ * p.segment),
-        inputs_(Min(p.segment, p.inputs - first_)),
-        x_(shared),
-        list_(reinterpret_cast<uint16_t*>(shared + Max(p.segment * kRows, kWarps * kSlabFloats))),
-        chosen_(reinterpret_cast<uint8_t*>(list_ + p.segment)) {}
+        column_(slab_ * kSlab + Lane() * kPiece),
+        copies_(p.vectors && column_ + kPiece <= p.outputs),
+        listed_(p.selected.list != nullptr),
+        begin_(segment_ * p.segment + Warp() * (p.segment / kWarps)),
+        end_(Min(begin_ + p.segment / kWarps, p.inputs)),
+        ring_(shared + Warp() * kRing * kSumRowBytes + Lane() * kLaneBytes),
+        x_(reinterpret_cast<float*>(shared + kWarps * kRing * kSumRowBytes) + Warp() * kSumWindow * kRows),
+        known_inputs_(reinterpret_cast<uint32_t*>(shared + kWarps * kRing * kSumRowBytes +
+                                                  kWarps * kSumWindow * kRows * sizeof(float)) +
+                      Warp() * kSumWindow),
+        joined_(reinterpret_cast<float*>(shared)) {}
 
   DJ_DEVICE void Run() {
-    Choose();
-    Stage();
-    if (p_.active != nullptr && blockIdx.x == 0) CountActive();
+    const bool early = listed_ ? p_.list_early != 0 : p_.skip_zeros == 0;
+    if (!early) GridWait();
+    if (listed_) FindFirst();
+    Fetch();
+    const bool filled = early || !p_.skip_zeros;
+    if (filled) FillRing();
+    if (early) GridWait();
+    GridLaunchDependents();
+
     float sums[kRows][kPiece] = {};
-    Accumulate(Compact(), sums);
+    // Each step adds a slot and fills it anew; the first ones only fill.
+    for (int n = filled ? -kSumSlotInputs : -kRing; n < 0 || n < known_; n += kSumSlotInputs) {
+      if (n >= 0) {
+        CopyAsyncWait<kRing / kSumSlotInputs - 1>();
+        AddSlot(n, sums);
+      }
+      FillSlot(n + kRing);
+    }
     Join(sums);
   }
 
  private:
-  static constexpr int kPiece = 16 / static_cast<int>(sizeof(W));  // columns of a lane
+  static constexpr int kLaneBytes = 16;
+  static constexpr int kPiece = kLaneBytes / static_cast<int>(sizeof(W));  // columns of a lane
   static constexpr int kSlab = 32 * kPiece;
-  static constexpr int kSlabFloats = kRows * kSlab;
-  static constexpr int kLoadsInFlight = kRows == 1 ? 8 : 4;
+  static constexpr int kUnrolledInputs = kRows * kPiece <= 32 ? kSumSlotInputs : 1;  // of a slot
+  // Of joined_: column kPiece * l + c of a slab lies at kColumnStride * c + l. Neither side has bank conflicts.
+  static constexpr int kColumnStride = 32 + 32 / kPiece;
+  static constexpr int kJoinedRow = kPiece * kColumnStride;
+  static_assert(kRing <= 32 && kRing + 32 <= kSumWindow && kRing % kSumSlotInputs == 0);
 
-  // chosen_[i]: input i of the segment is selected.
-  DJ_DEVICE void Choose() {
-    const SelectionParams& s = p_.selected;
-    const bool listed = s.list != nullptr && s.masks.data == nullptr;
-    for (int i = Thread(); i < inputs_; i += kBlockThreads) {
-      const int unit = (first_ + i) / p_.group;
-      chosen_[i] = s.masks.data != nullptr ? UnionWord(s.masks, p_.rows, unit / 32) >> (unit % 32) & 1 : !listed;
+  // The first entry of the list that is not before this warp's part, and where in it the part begins. Of 32 places at
+  // a time, the last that is before it.
+  DJ_DEVICE void FindFirst() {
+    const int32_t* list = p_.selected.list;
+    entries_ = p_.selected.count[0];
+    const int unit = begin_ / p_.group;
+    for (int left = entries_; left > 0;) {
+      const int step = DivideUp(left, 32), place = Lane() * step;
+      const bool before = place < left && list[first_entry_ + place] < unit;
+      const int places = __popc(__ballot_sync(kAllLanes, before));
+      if (places == 0) break;
+      const int passed = (places - 1) * step + 1;
+      first_entry_ += passed;
+      left = Min(step - 1, left - passed);
     }
-    if (!listed) return;
-    __syncthreads();
-    const int count = s.count[0];
-    for (int i = Thread(); i < count; i += kBlockThreads) {
-      const int begin = s.list[i] * p_.group - first_;
-      for (int j = Max(begin, 0); j < Min(begin + p_.group, inputs_); ++j) chosen_[j] = 1;
+    if (first_entry_ < entries_) fetched_ = Max(0, begin_ - list[first_entry_] * p_.group);
+  }
+
+  // next_: the selected inputs to look at next, one for each lane; beyond the part -1.
+  DJ_DEVICE void Fetch() {
+    const int i = fetched_ + Lane();
+    int input = begin_ + i;
+    if (listed_) {
+      const int entry = first_entry_ + i / p_.group;
+      input = entry < entries_ ? p_.selected.list[entry] * p_.group + i % p_.group : end_;
+    }
+    next_ = input < end_ ? input : -1;
+    more_ = __any_sync(kAllLanes, next_ >= 0) != 0;
+    fetched_ += 32;
+  }
+
+  // With the inputs that will be looked at first, whatever their x; FillSlot commits the last of it.
+  DJ_DEVICE void FillRing() {
+    for (int i = 0; i < kRing; ++i) {
+      const int input = __shfl_sync(kAllLanes, next_, i);
+      if (input >= 0) Copy(i, input);
+      if (i % kSumSlotInputs == kSumSlotInputs - 1 && i != kRing - 1) CopyAsyncCommit();
+    }
+    filled_ = kRing;
+  }
+
+  DJ_DEVICE void FillSlot(int n) {
+    while (known_ < n + kSumSlotInputs && more_) Look();
+#pragma unroll
+    for (int i = n; i < n + kSumSlotInputs; ++i) {
+      if (filled_ <= i && i < known_) Copy(i, begin_ + static_cast<int>(known_inputs_[i % kSumWindow] & 0xFFFF));
+    }
+    CopyAsyncCommit();
+  }
+
+  DJ_DEVICE void Copy(int i, int input) {
+    const W* from = static_cast<const W*>(p_.weight) + input * p_.stride + column_;
+    unsigned char* const to = ring_ + i % kRing * kSumRowBytes;
+    if (copies_) {
+      CopyAsync16(to, from);
+    } else {
+      *reinterpret_cast<Vector16*>(to) = LoadPart(from, p_.outputs - column_);
     }
   }
 
-  // x_[i][r]: what input i of the segment is in each row; int8 weights' scales included.
-  DJ_DEVICE void Stage() {
-    __syncthreads();
+  // Looks at the next inputs. An input of the window: its number within the part, in the upper half the rows where it
+  // is not zero; and what it is in each row, int8 weights' scales included.
+  DJ_DEVICE void Look() {
+    const int input = next_;
+    Fetch();
+    float x[kRows];
+    uint32_t rows = 0;
+#pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float* from = Row(p_.x, first_row_ + Min(r, rows_ - 1)) + first_;
-      for (int i = Thread(); i < inputs_; i += kBlockThreads) {
-        float x = chosen_[i] && r < rows_ ? from[i] : 0.0f;
-        if (sizeof(W) == 1) x *= p_.scale[first_ + i];
-        x_[i * kRows + r] = x;
-      }
+      x[r] = input >= 0 && r < rows_ ? Row(p_.x, first_row_ + r)[input] : 0.0f;
+      if (x[r] != 0.0f) rows |= 1u << r;
     }
-    __syncthreads();
+    if (p_.active != nullptr) CountActive(input, rows);
+    const bool wanted = input >= 0 && (!p_.skip_zeros || rows != 0 || known_ + Lane() < filled_);
+    const uint32_t votes = __ballot_sync(kAllLanes, wanted);
+    __syncwarp();  // what is overwritten has been read
+    if (wanted) {
+      const int place = (known_ + __popc(votes & ((1u << Lane()) - 1))) % kSumWindow;
+      const float scale = sizeof(W) == 1 ? p_.scale[input] : 1.0f;
+      known_inputs_[place] = static_cast<uint32_t>(input - begin_) | rows << 16;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) x_[place * kRows + r] = x[r] * scale;
+    }
+    known_ += __popc(votes);
+    __syncwarp();
   }
 
-  // The slabs of a segment share its inputs: each counts some of all rows.
-  DJ_DEVICE void CountActive() const {
-    const int warps = static_cast<int>(gridDim.y) * kWarps;
-    for (int base = (slab_ * kWarps + Warp()) * 32; base < inputs_; base += warps * 32) {
-      const int i = base + Lane();
-      const bool chosen = i < inputs_ && chosen_[i];
-      bool any = false;
-      for (int r = 0; r < p_.rows; ++r) {
-        const bool active = chosen && Row(p_.x, r)[first_ + i] != 0.0f;
-        any = any || active;
-        if (r < p_.counted) AddCount(active, p_.active + r);
-      }
-      AddCount(any, p_.active + p_.counted);
+  // The slabs of a segment look at the same inputs: each counts some of them, of all rows.
+  DJ_DEVICE void CountActive(int input, uint32_t rows) const {
+    const int turn = fetched_ / 32 + Warp();
+    if (blockIdx.x != 0 || turn % static_cast<int>(gridDim.y) != slab_) return;
+    bool any = false;
+    for (int r = 0; r < p_.all_rows; ++r) {
+      const bool active = r < kRows ? (rows >> r & 1) != 0 : input >= 0 && Row(p_.x, r)[input] != 0.0f;
+      any = any || active;
+      if (r < p_.counted) AddCount(active, p_.active + r);
     }
+    AddCount(any, p_.active + p_.counted);
   }
   static DJ_DEVICE void AddCount(bool value, int32_t* to) {
     const int count = __popc(__ballot_sync(kAllLanes, value));
     if (Lane() == 0 && count > 0) atomicAdd(to, count);
   }
 
-  // This warp's inputs that add something to list_, from its part's place on; returns how many.
-  DJ_DEVICE int Compact() {
-    const int part = p_.segment / kWarps, begin = Warp() * part;
-    int count = 0;
-    for (int base = begin; base < Min(begin + part, inputs_); base += 32) {
-      const int i = base + Lane();
-      bool wanted = i < inputs_ && chosen_[i];
-      if (wanted && p_.skip_zeros) {
-        wanted = false;
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) wanted = wanted || x_[i * kRows + r] != 0.0f;
+  DJ_DEVICE void AddSlot(int n, float (&sums)[kRows][kPiece]) const {
+#pragma unroll kUnrolledInputs
+    for (int i = n; i < n + kSumSlotInputs; ++i) {
+      if (i >= known_) break;
+      float w[kPiece];
+      WidenPiece(*reinterpret_cast<const Vector16*>(ring_ + i % kRing * kSumRowBytes), w,
+                 static_cast<const W*>(nullptr));
+      const float* x = x_ + i % kSumWindow * kRows;
+      if constexpr (kRows == 1) {
+        AddRow(x[0], w, sums[0]);
+      } else {
+        AddRows(x, known_inputs_[i % kSumWindow] >> 16, w, sums);
       }
-      const uint32_t votes = __ballot_sync(kAllLanes, wanted);
-      if (wanted) list_[begin + count + __popc(votes & ((1u << Lane()) - 1))] = static_cast<uint16_t>(i);
-      count += __popc(votes);
-    }
-    __syncwarp();
-    return count;
-  }
-
-  DJ_DEVICE void Accumulate(int count, float (&sums)[kRows][kPiece]) const {
-    const int column = slab_ * kSlab + Lane() * kPiece, left = p_.outputs - column;
-    if (left <= 0) return;
-    const W* weight = static_cast<const W*>(p_.weight) + first_ * p_.stride + column;
-    const bool vectors = p_.vectors && left >= kPiece;
-    const uint16_t* list = list_ + Warp() * (p_.segment / kWarps);
-    int n = 0;
-    for (; vectors && n + kLoadsInFlight <= count; n += kLoadsInFlight) {
-      Vector16 v[kLoadsInFlight];
-#pragma unroll
-      for (int i = 0; i < kLoadsInFlight; ++i) v[i] = LoadStream(weight + list[n + i] * p_.stride);
-#pragma unroll
-      for (int i = 0; i < kLoadsInFlight; ++i) Add(v[i], list[n + i], sums);
-    }
-    for (; n < count; ++n) {
-      const W* from = weight + list[n] * p_.stride;
-      Add(vectors ? LoadStream(from) : LoadPart(from, left), list[n], sums);
     }
   }
 
-  DJ_DEVICE void Add(const Vector16& v, int input, float (&sums)[kRows][kPiece]) const {
-    float w[kPiece];
-    WidenPiece(v, w, static_cast<const W*>(nullptr));
+  // All lanes have the same x: with many rows, most of them zero after ReLU, leaving those out is cheaper.
+  static DJ_DEVICE void AddRows(const float* x, uint32_t rows, const float (&w)[kPiece], float (&sums)[kRows][kPiece]) {
+    constexpr uint32_t kFour = 0xF;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const float x = x_[input * kRows + r];
+    for (int first = 0; first < kRows; first += 4) {
+      const Vector16 v = *reinterpret_cast<const Vector16*>(x + first);
+      const uint32_t four = kRows > 4 ? rows >> first & kFour : kFour;
+      if (four == kFour) {
 #pragma unroll
-      for (int c = 0; c < kPiece; ++c) sums[r][c] = fmaf(x, w[c], sums[r][c]);
+        for (int r = 0; r < 4; ++r) AddRow(__uint_as_float(v.w[r]), w, sums[first + r]);
+      } else if (four != 0) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          if ((four >> r & 1) != 0) AddRow(__uint_as_float(v.w[r]), w, sums[first + r]);
+        }
+      }
     }
   }
+  static DJ_DEVICE void AddRow(float x, const float (&w)[kPiece], float (&sums)[kPiece]) {
+#pragma unroll
+    for (int c = 0; c < kPiece; ++c) sums[c] = fmaf(x, w[c], sums[c]);
+  }
 
-  // In shared memory and in `partial` column kPiece * l + c of a slab lies at 32 * c + l: no bank conflicts.
   DJ_DEVICE void Join(const float (&sums)[kRows][kPiece]) {
-    __syncthreads();  // x_ has been read
+    __syncthreads();  // rings and windows have been read
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-      for (int c = 0; c < kPiece; ++c) x_[Warp() * kSlabFloats + r * kSlab + c * 32 + Lane()] = sums[r][c];
+      for (int c = 0; c < kPiece; ++c) {
+        joined_[(Warp() * kRows + r) * kJoinedRow + c * kColumnStride + Lane()] = sums[r][c];
+      }
     }
     __syncthreads();
-    const int slabs = static_cast<int>(gridDim.y), segments = static_cast<int>(gridDim.z);
-    const int64_t row_stride = int64_t{slabs} * kSlab, segment_stride = kRows * row_stride;
-    float* partial = p_.partial + blockIdx.x * segments * segment_stride + slab_ * kSlab;
     for (int i = Thread(); i < rows_ * kSlab; i += kBlockThreads) {
+      const int r = i / kSlab, column = i % kSlab;
+      const float* from = joined_ + r * kJoinedRow + column % kPiece * kColumnStride + column / kPiece;
       float sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += x_[w * kSlabFloats + i];
-      partial[segment_ * segment_stride + i / kSlab * row_stride + i % kSlab] = sum;
+      for (int w = 0; w < kWarps; ++w) sum += from[w * kRows * kJoinedRow];
+      Row(p_.sums.partial, segment_ * p_.sums.rows + first_row_ + r)[slab_ * kSlab + column] = sum;
     }
-    if (!IsLastBlock(p_.tickets + static_cast<int>(blockIdx.x) * slabs + slab_, gridDim.z)) return;
+    if (p_.tickets == nullptr || !IsLastBlock(p_.tickets + slab_, gridDim.z)) return;
     for (int i = Thread(); i < rows_ * kSlab; i += kBlockThreads) {
-      const int r = i / kSlab, column = slab_ * kSlab + i % 32 * kPiece + i % kSlab / 32;
-      if (column >= p_.outputs) continue;
-      float sum = 0.0f;
-#pragma unroll 4
-      for (int s = 0; s < segments; ++s) sum += partial[s * segment_stride + r * row_stride + i % kSlab];
-      Row(p_.y, first_row_ + r)[column] = p_.bias != nullptr ? sum + p_.bias[column] : sum;
+      const int r = i / kSlab, column = slab_ * kSlab + i % kSlab;
+      if (column < p_.outputs) Row(p_.y, r)[column] = JoinedSum(p_.sums, r, column);
+    }
+    if constexpr (kRows <= kSumNormRows) NormIfLast();
+  }
+
+  // The last slab's block adds the rows to the residual stream and normalises them: a launch less, where rows are few.
+  DJ_DEVICE void NormIfLast() {
+    if (p_.norm.rows == 0 || !IsLastBlock(p_.tickets + gridDim.y, gridDim.y)) return;
+    NormBlock</*kAhead=*/false> norm(p_.norm, joined_);
+    for (int row = 0; row < p_.norm.rows; ++row) {
+      norm.Run(row);
+      __syncthreads();  // the row in shared memory has been read
     }
   }
 
   const SumParams& p_;
   const int first_row_, rows_;
   const int slab_, segment_;
-  const int first_, inputs_;  // of the segment
-  float* const x_;            // [segment][kRows]; later the warps' sums [kWarps][kRows][kSlab]
-  uint16_t* const list_;      // [segment]
-  uint8_t* const chosen_;     // [segment]
+  const int column_;   // the first of this lane's
+  const bool copies_;  // 16 bytes of this lane's columns at once
+  const bool listed_;
+  const int begin_, end_;         // inputs: this warp's part
+  unsigned char* const ring_;     // [kRing], kSumRowBytes apart: this lane's bytes
+  float* const x_;                // [kSumWindow][kRows]
+  uint32_t* const known_inputs_;  // [kSumWindow]
+  float* const joined_;           // [kWarps][kRows][kJoinedRow], in place of all that
+
+  int entries_ = 0, first_entry_ = 0;  // of the list
+  int fetched_ = 0;                    // inputs
+  int next_ = -1;
+  bool more_ = false;  // next_ has some
+  int known_ = 0;      // inputs that have been in the window
+  int filled_ = 0;     // of the ring, by FillRing
 };
 
-template <typename W, int kRows>
+template <typename W, int kRows, int kRing>
 DJ_DEVICE void Sum(const SumParams& p) {
-  DJ_DYNAMIC_SHARED(float, shared);
-  GridWait();
-  GridLaunchDependents();
-  SumBlock<W, kRows>(p, shared).Run();
+  DJ_DYNAMIC_SHARED(unsigned char, shared);
+  SumBlock<W, kRows, kRing>(p, shared).Run();
 }
 
-DJ_KERNEL(SumF32x1, SumParams, kBlockThreads) { Sum<float, 1>(p); }
-DJ_KERNEL(SumF32x4, SumParams, kBlockThreads) { Sum<float, 4>(p); }
-DJ_KERNEL(SumF32x8, SumParams, kBlockThreads) { Sum<float, 8>(p); }
-DJ_KERNEL(SumF16x1, SumParams, kBlockThreads) { Sum<Half, 1>(p); }
-DJ_KERNEL(SumF16x4, SumParams, kBlockThreads) { Sum<Half, 4>(p); }
-DJ_KERNEL(SumF16x8, SumParams, kBlockThreads) { Sum<Half, 8>(p); }
-DJ_KERNEL(SumBF16x1, SumParams, kBlockThreads) { Sum<BFloat16, 1>(p); }
-DJ_KERNEL(SumBF16x4, SumParams, kBlockThreads) { Sum<BFloat16, 4>(p); }
-DJ_KERNEL(SumBF16x8, SumParams, kBlockThreads) { Sum<BFloat16, 8>(p); }
-DJ_KERNEL(SumI8x1, SumParams, kBlockThreads) { Sum<int8_t, 1>(p); }
-DJ_KERNEL(SumI8x4, SumParams, kBlockThreads) { Sum<int8_t, 4>(p); }
+DJ_KERNEL(SumF32x1, SumParams, kBlockThreads) { Sum<float, 1, kSumRing>(p); }
+DJ_KERNEL(SumF32x4, SumParams, kBlockThreads) { Sum<float, 4, kSumRing>(p); }
+DJ_KERNEL(SumF32x8, SumParams, kBlockThreads) { Sum<float, 8, kSumRing>(p); }
+DJ_KERNEL(SumF16x1, SumParams, kBlockThreads) { Sum<Half, 1, kSumRing>(p); }
+DJ_KERNEL(SumF16x4, SumParams, kBlockThreads) { Sum<Half, 4, kSumRing>(p); }
+DJ_KERNEL(SumF16x8, SumParams, kBlockThreads) { Sum<Half, 8, kSumRing>(p); }
+DJ_WIDE_KERNEL(SumF16x16, SumParams, kBlockThreads) { Sum<Half, 16, kSumWideRing>(p); }
+DJ_KERNEL(SumBF16x1, SumParams, kBlockThreads) { Sum<BFloat16, 1, kSumRing>(p); }
+DJ_KERNEL(SumBF16x4, SumParams, kBlockThreads) { Sum<BFloat16, 4, kSumRing>(p); }
+DJ_KERNEL(SumBF16x8, SumParams, kBlockThreads) { Sum<BFloat16, 8, kSumRing>(p); }
+DJ_WIDE_KERNEL(SumBF16x16, SumParams, kBlockThreads) { Sum<BFloat16, 16, kSumWideRing>(p); }
+DJ_KERNEL(SumI8x1, SumParams, kBlockThreads) { Sum<int8_t, 1, kSumRing>(p); }
+DJ_KERNEL(SumI8x4, SumParams, kBlockThreads) { Sum<int8_t, 4, kSumRing>(p); }
+DJ_WIDE_KERNEL(SumI8x8, SumParams, kBlockThreads) { Sum<int8_t, 8, kSumWideRing>(p); }
+
+// Right behind a Sum that leaves the segments' sums. Grid (pieces of columns, rows).
+DJ_KERNEL(JoinSums, SumParams, kBlockThreads) {
+  GridWait();
+  GridLaunchDependents();
+  const int column = static_cast<int>(blockIdx.x) * kBlockThreads + Thread(), row = static_cast<int>(blockIdx.y);
+  if (column < p.outputs) Row(p.y, row)[column] = JoinedSum(p.sums, row, column);
+}
 
 }  // namespace dejavu::cuda
 
