@@ -8,8 +8,7 @@
 
 namespace dejavu::cuda {
 
-constexpr int kNormVector = 4;    // elements that a thread reads at once
-constexpr int kNormAtOnce = 8;    // vectors of a thread that are asked for before the first is used
+constexpr int kNormVector = 4;  // elements that a thread reads at once
 constexpr int kNormStride = kNormVector * kBlockThreads;
 
 // from[0 ... 4), of which `left` are there; zeros beyond.
@@ -77,6 +76,8 @@ class NormBlock {
   }
 
  private:
+  static constexpr int kAtOnce = kAhead ? 8 : 4;  // vectors of a thread that are asked for before the first is used
+
   DJ_DEVICE int RoundedFeatures() const { return DivideUp(p_.features, kNormVector) * kNormVector; }
 
   // This thread's elements, in order.
@@ -118,16 +119,16 @@ class NormBlock {
     float* residual = Row(p_.x, row);
     const bool adds = p_.add.data != nullptr;
     float sum = 0.0f;
-    for (int first = Thread() * kNormVector; first < p_.features; first += kNormAtOnce * kNormStride) {
-      float x[kNormAtOnce][kNormVector], y[kNormAtOnce][kNormVector];
+    for (int first = Thread() * kNormVector; first < p_.features; first += kAtOnce * kNormStride) {
+      float x[kAtOnce][kNormVector], y[kAtOnce][kNormVector];
 #pragma unroll
-      for (int j = 0; j < kNormAtOnce; ++j) {  // all loads before the first store, which might be to the same memory
+      for (int j = 0; j < kAtOnce; ++j) {  // all loads before the first store, which might be to the same memory
         const int i = first + j * kNormStride, left = Max(p_.features - i, 0);
         LoadFour(residual + i, left, p_.vectors, x[j]);
         if (adds) LoadAdd(row, i, left, y[j]);
       }
 #pragma unroll
-      for (int j = 0; j < kNormAtOnce; ++j) {
+      for (int j = 0; j < kAtOnce; ++j) {
 #pragma unroll
         for (int e = 0; e < kNormVector; ++e) {
           const int i = first + j * kNormStride + e;
@@ -155,18 +156,23 @@ class NormBlock {
     if constexpr (kAhead) {
       CopyAsyncWait<0>();
       ForEach([&](int i) { x_[i] = fmaf((x_[i] - mean) * scale, weight_[i], bias_[i]); });
-      return;
+    } else {
+      ScaleBy(mean, scale);
     }
-    for (int first = Thread() * kNormVector; first < p_.features; first += kNormAtOnce * kNormStride) {
-      float weight[kNormAtOnce][kNormVector], bias[kNormAtOnce][kNormVector];
+  }
+
+  // With weight and bias from where they lie.
+  DJ_DEVICE void ScaleBy(float mean, float scale) const {
+    for (int first = Thread() * kNormVector; first < p_.features; first += kAtOnce * kNormStride) {
+      float weight[kAtOnce][kNormVector], bias[kAtOnce][kNormVector];
 #pragma unroll
-      for (int j = 0; j < kNormAtOnce; ++j) {
+      for (int j = 0; j < kAtOnce; ++j) {
         const int i = first + j * kNormStride, left = Max(p_.features - i, 0);
         LoadFour(p_.weight + i, left, p_.vectors, weight[j]);
         LoadFour(p_.bias + i, left, p_.vectors, bias[j]);
       }
 #pragma unroll
-      for (int j = 0; j < kNormAtOnce; ++j) {
+      for (int j = 0; j < kAtOnce; ++j) {
 #pragma unroll
         for (int e = 0; e < kNormVector; ++e) {
           const int i = first + j * kNormStride + e;
