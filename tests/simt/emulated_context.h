@@ -18,10 +18,11 @@
 #include "emulated_group.h"
 #include "kernels/base/mutex.h"
 #include "kernels/cuda/abi.h"
+#include "simt.h"
 
 namespace dejavu::simt {
 
-using Memory = std::map<const char*, int64_t>;  // bytes by begin
+using Allocations = std::map<const char*, int64_t>;  // bytes by begin
 using Work = std::function<absl::Status()>;
 
 }  // namespace dejavu::simt
@@ -32,10 +33,10 @@ struct DejavuCudaGraph {
 };
 
 struct DejavuCudaContext {
-  dejavu::simt::Memory device, pinned;
+  dejavu::simt::Allocations device, pinned;
   int64_t device_bytes = 0;
-  absl::Status failure;     // of a kernel: whatever comes after it fails
-  dejavu::simt::Work held;  // the last launch, perhaps
+  absl::Status failure;                      // of a kernel: whatever comes after it fails
+  std::vector<dejavu::simt::Prepared> held;  // the last launches, perhaps
   std::unique_ptr<DejavuCudaGraph> capture;
   bool has_blas = false;  // opened by the first gemm, which must not be captured
   int32_t number = 0;     // of the device
@@ -67,7 +68,7 @@ extern Mutex emulation_mutex;  // for Emulation's counts and fail_next_launch, w
 
 absl::Status Refuse(const auto&... message) { return absl::FailedPreconditionError(absl::StrCat(message...)); }
 
-// A launch that was held back (emulated_launches.cc) comes before anything but a launch.
+// Launches that were held back (emulated_launches.cc) come before anything but a launch.
 absl::Status RunHeld(DejavuCudaContext* context);
 
 // What the host finds once it has waited for so many rows, or for all.

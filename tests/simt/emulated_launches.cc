@@ -1,6 +1,5 @@
 #include "emulated_launches.h"
 
-#include <bit>
 #include <utility>
 #include <vector>
 
@@ -11,30 +10,24 @@
 namespace dejavu::simt {
 namespace {
 
-// Under a drawn order about every other launch is held back. If the next one may overlap with it, that one begins
-// first.
-absl::Status RunKernel(DejavuCudaContext* context, int32_t number, const std::vector<char>& params, Launch launch) {
+// Under a drawn order launches that may overlap are held back until there are one to four of them, which run together.
+absl::Status RunKernel(DejavuCudaContext* context, int32_t number, Prepared prepared) {
   auto& emulation = GetEmulation();
-  const ModuleKernel& kernel = ModuleKernels()[number];
   {
     MutexLock lock(emulation_mutex);
     if (emulation.failing_device == context->number && std::exchange(emulation.fail_next_launch, false)) {
       return context->failure =
-                 absl::InternalError(absl::StrCat("kernel ", kernel.name, ": failed as the test asked for"));
+                 absl::InternalError(absl::StrCat("kernel ", prepared.name, ": failed as the test asked for"));
     }
     ++emulation.launches[number];
     ++emulation.all_launches;
-    if (emulation.order != 0) launch.order = emulation.order * 1'000'003 + emulation.all_launches;
+    if (emulation.order != 0) prepared.launch.order = emulation.order * 1'000'003 + emulation.all_launches;
   }
-  const bool hold = std::popcount(launch.order) % 2 == 1;
-  if (launch.overlaps && context->held != nullptr) {
-    launch.before = std::exchange(context->held, nullptr);
-    return context->failure = kernel.run(params.data(), launch);
-  }
-  RETURN_IF_ERROR(RunHeld(context));
-  if (!hold) return context->failure = kernel.run(params.data(), launch);
-  context->held = [=] { return kernel.run(params.data(), launch); };
-  return absl::OkStatus();
+  if (!prepared.launch.overlaps) RETURN_IF_ERROR(RunHeld(context));
+  context->held.push_back(std::move(prepared));
+  const uint64_t order = context->held.front().launch.order;
+  const size_t together = order == 0 ? 1 : 1 + (order * 0x9E3779B97F4A7C15 >> 62);
+  return context->held.size() < together ? absl::OkStatus() : RunHeld(context);
 }
 
 void RunGemm(const DejavuCudaGemm& g) {
@@ -64,14 +57,14 @@ absl::Status LaunchKernel(DejavuCudaContext* context, const DejavuCudaLaunch* la
     return Refuse("kernel ", kernel.name, " takes ", kernel.params_bytes, " bytes of parameters, not ",
                   launch->params_bytes);
   }
-  const auto* bytes = static_cast<const char*>(launch->params);
   if (context->capture != nullptr) ++context->capture->launches;
-  return Submit(context,
-                [context, number = launch->kernel, params = std::vector<char>(bytes, bytes + launch->params_bytes),
-                 how = Launch{.grid = {launch->grid[0], launch->grid[1], launch->grid[2]},
-                              .block = {launch->block[0], launch->block[1], launch->block[2]},
-                              .shared_bytes = launch->shared_bytes,
-                              .overlaps = launch->overlaps != 0}] { return RunKernel(context, number, params, how); });
+  const Launch how = {.grid = {launch->grid[0], launch->grid[1], launch->grid[2]},
+                      .block = {launch->block[0], launch->block[1], launch->block[2]},
+                      .shared_bytes = launch->shared_bytes,
+                      .overlaps = launch->overlaps != 0};
+  return Submit(context, [context, number = launch->kernel, prepared = kernel.prepare(launch->params, how)] {
+    return RunKernel(context, number, prepared);
+  });
 }
 
 absl::Status Gemm(DejavuCudaContext* context, const DejavuCudaGemm* gemm) {

@@ -12,7 +12,7 @@
 namespace dejavu::simt {
 namespace {
 
-absl::Status AllocateIn(Memory& blocks, int64_t bytes, int fill, void** memory) {
+absl::Status AllocateIn(Allocations& blocks, int64_t bytes, int fill, void** memory) {
   if (posix_memalign(memory, 256, bytes) != 0) return Refuse("no host memory for ", bytes, " bytes");
   std::memset(*memory, fill, bytes);
   blocks[static_cast<char*>(*memory)] = bytes;
@@ -20,7 +20,7 @@ absl::Status AllocateIn(Memory& blocks, int64_t bytes, int fill, void** memory) 
 }
 
 // Returns how many bytes were there.
-absl::StatusOr<int64_t> FreeFrom(Memory& blocks, void* memory) {
+absl::StatusOr<int64_t> FreeFrom(Allocations& blocks, void* memory) {
   const auto block = blocks.find(static_cast<char*>(memory));
   if (block == blocks.end()) return Refuse("freed memory that was not allocated");
   std::free(memory);
@@ -33,8 +33,8 @@ class Rows {
   explicit Rows(const DejavuCudaCopy& copy) : copy_(copy) {}
 
   bool empty() const { return copy_.row_bytes <= 0 || copy_.rows <= 0; }
-  bool WritesTo(const Memory& memory) const { return Within(memory, copy_.to, Bytes(copy_.to_stride)); }
-  bool ReadsFrom(const Memory& memory) const { return Within(memory, copy_.from, Bytes(copy_.from_stride)); }
+  bool WritesTo(const Allocations& memory) const { return Within(memory, copy_.to, Bytes(copy_.to_stride)); }
+  bool ReadsFrom(const Allocations& memory) const { return Within(memory, copy_.from, Bytes(copy_.from_stride)); }
 
   // function(to, from, bytes)
   template <typename Function>
@@ -53,7 +53,7 @@ class Rows {
 
 }  // namespace
 
-bool Within(const Memory& memory, const void* begin, int64_t bytes) {
+bool Within(const Allocations& memory, const void* begin, int64_t bytes) {
   const char* const first = static_cast<const char*>(begin);
   auto block = memory.upper_bound(first);
   if (block == memory.begin()) return false;

@@ -10,7 +10,7 @@
 
 namespace dejavu::simt {
 
-bool Within(const Memory& memory, const void* begin, int64_t bytes);
+bool Within(const Allocations& memory, const void* begin, int64_t bytes);
 
 // Of the table (kernels/cuda/abi.h).
 absl::Status Allocate(DejavuCudaContext* context, int64_t bytes, void** memory);

@@ -23,7 +23,7 @@ const DejavuCudaModule* EmulatedModule();
 struct ModuleKernel {
   const char* name;
   size_t params_bytes;
-  absl::Status (*run)(const void* params, const Launch& launch);
+  Prepared (*prepare)(const void* params, const Launch& launch);
 };
 
 // Defined once per program: emulated_kernels.cc has those of the CUDA backend.
@@ -32,7 +32,7 @@ std::span<const ModuleKernel> ModuleKernels();
 // X(name, params) makes an element of that list from a list like DEJAVU_CUDA_KERNELS.
 #define DEJAVU_SIMT_MODULE_KERNEL(name, params)                                     \
   {#name, sizeof(params), [](const void* p, const ::dejavu::simt::Launch& launch) { \
-     return ::dejavu::simt::Run(name, *static_cast<const params*>(p), launch);      \
+     return ::dejavu::simt::Prepare(name, *static_cast<const params*>(p), launch);  \
    }},
 
 // Of all contexts; tests change and read it between calls.

@@ -41,12 +41,33 @@ struct CopyParams {
 };
 DJ_KERNEL(CopyOne, CopyParams, 1) {
   if (p.waits) cuda::GridWait();
-  *p.to = *p.from;
+  const float value = *p.from;
   if (!p.waits) cuda::GridWait();
+  *p.to = value;
 }
 
-#define SAMPLE_KERNELS(X) X(AddTo, AddParams) X(FirstBlock, FirstParams) X(Diverges, AddParams) X(CopyOne, CopyParams)
-enum : int32_t { kAddTo, kFirstBlock, kDiverges, kCopyOne };
+// Keeps to the rules, or lets the next launch begin before this one may go on.
+struct LinkParams {
+  float* y;
+  bool lets_early;
+};
+DJ_KERNEL(AddAndLet, LinkParams, 1) {
+  if (p.lets_early) cuda::GridLaunchDependents();
+  cuda::GridWait();
+  if (!p.lets_early) cuda::GridLaunchDependents();
+  *p.y += 1;
+}
+
+DJ_KERNEL(WritesEarly, AddParams, 1) {
+  *p.y += p.value;
+  cuda::GridWait();
+}
+
+#define SAMPLE_KERNELS(X)                                                                           \
+  X(AddTo, AddParams)                                                                               \
+  X(FirstBlock, FirstParams) X(Diverges, AddParams) X(CopyOne, CopyParams) X(AddAndLet, LinkParams) \
+      X(WritesEarly, AddParams)
+enum : int32_t { kAddTo, kFirstBlock, kDiverges, kCopyOne, kAddAndLet, kWritesEarly, kKernels };
 
 }  // namespace
 
@@ -111,7 +132,7 @@ TEST_F(EmulatedModuleTest, DescribesItsDevice) {
   DejavuCudaKernel kernel;
   EXPECT_EQ(module_.kernel_info(context_, kFirstBlock, &kernel), 0);
   EXPECT_STREQ(kernel.name, "FirstBlock");
-  EXPECT_NE(module_.kernel_info(context_, 4, &kernel), 0);
+  EXPECT_NE(module_.kernel_info(context_, kKernels, &kernel), 0);
 }
 
 TEST_F(EmulatedModuleTest, MemoryIsZeroedAndLimited) {
@@ -169,8 +190,8 @@ TEST_F(EmulatedModuleTest, PinnedMemoryMustNotChangeUnderAnUpload) {
 }
 
 TEST_F(EmulatedModuleTest, RefusesLaunchesThatDoNotFitTheKernel) {
-  EXPECT_NE(Launch(4, AddParams{}), 0);
-  EXPECT_EQ(error(), "no kernel has the number 4");
+  EXPECT_NE(Launch(kKernels, AddParams{}), 0);
+  EXPECT_EQ(error(), "no kernel has the number 6");
   EXPECT_NE(Launch(kAddTo, FirstParams{}), 0);
   EXPECT_EQ(error(), "kernel AddTo takes 16 bytes of parameters, not 8");
   EXPECT_NE(Launch(kAddTo, AddParams{}, 1, 33), 0);
@@ -194,7 +215,7 @@ TEST_F(EmulatedModuleTest, AGraphReplaysOverChangedMemory) {
   EXPECT_EQ(Upload(&ten, 4), 0);
   EXPECT_EQ(module_.replay(context_, graph), 0);
   EXPECT_THAT(Downloaded(), ElementsAre(13, 6, 0, 0));
-  EXPECT_THAT(GetEmulation().launches, ElementsAre(6, 0, 0, 0));
+  EXPECT_THAT(GetEmulation().launches, ElementsAre(6, 0, 0, 0, 0, 0));
   GetEmulation().ResetCounts();
   EXPECT_THAT(GetEmulation().launches, testing::Each(0));
   module_.free_graph(context_, graph);
@@ -294,7 +315,7 @@ TEST_F(EmulatedModuleTest, AnOverlappingLaunchThatDoesNotWaitFindsStaleMemoryInS
     int stale = 0;
     for (GetEmulation().order = 0; GetEmulation().order < 50; ++GetEmulation().order) {
       const float before = Downloaded()[0];
-      EXPECT_EQ(Launch(kAddTo, AddParams{device_, 1}), 0);
+      EXPECT_EQ(Launch(kAddAndLet, LinkParams{device_, false}), 0);
       EXPECT_EQ(Launch(kCopyOne, CopyParams{device_, device_ + 1, waits}, 1, 1, true), 0);
       const std::vector<float> found = Downloaded();
       EXPECT_EQ(found[0], before + 1);
@@ -302,6 +323,30 @@ TEST_F(EmulatedModuleTest, AnOverlappingLaunchThatDoesNotWaitFindsStaleMemoryInS
     }
     EXPECT_THAT(stale, testing::AllOf(testing::Ge(waits ? 0 : 10), testing::Le(waits ? 0 : 49)));
   }
+}
+
+TEST_F(EmulatedModuleTest, WhatIsTwoLaunchesOldIsStaleOnlyIfALaunchLetsTheNextBeginBeforeItMay) {
+  for (const bool lets_early : {false, true}) {
+    int stale = 0;
+    for (GetEmulation().order = 0; GetEmulation().order < 50; ++GetEmulation().order) {
+      EXPECT_EQ(Launch(kAddAndLet, LinkParams{device_, false}), 0);
+      EXPECT_EQ(Launch(kAddAndLet, LinkParams{device_ + 2, lets_early}, 1, 1, true), 0);
+      EXPECT_EQ(Launch(kCopyOne, CopyParams{device_, device_ + 1, false}, 1, 1, true), 0);
+      const std::vector<float> found = Downloaded();
+      stale += found[1] != found[0];
+    }
+    EXPECT_THAT(stale, testing::AllOf(testing::Ge(lets_early ? 3 : 0), testing::Le(lets_early ? 49 : 0)));
+  }
+}
+
+TEST_F(EmulatedModuleTest, AnOverlappingLaunchMustNotWriteBeforeItHasWaited) {
+  int found = 0;
+  for (GetEmulation().order = 1; GetEmulation().order < 10 && found == 0; ++GetEmulation().order) {
+    EXPECT_EQ(Launch(kAddAndLet, LinkParams{device_, false}), 0);
+    found += Launch(kWritesEarly, AddParams{device_ + 1, 1}, 1, 1, true) != 0 || module_.synchronize(context_) != 0;
+  }
+  EXPECT_EQ(found, 1);
+  EXPECT_THAT(error(), HasSubstr("kernel WritesEarly, block (0, 0, 0): changes memory of the device before GridWait"));
 }
 
 TEST_F(EmulatedModuleTest, TimeStampsAscend) {

@@ -1,6 +1,7 @@
 // A fiber is a Boost.Context fcontext on a pooled stack with a guard page. All switches go through RunBlock's loop: it
 // picks a warp, then a lane of it, among those that can go on; a thread goes on until it meets others or ends. When
-// none can go on and some have not ended, they wait for threads that will not come, and Diagnose says which.
+// none can go on and some have not ended, they wait for the launch before, or for threads that will not come, and
+// Diagnose says which.
 #include "grid.h"
 
 #include <sanitizer/common_interface_defs.h>
@@ -8,6 +9,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
 #include <numeric>
 #include <utility>
 
@@ -41,11 +43,14 @@ class Stacks {
 
 namespace {
 
-// Of this OS thread; a grid that runs while another one waits for it is one deeper.
-Stacks& PooledStacks(size_t depth) {
-  static thread_local std::vector<std::unique_ptr<Stacks>> pool;
-  if (depth == pool.size()) pool.push_back(std::make_unique<Stacks>());
-  return *pool[depth];
+// Of this OS thread, when no grid has them.
+thread_local std::vector<std::unique_ptr<Stacks>> idle_stacks;
+
+std::unique_ptr<Stacks> TakeStacks() {
+  if (idle_stacks.empty()) return std::make_unique<Stacks>();
+  std::unique_ptr<Stacks> stacks = std::move(idle_stacks.back());
+  idle_stacks.pop_back();
+  return stacks;
 }
 
 constinit thread_local Grid* running_grid = nullptr;
@@ -62,42 +67,91 @@ Grid& Running() {
   return *running_grid;
 }
 
-Grid::Grid(const char* name, const Launch& launch, const std::function<void()>& body)
-    : name_(name),
-      launch_(launch),
-      body_(body),
-      block_threads_(static_cast<uint32_t>(launch.block.size())),
-      outer_(running_grid),
-      depth_(outer_ == nullptr ? 0 : outer_->depth_ + 1),
-      stacks_(PooledStacks(depth_)),
-      random_(launch.order),
-      dynamic_(new char[launch.shared_bytes]),
+// While a grid's threads run, CUDA's variables are theirs.
+class Grid::Turn {
+ public:
+  explicit Turn(Grid* grid) : outer_(std::exchange(running_grid, grid)) { Show(grid); }
+  ~Turn() {
+    running_grid = outer_;
+    if (outer_ != nullptr) Show(outer_);
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+ private:
+  static void Show(const Grid* grid) {
+    blockIdx = grid->block_;
+    blockDim = grid->launch_.block;
+    gridDim = grid->launch_.grid;
+  }
+
+  Grid* const outer_;
+};
+
+Grid::Grid(const Prepared& prepared, std::span<const Memory> watched)
+    : name_(prepared.name),
+      launch_(prepared.launch),
+      body_(prepared.body),
+      watched_(watched),
+      block_threads_(static_cast<uint32_t>(launch_.block.size())),
+      random_(launch_.order),
+      dynamic_(new char[launch_.shared_bytes]),
+      blocks_(launch_.grid.size()),
       threads_(block_threads_),
       warps_((block_threads_ + kWarp - 1) / kWarp),
       warp_of_rank_(warps_.size()) {
   for (uint32_t i = 0; i < block_threads_; ++i) {
     threads_[i].index =
-        Dim3(i % launch.block.x, i / launch.block.x % launch.block.y, i / launch.block.x / launch.block.y);
+        Dim3(i % launch_.block.x, i / launch_.block.x % launch_.block.y, i / launch_.block.x / launch_.block.y);
+  }
+  std::iota(blocks_.begin(), blocks_.end(), 0);
+  if (launch_.order == 0) return;
+  std::shuffle(blocks_.begin(), blocks_.end(), random_);
+  if (random_() % 2 == 0) {
+    next_block_ = random_() % blocks_.size();
+    next_steps_ = random_() % (2 * block_threads_);
+  }
+}
+
+Grid::~Grid() {
+  Unwind();
+  if (stacks_ != nullptr) idle_stacks.push_back(std::move(stacks_));
+}
+
+void Grid::Begin() {
+  const Turn turn(this);
+  const uint64_t before = WatchedNow();
+  StartBlock();
+  RunBlock();
+  if (status_.ok() && WatchedNow() != before) {
+    status_ = absl::InternalError(
+        absl::StrCat("kernel ", name_, ", block ", Text(block_), ": changes memory of the device before GridWait"));
   }
 }
 
 absl::Status Grid::Run() {
-  running_grid = this;
-  blockDim = launch_.block;
-  gridDim = launch_.grid;
-  std::vector<uint32_t> blocks(launch_.grid.size());
-  std::iota(blocks.begin(), blocks.end(), 0);
-  if (launch_.order != 0) std::shuffle(blocks.begin(), blocks.end(), random_);
-  for (const uint32_t block : blocks) {
-    blockIdx = Dim3(block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y);
-    RunBlock();
-    if (!status_.ok()) break;
+  const Turn turn(this);
+  may_pass_ = true;
+  if (has_begun_) {
+    ReleaseFrom(State::kAtGrid);
+  } else {
+    StartBlock();
   }
-  running_grid = outer_;
+  while (status_.ok()) {
+    RunBlock();
+    if (status_.ok() && ended_ < block_threads_) status_ = absl::InternalError(Diagnose());
+    if (!status_.ok() || ++at_ == blocks_.size()) break;
+    StartBlock();
+  }
   return status_;
 }
 
-void Grid::RunBlock() {
+void Grid::StartBlock() {
+  if (stacks_ == nullptr) stacks_ = TakeStacks();
+  has_begun_ = true;
+  const Dim3& grid = launch_.grid;
+  const uint32_t block = blocks_[at_];
+  blockIdx = block_ = Dim3(block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y);
   std::fill_n(dynamic_.get(), launch_.shared_bytes, '\xFF');
   for (StaticArray& array : static_) std::fill_n(array.memory.get(), array.bytes, '\xFF');
 
@@ -111,49 +165,93 @@ void Grid::RunBlock() {
     warps_[warp] = {.ready = kAllLanes >> (kWarp - lanes), .waiting = 0, .rank = rank};
   }
   ready_ranks_ = kAllLanes >> (32 - warps_.size());
-  ended_ = at_block_ = 0;
+  ended_ = at_block_ = launched_dependents_ = 0;
   holds_ = 0;
+  steps_ = 0;
   for (uint32_t i = 0; i < block_threads_; ++i) {
     Thread& thread = threads_[i];
     thread.state = State::kNew;
     thread.fake_stack = nullptr;
-    thread.fiber = context::make_fcontext(stacks_.bottom(i) + Stacks::kBytes, Stacks::kBytes, &Enter);
+    thread.fiber = context::make_fcontext(stacks_->bottom(i) + Stacks::kBytes, Stacks::kBytes, &Enter);
     thread.copies.clear();
     thread.copy_groups = 0;
-    thread.waited_for_grid = false;
+    thread.waited_for_grid = thread.launched_dependents = false;
   }
+}
 
+// Until no thread can go on.
+void Grid::RunBlock() {
   do {
-    while (ready_ranks_ != 0 && status_.ok()) Resume(PickThread());
-  } while (status_.ok() && RunBefore());
-  if (status_.ok() && ended_ < block_threads_) status_ = absl::InternalError(Diagnose());
-  if (status_.ok()) return;
+    while (status_.ok() && (ready_ranks_ != 0 || NextIsDue())) {
+      if (NextIsDue()) std::exchange(next_, nullptr)->Begin();
+      if (ready_ranks_ != 0) Resume(PickThread());
+      ++steps_;
+    }
+  } while (status_.ok() && ReleaseFrom(State::kAtLaunch));
+  if (!status_.ok()) Unwind();
+}
+
+bool Grid::NextIsDue() {
+  if (next_ == nullptr || !lets_next_ || (at_ == 0 && launched_dependents_ < block_threads_)) return false;
+  return at_ > next_block_ || (at_ == next_block_ && steps_ >= next_steps_);
+}
+
+// Of the threads of a failed launch.
+void Grid::Unwind() {
+  if (!has_begun_ || ended_ == block_threads_) return;
+  if (status_.ok()) status_ = absl::CancelledError("a launch before it failed");
+  const Turn turn(this);
   for (Thread& thread : threads_) {
-    if (thread.state != State::kNew && thread.state != State::kEnded) Resume(thread);  // to unwind its stack
+    if (thread.state != State::kNew && thread.state != State::kEnded) Resume(thread);
   }
+  ended_ = block_threads_;
+}
+
+// Of what must not change before GridWait; eight sums of their own, so that the compiler takes them at once.
+uint64_t Grid::WatchedNow() const {
+  uint64_t sums[8] = {};
+  for (const Memory& memory : watched_) {
+    const char* at = memory.data();
+    for (size_t left = memory.size(); left != 0;) {
+      uint64_t words[8] = {};
+      const size_t bytes = std::min(left, sizeof(words));
+      std::memcpy(words, at, bytes);
+      for (int i = 0; i < 8; ++i) sums[i] = (sums[i] << 5 | sums[i] >> 59) + words[i];
+      at += bytes;
+      left -= bytes;
+    }
+  }
+  uint64_t all = 0;
+  for (const uint64_t sum : sums) all = all * 0x9E3779B97F4A7C15 + sum;
+  return all;
 }
 
 void Grid::WaitForGrid() {
   running_->waited_for_grid = true;
-  if (launch_.before == nullptr) return;
+  if (may_pass_) return;
   running_->state = State::kAtGrid;
   Pause();
 }
 
-// When no thread can go on without the launch before, runs it. Returns false when that was done earlier.
-bool Grid::RunBefore() {
-  if (launch_.before == nullptr) return false;
-  const Dim3 block_index = blockIdx;
-  is_waiting_ = true;
-  status_ = std::exchange(launch_.before, nullptr)();
-  is_waiting_ = false;
-  blockIdx = block_index;
-  blockDim = launch_.block;
-  gridDim = launch_.grid;
+// A thread that comes first stays here until its block's others have come or must wait for it: so the next launch
+// begins before anything that this one does afterwards.
+void Grid::LaunchDependents() {
+  if (std::exchange(running_->launched_dependents, true)) return;
+  ++launched_dependents_;
+  lets_next_ = true;
+  if (next_ == nullptr || at_ != 0 || next_block_ != 0 || next_steps_ != 0) return;
+  running_->state = State::kAtLaunch;
+  Pause();
+}
+
+bool Grid::ReleaseFrom(State state) {
+  bool any = false;
   for (Thread& thread : threads_) {
-    if (thread.state == State::kAtGrid) Release(thread);
+    if (thread.state != state) continue;
+    Release(thread);
+    any = true;
   }
-  return true;
+  return any;
 }
 
 Thread& Grid::PickThread() {
@@ -177,7 +275,7 @@ void Grid::Resume(Thread& thread) {
   thread.state = State::kReady;
   running_ = &thread;
   threadIdx = thread.index;
-  __sanitizer_start_switch_fiber(&scheduler_fake_stack_, stacks_.bottom(number), Stacks::kBytes);
+  __sanitizer_start_switch_fiber(&scheduler_fake_stack_, stacks_->bottom(number), Stacks::kBytes);
   thread.fiber = context::jump_fcontext(thread.fiber, this).fctx;
   __sanitizer_finish_switch_fiber(scheduler_fake_stack_, nullptr, nullptr);
 }
@@ -204,6 +302,7 @@ __attribute__((no_sanitize("address"))) void Grid::Enter(context::transfer_t fro
   }
   grid.running_->state = State::kEnded;
   ++grid.ended_;
+  if (!grid.running_->launched_dependents) ++grid.launched_dependents_;
   __sanitizer_start_switch_fiber(nullptr, grid.scheduler_stack_, grid.scheduler_stack_bytes_);
   context::jump_fcontext(grid.scheduler_, nullptr);
   __builtin_unreachable();

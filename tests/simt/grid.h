@@ -1,5 +1,10 @@
 // A launch while it runs (simt.h): its blocks one after another, the threads of a block as fibers that switch only
 // where threads meet. Within the emulator alone; on one OS thread.
+//
+// Launches that overlap: while a grid runs, the next one may begin, which runs its first block until all threads of it
+// wait in GridWait. It may once every thread has called GridLaunchDependents or ended. Where the first block's have,
+// the other blocks are taken to have, too: nothing that they do before may be seen by others. With a kernel that calls
+// it before GridWait, the one after the next may so begin while the first one runs.
 #ifndef TESTS_SIMT_GRID_H_
 #define TESTS_SIMT_GRID_H_
 
@@ -9,6 +14,7 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -17,12 +23,14 @@
 
 namespace dejavu::simt {
 
-enum class State { kNew, kReady, kAtBlock, kAtWarp, kAtGrid, kEnded };
+enum class State { kNew, kReady, kAtBlock, kAtWarp, kAtGrid, kAtLaunch, kEnded };
 
 struct AsyncCopy {
   void* to;
-  const void* from;  // nullptr: zeros
+  const void* from;  // nullptr: was read
   int group;
+  int read_at;  // so many groups of the thread at the latest
+  char bytes[16];
 };
 
 struct Thread {
@@ -40,7 +48,7 @@ struct Thread {
   std::vector<AsyncCopy> copies;
   int copy_groups;  // committed
 
-  bool waited_for_grid;
+  bool waited_for_grid, launched_dependents;
 };
 
 struct Warp {
@@ -63,8 +71,16 @@ class Grid {
   // That of this OS thread, or nullptr.
   static Grid* running();
 
-  Grid(const char* name, const Launch& launch, const std::function<void()>& body);
+  // What is borrowed must outlive the grid.
+  Grid(const Prepared& prepared, std::span<const Memory> watched);
+  ~Grid();
+  Grid(const Grid&) = delete;
+  Grid& operator=(const Grid&) = delete;
 
+  // That may overlap with this one.
+  void set_next(Grid* next) { next_ = next; }
+
+  // All of it, or what is left once it has begun. The launches before it have ended.
   absl::Status Run();
 
   // Called by fibers, of the running thread.
@@ -74,11 +90,11 @@ class Grid {
   void* StaticShared(const void* site, size_t bytes);
   void* DynamicShared() { return dynamic_.get(); }
   void CopyAsync(void* shared, const void* global);
-  void CommitCopies() { ++running_->copy_groups; }
+  void CommitCopies();
   void FinishCopies(int groups_under_way);
   void WaitForGrid();
+  void LaunchDependents();
 
-  bool is_waiting() const { return is_waiting_; }
   uint32_t lane() const { return Number(*running_) % kWarp; }
   std::string Position() const;
 
@@ -86,8 +102,15 @@ class Grid {
   uint32_t Number(const Thread& thread) const { return static_cast<uint32_t>(&thread - threads_.data()); }
   Warp& WarpOf(const Thread& thread) { return warps_[Number(thread) / kWarp]; }
 
+  class Turn;
+
+  void Begin();
+  void StartBlock();
   void RunBlock();
-  bool RunBefore();
+  bool NextIsDue();
+  bool ReleaseFrom(State state);
+  void Unwind();
+  uint64_t WatchedNow() const;
   Thread& PickThread();
   uint32_t PickBit(uint32_t set);
   void Resume(Thread& thread);
@@ -99,22 +122,32 @@ class Grid {
   std::string Diagnose() const;
   bool InShared(const void* p, size_t bytes) const;
 
-  // Constant after construction, but for launch_.before, which is run once.
+  // Constant after construction.
   const char* const name_;
-  Launch launch_;
+  const Launch& launch_;
   const std::function<void()>& body_;
+  const std::span<const Memory> watched_;
   const uint32_t block_threads_;
-  Grid* const outer_;  // waits in its GridWait for this one to end
-  const size_t depth_;
-  Stacks& stacks_;
 
   std::mt19937_64 random_;
+  std::unique_ptr<Stacks> stacks_;
   std::vector<StaticArray> static_;
   std::unique_ptr<char[]> dynamic_;
   absl::Status status_;
-  bool is_waiting_ = false;  // for launch_.before
+  bool has_begun_ = false, may_pass_ = false;  // GridWait
+  std::vector<uint32_t> blocks_;               // in the order in which they run
+  size_t at_ = 0;                              // the running block in it
+
+  // The grid that may begin beside this one, until it has; and when: so many steps after the beginning of a block.
+  Grid* next_ = nullptr;
+  bool lets_next_ = false;  // the first block has called GridLaunchDependents, in some thread at least
+  size_t next_block_ = 0;
+  uint64_t next_steps_ = 0;
 
   // Of the running block.
+  Dim3 block_;
+  uint64_t steps_ = 0;
+  uint32_t launched_dependents_ = 0;  // or ended without
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   std::vector<uint32_t> warp_of_rank_;

@@ -82,6 +82,8 @@ std::string Grid::Waiting(const Thread& thread) const {
       return "is running";
     case State::kAtGrid:
       return "waits in GridWait";
+    case State::kAtLaunch:
+      return "is in GridLaunchDependents";
     case State::kAtBlock:
       return absl::StrCat("waits in ", thread.what, " at ", Text(thread.where));
     case State::kAtWarp:

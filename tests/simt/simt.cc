@@ -3,6 +3,7 @@
 #include <sanitizer/common_interface_defs.h>
 
 #include <cstdio>
+#include <deque>
 
 #include "absl/strings/str_cat.h"
 #include "grid.h"
@@ -17,10 +18,12 @@ void PrintPosition() {
   if (Grid::running() != nullptr) std::fprintf(stderr, "in %s\n", Grid::running()->Position().c_str());
 }
 
-absl::Status Check(const char* name, uint32_t most_threads, const Launch& launch) {
+absl::Status Check(const Prepared& prepared) {
+  const Launch& launch = prepared.launch;
   const auto refuse = [&](const auto&... message) {
-    return absl::InvalidArgumentError(absl::StrCat("kernel ", name, ": ", message...));
+    return absl::InvalidArgumentError(absl::StrCat("kernel ", prepared.name, ": ", message...));
   };
+  const uint32_t most_threads = prepared.most_threads;
   if (launch.block.size() == 0 || launch.block.size() > most_threads || most_threads > kMostThreads) {
     return refuse("a block of ", Text(launch.block), " threads; the kernel allows ", most_threads);
   }
@@ -38,11 +41,18 @@ absl::Status Check(const char* name, uint32_t most_threads, const Launch& launch
 // UBSan calls this by its name, after each report.
 extern "C" __attribute__((visibility("default"))) void __ubsan_on_report() { PrintPosition(); }
 
-absl::Status Run(const char* name, uint32_t most_threads, const Launch& launch, const std::function<void()>& body) {
-  CHECK(Grid::running() == nullptr || Grid::running()->is_waiting()) << "a kernel launches " << name;
+absl::Status Run(std::span<const Prepared> launches, std::span<const Memory> watched) {
+  CHECK(Grid::running() == nullptr) << "a kernel launches " << launches.front().name;
   [[maybe_unused]] static const bool once = (__sanitizer_set_death_callback(PrintPosition), true);
-  RETURN_IF_ERROR(Check(name, most_threads, launch));
-  return Grid(name, launch, body).Run();
+  for (const Prepared& launch : launches) RETURN_IF_ERROR(Check(launch));
+  std::deque<Grid> grids;
+  for (const Prepared& launch : launches) {
+    Grid* const before = grids.empty() ? nullptr : &grids.back();
+    Grid& grid = grids.emplace_back(launch, watched);
+    if (before != nullptr && launch.launch.overlaps) before->set_next(&grid);
+  }
+  for (Grid& grid : grids) RETURN_IF_ERROR(grid.Run());
+  return absl::OkStatus();
 }
 
 void Fail(const std::string& message) { Running().Fail(message); }
@@ -84,5 +94,6 @@ void CopyAsync16(void* shared, const void* global, bool copies) {
 void CopyAsyncCommit() { simt::Running().CommitCopies(); }
 void FinishCopies(int groups_under_way) { simt::Running().FinishCopies(groups_under_way); }
 void GridWait() { simt::Running().WaitForGrid(); }
+void GridLaunchDependents() { simt::Running().LaunchDependents(); }
 
 }  // namespace dejavu::cuda

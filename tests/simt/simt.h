@@ -5,6 +5,10 @@
 // AddressSanitizer sees what runs over. Threads that cannot meet (divergent barriers, wrong masks) end the launch with
 // a status that names kernel, block, thread and line.
 //
+// Launches that may overlap do: while one runs, the first block of the next goes as far as its GridWait, at the
+// earliest moment that the rules of programmatic dependent launch allow, or at a later one. So what a kernel reads too
+// early is not there yet, and what it writes too early is found.
+//
 // Not seen: races between two places where threads meet, blocks that wait for other blocks (they never end), what a
 // memory order would break, bank conflicts and anything about speed.
 //
@@ -18,6 +22,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <span>
 #include <string>
 #include <type_traits>
 
@@ -50,17 +55,30 @@ struct Launch {
   Dim3 grid = {}, block = {};
   size_t shared_bytes = 0;  // dynamic
   uint64_t order = 0;       // of blocks and threads; 0: ascending
-  // May begin before the launch before it has ended: every thread must call GridWait. `before`, if given, is that
-  // launch; it is run when the threads of the first block wait for it, so that whatever they touch earlier shows.
-  bool overlaps = false;
-  std::function<absl::Status()> before = {};
+  bool overlaps = false;    // may begin before the launch before it has ended: every thread must call GridWait
 };
 
-absl::Status Run(const char* name, uint32_t most_threads, const Launch& launch, const std::function<void()>& body);
+// A launch with its kernel and parameters.
+struct Prepared {
+  const char* name;
+  uint32_t most_threads;
+  Launch launch;
+  std::function<void()> body;  // of a thread
+};
+template <typename Params>
+Prepared Prepare(const Kernel<Params>& kernel, const std::type_identity_t<Params>& params, const Launch& launch) {
+  return {kernel.name, kernel.most_threads, launch, [body = kernel.body, params] { body(params); }};
+}
+
+// As a stream does, one after another but for those that may overlap. A launch that changes anything of `watched`
+// before its GridWait fails.
+using Memory = std::span<const char>;
+absl::Status Run(std::span<const Prepared> launches, std::span<const Memory> watched = {});
 
 template <typename Params>
 absl::Status Run(const Kernel<Params>& kernel, const std::type_identity_t<Params>& params, const Launch& launch) {
-  return Run(kernel.name, kernel.most_threads, launch, [&] { kernel.body(params); });
+  const Prepared prepared = Prepare(kernel, params, launch);
+  return Run({&prepared, 1});
 }
 
 // From here on: called by the threads of a kernel.
@@ -237,7 +255,7 @@ void MmaBF16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], simt
 void MmaS8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], simt::Where where = simt::Where::Here());
 
 // cp.async. The target is NaN from the copy's begin until the wait that covers its group: reading it earlier, and
-// beginning to overwrite what others still read, both show.
+// beginning to overwrite what others still read, both show. The source is read at any moment between the two.
 void CopyAsync16(void* shared, const void* global, bool copies = true);
 void CopyAsyncCommit();
 void FinishCopies(int groups_under_way);
@@ -252,7 +270,7 @@ Vector16 LoadMatricesTransposed(const void* shared, simt::Where where = simt::Wh
 
 // Programmatic dependent launch.
 void GridWait();
-inline void GridLaunchDependents() {}
+void GridLaunchDependents();
 
 }  // namespace dejavu::cuda
 

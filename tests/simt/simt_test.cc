@@ -106,6 +106,7 @@ enum Mistake {
   kMisalignedLoad,
   kMisalignedCopy,
   kCopyBeyondShared,
+  kCopyFromBeyond,
   kTooMuchStaticShared,
 };
 struct MistakeParams {
@@ -163,6 +164,9 @@ DJ_KERNEL(MakesMistake, MistakeParams, 64) {
     case kCopyBeyondShared:
       cuda::CopyAsync16(shared + 64, p.global);
       break;
+    case kCopyFromBeyond:
+      cuda::CopyAsync16(shared, p.global + 32);
+      break;
     case kTooMuchStaticShared: {
       DJ_SHARED(float, large, 12289);
       large[thread] = 0;
@@ -201,6 +205,7 @@ TEST(Simt, MisusedMemoryIsReported) {
   EXPECT_THAT(ErrorOf(kMisalignedLoad, 0), HasSubstr("not aligned to 16 bytes"));
   EXPECT_THAT(ErrorOf(kMisalignedCopy, 0), HasSubstr("the source is not aligned to 16 bytes"));
   EXPECT_THAT(ErrorOf(kCopyBeyondShared, 0), HasSubstr("beyond shared memory"));
+  EXPECT_THAT(ErrorOf(kCopyFromBeyond, 0), HasSubstr("CopyAsync16 reads beyond its memory"));
   EXPECT_THAT(ErrorOf(kTooMuchStaticShared, 0), HasSubstr("49156 bytes of static shared memory"));
 }
 
@@ -244,77 +249,6 @@ TEST(SimtDeathTest, AddressSanitizerSeesOverrunsAndTheirThread) {
   EXPECT_DEATH(Overrun(1, 3), report);
   EXPECT_DEATH(Overrun(2, 32), report);
   EXPECT_DEATH(Overrun(1, 3), "in kernel Overruns, block \\(0, 0, 0\\), thread \\(3, 0, 0\\)");
-}
-
-// Two groups of copies, looked at before and after each wait.
-struct CopyParams {
-  const uint32_t* x;        // [threads, 8], aligned to 16 bytes
-  uint32_t* y;              // [threads, 3, 2]: the first word of either group, after so many groups have arrived
-  bool other_lane = false;  // look at the neighbour's copies
-};
-DJ_KERNEL(CopiesAsync, CopyParams, 32) {
-  DJ_DYNAMIC_SHARED(Vector16, shared);
-  const uint32_t thread = threadIdx.x, looked_at = p.other_lane ? thread ^ 1 : thread;
-  const auto look = [&](int arrived) {
-    __syncwarp();
-    for (int group = 0; group < 2; ++group) {
-      p.y[(thread * 3 + arrived) * 2 + group] = shared[2 * looked_at + group].w[0];
-    }
-    __syncwarp();
-  };
-  for (int group = 0; group < 2; ++group) {
-    cuda::CopyAsync16(&shared[2 * thread + group], p.x + (2 * thread + group) * 4);
-    cuda::CopyAsyncCommit();
-  }
-  look(0);
-  cuda::CopyAsyncWait<1>();
-  look(1);
-  cuda::CopyAsyncWait<0>();
-  look(2);
-}
-
-TEST(Simt, AsyncCopiesArriveAtTheWaitForTheirGroup) {
-  alignas(16) uint32_t x[32 * 8];
-  std::iota(std::begin(x), std::end(x), 1);
-  for (const bool other_lane : {false, true}) {
-    std::vector<uint32_t> y(32 * 6);
-    ExpectRuns(CopiesAsync, {x, y.data(), other_lane}, {.block = 32, .shared_bytes = 32 * 32, .order = 1});
-    for (uint32_t thread = 0; thread < 32; ++thread) {
-      const uint32_t first = 1 + 8 * (other_lane ? thread ^ 1 : thread), *seen = &y[thread * 6];
-      EXPECT_THAT(std::vector(seen, seen + 6), testing::ElementsAre(~0u, ~0u, first, ~0u, first, first + 4));
-    }
-  }
-}
-
-struct OverlapParams {
-  const int* x;
-  int *early, *late;  // what x holds before and after GridWait
-  bool waits = true;
-};
-DJ_KERNEL(LooksAround, OverlapParams, 32) {
-  if (threadIdx.x == 31) *p.early = *p.x;
-  if (p.waits || threadIdx.x != 7) cuda::GridWait();
-  cuda::GridLaunchDependents();
-  if (threadIdx.x == 31) *p.late = *p.x;
-}
-
-TEST(Simt, AnOverlappingLaunchSeesTheOneBeforeOnlyWhenItHasWaited) {
-  std::vector<int> x(256, 1);
-  for (uint64_t order = 0; order < kOrders; ++order) {
-    int y = 0, early = -1, late = -1;
-    const auto before = [&] { return simt::Run(BlockSum, {x.data(), &y}, {.block = 256, .order = order}); };
-    ExpectRuns(LooksAround, {&y, &early, &late}, {.block = 32, .order = order, .overlaps = true, .before = before});
-    EXPECT_EQ(early, 0);
-    EXPECT_EQ(late, 256);
-  }
-}
-
-TEST(Simt, AnOverlappingLaunchMustWaitInEveryThread) {
-  int x = 0, early, late;
-  ExpectRuns(LooksAround, {&x, &early, &late, true}, {.block = 32, .overlaps = true});
-  ExpectRuns(LooksAround, {&x, &early, &late, false}, {.block = 32});
-  EXPECT_THAT(Error(LooksAround, {&x, &early, &late, false}, {.block = 32, .overlaps = true}),
-              HasSubstr("thread (7, 0, 0): ended without GridWait"));
 }
 
 // A failed launch unwinds its threads; the next one uses their stacks.
