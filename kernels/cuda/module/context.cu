@@ -6,7 +6,7 @@
 namespace dejavu::cuda {
 namespace {
 
-thread_local char error_text[2048] = "";
+thread_local char error_text[8192] = "";  // folders where a library is not are many
 
 // Whether calls will go on failing, once the error that is only noted has been taken away.
 bool IsBroken(const DejavuCudaContext& context) {

@@ -5,6 +5,8 @@
 
 #include <dlfcn.h>
 
+#include <cstdlib>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -12,15 +14,16 @@ namespace dejavu::cuda {
 
 class SharedLibrary {
  public:
-  // The first of `names` that can be loaded.
+  // The first of `names` that can be loaded: from the folders of the environment variable DEJAVU_CUDA_LIBRARIES, a list
+  // with colons, and then from where the system's loader looks.
   void Load(const std::vector<std::string>& names) {
     std::string reasons;
-    for (const std::string& name : names) {
-      library_ = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
+    for (const std::string& place : Places(names)) {
+      library_ = dlopen(place.c_str(), RTLD_NOW | RTLD_LOCAL);
       if (library_ != nullptr) return;
-      reasons += (reasons.empty() ? "" : "; ") + std::string(dlerror());
+      reasons += (reasons.empty() ? "" : "; ") + std::string(dlerror());  // names the place
     }
-    missing_ = reasons;
+    missing_ = reasons + "; " + kFolders + (std::getenv(kFolders) != nullptr ? " was searched" : " can name folders");
   }
 
   // Leaves `function` as it is where the library is missing, or has none of that name.
@@ -36,6 +39,20 @@ class SharedLibrary {
   const std::string& missing() const { return missing_; }
 
  private:
+  static constexpr const char* kFolders = "DEJAVU_CUDA_LIBRARIES";
+
+  static std::vector<std::string> Places(const std::vector<std::string>& names) {
+    std::vector<std::string> places;
+    const char* const list = std::getenv(kFolders);
+    std::istringstream folders(list != nullptr ? list : "");
+    for (std::string folder; std::getline(folders, folder, ':');) {
+      if (folder.empty()) continue;
+      for (const std::string& name : names) places.push_back(folder + "/" + name);
+    }
+    places.insert(places.end(), names.begin(), names.end());
+    return places;
+  }
+
   void* library_ = nullptr;
   std::string missing_;
 };
