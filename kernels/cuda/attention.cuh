@@ -351,8 +351,6 @@ DJ_DEVICE void WriteKv(const AttentionParams& p) {
 
 DJ_KERNEL(AttentionF16, AttentionParams, kBlockThreads) { Attention<Half, 1>(p); }
 DJ_KERNEL(AttentionF32, AttentionParams, kBlockThreads) { Attention<float, 1>(p); }
-DJ_KERNEL(PromptAttentionF16, AttentionParams, kBlockThreads) { Attention<Half, kPromptRows>(p); }
-DJ_KERNEL(PromptAttentionF32, AttentionParams, kBlockThreads) { Attention<float, kPromptRows>(p); }
 DJ_KERNEL(WriteKvF16, AttentionParams, kBlockThreads) { WriteKv<Half>(p); }
 DJ_KERNEL(WriteKvF32, AttentionParams, kBlockThreads) { WriteKv<float>(p); }
 

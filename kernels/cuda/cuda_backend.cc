@@ -20,6 +20,7 @@
 #include "kernels/cuda/kernel_params.h"
 #include "kernels/cuda/params.h"
 #include "kernels/cuda/products.h"
+#include "kernels/cuda/prompt_attention.h"
 #include "kernels/cuda/recordings.h"
 #include "kernels/cuda/scratch.h"
 #include "kernels/cuda/staging.h"
@@ -27,8 +28,9 @@
 namespace dejavu::cuda {
 namespace {
 
-constexpr int64_t kFusedRows = 16;      // of a step; from more on keys and values are written by a launch of their own
-constexpr int64_t kAttentionRows = 64;  // at once of an Attention, whose scratch grows with the rows
+constexpr int64_t kFusedRows = 16;  // of a step; from more on keys and values are written by a launch of their own
+constexpr int64_t kAttentionRows =
+    64;  // at once of what PromptAttention does not do, whose scratch grows with the rows
 
 class CudaBackend final : public Backend {
  public:
@@ -195,6 +197,7 @@ void CudaBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const
   const bool fused = rows.rows() <= kFusedRows;
   const bool writes = fused && held_.TakeWriteKv(attending);
   held_.Flush();
+  if (TakesPromptAttention(attending)) return LaunchPromptAttention(*queue_, attending, context, scale, heads);
   const int64_t splits = DivideUp(rows.block_table.cols * kv.block_tokens, kSplitPositions);
   for (int64_t row = 0; row < rows.rows(); row += kAttentionRows) {
     const int64_t n = std::min(kAttentionRows, rows.rows() - row);
@@ -207,13 +210,7 @@ void CudaBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const
     p.selected = SelectionFrom(heads, /*masks=*/true, row);
     p.tickets = scratch_.Tickets(n * kv.heads);
     p.partial = scratch_.Partial<float>(n * kv.heads * splits * (kv.head_dim + 2));
-    const bool half = kv.dtype == DType::kFloat16;
-    if (fused) {
-      queue_->Launch(half ? kAttentionF16 : kAttentionF32, {splits, kv.heads, n}, 0, p);
-    } else {
-      queue_->Launch(half ? kPromptAttentionF16 : kPromptAttentionF32, {splits, kv.heads, DivideUp(n, kPromptRows)}, 0,
-                     p);
-    }
+    queue_->Launch(kv.dtype == DType::kFloat16 ? kAttentionF16 : kAttentionF32, {splits, kv.heads, n}, 0, p);
   }
 }
 

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "kernels/base/round.h"
+#include "kernels/cuda/prompt_attention.h"
 
 namespace dejavu::cuda {
 
@@ -46,8 +47,13 @@ void HeldOps::Flush() {
   }
   if (const auto norm = std::exchange(norm_, std::nullopt)) Launch(*norm);
   if (const auto rows = std::exchange(write_kv_, std::nullopt)) {
-    queue_.Launch(rows->kv.dtype == DType::kFloat16 ? kWriteKvF16 : kWriteKvF32, {1, rows->kv.heads, rows->rows.rows()},
-                  0, AttentionFrom(*rows, 0));
+    AttentionParams p = AttentionFrom(*rows, 0);
+    p.rows = Int(rows->rows.rows());
+    if (TakesPromptAttention(*rows)) {
+      queue_.Launch(kWritePromptKv, {p.heads, DivideUp(p.rows, kWriteRows)}, 0, p);
+    } else {
+      queue_.Launch(rows->kv.dtype == DType::kFloat16 ? kWriteKvF16 : kWriteKvF32, {1, p.heads, p.rows}, 0, p);
+    }
   }
 }
 

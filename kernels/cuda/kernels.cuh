@@ -9,6 +9,7 @@
 #include "kernels/cuda/linear.cuh"
 #include "kernels/cuda/norm.cuh"
 #include "kernels/cuda/probe.cuh"
+#include "kernels/cuda/prompt_attention.cuh"
 #include "kernels/cuda/select.cuh"
 #include "kernels/cuda/sum.cuh"
 

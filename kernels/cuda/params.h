@@ -42,8 +42,10 @@ namespace dejavu::cuda {
   X(WriteKvF32, AttentionParams)         \
   X(AttentionF16, AttentionParams)       \
   X(AttentionF32, AttentionParams)       \
-  X(PromptAttentionF16, AttentionParams) \
-  X(PromptAttentionF32, AttentionParams) \
+  X(PromptAttention64, AttentionParams)  \
+  X(PromptAttention128, AttentionParams) \
+  X(PromptAttention256, AttentionParams) \
+  X(WritePromptKv, AttentionParams)      \
   X(ReadSum, ReadSumParams)              \
   X(Draw, DrawParams)                    \
   X(SplitF16, SplitParams)               \
@@ -227,8 +229,8 @@ constexpr int SumSharedBytes(bool wide, int rows, int columns) {
   return filled > joined ? filled : joined;
 }
 
-// Attention of a step's rows, grid (splits, heads, rows or groups of kPromptRows); WriteKv uses some of it, grid (1,
-// heads, rows).
+// Attention of a step's rows, grid (splits, heads, rows); WriteKv uses some of it, grid (1, heads, rows). Of large
+// steps PromptAttention, grid (heads, pieces), and WritePromptKv, grid (heads, groups of kWriteRows).
 struct AttentionParams {
   MatrixOf<const float> qkv;             // [rows, 3 * heads * head_dim]
   MatrixOf<float> context;               // [rows, heads * head_dim]
@@ -242,12 +244,16 @@ struct AttentionParams {
   int32_t write;
   float scale;
   SelectionParams selected;
-  float* partial;     // [rows, heads, splits, head_dim + 2]
-  uint32_t* tickets;  // [rows * heads], zero between launches
+  float* partial;         // [rows, heads, splits, head_dim + 2]
+  uint32_t* tickets;      // [rows * heads], zero between launches
+  int32_t shared_stride;  // of PromptAttention: of rows of Q and of values in shared memory
 };
 constexpr int kSplitPositions = 256;
-constexpr int kPromptRows = 8;
 constexpr int kMostHeadDim = 256;
+constexpr int kPieceRows = 64;      // of one sequence, at most, that PromptAttention does together
+constexpr int kTilePositions = 64;  // whose keys and values it has in shared memory at a time
+constexpr int kKeyStride = 72;      // there: an odd number of 16 bytes, so that 8 rows of a matrix lie in 8 banks
+constexpr int kWriteRows = 8;       // of a block of WritePromptKv
 
 struct DrawParams {
   int32_t* tokens;                   // [rows]
