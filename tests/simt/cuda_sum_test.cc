@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -63,9 +62,9 @@ class SumCase {
     p_.sums.partial = {partial_.data(), int64_t{slabs} * slab};
   }
 
-  // Rows first ... first + rows - 1.
+  // Rows first ... first + rows - 1, after `launches`.
   Matrix Run(const Variant& v, int first, int rows, uint64_t order, bool skip_zeros = false,
-             std::function<absl::Status()> before = {}) {
+             std::vector<simt::Prepared> launches = {}) {
     const int slab = cuda::kSumRowBytes / static_cast<int>(sizeof(W));
     p_.x = {x.values.data() + int64_t{first} * x.cols, x.cols};
     p_.y = {y.values.data() + int64_t{first} * y.cols, y.cols};
@@ -75,13 +74,14 @@ class SumCase {
     p_.tickets = joins ? nullptr : tickets_.data();
     const simt::Dim3 grid = {static_cast<uint32_t>((rows + v.rows - 1) / v.rows),
                              static_cast<uint32_t>(tickets_.size() - 1), static_cast<uint32_t>(p_.sums.segments)};
-    simt::ExpectRuns(v.kernel, p_,
-                     {.grid = grid,
-                      .block = cuda::kBlockThreads,
-                      .shared_bytes = static_cast<size_t>(cuda::SumSharedBytes(v.wide, v.rows, slab)),
-                      .order = order,
-                      .overlaps = before != nullptr,
-                      .before = before});
+    launches.push_back(simt::Prepare(v.kernel, p_,
+                                     {.grid = grid,
+                                      .block = cuda::kBlockThreads,
+                                      .shared_bytes = static_cast<size_t>(cuda::SumSharedBytes(v.wide, v.rows, slab)),
+                                      .order = order,
+                                      .overlaps = true}));
+    const absl::Status status = simt::Run(launches);
+    EXPECT_TRUE(status.ok()) << status << " in order " << order;
     if (joins) {
       const simt::Dim3 pieces = {static_cast<uint32_t>((y.cols + 255) / 256), static_cast<uint32_t>(rows)};
       simt::ExpectRuns(cuda::JoinSums, p_, {.grid = pieces, .block = cuda::kBlockThreads, .order = order});
@@ -209,6 +209,17 @@ TEST_P(CudaSumTest, ARowIsTheSameAloneAndAmong16WithAndWithoutZeros) {
   RowsAlone<int8_t>(kInt8Variants, 701, 513, 515, 704);
 }
 
+struct BringParams {
+  const float* from;
+  float* to;
+  int count;
+};
+DJ_KERNEL(BringX, BringParams, cuda::kBlockThreads) {
+  cuda::GridWait();
+  cuda::GridLaunchDependents();
+  for (int i = static_cast<int>(threadIdx.x); i < p.count; i += cuda::kBlockThreads) p.to[i] = p.from[i];
+}
+
 // The launch before brings x; the list is older, and whoever reads x early reads NaN.
 TEST_P(CudaSumTest, FillsItsRingFromAnOldListBeforeTheLaunchBeforeHasEnded) {
   for (const int group : {1, 7, 128}) {
@@ -240,10 +251,9 @@ TEST_P(CudaSumTest, FillsItsRingFromAnOldListBeforeTheLaunchBeforeHasEnded) {
                                             << v.rows << ", skip " << skip_zeros);
             c.Select(list, group, early);
             c.x = Matrix(8, inputs, kNaN);
-            const auto before = [&] {
-              std::copy(given.values.begin(), given.values.end(), c.x.values.begin());
-              return absl::OkStatus();
-            };
+            const std::vector<simt::Prepared> before = {
+                simt::Prepare(BringX, {given.values.data(), c.x.values.data(), static_cast<int>(given.values.size())},
+                              {.block = cuda::kBlockThreads, .order = order()})};
             EXPECT_TRUE(SameBits(c.Run(v, 0, v.rows, order(), skip_zeros, before), want));
           }
         }
