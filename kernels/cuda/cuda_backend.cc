@@ -312,7 +312,8 @@ void CudaBackend::ReadAll(Tensor memory) {
   const int64_t blocks = kBlocks * queue_->device().multiprocessors;
   const ReadSumParams p = {.data = memory.data,
                            .vectors = memory.bytes() / kVectorBytes,
-                           .sums = scratch_.Partial<uint64_t>(blocks * kBlockThreads)};
+                           .sums = scratch_.Partial<uint64_t>(blocks * kBlockThreads),
+                           .ring_groups = 0};
   queue_->Launch(kReadSum, {blocks}, 0, p);
 }
 

@@ -47,6 +47,7 @@ namespace dejavu::cuda {
   X(PromptAttention256, AttentionParams) \
   X(WritePromptKv, AttentionParams)      \
   X(ReadSum, ReadSumParams)              \
+  X(ReadSumRing, ReadSumParams)          \
   X(Draw, DrawParams)                    \
   X(SplitF16, SplitParams)               \
   X(SplitBF16, SplitParams)              \
@@ -289,9 +290,11 @@ struct CountActiveParams {
 // sums[t] += the 64-bit words that thread t of the grid reads: all of data once.
 struct ReadSumParams {
   const void* data;
-  int64_t vectors;  // of 16 bytes
-  uint64_t* sums;   // [threads of the grid]
+  int64_t vectors;      // of 16 bytes
+  uint64_t* sums;       // [threads of the grid]
+  int32_t ring_groups;  // ReadSumRing: 6, 8 or 12, each kReadGroupBytes of a block's dynamic shared memory
 };
+constexpr int kReadGroupBytes = 16 << 10;
 
 }  // namespace dejavu::cuda
 

@@ -1,6 +1,7 @@
 #include "tests/bench/device_probe.h"
 
 #include <algorithm>
+#include <iterator>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
@@ -18,6 +19,16 @@ constexpr int kPasses = 8;
 constexpr int kBlocksPerMultiprocessor = 4;  // all of them at once
 constexpr int64_t kPieceBytes = 32 << 20;
 
+// Of reading. Those by a ring have one block per multiprocessor.
+struct Way {
+  const char* name;
+  int ring_groups;  // 0: plain loads
+};
+constexpr Way kWays[] = {{"plain loads", 0},
+                         {"a ring of 96 KB per multiprocessor", 6},
+                         {"a ring of 128 KB per multiprocessor", 8},
+                         {"a ring of 192 KB per multiprocessor", 12}};
+
 std::string CudaVersion(int version) { return absl::StrCat(version / 1000, ".", version % 1000 / 10); }
 
 // A copy of one piece.
@@ -32,6 +43,7 @@ absl::StatusOr<std::unique_ptr<DeviceProbe>> DeviceProbe::Create(const DejavuCud
   std::unique_ptr<DeviceProbe> probe(new DeviceProbe(module, bytes / 16 * 16));
   RETURN_IF_ERROR(probe->Open(device));
   probe->Fill();
+  probe->FindWay();
   return probe;
 }
 
@@ -78,12 +90,23 @@ void DeviceProbe::Fill() {
   }
 }
 
-void DeviceProbe::Pass() {
-  const cuda::ReadSumParams params = {data_, bytes_ / 16, static_cast<uint64_t*>(sums_)};
-  const DejavuCudaLaunch launch = {.kernel = cuda::kReadSum,
-                                   .grid = {static_cast<uint32_t>(threads() / cuda::kBlockThreads), 1, 1},
+// A device whose blocks have too little shared memory for a ring does without it.
+void DeviceProbe::FindWay() {
+  for (int way = 0; way < static_cast<int>(std::size(kWays)); ++way) {
+    const bool fits = kWays[way].ring_groups * cuda::kReadGroupBytes <= device_.shared_bytes_per_block;
+    found_.push_back(fits ? Measure(way) : 0.0);
+  }
+  way_ = static_cast<int>(std::max_element(found_.begin(), found_.end()) - found_.begin());
+}
+
+void DeviceProbe::Pass(int way) {
+  const int groups = kWays[way].ring_groups;
+  const int64_t blocks = groups > 0 ? device_.multiprocessors : threads() / cuda::kBlockThreads;
+  const cuda::ReadSumParams params = {data_, bytes_ / 16, static_cast<uint64_t*>(sums_), groups};
+  const DejavuCudaLaunch launch = {.kernel = groups > 0 ? cuda::kReadSumRing : cuda::kReadSum,
+                                   .grid = {static_cast<uint32_t>(blocks), 1, 1},
                                    .block = {cuda::kBlockThreads, 1, 1},
-                                   .shared_bytes = 0,
+                                   .shared_bytes = static_cast<uint32_t>(groups * cuda::kReadGroupBytes),
                                    .overlaps = 0,
                                    .params = &params,
                                    .params_bytes = sizeof params};
@@ -91,10 +114,10 @@ void DeviceProbe::Pass() {
   Try(module_.launch(context_, &launch), "bandwidth probe");
 }
 
-double DeviceProbe::Measure() {
-  Pass();  // the clocks may rest
+double DeviceProbe::Measure(int way) {
+  Pass(way);  // the clocks may rest
   Try(module_.stamp(context_, 0), "stamp");
-  for (int i = 0; i < kPasses; ++i) Pass();
+  for (int i = 0; i < kPasses; ++i) Pass(way);
   Try(module_.stamp(context_, 1), "stamp");
   float ms = 0.0f;
   Try(module_.elapsed_ms(context_, 0, 1, &ms), "elapsed time");
@@ -102,26 +125,32 @@ double DeviceProbe::Measure() {
   Try(module_.download(context_, {Piece(sums.data(), sums_, threads() * 8)}), "download");
   const uint64_t sum = std::accumulate(sums.begin(), sums.end(), uint64_t{0});
   if (sum != expected_) {
-    throw std::runtime_error(absl::StrCat("the bandwidth probe summed ", sum, " instead of ", expected_));
+    throw std::runtime_error(
+        absl::StrCat("the bandwidth probe summed ", sum, " instead of ", expected_, " by ", kWays[way].name));
   }
   return static_cast<double>(kPasses) * static_cast<double>(bytes_) / (ms * 1e6);
 }
 
 nlohmann::json DeviceProbe::Describe() const {
+  nlohmann::json found;
+  for (size_t way = 0; way < found_.size(); ++way) found[kWays[way].name] = found_[way];
   return {{"name", device_.name},
           {"compute_capability", absl::StrCat(device_.compute_major, ".", device_.compute_minor)},
           {"multiprocessors", device_.multiprocessors},
           {"memory_bytes", device_.memory_bytes},
           {"l2_bytes", device_.l2_bytes},
           {"driver_cuda", CudaVersion(device_.driver_version)},
-          {"module_cuda", CudaVersion(device_.runtime_version)}};
+          {"module_cuda", CudaVersion(device_.runtime_version)},
+          {"reads_by", kWays[way_].name},
+          {"first_read_gb_per_s", std::move(found)}};
 }
 
 std::string DeviceProbe::Description() const {
-  return absl::StrFormat("%s, compute capability %d.%d, %d multiprocessors, %.1f GB, L2 %.0f MB, driver for CUDA %s",
-                         device_.name, device_.compute_major, device_.compute_minor, device_.multiprocessors,
-                         1e-9 * static_cast<double>(device_.memory_bytes), 1e-6 * device_.l2_bytes,
-                         CudaVersion(device_.driver_version));
+  return absl::StrFormat(
+      "%s, compute capability %d.%d, %d multiprocessors, %.1f GB, L2 %.0f MB, driver for CUDA %s, read by %s",
+      device_.name, device_.compute_major, device_.compute_minor, device_.multiprocessors,
+      1e-9 * static_cast<double>(device_.memory_bytes), 1e-6 * device_.l2_bytes, CudaVersion(device_.driver_version),
+      kWays[way_].name);
 }
 
 }  // namespace dejavu
