@@ -46,6 +46,7 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> ModelRunner::Create(const Options& 
   runner->batch_ = std::make_unique<Batch>(group.max_rows, group.max_logit_rows, group.slots, group.blocks_per_slot);
   std::iota(runner->batch_->block_table.begin(), runner->batch_->block_table.end(), 0);
   runner->logits_.resize(static_cast<size_t>(options.max_rows) * config.vocab);
+  runner->drawn_.resize(options.max_rows);
   runner->counts_ = runner->group_->predictor().MakeCounts();
   return runner;
 }
@@ -68,7 +69,7 @@ Batch& ModelRunner::StartBatch() {
 }
 
 absl::Span<const float> ModelRunner::Run() {
-  group_->Forward(*batch_, {logits_.data(), nullptr, &counts_});
+  group_->Forward(*batch_, {logits_.data(), drawn_.data(), &counts_});
   return absl::MakeConstSpan(logits_.data(), batch_->logit_rows.size() * config_.vocab);
 }
 

@@ -52,8 +52,10 @@ class ModelRunner {
 
   // Empties batch(); fill it with rows and call Run. Each slot has KV blocks for a whole window.
   Batch& StartBatch();
-  // Logits of the batch's logit rows, [logit rows, vocab], valid until the next call.
+  // Logits of the batch's logit rows, [logit rows, vocab], valid until the next call. They mean nothing where the batch
+  // draws; drawn() then has the tokens [logit rows].
   absl::Span<const float> Run();
+  const std::vector<int32_t>& drawn() const { return drawn_; }
 
   // What the decode rows of the last Run selected.
   const StepCounts& counts() const { return counts_; }
@@ -82,6 +84,7 @@ class ModelRunner {
   std::unique_ptr<Batch> batch_;
   StepCounts counts_;
   std::vector<float> logits_;
+  std::vector<int32_t> drawn_;
 };
 
 }  // namespace dejavu

@@ -65,7 +65,8 @@ absl::StatusOr<std::unique_ptr<BenchModel>> BenchModel::Create(ModelRunner::Opti
   model->synthetic_ = IsSynthetic(options.model);
   model->window_ = options.window;
   ASSIGN_OR_RETURN(model->tokens_, BenchTokens(options.model, text, int64_t{options.window} * options.slots));
-  options.wrap_backend = [&model](std::unique_ptr<Backend> backend) {
+  options.wrap_backend = [&model, wrap = options.wrap_backend](std::unique_ptr<Backend> backend) {
+    if (wrap) backend = wrap(std::move(backend));
     auto timed = std::make_unique<TimedBackend>(std::move(backend));
     model->timed_ = timed.get();
     return timed;

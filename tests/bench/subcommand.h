@@ -22,6 +22,7 @@ AddSubcommand AddBandwidth;
 AddSubcommand AddOps;
 AddSubcommand AddPrefill;
 AddSubcommand AddDecode;
+AddSubcommand AddLaunches;
 AddSubcommand AddServe;
 AddSubcommand AddSchedule;
 AddSubcommand AddAllReduce;
@@ -30,8 +31,9 @@ AddSubcommand AddImbalance;
 AddSubcommand AddCheckpoint;
 
 // In the order of --help.
-inline constexpr AddSubcommand* kSubcommands[] = {AddBandwidth, AddOps,       AddPrefill, AddDecode,    AddServe,
-                                                  AddSchedule,  AddAllReduce, AddRanks,   AddImbalance, AddCheckpoint};
+inline constexpr AddSubcommand* kSubcommands[] = {AddBandwidth, AddOps,       AddPrefill,   AddDecode,
+                                                  AddLaunches,  AddServe,     AddSchedule,  AddAllReduce,
+                                                  AddRanks,     AddImbalance, AddCheckpoint};
 
 }  // namespace dejavu
 

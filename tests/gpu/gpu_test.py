@@ -23,7 +23,7 @@ import time
 import machine
 
 PARTS = ("ops", "replay", "model", "group", "daemon", "sanitizer")
-OPS, REPLAY, GROUP = "*Cuda*:DeviceProbe*", "*Replay*", "*Group*"
+OPS, REPLAY, GROUP = "*Cuda*:DeviceProbe*", "*Replay*:Launches*", "*Group*"
 REQUESTS, WARM_UP, AT_ONCE = 1000, 200, 8
 # Beyond the noise of the allocators; a leak of 32 KiB a request would show.
 SLACK_MIB = 32

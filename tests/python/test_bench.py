@@ -43,12 +43,39 @@ def test_bandwidth(tmp_path):
     assert "1 threads" in text and "checksum right" in text
 
 
-@pytest.mark.parametrize("arguments", [("bandwidth",), ("decode", "--model", SYNTHETIC), ("serve", "--model", SYNTHETIC)])
+@pytest.mark.parametrize("arguments", [("bandwidth",), ("launches", "--model", SYNTHETIC, "--context", 8), ("decode", "--model", SYNTHETIC), ("serve", "--model", SYNTHETIC)])
 def test_says_what_a_gpu_would_need(arguments, monkeypatch):
     monkeypatch.setenv("DEJAVU_CUDA_MODULE", "/nowhere/libdejavu_cuda.so")
     done = run(*arguments, "--device", "cuda")
     assert done.returncode == 1
     assert "no CUDA module" in done.stderr and "/nowhere/libdejavu_cuda.so" in done.stderr
+
+
+def test_calculates_what_a_gpu_would_launch(tmp_path):
+    config = {"hidden_size": 256, "ffn_dim": 1024, "num_hidden_layers": 4, "vocab_size": 512}
+    result, text = measure(tmp_path, "launches", "--calculate", "--model", SYNTHETIC, "--batch", "1,4", "--context", 64,
+                           "--tier", "dense,exact,balanced")
+    read = lambda tier, batch, key: sum(r[key] * r["launches_per_step"] for r in result["rows"]
+                                        if (r["tier"], r["batch"]) == (tier, batch))
+    for batch in (1, 4):
+        assert read("dense", batch, "weight_bytes") == pytest.approx(dense_bytes(config, "bf16", batch, 2))
+        assert read("dense", batch, "listed_bytes") == 0 < read("exact", batch, "listed_bytes")
+        assert read("dense", batch, "weight_bytes") > read("exact", batch, "weight_bytes") > read("balanced", batch, "weight_bytes")
+        assert read("dense", batch, "kv_bytes") == 2 * 2 * 4 * 256 * 64 * batch
+    for step in result["steps"]:
+        rows = [r for r in result["rows"] if (r["tier"], r["batch"]) == (step["tier"], step["batch"])]
+        assert step["launches"] == sum(r["launches_per_step"] for r in rows)
+        assert step["launches_per_layer"] == sum(r["launches_per_step"] for r in rows if r["launches_per_step"] >= 4) / 4
+        assert step["us_at_ceiling"] == pytest.approx(step["bytes"] / 4555e3)
+        assert "us" not in step
+    assert "calculated" in text and "nothing was run" in text
+
+
+def test_launches_are_a_gpus_alone():
+    done = run("launches", "--model", SYNTHETIC)
+    assert done.returncode == 2 and "--device cuda" in done.stderr
+    done = run("launches", "--calculate", "--model", MODEL, "--context", 8)
+    assert done.returncode == 2 and "only synthetic models" in done.stderr
 
 
 def test_ops(tmp_path):
