@@ -32,11 +32,12 @@ LaunchReads Of(const EmbedParams& p, const Launched& l) {
           .activations = p.accumulate ? rows * p.features * kFloat : 0};
 }
 
+// Segments' sums are there because of how the launch before is cut: what must be read is the sum.
 LaunchReads Of(const NormParams& p, const Launched&) {
   const int64_t inputs = p.add.data != nullptr ? 2 : 1;
   return {.weight = p.weight,
           .rows = p.rows,
-          .weights = 2 * p.features * kFloat,
+          .weights = 2 * p.features * Present(p.weight),
           .activations = inputs * p.rows * p.features * kFloat};
 }
 
@@ -67,8 +68,8 @@ LaunchReads Of(const LinearParams& p, const Launched& l) {
 
 LaunchReads Of(const SumParams& p, const Launched& l) {
   const int64_t row = p.outputs * l.element + Present(p.scale);
-  const int64_t bias = p.bias != nullptr ? p.outputs * kFloat : 0;
-  LaunchReads reads = {.weight = p.weight, .rows = p.rows - p.first_row};
+  const int64_t bias = p.outputs * Present(p.sums.bias);
+  LaunchReads reads = {.weight = p.weight, .rows = p.sums.rows};
   int64_t inputs = p.inputs;
   const bool chosen = p.selected.list != nullptr || p.skip_zeros != 0;
   if (p.selected.list != nullptr) inputs = int64_t{l.state.Selected(p.weight, p.selected.count)} * p.group;
@@ -76,7 +77,15 @@ LaunchReads Of(const SumParams& p, const Launched& l) {
   if (p.skip_zeros != 0 && p.active != nullptr) inputs = l.state.Active(p.weight, p.active + p.counted);
   reads.weights = inputs * row + bias;
   reads.listed = chosen ? inputs * row : 0;
+  if (p.norm.rows > 0) {
+    reads.weights += 2 * p.norm.features * kFloat;
+    reads.activations += p.norm.rows * p.norm.features * kFloat;
+  }
   return reads;
+}
+
+LaunchReads OfJoinSums(const SumParams& p) {
+  return {.rows = p.sums.rows, .activations = int64_t{p.sums.segments} * p.sums.rows * p.outputs * kFloat};
 }
 
 // Rows of different sequences, as decoding ones are. What a row has just computed itself need not be read back.
@@ -123,7 +132,7 @@ LaunchReads Of(const ReadSumParams& p, const Launched&) {
 
 // Keys and values are written, nothing of them is read.
 LaunchReads OfWriteKv(const AttentionParams& p, const DejavuCudaLaunch& launch) {
-  const int64_t rows = launch.grid[2];
+  const int64_t rows = launch.kernel == kWritePromptKv ? p.rows : launch.grid[2];
   return {.rows = rows, .activations = rows * 2 * p.heads * p.head_dim * kFloat};
 }
 
@@ -139,7 +148,8 @@ const char* NameOf(Kernel kernel) {
 }
 
 LaunchReads ReadsOf(const DejavuCudaLaunch& launch, LaunchState& state) {
-  if (launch.kernel == kWriteKvF16 || launch.kernel == kWriteKvF32) {
+  if (launch.kernel == kJoinSums) return OfJoinSums(*static_cast<const SumParams*>(launch.params));
+  if (launch.kernel == kWriteKvF16 || launch.kernel == kWriteKvF32 || launch.kernel == kWritePromptKv) {
     return OfWriteKv(*static_cast<const AttentionParams*>(launch.params), launch);
   }
   switch (launch.kernel) {
