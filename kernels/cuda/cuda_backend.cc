@@ -28,9 +28,13 @@
 namespace dejavu::cuda {
 namespace {
 
-constexpr int64_t kFusedRows = 16;  // of a step; from more on keys and values are written by a launch of their own
-constexpr int64_t kAttentionRows =
-    64;  // at once of what PromptAttention does not do, whose scratch grows with the rows
+constexpr int64_t kAttentionRows = 64;  // at once of what PromptAttention does not do, whose scratch grows with the rows
+
+// Launches that store keys and values.
+bool WritesCache(std::optional<Kernel> kernel) {
+  constexpr Kernel kWriters[] = {kWriteKvF16, kWriteKvF32, kWritePromptKv, kAttentionF16, kAttentionF32};
+  return !kernel.has_value() || std::ranges::find(kWriters, *kernel) != std::end(kWriters);
+}
 
 class CudaBackend final : public Backend {
  public:
@@ -106,6 +110,8 @@ class CudaBackend final : public Backend {
   void GatherRows(Tensor y, Tensor x, Tensor ids) override;
 
  private:
+  void Attend(AttentionParams p, DType dtype);
+
   // From first to last: what comes later uses what is before it.
   const std::unique_ptr<DeviceQueue> queue_;
   const std::unique_ptr<Staging> staging_;
@@ -194,11 +200,9 @@ void CudaBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const
   CheckAttention(context, qkv, kv, rows, heads);
   fragments_.Wrote(context);
   const KvRows attending = {kv, qkv, rows};
-  const bool fused = rows.rows() <= kFusedRows;
-  const bool writes = fused && held_.TakeWriteKv(attending);
+  const bool few = rows.rows() <= kDecodeRows, writes = few && held_.TakeWriteKv(attending);
   held_.Flush();
   if (TakesPromptAttention(attending)) return LaunchPromptAttention(*queue_, attending, context, scale, heads);
-  const int64_t splits = DivideUp(rows.block_table.cols * kv.block_tokens, kSplitPositions);
   for (int64_t row = 0; row < rows.rows(); row += kAttentionRows) {
     const int64_t n = std::min(kAttentionRows, rows.rows() - row);
     AttentionParams p = AttentionFrom(attending, row);
@@ -208,10 +212,23 @@ void CudaBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const
     p.write = writes;
     p.scale = scale;
     p.selected = SelectionFrom(heads, /*masks=*/true, row);
-    p.tickets = scratch_.Tickets(n * kv.heads);
-    p.partial = scratch_.Partial<float>(n * kv.heads * splits * (kv.head_dim + 2));
-    queue_->Launch(kv.dtype == DType::kFloat16 ? kAttentionF16 : kAttentionF32, {splits, kv.heads, n}, 0, p);
+    p.splits = Int(DivideUp(rows.block_table.cols * kv.block_tokens, kDecodePositions));
+    p.early = !WritesCache(queue_->last_launch()) && (heads.all() || products_.IsOld(p.selected.list));
+    Attend(p, kv.dtype);
   }
+}
+
+// Blocks that share a row all find a place at once, where rows are few.
+void CudaBackend::Attend(AttentionParams p, DType dtype) {
+  constexpr int64_t kBlocks = 3;  // of a multiprocessor
+  const int64_t n = p.rows, heads = p.heads, head_dim = p.head_dim, splits = p.splits;
+  const int64_t blocks = std::min(splits, DivideUp(kBlocks * queue_->device().multiprocessors, n * heads));
+  const int64_t slot_bytes = std::min<int64_t>(RoundUp(head_dim * SizeOf(dtype), kVectorBytes) * kDecodeWarpPositions,
+                                               kMostDecodeSlotBytes);
+  p.tickets = scratch_.Tickets(n * heads);
+  p.partial = scratch_.Partial<float>(n * heads * splits * (head_dim + 2));
+  queue_->Launch(dtype == DType::kFloat16 ? kAttentionF16 : kAttentionF32, {heads, n, blocks},
+                 kWarps * kDecodeSlots * slot_bytes, p);
 }
 
 void CudaBackend::Select(const Selection& selection, Tensor counts, Tensor a, const SelectorWeights& w, Tensor points) {

@@ -4,6 +4,7 @@
 //   DJ_KERNEL(Name, Params, threads) { ... p.field ... }   a kernel; its one parameter is called p; two blocks of it fit a
 //                                    multiprocessor's registers
 //   DJ_WIDE_KERNEL(Name, Params, threads)                  likewise, of which one block does
+//   DJ_SLIM_KERNEL(Name, Params, threads)                  likewise, of which three do
 //   DJ_SHARED(T, name, N)            static shared memory T name[N]; T without constructors
 //   DJ_DYNAMIC_SHARED(T, name)       the launch's dynamic shared memory, 16-byte aligned
 //   DJ_DEVICE                        before functions that kernels call (always inlined)
@@ -31,6 +32,8 @@
   __global__ void __launch_bounds__(threads, 2) Name(const __grid_constant__ Params p)
 #define DJ_WIDE_KERNEL(Name, Params, threads) \
   __global__ void __launch_bounds__(threads, 1) Name(const __grid_constant__ Params p)
+#define DJ_SLIM_KERNEL(Name, Params, threads) \
+  __global__ void __launch_bounds__(threads, 3) Name(const __grid_constant__ Params p)
 #define DJ_DEVICE __device__ __forceinline__
 #define DJ_SHARED(T, name, N) __shared__ T name[N]
 #define DJ_DYNAMIC_SHARED(T, name) T* const name = reinterpret_cast<T*>(::dejavu::cuda::dynamic_shared)
@@ -49,6 +52,16 @@ DJ_DEVICE Vector16 LoadVector(const void* p) {
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
                : "l"(p)
+               : "memory");
+  return v;
+}
+
+// Likewise of shared memory.
+DJ_DEVICE Vector16 LoadShared(const void* p) {
+  Vector16 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p)))
                : "memory");
   return v;
 }

@@ -69,6 +69,7 @@ void DeviceQueue::LaunchWith(Kernel kernel, Grid grid, int64_t shared_bytes, con
       .params_bytes = params_bytes};
   Try(module().launch(context(), &launch), kNames[kernel]);
   ++launches_;
+  last_launch_ = kernel;
 }
 
 void DeviceQueue::AllReduce(float* x, int64_t count, bool aside) {
@@ -84,6 +85,7 @@ void DeviceQueue::JoinAllReduce() {
 
 void DeviceQueue::BeginCapture() {
   Try(module().begin_capture(context()), "begin of a graph");
+  last_launch_.reset();
   capturing_ = true;
   all_reduces_before_ = all_reduces_;
 }
@@ -99,6 +101,7 @@ DeviceQueue::Graph DeviceQueue::EndCapture() {
 
 void DeviceQueue::Replay(const Graph& graph) {
   Try(module().replay(context(), graph.graph), "graph");
+  last_launch_.reset();
   all_reduces_ += graph.all_reduces;
 }
 

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -48,6 +49,8 @@ class DeviceQueue {
   }
 
   int64_t launches() const { return launches_; }  // so far, without those of replays
+  // What the next launch may overlap with, where that is known: not after a replay, nor where a capture begins.
+  std::optional<Kernel> last_launch() const { return last_launch_; }
 
   // In a group of devices; x [count]. With `aside` beside what follows, up to JoinAllReduce.
   void AllReduce(float* x, int64_t count, bool aside);
@@ -85,6 +88,7 @@ class DeviceQueue {
   std::string failure_;              // the first one; the device does nothing more after it
   bool peer_lost_ = false;           // that is what failed
   bool follows_all_reduce_ = false;  // the next launch
+  std::optional<Kernel> last_launch_;
   bool capturing_ = false;
   int64_t launches_ = 0;
   int64_t all_reduces_ = 0;

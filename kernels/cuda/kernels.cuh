@@ -3,6 +3,7 @@
 #define KERNELS_CUDA_KERNELS_CUH_
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/decode_attention.cuh"
 #include "kernels/cuda/draw.cuh"
 #include "kernels/cuda/elementwise.cuh"
 #include "kernels/cuda/gemm.cuh"

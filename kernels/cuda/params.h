@@ -230,8 +230,9 @@ constexpr int SumSharedBytes(bool wide, int rows, int columns) {
   return filled > joined ? filled : joined;
 }
 
-// Attention of a step's rows, grid (splits, heads, rows); WriteKv uses some of it, grid (1, heads, rows). Of large
-// steps PromptAttention, grid (heads, pieces), and WritePromptKv, grid (heads, groups of kWriteRows).
+// Attention of up to kDecodeRows rows, grid (heads, rows, blocks that share a row's splits); WriteKv uses some of it, grid
+// (1, heads, rows). Of large steps PromptAttention, grid (heads, pieces), and WritePromptKv, grid (heads, groups of
+// kWriteRows).
 struct AttentionParams {
   MatrixOf<const float> qkv;             // [rows, 3 * heads * head_dim]
   MatrixOf<float> context;               // [rows, heads * head_dim]
@@ -240,16 +241,24 @@ struct AttentionParams {
   MatrixOf<const int32_t> block_table;   // [sequences, blocks of a sequence]
   int32_t rows, heads, head_dim, block_tokens;
   int32_t vectors;  // 8 positions of a feature, and 8 features of a position, can be read at once
-  // Stores keys and values as well; a block has one row then. Those of the step's own rows are not read from the cache,
-  // where they may not have arrived yet.
-  int32_t write;
+  // Of up to kDecodeRows rows. `write`: stores keys and values as well. Those of the step's own rows are not read from
+  // the cache, where they may not have arrived yet. `early`: what else is in the cache, and the selection, are at least
+  // two launches old.
+  int32_t write, early;
   float scale;
   SelectionParams selected;
   float* partial;         // [rows, heads, splits, head_dim + 2]
+  int32_t splits;         // of the longest context that there can be
   uint32_t* tickets;      // [rows * heads], zero between launches
   int32_t shared_stride;  // of PromptAttention: of rows of Q and of values in shared memory
 };
-constexpr int kSplitPositions = 256;
+constexpr int kDecodeRows = 32;
+constexpr int kDecodeWarpPositions = 16;
+constexpr int kDecodePositions = kWarps * kDecodeWarpPositions;  // of a split
+// Dynamic shared memory of a warp: each slot holds keys or values of its positions, in whole 16 bytes for each, or as
+// many of their features as go in.
+constexpr int kDecodeSlots = 2;
+constexpr int kMostDecodeSlotBytes = 4096;
 constexpr int kMostHeadDim = 256;
 constexpr int kPieceRows = 64;      // of one sequence, at most, that PromptAttention does together
 constexpr int kTilePositions = 64;  // whose keys and values it has in shared memory at a time

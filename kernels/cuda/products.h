@@ -47,12 +47,12 @@ class Products {
   void Sum(Tensor y, Tensor x, const LinearWeights& w, const Selection& selected, int64_t group, bool skip_zeros,
            Tensor active);
 
-  // The last launch has made this list of selected ones. Products that come after one launch more read it before they
-  // wait for anything.
+  // The last launch has made this list of selected ones. A list is old when one launch more has come: the next one may
+  // read it before it waits.
   void NoteList(const Tensor& list);
+  bool IsOld(const int32_t* list) const;
 
  private:
-  bool IsOld(const int32_t* list) const;
   static OutputRows RowsOf(const LinearWeights& w, const Tensor& y, const RowFragments& x);
 
   DeviceQueue& queue_;

@@ -9,7 +9,6 @@
 namespace dejavu::cuda {
 namespace {
 
-constexpr int64_t kDecodeRows = 32;  // up to so many a row's context does not depend on what else is in the step
 constexpr int64_t kLeastHeadDim = 32, kHeadDimStep = 16;
 constexpr int64_t kShortPieces = 16;  // at once, beside those of 64 rows; more of them come in turn
 

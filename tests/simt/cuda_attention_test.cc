@@ -6,10 +6,12 @@
 #include <cmath>
 #include <cstdint>
 #include <numeric>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/float16.h"
 #include "tests/kernels/matrix.h"
 #include "tests/simt/cuda_fixture.h"
 #include "tests/simt/module_under_test.h"
@@ -88,6 +90,33 @@ class CudaAttentionTest : public CudaBackendTest {
     return Got(context);
   }
 
+  // softmax(q k) v of the first head in double precision, of keys and values as the cache rounds them.
+  Matrix Reference(const std::vector<int32_t>& positions, const std::vector<int32_t>& sequences) {
+    const int32_t head_dim = kv_.head_dim, width = kv_.heads * head_dim;
+    Matrix context(static_cast<int64_t>(positions.size()), width);
+    for (int64_t r = 0; r < context.rows; ++r) {
+      const Matrix& qkv = qkv_[sequences[r]];
+      Matrix rounded = RowsOf(qkv, 0, positions[r] + 1);
+      if (kv_.dtype == DType::kFloat16) {
+        for (float& value : rounded.values) value = FloatFromFloat16(Float16FromFloat(value));
+      }
+      std::vector<double> weights(positions[r] + 1), sums(width);
+      double most = -kInfinity, total = 0;
+      for (int32_t i = 0; i <= positions[r]; ++i) {
+        for (int32_t d = 0; d < head_dim; ++d) {
+          weights[i] += double{kScale} * qkv.at(positions[r], d) * rounded.at(i, width + d);
+        }
+        most = std::max(most, weights[i]);
+      }
+      for (int32_t i = 0; i <= positions[r]; ++i) {
+        total += weights[i] = std::exp(weights[i] - most);
+        for (int32_t d = 0; d < head_dim; ++d) sums[d] += weights[i] * rounded.at(i, 2 * width + d);
+      }
+      for (int32_t d = 0; d < head_dim; ++d) context.at(r, d) = static_cast<float>(sums[d] / total);
+    }
+    return context;
+  }
+
   static constexpr float kScale = 0.7f;
   std::vector<Matrix> qkv_;
   Tensor table_, device_table_, keys_, values_, host_values_;
@@ -115,46 +144,152 @@ TEST_P(CudaAttentionTest, OfRaggedRowsIsThatOfTheCpuAndKeysAndValuesAreWrittenOn
   }
 }
 
+TEST_P(CudaAttentionTest, AtTheEdgesOfWarpsAndSplitsIsThatOfDoublePrecision) {
+  const std::vector<int32_t> positions = {0,   1,   14,  15,  16,  17,  31,  32,  33,  47,  63,
+                                          64,  65,  95,  96,  97,  111, 112, 126, 127, 128, 129,
+                                          143, 144, 145, 159, 160, 255, 256, 257, 383, 384};
+  const std::vector<int32_t> sequences(positions.size(), 0);
+  for (const auto& [dtype, head_dim, block_tokens] : {std::tuple{DType::kFloat16, 64, 16},
+                                                      {DType::kFloat16, 128, 16},
+                                                      {DType::kFloat16, 256, 16},
+                                                      {DType::kFloat16, 200, 24},
+                                                      {DType::kFloat16, 150, 5},
+                                                      {DType::kFloat32, 64, 16},
+                                                      {DType::kFloat32, 128, 8},
+                                                      {DType::kFloat32, 256, 16},
+                                                      {DType::kFloat32, 100, 9}}) {
+    SCOPED_TRACE(testing::Message() << Name(dtype) << ", head_dim " << head_dim << ", blocks of " << block_tokens);
+    Fill({385}, 1, head_dim, block_tokens, dtype);
+    Cache({385});
+    const Matrix got = OnDevice(positions, sequences, false);
+    ExpectClose(got, Reference(positions, sequences), 2e-6f);
+    EXPECT_TRUE(SameBits(RowsOf(got, 20, 1), OnDevice({128}, {0}, false)));
+    EXPECT_TRUE(SameBits(RowsOf(got, 31, 1), OnDevice({384}, {0}, false)));
+    EXPECT_TRUE(SameBits(RowsOf(got, 16, 16),
+                         OnDevice({positions.begin() + 16, positions.end()}, std::vector<int32_t>(16, 0), false)));
+  }
+}
+
 TEST_P(CudaAttentionTest, DoesNotDependOnBlocksNorOnHowAPromptIsCut) {
+  constexpr int32_t kFirst = 100, kRows = 64;  // over the edge of a split
+  std::vector<int32_t> positions(kRows);
+  std::iota(positions.begin(), positions.end(), kFirst);
   for (const DType dtype : {DType::kFloat16, DType::kFloat32}) {
-    Matrix first;
-    for (const int32_t block_tokens : {16, 1, 7, 200}) {
-      SCOPED_TRACE(testing::Message() << Name(dtype) << ", blocks of " << block_tokens);
-      Fill({40, 90}, 2, 24, block_tokens, dtype);
-      std::vector<int32_t> positions(40);
-      std::iota(positions.begin(), positions.end(), 0);
-      const Matrix whole = OnDevice(positions, std::vector<int32_t>(40, 0), true);
-      EXPECT_EQ(launches_, 2);
-      if (block_tokens == 16) {
-        first = whole;
-        ExpectClose(whole, OnCpu(positions, std::vector<int32_t>(40, 0)), 2e-5f);
+    Matrix whole;
+    for (const int32_t block_tokens : {16, 8, 7, 200}) {
+      Fill({kFirst + kRows, 90}, 1, 24, block_tokens, dtype);
+      Cache({kFirst + kRows, 0});
+      const Matrix first = OnDevice({positions.begin(), positions.begin() + 32}, std::vector<int32_t>(32, 0), false);
+      const Matrix second = OnDevice({positions.begin() + 32, positions.end()}, std::vector<int32_t>(32, 0), false);
+      if (whole.rows == 0) {
+        whole = Matrix(kRows, first.cols);
+        std::copy(second.values.begin(), second.values.end(),
+                  std::copy(first.values.begin(), first.values.end(), whole.values.begin()));
+        ExpectClose(whole, OnCpu(positions, std::vector<int32_t>(kRows, 0)), 2e-5f);
       }
-      EXPECT_TRUE(SameBits(whole, first));
-      // Chunks of up to 16 rows write and read at once, rows of longer ones share what they read; a row of another
-      // sequence among them.
-      Fill({40, 90}, 2, 24, block_tokens, dtype);
-      Cache({0, 89});
-      for (const auto& [start, chunk] : {std::pair{0, 1}, {1, 15}, {16, 3}, {19, 2}, {21, 19}}) {
-        std::vector<int32_t> part(chunk), sequences(chunk, 0);
-        std::iota(part.begin(), part.end(), start);
-        part.insert(part.begin(), 89);
-        sequences.insert(sequences.begin(), 1);
-        const Matrix got = OnDevice(part, sequences, true);
-        EXPECT_TRUE(SameBits(RowsOf(got, 1, chunk), RowsOf(whole, start, chunk))) << chunk << " from " << start;
+      for (const int32_t chunk : {1, 7, 16, 32}) {
+        SCOPED_TRACE(testing::Message() << Name(dtype) << ", blocks of " << block_tokens << ", chunks of " << chunk);
+        if (block_tokens != 16 && chunk == 1) continue;
+        Fill({kFirst + kRows, 90}, 1, 24, block_tokens, dtype);
+        Cache({kFirst, 89});
+        const int32_t others = chunk < 32 ? 1 : 0;  // rows of another sequence
+        for (int32_t start = 0; start < kRows; start += chunk) {
+          const int32_t n = std::min(chunk, kRows - start);
+          std::vector<int32_t> part(others, 89), sequences(others, 1);
+          part.insert(part.end(), positions.begin() + start, positions.begin() + start + n);
+          sequences.resize(others + n, 0);
+          const Matrix got = OnDevice(part, sequences, true);
+          EXPECT_EQ(launches_, 1);
+          ASSERT_TRUE(SameBits(RowsOf(got, others, n), RowsOf(whole, start, n))) << "from " << start;
+        }
       }
     }
   }
 }
 
+TEST_P(CudaAttentionTest, OfAPromptOfManyRowsIsThatOfTheCpu) {
+  for (const DType dtype : {DType::kFloat16, DType::kFloat32}) {
+    for (const int32_t block_tokens : {16, 1, 7, 200}) {
+      SCOPED_TRACE(testing::Message() << Name(dtype) << ", blocks of " << block_tokens);
+      Fill({40, 90}, 2, 24, block_tokens, dtype);
+      Cache({0, 89});
+      std::vector<int32_t> positions(41), sequences(41, 0);
+      std::iota(positions.begin(), positions.end(), -1);
+      positions[0] = 89;
+      sequences[0] = 1;
+      const Matrix got = OnDevice(positions, sequences, true);
+      EXPECT_EQ(launches_, 2);
+      ExpectClose(got, OnCpu(positions, sequences), 2e-5f);
+    }
+  }
+}
+
+TEST_P(CudaAttentionTest, WhatTheLaunchBeforeStoresIsNotReadBeforeThatHasEnded) {
+  constexpr int32_t kFirst = 30, kSteps = 12;
+  for (const int32_t block_tokens : {16, 5}) {
+    Fill({kFirst + kSteps}, 2, 16, block_tokens, DType::kFloat16);
+    Cache({kFirst});
+    // Steps that nothing separates, neither another launch nor a copy.
+    std::vector<Tensor> qkv, context;
+    std::vector<RowTable> rows, others;
+    std::vector<int32_t> positions;
+    for (int32_t i = 0; i < kSteps; ++i) {
+      positions.push_back(kFirst + i);
+      qkv.push_back(Put(QkvOf({positions.back()}, {0})));
+      context.push_back(Put(Matrix(1, qkv[0].cols / 3)));
+      rows.push_back(Rows({positions.back()}, {0}));
+      others.push_back(Rows({positions.back()}, {0}));
+    }
+    cuda_->Synchronize();
+    for (int32_t i = 0; i < kSteps; ++i) {
+      cuda_->WriteKv(device_kv_, qkv[i], i % 3 == 0 ? rows[i] : others[i]);  // of others: by a launch of its own
+      if (i % 3 == 2) cuda_->Add(context[0], context[1]);
+      cuda_->Attention(context[i], qkv[i], device_kv_, rows[i], kScale, {});
+    }
+    cuda_->Synchronize();
+    const Matrix want = OnCpu(positions, std::vector<int32_t>(kSteps, 0));
+    for (int32_t i = 1; i < kSteps; ++i) ExpectClose(Got(context[i]), RowsOf(want, i, 1), 2e-5f);
+  }
+}
+
+TEST_P(CudaAttentionTest, ASelectionOfTheLaunchBeforeIsNotReadBeforeThatHasEnded) {
+  constexpr int32_t kHeads = 9, kTimes = 8;
+  Fill({20}, kHeads, 8, 16, DType::kFloat16);
+  Cache({20});
+  const Matrix want = OnCpu({19}, {0});
+  const Matrix thresholds(1, kSelectorPadding);
+  const SelectorWeights weights = {Device(arena_.Put(thresholds, DType::kInt8)),
+                                   Device(arena_.Put(thresholds, DType::kFloat16)), Device(arena_.PutInts({1})),
+                                   kHeads};
+  const Tensor a = Put(Matrix(1, 1)), points = Device(arena_.PutInts({kSelectEverything})), qkv = Put(QkvOf({19}, {0}));
+  const RowTable rows = Rows({19}, {0});
+  std::vector<Selection> heads;
+  std::vector<Tensor> counts, context;
+  for (int i = 0; i < kTimes; ++i) {
+    Selection none = {arena_.PutInts(std::vector<int32_t>(kHeads, 0)), arena_.PutInts({0})};
+    none.masks = arena_.PutInts(std::vector<int32_t>(kSelectorPadding / 32, 0));
+    heads.push_back(Device(none));
+    counts.push_back(Device(arena_.PutInts({0})));
+    context.push_back(Put(Matrix(1, qkv.cols / 3, 77.0f)));
+  }
+  cuda_->Synchronize();
+  for (int i = 0; i < kTimes; ++i) {
+    cuda_->Select(heads[i], counts[i], a, weights, points);
+    cuda_->Attention(context[i], qkv, device_kv_, rows, kScale, heads[i]);
+  }
+  cuda_->Synchronize();
+  for (int i = 0; i < kTimes; ++i) ExpectClose(Got(context[i]), want, 2e-5f);
+}
+
 TEST_P(CudaAttentionTest, ARowAttendsWithItsOwnHeadsAndTheOthersAreZeroOrUntouched) {
   constexpr int32_t kHeads = 9, kHeadDim = 8;
-  for (const auto& [prompt, write] : {std::pair{3, false}, {3, true}, {20, true}}) {
-    Fill({70, 9, 1}, kHeads, kHeadDim, 16, DType::kFloat16);
+  for (const auto& [prompt, write] : {std::pair{3, false}, {3, true}, {34, true}}) {
+    Fill({150, 9, 1}, kHeads, kHeadDim, 16, DType::kFloat16);
     std::vector<int32_t> positions(prompt), sequences(prompt, 0), none(prompt + 2, 0), some;
-    std::iota(positions.begin(), positions.end(), 70 - prompt);
+    std::iota(positions.begin(), positions.end(), 150 - prompt);
     positions.insert(positions.end(), {8, 0});
     sequences.insert(sequences.end(), {1, 2});
-    Cache(write ? std::vector<int32_t>{70 - prompt, 8, 0} : std::vector<int32_t>{70, 9, 1});
+    Cache(write ? std::vector<int32_t>{150 - prompt, 8, 0} : std::vector<int32_t>{150, 9, 1});
     const Lists of_rows = {{0, 5}, {}, {5, 8}, {1}, {0, 1, 2, 6}};  // nobody: 3, 4, 7
     Lists lists;
     for (int r = 0; r < prompt + 2; ++r) {

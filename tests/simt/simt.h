@@ -142,6 +142,7 @@ T Replace(T* address, T value) {
   inline constexpr ::dejavu::simt::Kernel<Params> Name{#Name, threads, Name##Body}; \
   inline void Name##Body([[maybe_unused]] const Params& p)
 #define DJ_WIDE_KERNEL DJ_KERNEL
+#define DJ_SLIM_KERNEL DJ_KERNEL
 #define DJ_DEVICE inline
 #define DJ_SHARED(T, name, N)           \
   static constinit char name##Site = 0; \
@@ -241,6 +242,7 @@ inline Vector16 LoadVector(const void* p) {
   return *static_cast<const Vector16*>(p);
 }
 inline Vector16 LoadStream(const void* p) { return LoadVector(p); }
+inline Vector16 LoadShared(const void* p) { return LoadVector(p); }
 inline float LoadConstant(const float* p) { return *p; }
 
 inline float HalfToFloat(uint16_t bits) { return FloatFromFloat16(bits); }

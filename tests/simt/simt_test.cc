@@ -104,6 +104,7 @@ enum Mistake {
   kDifferentMasks,
   kSourceOutsideMask,
   kMisalignedLoad,
+  kMisalignedSharedLoad,
   kMisalignedCopy,
   kCopyBeyondShared,
   kCopyFromBeyond,
@@ -158,6 +159,9 @@ DJ_KERNEL(MakesMistake, MistakeParams, 64) {
     case kMisalignedLoad:
       cuda::LoadStream(p.global + 8);
       break;
+    case kMisalignedSharedLoad:
+      cuda::LoadShared(shared + 8);
+      break;
     case kMisalignedCopy:
       cuda::CopyAsync16(shared, p.global + 4);
       break;
@@ -203,6 +207,7 @@ TEST(Simt, AnErrorNamesKernelBlockThreadAndLine) {
 
 TEST(Simt, MisusedMemoryIsReported) {
   EXPECT_THAT(ErrorOf(kMisalignedLoad, 0), HasSubstr("not aligned to 16 bytes"));
+  EXPECT_THAT(ErrorOf(kMisalignedSharedLoad, 0), HasSubstr("not aligned to 16 bytes"));
   EXPECT_THAT(ErrorOf(kMisalignedCopy, 0), HasSubstr("the source is not aligned to 16 bytes"));
   EXPECT_THAT(ErrorOf(kCopyBeyondShared, 0), HasSubstr("beyond shared memory"));
   EXPECT_THAT(ErrorOf(kCopyFromBeyond, 0), HasSubstr("CopyAsync16 reads beyond its memory"));
