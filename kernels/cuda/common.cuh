@@ -112,8 +112,8 @@ DJ_DEVICE void WidenPiece(const Vector16& v, float (&to)[8], const W*) {
 DJ_DEVICE void WidenPiece(const Vector16& v, float (&to)[16], const int8_t*) {
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    const uint32_t byte = (v.w[i / 4] ^ 0x80808080u) >> (i % 4 * 8) & 0xFF;
-    to[i] = __uint_as_float(0x4B000000u | byte) - 8388736.0f;
+    const uint32_t bits = __byte_perm(v.w[i / 4] ^ 0x80808080u, 0x4B000000u, 0x7440u + i % 4);
+    to[i] = __uint_as_float(bits) - 8388736.0f;
   }
 }
 

@@ -10,8 +10,8 @@
 //   DJ_DEVICE                        before functions that kernels call (always inlined)
 //   threadIdx, blockIdx, blockDim, gridDim, __syncthreads(), __syncthreads_or, __syncwarp(), __shfl_sync,
 //   __shfl_xor_sync, __shfl_down_sync, __shfl_up_sync, __ballot_sync, __any_sync, __all_sync, __popc, __ffs, __clz,
-//   __ldg, __threadfence(), atomicAdd (int32/uint32 only), fmaf, fmaxf, fminf, expf, rintf, rsqrtf, sqrtf, __expf,
-//   __uint_as_float, __float_as_uint
+//   __byte_perm, __ldg, __threadfence(), atomicAdd (int32/uint32 only), fmaf, fmaxf, fminf, expf, rintf, rsqrtf, sqrtf,
+//   __expf, __uint_as_float, __float_as_uint
 //   and, of our own, what is declared below.
 //
 // Every kernel calls GridWait, in all of its threads, before it reads what the launch before it wrote and before it writes

@@ -133,7 +133,8 @@ void Products::Sum(Tensor y, Tensor x, const LinearWeights& w, const Selection& 
   const int64_t most_segments = std::clamp<int64_t>(kSumBlocks / slabs, 1, kSumSegments);
   const int64_t segment = RoundUp(DivideUp(w.inputs(), most_segments), kSumSegmentInputs);
   const int64_t segments = DivideUp(w.inputs(), segment);
-  CHECK(segment / kWarps <= kSumMostPart) << w.inputs() << " inputs";
+  CHECK(segment / kWarps <= kSumMostPart && w.weight.stride * SizeOf(w.weight.dtype) <= INT32_MAX)
+      << w.outputs() << " outputs of " << w.inputs() << " inputs";
   const int64_t rows_at_once = std::min<int64_t>(kSumRows, x.rows);
   const bool joins = x.rows > kSumOwnRows;
 

@@ -40,11 +40,13 @@ class SumBlock {
         slab_(static_cast<int>(blockIdx.y)),
         segment_(static_cast<int>(blockIdx.z)),
         column_(slab_ * kSlab + Lane() * kPiece),
+        weight_(static_cast<const W*>(p.weight) + column_),
+        stride_bytes_(static_cast<int>(p.stride) * static_cast<int>(sizeof(W))),
         copies_(p.vectors && column_ + kPiece <= p.outputs),
         listed_(p.selected.list != nullptr),
         begin_(segment_ * p.segment + Warp() * (p.segment / kWarps)),
         end_(Min(begin_ + p.segment / kWarps, p.inputs)),
-        ring_(shared + Warp() * kRing * kSumRowBytes + Lane() * kLaneBytes),
+        ring_(reinterpret_cast<Vector16*>(shared) + Warp() * kRing * kRowVectors + Lane()),
         x_(reinterpret_cast<float*>(shared + kWarps * kRing * kSumRowBytes) + Warp() * kSumWindow * kRows),
         known_inputs_(reinterpret_cast<uint32_t*>(shared + kWarps * kRing * kSumRowBytes +
                                                   kWarps * kSumWindow * kRows * sizeof(float)) +
@@ -74,14 +76,15 @@ class SumBlock {
   }
 
  private:
-  static constexpr int kLaneBytes = 16;
-  static constexpr int kPiece = kLaneBytes / static_cast<int>(sizeof(W));  // columns of a lane
+  static constexpr int kRowVectors = kSumRowBytes / static_cast<int>(sizeof(Vector16));
+  static constexpr int kPiece = static_cast<int>(sizeof(Vector16) / sizeof(W));  // columns of a lane
   static constexpr int kSlab = 32 * kPiece;
   static constexpr int kUnrolledInputs = kRows * kPiece <= 32 ? kSumSlotInputs : 1;  // of a slot
   // Of joined_: column kPiece * l + c of a slab lies at kColumnStride * c + l. Neither side has bank conflicts.
   static constexpr int kColumnStride = 32 + 32 / kPiece;
   static constexpr int kJoinedRow = kPiece * kColumnStride;
   static_assert(kRing <= 32 && kRing + 32 <= kSumWindow && kRing % kSumSlotInputs == 0);
+  static_assert((kRing & (kRing - 1)) == 0 && (kSumWindow & (kSumWindow - 1)) == 0);
 
   // The first entry of the list that is not before this warp's part, and where in it the part begins. Of 32 places at
   // a time, the last that is before it.
@@ -118,7 +121,8 @@ class SumBlock {
   DJ_DEVICE void FillRing() {
     for (int i = 0; i < kRing; ++i) {
       const int input = __shfl_sync(kAllLanes, next_, i);
-      if (input >= 0) Copy(i, input);
+      if (input >= 0 && copies_) CopyAsync16(PlaceOf(i), RowOf(input));
+      if (input >= 0 && !copies_) *PlaceOf(i) = LoadRowPart(input);
       if (i % kSumSlotInputs == kSumSlotInputs - 1 && i != kRing - 1) CopyAsyncCommit();
     }
     filled_ = kRing;
@@ -126,22 +130,29 @@ class SumBlock {
 
   DJ_DEVICE void FillSlot(int n) {
     while (known_ < n + kSumSlotInputs && more_) Look();
+    if (n >= filled_ && copies_) {
 #pragma unroll
-    for (int i = n; i < n + kSumSlotInputs; ++i) {
-      if (filled_ <= i && i < known_) Copy(i, begin_ + static_cast<int>(known_inputs_[i % kSumWindow] & 0xFFFF));
+      for (int i = 0; i < kSumSlotInputs; ++i) {
+        if (n + i < known_) CopyAsync16(PlaceOf(n) + i * kRowVectors, RowOf(KnownInput(n, i)));
+      }
+    } else if (n >= filled_) {
+#pragma unroll 1
+      for (int i = 0; i < Min(kSumSlotInputs, known_ - n); ++i) {
+        PlaceOf(n)[i * kRowVectors] = LoadRowPart(KnownInput(n, i));
+      }
     }
     CopyAsyncCommit();
   }
 
-  DJ_DEVICE void Copy(int i, int input) {
-    const W* from = static_cast<const W*>(p_.weight) + input * p_.stride + column_;
-    unsigned char* const to = ring_ + i % kRing * kSumRowBytes;
-    if (copies_) {
-      CopyAsync16(to, from);
-    } else {
-      *reinterpret_cast<Vector16*>(to) = LoadPart(from, p_.outputs - column_);
-    }
+  // Input i of the slot that begins with n.
+  DJ_DEVICE int KnownInput(int n, int i) const {
+    return begin_ + static_cast<int>(known_inputs_[(n & (kSumWindow - 1)) + i] & 0xFFFF);
   }
+  DJ_DEVICE Vector16* PlaceOf(int i) const { return ring_ + (i & (kRing - 1)) * kRowVectors; }
+  DJ_DEVICE const W* RowOf(int input) const {
+    return reinterpret_cast<const W*>(reinterpret_cast<const char*>(weight_) + int64_t{input} * stride_bytes_);
+  }
+  DJ_DEVICE Vector16 LoadRowPart(int input) const { return LoadPart(RowOf(input), p_.outputs - column_); }
 
   // Looks at the next inputs. An input of the window: its number within the part, in the upper half the rows where it
   // is not zero; and what it is in each row, int8 weights' scales included.
@@ -160,7 +171,7 @@ class SumBlock {
     const uint32_t votes = __ballot_sync(kAllLanes, wanted);
     __syncwarp();  // what is overwritten has been read
     if (wanted) {
-      const int place = (known_ + __popc(votes & ((1u << Lane()) - 1))) % kSumWindow;
+      const int place = (known_ + __popc(votes & ((1u << Lane()) - 1))) & (kSumWindow - 1);
       const float scale = sizeof(W) == 1 ? p_.scale[input] : 1.0f;
       known_inputs_[place] = static_cast<uint32_t>(input - begin_) | rows << 16;
 #pragma unroll
@@ -188,18 +199,24 @@ class SumBlock {
   }
 
   DJ_DEVICE void AddSlot(int n, float (&sums)[kRows][kPiece]) const {
+    const Vector16* weights = PlaceOf(n);
+    const int known = n & (kSumWindow - 1);
+    if (n + kSumSlotInputs <= known_) {
 #pragma unroll kUnrolledInputs
-    for (int i = n; i < n + kSumSlotInputs; ++i) {
-      if (i >= known_) break;
-      float w[kPiece];
-      WidenPiece(*reinterpret_cast<const Vector16*>(ring_ + i % kRing * kSumRowBytes), w,
-                 static_cast<const W*>(nullptr));
-      const float* x = x_ + i % kSumWindow * kRows;
-      if constexpr (kRows == 1) {
-        AddRow(x[0], w, sums[0]);
-      } else {
-        AddRows(x, known_inputs_[i % kSumWindow] >> 16, w, sums);
-      }
+      for (int i = 0; i < kSumSlotInputs; ++i) AddInput(weights[i * kRowVectors], known + i, sums);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < known_ - n; ++i) AddInput(weights[i * kRowVectors], known + i, sums);
+    }
+  }
+
+  DJ_DEVICE void AddInput(const Vector16& weights, int known, float (&sums)[kRows][kPiece]) const {
+    float w[kPiece];
+    WidenPiece(weights, w, static_cast<const W*>(nullptr));
+    if constexpr (kRows == 1) {
+      AddRow(x_[known], w, sums[0]);
+    } else {
+      AddRows(x_ + known * kRows, known_inputs_[known] >> 16, w, sums);
     }
   }
 
@@ -265,11 +282,13 @@ class SumBlock {
   const SumParams& p_;
   const int first_row_, rows_;
   const int slab_, segment_;
-  const int column_;   // the first of this lane's
+  const int column_;       // the first of this lane's
+  const W* const weight_;  // from there on
+  const int stride_bytes_;
   const bool copies_;  // 16 bytes of this lane's columns at once
   const bool listed_;
   const int begin_, end_;         // inputs: this warp's part
-  unsigned char* const ring_;     // [kRing], kSumRowBytes apart: this lane's bytes
+  Vector16* const ring_;          // [kRing], kRowVectors apart: this lane's
   float* const x_;                // [kSumWindow][kRows]
   uint32_t* const known_inputs_;  // [kSumWindow]
   float* const joined_;           // [kWarps][kRows][kJoinedRow], in place of all that

@@ -209,6 +209,13 @@ inline int __all_sync(uint32_t mask, int predicate, dejavu::simt::Where where = 
 inline int __popc(uint32_t bits) { return std::popcount(bits); }
 inline int __ffs(uint32_t bits) { return bits == 0 ? 0 : std::countr_zero(bits) + 1; }
 inline int __clz(uint32_t bits) { return std::countl_zero(bits); }
+// Byte i is that of `low` (0 ... 3) and `high` (4 ... 7) which nibble i of `selector` names.
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t both = uint64_t{high} << 32 | low;
+  uint32_t bytes = 0;
+  for (int i = 0; i < 4; ++i) bytes |= static_cast<uint32_t>(both >> (selector >> (4 * i) & 7) * 8 & 0xFF) << (8 * i);
+  return bytes;
+}
 template <typename T>
 T __ldg(const T* address) {
   return *address;

@@ -265,6 +265,7 @@ TEST(Simt, BitsAndFloatsAreTakenApartAsInCuda) {
   std::vector<int> y(6);
   ExpectRuns(CountsBits, {y.data()}, {});
   EXPECT_THAT(y, testing::ElementsAre(8, 0, 32, 2, 32, 31));
+  EXPECT_EQ(__byte_perm(0x33221100u, 0x77665544u, 0x0C74u), 0x00447744u);
   EXPECT_EQ(__uint_as_float(0x3F800000), 1.0f);
   EXPECT_EQ(__float_as_int(__int_as_float(-5 & 0x7FFFFF)), -5 & 0x7FFFFF);
   EXPECT_EQ(rsqrtf(4.0f), 0.5f);
