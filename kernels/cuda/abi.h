@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define DEJAVU_CUDA_ABI_VERSION 5
+#define DEJAVU_CUDA_ABI_VERSION 6
 #define DEJAVU_CUDA_ENTRY "DejavuCudaEntry"  // const DejavuCudaModule* (*)(void); all that the module exports
 #define DEJAVU_CUDA_GROUP_ID_BYTES 128
 #define DEJAVU_CUDA_PEER_LOST 1000000  // what a call returns because another rank did not come; the context is lost
@@ -48,6 +48,9 @@ typedef struct DejavuCudaKernel {
   const char* name;
   int32_t registers, shared_bytes, local_bytes;  // per thread, static per block, per thread: spills
   int32_t params_bytes;
+  // As 90 for compute capability 9.0: of the code that runs, and of the PTX that it was made from, which is older where
+  // the driver has compiled it. Sources saw that of the PTX; from 90 on kernels wait by themselves (`overlaps`).
+  int32_t binary_version, ptx_version;
 } DejavuCudaKernel;
 
 // c [m, n] = a [m, k] * b [n, k]^T, or with `b_is_kn` b [k, n]; float32 sums. a and b of one type, c float32.

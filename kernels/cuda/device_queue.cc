@@ -10,6 +10,13 @@
 
 namespace dejavu::cuda {
 
+namespace {
+
+// In code for earlier versions GridWait is nothing, whatever the device could do.
+constexpr int32_t kWaitsFrom = 90;
+
+}  // namespace
+
 absl::StatusOr<std::unique_ptr<DeviceQueue>> DeviceQueue::Open(const DejavuCudaModule* module, int device) {
   if (module->abi_version != DEJAVU_CUDA_ABI_VERSION) {
     return absl::UnavailableError(absl::StrCat("cuda: the module speaks version ", module->abi_version,
@@ -20,6 +27,14 @@ absl::StatusOr<std::unique_ptr<DeviceQueue>> DeviceQueue::Open(const DejavuCudaM
   if (module->open(device, &context->context, &context->device) != 0) {
     context->context = nullptr;
     return absl::UnavailableError(absl::StrCat("cuda: ", module->error()));
+  }
+  context->kernels_wait = true;
+  for (int32_t kernel = 0; kernel < kKernels; ++kernel) {
+    DejavuCudaKernel info;
+    if (module->kernel_info(context->context, kernel, &info) != 0) {
+      return absl::UnavailableError(absl::StrCat("cuda: ", module->error()));
+    }
+    context->kernels_wait &= std::min(info.binary_version, info.ptx_version) >= kWaitsFrom;
   }
   return std::unique_ptr<DeviceQueue>(new DeviceQueue(std::move(context)));
 }
@@ -58,7 +73,7 @@ void DeviceQueue::LaunchWith(Kernel kernel, Grid grid, int64_t shared_bytes, con
   CHECK(shared_bytes <= device().shared_bytes_per_block)
       << kNames[kernel] << " wants " << shared_bytes << " bytes of shared memory";
   // NCCL does not say whether another launch may begin beside its own; one after a fork or a join has two before it.
-  const bool overlaps = device().compute_major >= 9 && !std::exchange(follows_all_reduce_, false);
+  const bool overlaps = !std::exchange(follows_all_reduce_, false) && context_->kernels_wait;
   const DejavuCudaLaunch launch = {
       .kernel = kernel,
       .grid = {static_cast<uint32_t>(grid.x), static_cast<uint32_t>(grid.y), static_cast<uint32_t>(grid.z)},

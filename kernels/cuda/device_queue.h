@@ -74,6 +74,7 @@ class DeviceQueue {
     const DejavuCudaModule* module = nullptr;
     DejavuCudaContext* context = nullptr;
     DejavuCudaDevice device = {};
+    bool kernels_wait = false;  // GridWait is compiled into them: they may overlap
     int64_t taken_bytes = 0;  // of what was free at first
 
     ~Context() {

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/cuda/cuda_backend.h"
 #include "tests/kernels/matrix.h"
 #include "tests/simt/cuda_fixture.h"
 #include "tests/simt/module_under_test.h"
@@ -120,6 +121,46 @@ TEST_P(CudaBackendTest, RunRecordsOnceAndReplaysWithWhatMemoryHolds) {
     }
   }
   EXPECT_EQ(calls, 3);  // as they are, recorded, and recorded anew
+}
+
+// The module under test with kernels of other versions; counts the launches that may overlap.
+struct Versions {
+  int32_t binary, ptx;
+};
+Versions versions;
+int overlapping_launches;
+const DejavuCudaModule* ModuleOfVersions() {
+  static DejavuCudaModule module;
+  module = *simt::ModuleUnderTest();
+  module.kernel_info = [](DejavuCudaContext* context, int32_t kernel, DejavuCudaKernel* info) {
+    const int result = simt::ModuleUnderTest()->kernel_info(context, kernel, info);
+    info->binary_version = versions.binary;
+    info->ptx_version = versions.ptx;
+    return result;
+  };
+  module.launch = [](DejavuCudaContext* context, const DejavuCudaLaunch* launch) {
+    overlapping_launches += launch->overlaps;
+    DejavuCudaLaunch apart = *launch;
+    apart.overlaps = 0;  // the real kernels may be of any version
+    return simt::ModuleUnderTest()->launch(context, &apart);
+  };
+  return &module;
+}
+
+TEST_P(CudaBackendTest, LaunchesOverlapOnlyWhereTheKernelsHaveGridWait) {
+  for (const auto& [binary, ptx, overlap] :
+       {std::tuple{80, 80, false}, {90, 80, false}, {90, 90, true}, {120, 89, false}, {120, 120, true}}) {
+    versions = {binary, ptx};
+    overlapping_launches = 0;
+    auto backend = MakeCudaBackend(ModuleOfVersions(), 0);
+    ASSERT_TRUE(backend.ok()) << backend.status();
+    auto buffer = (*backend)->Allocate(2 * 70 * 4);
+    ASSERT_TRUE(buffer.ok()) << buffer.status();
+    const Tensor x = buffer->View(0, DType::kFloat32, 2, 70);
+    for (int i = 0; i < 3; ++i) (*backend)->Add(x, x);
+    (*backend)->Synchronize();
+    EXPECT_EQ(overlapping_launches > 0, overlap) << binary << " " << ptx;
+  }
 }
 
 TEST_P(CudaBackendTest, AFailureIsNamedAndNothingRunsAfterIt) {

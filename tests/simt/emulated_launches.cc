@@ -90,7 +90,9 @@ absl::Status KernelInfo(DejavuCudaContext*, int32_t kernel, DejavuCudaKernel* in
            .registers = 0,
            .shared_bytes = 0,
            .local_bytes = 0,
-           .params_bytes = static_cast<int32_t>(ModuleKernels()[kernel].params_bytes)};
+           .params_bytes = static_cast<int32_t>(ModuleKernels()[kernel].params_bytes),
+           .binary_version = 90,
+           .ptx_version = 90};
   return absl::OkStatus();
 }
 

@@ -132,6 +132,7 @@ TEST_F(EmulatedModuleTest, DescribesItsDevice) {
   DejavuCudaKernel kernel;
   EXPECT_EQ(module_.kernel_info(context_, kFirstBlock, &kernel), 0);
   EXPECT_STREQ(kernel.name, "FirstBlock");
+  EXPECT_EQ(kernel.ptx_version, 90);
   EXPECT_NE(module_.kernel_info(context_, kKernels, &kernel), 0);
 }
 

@@ -32,7 +32,6 @@ struct DejavuCudaContext {
   cudaEvent_t events[dejavu::cuda::kEvents] = {};
   cublasContext* blas = nullptr;  // from the first gemm on
   void* blas_workspace = nullptr;
-  bool can_overlap = false;
   bool capturing = false;
   std::unique_ptr<dejavu::cuda::NcclGroup> group;
   // With a group: where an all-reduce aside runs, the event that it waits for and the one that it ends with.

@@ -88,7 +88,9 @@ int FindDevice(int32_t device, cudaDeviceProp* properties) {
   return 0;
 }
 
-// Loads every kernel now, so that none is loaded inside a step, and opens all of the shared memory to it.
+// Loads every kernel now, so that none is loaded inside a step, and opens all of the shared memory to it. All of them
+// ask for the same division of a multiprocessor's memory into shared memory and cache, the one with most of the former:
+// it changes only when nothing runs there, so that kernels that ask for different ones would not overlap.
 int LoadKernels(DejavuCudaContext& context, const cudaDeviceProp& properties) {
   for (const KernelEntry& kernel : kTable) {
     cudaFuncAttributes attributes;
@@ -96,6 +98,10 @@ int LoadKernels(DejavuCudaContext& context, const cudaDeviceProp& properties) {
     if (error == cudaSuccess) {
       error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(properties.sharedMemPerBlockOptin - attributes.sharedSizeBytes));
+    }
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   cudaSharedmemCarveoutMaxShared);
     }
     if (error != cudaSuccess) {
       return Fail(error, "loading kernel %s on %s, compute capability %d.%d, from a build for %s: %s: %s", kernel.name,
@@ -141,7 +147,6 @@ int Open(int32_t device, DejavuCudaContext** context, DejavuCudaDevice* info) {
   RETURN_IF_FAILED(FindDevice(device, &properties));
   std::unique_ptr<DejavuCudaContext, void (*)(DejavuCudaContext*)> opened(new DejavuCudaContext, Close);
   opened->device = device;
-  opened->can_overlap = properties.major >= 9;
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&opened->stream, cudaStreamNonBlocking);
   if (error != cudaSuccess) {
@@ -173,7 +178,7 @@ int Launch(DejavuCudaContext* context, const DejavuCudaLaunch* launch) {
   config.dynamicSmemBytes = launch->shared_bytes;
   config.stream = context->stream;
   config.attrs = &overlap;
-  config.numAttrs = launch->overlaps != 0 && context->can_overlap ? 1 : 0;
+  config.numAttrs = launch->overlaps != 0 ? 1 : 0;
   void* arguments[] = {const_cast<void*>(launch->params)};
   const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, arguments);
   if (error != cudaSuccess) {
@@ -196,7 +201,9 @@ int KernelInfo(DejavuCudaContext* context, int32_t kernel, DejavuCudaKernel* inf
            .registers = attributes.numRegs,
            .shared_bytes = static_cast<int32_t>(attributes.sharedSizeBytes),
            .local_bytes = static_cast<int32_t>(attributes.localSizeBytes),
-           .params_bytes = static_cast<int32_t>(kTable[kernel].params_bytes)};
+           .params_bytes = static_cast<int32_t>(kTable[kernel].params_bytes),
+           .binary_version = attributes.binaryVersion,
+           .ptx_version = attributes.ptxVersion};
   return 0;
 }
 
