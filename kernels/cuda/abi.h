@@ -53,7 +53,8 @@ typedef struct DejavuCudaKernel {
   int32_t binary_version, ptx_version;
 } DejavuCudaKernel;
 
-// c [m, n] = a [m, k] * b [n, k]^T, or with `b_is_kn` b [k, n]; float32 sums. a and b of one type, c float32.
+// c [m, n] = a [m, k] * b [n, k]^T, or with `b_is_kn` b [k, n]; float32 sums. a and b of one type, c float32. Then
+// `bias` is added to every row, and then `relu` makes zero of what is below it (and perhaps of NaN).
 typedef struct DejavuCudaGemm {
   const void *a, *b;
   float* c;
@@ -61,6 +62,8 @@ typedef struct DejavuCudaGemm {
   int32_t bfloat16;  // a and b: 0 float16, 1 bfloat16
   int32_t b_is_kn;
   int32_t accumulate;  // c += instead
+  int32_t relu;
+  const float* bias;  // [n] or nullptr
 } DejavuCudaGemm;
 
 // `rows` pieces of `row_bytes`, so far apart on either side.

@@ -170,7 +170,7 @@ void CudaBackend::Linear(Tensor y, Tensor x, const LinearWeights& w, const Selec
   if (ride.w != nullptr) fragments_.Wrote(ride.y);
   if (Products::TakesGemm(x, w, selected)) {
     held_.Flush();
-    products_.Gemm(y, x, w);
+    products_.Gemm({.y = y, .x = x, .w = w});
     if (ride.w != nullptr) products_.Multiply({.y = ride.y, .x = x, .w = *ride.w});
     return;
   }
@@ -269,16 +269,8 @@ void CudaBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& 
   fragments_.Wrote(hidden);
   if (Products::TakesGemm(x, w.up, neurons) && Products::TakesGemm(x, w.down, neurons)) {
     held_.Flush();
-    products_.Gemm(hidden, x, w.up, /*relu=*/true, active);
-    if (!active.empty()) {
-      const CountActiveParams p = {.x = MatrixFrom<const float>(hidden),
-                                   .active = VectorFrom<int32_t>(active),
-                                   .counted = Int(active.cols - 1),
-                                   .rows = Int(hidden.rows),
-                                   .neurons = Int(hidden.cols)};
-      queue_->Launch(kCountActive, {DivideUp(hidden.cols, kBlockThreads)}, 0, p);
-    }
-    products_.Gemm(y, hidden, w.down);
+    products_.Gemm({.y = hidden, .x = x, .w = w.up, .relu = true, .cleared = active});
+    products_.Gemm({.y = y, .x = hidden, .w = w.down, .active = active});
     return;
   }
   of_up_ = FragmentStore::FormsOf(w.up.weight.dtype);
@@ -297,7 +289,7 @@ void CudaBackend::Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor
   fragments_.Wrote(hidden);
   if (Products::TakesGemm(x, up, {})) {
     held_.Flush();
-    products_.Gemm(hidden, x, up, /*relu=*/true);
+    products_.Gemm({.y = hidden, .x = x, .w = up, .relu = true});
   } else {
     products_.Multiply({.y = hidden, .x = x, .w = up, .relu = true});
   }

@@ -1,24 +1,23 @@
 // What kernel sources may use of CUDA, by one name for both compilers: nvcc, and the host compiler over the emulator of
 // tests/simt, which runs the very same sources on the CPU. Kernels use nothing else of CUDA.
 //
-//   DJ_KERNEL(Name, Params, threads) { ... p.field ... }   a kernel; its one parameter is called p; two blocks of it fit a
-//                                    multiprocessor's registers
-//   DJ_WIDE_KERNEL(Name, Params, threads)                  likewise, of which one block does
-//   DJ_SLIM_KERNEL(Name, Params, threads)                  likewise, of which three do
+//   DJ_KERNEL(Name, Params, threads) { ... p.field ... }
+//                                    a kernel; its one parameter is called p; two blocks of it fit a multiprocessor's
+//                                    registers; one of DJ_WIDE_KERNEL does, three of DJ_SLIM_KERNEL do
 //   DJ_SHARED(T, name, N)            static shared memory T name[N]; T without constructors
 //   DJ_DYNAMIC_SHARED(T, name)       the launch's dynamic shared memory, 16-byte aligned
 //   DJ_DEVICE                        before functions that kernels call (always inlined)
 //   threadIdx, blockIdx, blockDim, gridDim, __syncthreads(), __syncthreads_or, __syncwarp(), __shfl_sync,
 //   __shfl_xor_sync, __shfl_down_sync, __shfl_up_sync, __ballot_sync, __any_sync, __all_sync, __popc, __ffs, __clz,
-//   __byte_perm, __ldg, __threadfence(), atomicAdd (int32/uint32 only), fmaf, fmaxf, fminf, expf, rintf, rsqrtf, sqrtf,
-//   __expf, __uint_as_float, __float_as_uint
+//   __byte_perm, __ldg, __threadfence(), atomicAdd (int32/uint32 only), atomicOr (uint32), fmaf, fmaxf, fminf, expf,
+//   rintf, rsqrtf, sqrtf, __expf, __uint_as_float, __float_as_uint
 //   and, of our own, what is declared below.
 //
-// Every kernel calls GridWait, in all of its threads, before it reads what the launch before it wrote and before it writes
-// anything that others see: so a launch that begins early (DejavuCudaLaunch.overlaps) still comes after all launches
-// before it. It calls GridLaunchDependents after GridWait: when the next launch begins, the one before this has ended, so
-// that what is two launches old may be read before GridWait. LoadStream, LoadConstant and CopyAsync16 before GridWait are
-// for that and for weights, which no kernel writes.
+// Every kernel calls GridWait, in all of its threads, before it reads what the launch before it wrote and before it
+// writes anything that others see: so a launch that begins early (DejavuCudaLaunch.overlaps) still comes after all
+// launches before it. It calls GridLaunchDependents after GridWait: when the next launch begins, the one before this
+// has ended, so that what is two launches old may be read before GridWait. LoadStream, LoadConstant and CopyAsync16
+// before GridWait are for that and for weights, which no kernel writes.
 #ifndef KERNELS_CUDA_DEVICE_H_
 #define KERNELS_CUDA_DEVICE_H_
 
@@ -120,9 +119,9 @@ DJ_DEVICE void CopyAsyncWait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// ldmatrix: four matrices of 8 rows of 16 bytes in shared memory; lane l names row l % 8 of matrix l / 8 and gets in w[i]
-// bytes 4 (l % 4) ... of row l / 4 of matrix i. Transposed: of 16-bit elements, w[i] holds rows 2 (l % 4) and the next of
-// column l / 4.
+// ldmatrix: four matrices of 8 rows of 16 bytes in shared memory; lane l names row l % 8 of matrix l / 8 and gets in
+// w[i] bytes 4 (l % 4) ... of row l / 4 of matrix i. Transposed: of 16-bit elements, w[i] holds rows 2 (l % 4) and the
+// next of column l / 4.
 DJ_DEVICE Vector16 LoadMatrices(const void* shared) {
   Vector16 v;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

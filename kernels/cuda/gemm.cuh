@@ -1,4 +1,4 @@
-// What goes on around the products that a library does, of many rows: each element once.
+// What goes on around the products that a library does, of many rows: each element once, 16 bytes at a time.
 #ifndef KERNELS_CUDA_GEMM_CUH_
 #define KERNELS_CUDA_GEMM_CUH_
 
@@ -6,45 +6,97 @@
 
 namespace dejavu::cuda {
 
-// Grid (pieces, rows), as of the next.
+// `bits`: which of the thread's features, from `first` on, are not zero in `row`. Their sum over the rows waits for the
+// last block. Threads with features beyond the last have none of them.
+DJ_DEVICE void CountActive(const SplitParams& p, int row, int first, uint32_t bits) {
+  int count = __popc(bits);
+  for (int step = 16; step > 0; step /= 2) count += __shfl_xor_sync(kAllLanes, count, step);
+  if (row < p.counted && Lane() == 0 && count > 0) atomicAdd(p.active + row, count);
+  uint32_t word = bits << (first % 32);
+  word |= __shfl_xor_sync(kAllLanes, word, 1);
+  word |= __shfl_xor_sync(kAllLanes, word, 2);
+  if (Lane() % 4 == 0 && word != 0) atomicOr(p.in_any + first / 32, word);
+
+  if (!IsLastBlock(p.ticket, gridDim.x * gridDim.y)) return;
+  DJ_SHARED(int, counts, kWarps);
+  int any = 0;
+  for (int i = Thread(); i < DivideUp(p.features, 32); i += kBlockThreads) {
+    any += __popc(p.in_any[i]);
+    p.in_any[i] = 0;
+  }
+  any = BlockSum(any, counts);
+  if (Thread() == 0) p.active[p.counted] += any;
+}
+static_assert(kSplitPiece * 4 == 32, "four threads have a word");
+
 template <typename W>
 DJ_DEVICE void SplitRow(const SplitParams& p) {
   GridWait();
   GridLaunchDependents();
-  const int row = static_cast<int>(blockIdx.y), i = static_cast<int>(blockIdx.x) * kBlockThreads + Thread();
+  const int row = static_cast<int>(blockIdx.y);
+  const int first = (static_cast<int>(blockIdx.x) * kBlockThreads + Thread()) * kSplitPiece;
   if (row == 0 && blockIdx.x == 0) {
     for (int k = Thread(); k < p.cleared_count; k += kBlockThreads) p.cleared[k] = 0;
   }
-  if (i < p.features) Split(Row(p.x, row)[i], Row(p.high, row)[i], Row(p.low, row)[i], W());
+  uint32_t bits = 0;
+  if (first < p.features) {
+    const float* from = Row(p.x, row) + first;
+    float x[kSplitPiece];
+    if (p.vectors) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Vector16 v = LoadVector(from + 4 * half);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[4 * half + i] = __uint_as_float(v.w[i]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSplitPiece; ++i) x[i] = first + i < p.features ? from[i] : 0.0f;
+    }
+    Vector16 high = {}, low = {};
+#pragma unroll
+    for (int i = 0; i < kSplitPiece; ++i) {
+      uint16_t upper, lower;
+      Split(x[i], upper, lower, W());
+      high.w[i / 2] |= static_cast<uint32_t>(upper) << (i % 2 * 16);
+      low.w[i / 2] |= static_cast<uint32_t>(lower) << (i % 2 * 16);
+      bits |= static_cast<uint32_t>(x[i] != 0.0f) << i;
+    }
+    *reinterpret_cast<Vector16*>(Row(p.high, row) + first) = high;
+    *reinterpret_cast<Vector16*>(Row(p.low, row) + first) = low;
+  }
+  if (p.active != nullptr) CountActive(p, row, first, bits);
 }
 DJ_KERNEL(SplitF16, SplitParams, kBlockThreads) { SplitRow<Half>(p); }
 DJ_KERNEL(SplitBF16, SplitParams, kBlockThreads) { SplitRow<BFloat16>(p); }
 
+DJ_DEVICE float Finished(float high, float low, float bias, bool relu) {
+  const float sum = high + low + bias;
+  return relu && sum < 0.0f ? 0.0f : sum;  // NaN stays
+}
+
 DJ_KERNEL(FinishGemm, FinishGemmParams, kBlockThreads) {
   GridWait();
   GridLaunchDependents();
-  const int i = static_cast<int>(blockIdx.x) * kBlockThreads + Thread();
-  if (i >= p.features) return;
-  float& y = Row(p.y, blockIdx.y)[i];
-  const float sum = p.bias != nullptr ? y + p.bias[i] : y;
-  y = p.relu && sum < 0.0f ? 0.0f : sum;  // NaN stays
-}
-
-// A thread has a neuron.
-DJ_KERNEL(CountActive, CountActiveParams, kBlockThreads) {
-  GridWait();
-  GridLaunchDependents();
-  const int neuron = static_cast<int>(blockIdx.x) * kBlockThreads + Thread();
-  bool any = false;
-  for (int r = 0; r < p.rows; ++r) {
-    const bool active = neuron < p.neurons && Row(p.x, r)[neuron] != 0.0f;
-    any = any || active;
-    if (r >= p.counted) continue;
-    const int count = __popc(__ballot_sync(kAllLanes, active));
-    if (Lane() == 0 && count > 0) atomicAdd(p.active + r, count);
+  const int first = (static_cast<int>(blockIdx.x) * kBlockThreads + Thread()) * 4;
+  const float* high = Row(p.high, blockIdx.y) + first;
+  const float* low = Row(p.low, blockIdx.y) + first;
+  float* y = Row(p.y, blockIdx.y) + first;
+  if (p.vectors && first < p.features) {
+    const Vector16 h = LoadVector(high), l = LoadVector(low);
+    Vector16 v = {};
+    if (p.bias != nullptr) v = LoadVector(p.bias + first);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v.w[i] = __float_as_uint(
+          Finished(__uint_as_float(h.w[i]), __uint_as_float(l.w[i]), __uint_as_float(v.w[i]), p.relu != 0));
+    }
+    *reinterpret_cast<Vector16*>(y) = v;
+    return;
   }
-  const int count = __popc(__ballot_sync(kAllLanes, any));
-  if (Lane() == 0 && count > 0) atomicAdd(p.active + p.counted, count);
+  for (int i = 0; i < 4 && first + i < p.features; ++i) {
+    y[i] = Finished(high[i], low[i], p.bias != nullptr ? p.bias[first + i] : 0.0f, p.relu != 0);
+  }
 }
 
 }  // namespace dejavu::cuda

@@ -123,9 +123,6 @@ LaunchReads Of(const FinishGemmParams& p, const Launched& l) {
           .weights = p.features * Present(p.bias),
           .activations = int64_t{l.launch.grid[1]} * p.features * kFloat};
 }
-LaunchReads Of(const CountActiveParams& p, const Launched&) {
-  return {.rows = p.rows, .activations = int64_t{p.rows} * p.neurons * kFloat};
-}
 LaunchReads Of(const ReadSumParams& p, const Launched&) {
   return {.weight = p.data, .weights = p.vectors * int64_t{sizeof(uint32_t[4])}};
 }

@@ -51,8 +51,7 @@ namespace dejavu::cuda {
   X(Draw, DrawParams)                    \
   X(SplitF16, SplitParams)               \
   X(SplitBF16, SplitParams)              \
-  X(FinishGemm, FinishGemmParams)        \
-  X(CountActive, CountActiveParams)
+  X(FinishGemm, FinishGemmParams)
 
 enum Kernel : int32_t {
 #define DEJAVU_CUDA_KERNEL_NUMBER(name, params) k##name,
@@ -273,28 +272,32 @@ struct DrawParams {
   int32_t count, first, candidates;  // logits of a row; the id of the first; so many of them may be chosen
 };
 
-// Around products of many rows, which a library does. x = high + low, in the type of the weights.
+// Around products of many rows, which a library does. x = high + low, in the type of the weights. Grid (groups of
+// kSplitFeatures, rows).
 struct SplitParams {
   MatrixOf<const float> x;       // [rows, features]
-  MatrixOf<uint16_t> high, low;  // [rows, features]
+  MatrixOf<uint16_t> high, low;  // [rows, features]; every 16 bytes are written whole
   int32_t features;
+  int32_t vectors;   // all pieces of x start at 16-byte boundaries
   int32_t* cleared;  // [cleared_count] zeroed for the launches that follow
   int32_t cleared_count;
+  int32_t counted;
+  int32_t* active;   // as SumParams::active, or nullptr
+  uint32_t* in_any;  // [features / 32], zero between launches: a bit for each that is not zero in some row
+  uint32_t* ticket;  // [1], zero between launches
 };
+constexpr int kSplitPiece = 8;  // features of a thread
+constexpr int kSplitFeatures = kBlockThreads * kSplitPiece;
 
-// y += bias, and then ReLU.
+// y = high + low + bias, and then ReLU. Grid (groups of kFinishFeatures, rows).
 struct FinishGemmParams {
-  MatrixOf<float> y;  // [rows, features]
-  const float* bias;  // [features] or nullptr
+  MatrixOf<float> y;                // [rows, features]
+  MatrixOf<const float> high, low;  // [rows, features]
+  const float* bias;                // [features] or nullptr
   int32_t features, relu;
+  int32_t vectors;  // every 4 features of all of them start at 16-byte boundaries
 };
-
-// SumParams::active, of dense activations.
-struct CountActiveParams {
-  MatrixOf<const float> x;  // [rows, neurons]
-  int32_t* active;          // [counted + 1]
-  int32_t counted, rows, neurons;
-};
+constexpr int kFinishFeatures = kBlockThreads * 4;
 
 // sums[t] += the 64-bit words that thread t of the grid reads: all of data once.
 struct ReadSumParams {

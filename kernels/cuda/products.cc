@@ -10,12 +10,14 @@
 namespace dejavu::cuda {
 namespace {
 
-constexpr int64_t kSumRows = 64;                  // at once of a Sum, whose scratch grows with the rows
-constexpr int64_t kSumSegments = 32;              // at most, so many blocks share the inputs
-constexpr int64_t kSumSegmentInputs = 64;         // a multiple of it
-constexpr int64_t kSumBlocks = 264;               // about, of one group of rows: what a large GPU does at once
-constexpr int64_t kSumOwnRows = 3;                // up to so many the last block of a slab joins the segments
-constexpr int64_t kGemmRows = 33;  // from so many rows on a product is the library's
+constexpr int64_t kSumRows = 64;           // at once of a Sum, whose scratch grows with the rows,
+constexpr int64_t kSumLaunches = 8;        // unless that were more launches than these
+constexpr int64_t kSumSegments = 32;       // at most, so many blocks share the inputs
+constexpr int64_t kSumSegmentInputs = 64;  // a multiple of it
+constexpr int64_t kSumBlocks = 264;        // about, of one group of rows: what a large GPU does at once
+constexpr int64_t kSumOwnRows = 3;         // up to so many the last block of a slab joins the segments
+constexpr int64_t kGemmRows = 33;          // from so many rows on a product is the library's
+constexpr int64_t kStackedRows = 256;      // up to so many the weights are what it waits for
 
 }  // namespace
 
@@ -24,37 +26,69 @@ bool Products::TakesGemm(const Tensor& x, const LinearWeights& w, const Selectio
   return x.rows >= kGemmRows && selected.all() && (dtype == DType::kFloat16 || dtype == DType::kBFloat16);
 }
 
-// In two products, of the upper and the lower halves of x, so that x keeps its precision.
-void Products::Gemm(Tensor y, Tensor x, const LinearWeights& w, bool relu, Tensor cleared) {
-  const bool bfloat16 = w.weight.dtype == DType::kBFloat16;
-  const int64_t stride = RoundUp(x.cols, kVectorBytes / SizeOf(w.weight.dtype));
-  uint16_t* const halves = scratch_.Halves(2 * x.rows * stride);
-  const SplitParams split = {.x = MatrixFrom<const float>(x),
-                             .high = {halves, stride},
-                             .low = {halves + x.rows * stride, stride},
-                             .features = Int(x.cols),
-                             .cleared = VectorFrom<int32_t>(cleared),
-                             .cleared_count = Int(cleared.cols)};
-  queue_.Launch(bfloat16 ? kSplitBF16 : kSplitF16, RowGrid(x), 0, split);
-  for (const bool low : {false, true}) {
-    const DejavuCudaGemm gemm = {.a = low ? split.low.data : split.high.data,
-                                 .b = w.weight.data,
-                                 .c = VectorFrom<float>(y),
-                                 .m = x.rows,
-                                 .n = w.outputs(),
-                                 .k = w.inputs(),
-                                 .a_stride = stride,
-                                 .b_stride = w.weight.stride,
-                                 .c_stride = y.stride,
-                                 .bfloat16 = bfloat16,
-                                 .b_is_kn = w.layout == LinearWeights::Layout::kInputRows,
-                                 .accumulate = low};
+// In two products, of the upper and the lower halves of x, so that x keeps its precision. Of few rows it is one product
+// of twice the rows, which reads the weights once, and the halves are added afterwards; of more rows the second product
+// adds to the first, and the library does the rest in the same launch.
+void Products::Gemm(const GemmJob& job) {
+  const LinearWeights& w = job.w;
+  const int64_t rows = job.x.rows, outputs = w.outputs();
+  const bool bfloat16 = w.weight.dtype == DType::kBFloat16, stacked = rows <= kStackedRows;
+  const int64_t stride = RoundUp(job.x.cols, kVectorBytes / SizeOf(w.weight.dtype));
+  const SplitParams split = SplitInput(job, stride);
+  queue_.Launch(bfloat16 ? kSplitBF16 : kSplitF16, {DivideUp(job.x.cols, kSplitFeatures), rows}, 0, split);
+
+  float* const sums = stacked ? scratch_.Partial<float>(2 * rows * outputs) : VectorFrom<float>(job.y);
+  DejavuCudaGemm gemm = {.a = split.high.data,
+                         .b = w.weight.data,
+                         .c = sums,
+                         .m = stacked ? 2 * rows : rows,
+                         .n = outputs,
+                         .k = w.inputs(),
+                         .a_stride = stride,
+                         .b_stride = w.weight.stride,
+                         .c_stride = stacked ? outputs : job.y.stride,
+                         .bfloat16 = bfloat16,
+                         .b_is_kn = w.layout == LinearWeights::Layout::kInputRows,
+                         .accumulate = false,
+                         .relu = false,
+                         .bias = nullptr};
+  queue_.Try(queue_.module().gemm(queue_.context(), &gemm), "product of many rows");
+  if (!stacked) {
+    gemm.a = split.low.data;
+    gemm.accumulate = true;
+    gemm.bias = VectorFrom<float>(w.bias);
+    gemm.relu = job.relu;
     queue_.Try(queue_.module().gemm(queue_.context(), &gemm), "product of many rows");
+    return;
   }
-  if (w.bias.empty() && !relu) return;
-  const FinishGemmParams finish = {
-      .y = MatrixFrom<float>(y), .bias = VectorFrom<float>(w.bias), .features = Int(y.cols), .relu = relu};
-  queue_.Launch(kFinishGemm, RowGrid(y), 0, finish);
+  const bool vectors = outputs % 4 == 0 && HasVectors(job.y) && (w.bias.empty() || HasVectors(w.bias));
+  const FinishGemmParams finish = {.y = MatrixFrom<float>(job.y),
+                                   .high = {sums, outputs},
+                                   .low = {sums + rows * outputs, outputs},
+                                   .bias = VectorFrom<float>(w.bias),
+                                   .features = Int(outputs),
+                                   .relu = job.relu,
+                                   .vectors = vectors};
+  queue_.Launch(kFinishGemm, {DivideUp(outputs, kFinishFeatures), rows}, 0, finish);
+}
+
+SplitParams Products::SplitInput(const GemmJob& job, int64_t stride) {
+  const Tensor& x = job.x;
+  uint16_t* const halves = scratch_.Halves(2 * x.rows * stride);
+  SplitParams p = {};
+  p.x = MatrixFrom<const float>(x);
+  p.high = {halves, stride};
+  p.low = {halves + x.rows * stride, stride};
+  p.features = Int(x.cols);
+  p.vectors = x.cols % kSplitPiece == 0 && HasVectors(x);
+  p.cleared = VectorFrom<int32_t>(job.cleared);
+  p.cleared_count = Int(job.cleared.cols);
+  if (job.active.empty()) return p;
+  p.active = VectorFrom<int32_t>(job.active);
+  p.counted = Int(job.active.cols - 1);
+  p.ticket = scratch_.Tickets(1 + DivideUp(x.cols, 32));
+  p.in_any = p.ticket + 1;
+  return p;
 }
 
 OutputRows Products::RowsOf(const LinearWeights& w, const Tensor& y, const RowFragments& x) {
@@ -135,7 +169,8 @@ void Products::Sum(Tensor y, Tensor x, const LinearWeights& w, const Selection& 
   const int64_t segments = DivideUp(w.inputs(), segment);
   CHECK(segment / kWarps <= kSumMostPart && w.weight.stride * SizeOf(w.weight.dtype) <= INT32_MAX)
       << w.outputs() << " outputs of " << w.inputs() << " inputs";
-  const int64_t rows_at_once = std::min<int64_t>(kSumRows, x.rows);
+  const int64_t most_rows = RoundUp(std::max(kSumRows, DivideUp(x.rows, kSumLaunches)), variant.rows);
+  const int64_t rows_at_once = std::min(most_rows, x.rows);
   const bool joins = x.rows > kSumOwnRows;
 
   SumParams p = {};
@@ -158,8 +193,8 @@ void Products::Sum(Tensor y, Tensor x, const LinearWeights& w, const Selection& 
   p.segment = Int(segment);
   p.vectors = HasVectors(w.weight);
   p.skip_zeros = skip_zeros;
-  for (int64_t row = 0; row < x.rows; row += kSumRows) {
-    p.sums.rows = Int(std::min(kSumRows, x.rows - row));
+  for (int64_t row = 0; row < x.rows; row += rows_at_once) {
+    p.sums.rows = Int(std::min(rows_at_once, x.rows - row));
     p.x = MatrixFrom<const float>(x);
     p.x.data += row * x.stride;
     p.y = MatrixFrom<float>(y);

@@ -26,8 +26,16 @@ class Products {
 
   // Whether a product of these rows is the library's.
   static bool TakesGemm(const Tensor& x, const LinearWeights& w, const Selection& selected);
-  // y = w x + b, and then perhaps ReLU, by the library. Zeros `cleared`.
-  void Gemm(Tensor y, Tensor x, const LinearWeights& w, bool relu = false, Tensor cleared = {});
+  // y = w x + b by the library.
+  struct GemmJob {
+    Tensor y;  // [rows, outputs]
+    Tensor x;  // [rows, inputs]
+    const LinearWeights& w;
+    bool relu = false;
+    Tensor cleared = {};  // int32 [1, any], zeroed for the launches that follow
+    Tensor active = {};   // int32 [1, n + 1], += how many inputs are not zero in each of the first n rows, and in any
+  };
+  void Gemm(const GemmJob& job);
 
   // y = w x + b where an output is a row of the weight.
   struct Job {
@@ -53,6 +61,7 @@ class Products {
   bool IsOld(const int32_t* list) const;
 
  private:
+  SplitParams SplitInput(const GemmJob& job, int64_t stride);
   static OutputRows RowsOf(const LinearWeights& w, const Tensor& y, const RowFragments& x);
 
   DeviceQueue& queue_;

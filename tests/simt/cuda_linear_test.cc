@@ -167,19 +167,44 @@ TEST_P(CudaBackendTest, NotANumberAndInfinityStayInTheirRow) {
   }
 }
 
-// What the library does, from 33 rows on.
+// What the library does, from 33 rows on: halves of x side by side in one product, or in two where rows are many.
+// Shapes that can be read 16 bytes at a time and others, with a bias and without.
 TEST_P(CudaBackendTest, ProductsOfManyRowsAreThoseOfTheCpu) {
+  struct Product {
+    int64_t rows, inputs, outputs;
+    bool has_bias;
+  };
   for (const DType dtype : kWeightTypes) {
+    const bool halves = dtype == DType::kFloat16 || dtype == DType::kBFloat16;
     for (const Layout layout : {Layout::kOutputRows, Layout::kInputRows}) {
-      SCOPED_TRACE(testing::Message() << Name(dtype) << (layout == Layout::kOutputRows ? " output" : " input")
-                                      << " rows");
-      const Matrix x = Random(40, 83, 1);
-      const LinearWeights w = Weights(Random(61, 83, 2), layout, dtype, Random(1, 61, 3), 5);
-      const bool halves = dtype == DType::kFloat16 || dtype == DType::kBFloat16;
-      const int64_t gemms = simt::GetEmulation().gemms;
-      const Matrix got = LinearOn(*cuda_, x, Device(w));
-      EXPECT_EQ(simt::GetEmulation().gemms - gemms, halves ? 2 : 0);
-      ExpectClose(got, LinearOn(*cpu_, x, w), MagnitudeOf(x, w), ToleranceOf(dtype));
+      for (const Product& product : {Product{40, 83, 61, true},
+                                     {33, 64, 40, true},
+                                     {256, 16, 12, false},
+                                     {257, 30, 9, true},
+                                     {300, 24, 8, false}}) {
+        if (!halves && product.rows > 40) continue;
+        SCOPED_TRACE(testing::Message() << Name(dtype) << (layout == Layout::kOutputRows ? " output" : " input")
+                                        << " rows, " << product.rows << " of x, " << product.inputs << " inputs");
+        const Matrix x = Random(product.rows, product.inputs, 1);
+        const LinearWeights w = Weights(Random(product.outputs, product.inputs, 2), layout, dtype,
+                                        product.has_bias ? Random(1, product.outputs, 3) : Matrix(), 5);
+        const int64_t gemms = simt::GetEmulation().gemms;
+        const Matrix got = LinearOn(*cuda_, x, Device(w));
+        EXPECT_EQ(simt::GetEmulation().gemms - gemms, !halves ? 0 : product.rows <= 256 ? 1 : 2);
+        ExpectClose(got, LinearOn(*cpu_, x, w), MagnitudeOf(x, w), ToleranceOf(dtype));
+      }
+    }
+  }
+}
+
+// Their launches do not grow with the rows.
+TEST_P(CudaBackendTest, ProductsOfManyRowsAreABoundedNumberOfLaunches) {
+  for (const DType dtype : {DType::kInt8, DType::kBFloat16}) {
+    const LinearWeights w = Device(Weights(Random(8, 16, 2), Layout::kInputRows, dtype, Random(1, 8, 3)));
+    for (const int64_t rows : {64, 600}) {
+      const int64_t before = simt::GetEmulation().all_launches;
+      LinearOn(*cuda_, Random(rows, 16, 1), w);
+      EXPECT_LE(simt::GetEmulation().all_launches - before, 8) << Name(dtype) << ", " << rows << " rows";
     }
   }
 }

@@ -128,6 +128,26 @@ TEST_P(CudaMlpTest, NotANumberPassesTheReluAndReachesOnlyRowsThatSelectedIt) {
   EXPECT_TRUE(std::isnan(Mlp(x, Device(arena_.SelectRows({{1, 2}, {5}, {5}}, kNeurons))).at(1, 0)));
 }
 
+// Of rows that the library multiplies, the first ones of which are counted apart.
+TEST_P(CudaMlpTest, CountsTheActiveNeuronsOfManyRows) {
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+    Use(dtype);
+    for (const int64_t rows : {40, 270}) {
+      const Matrix x = Random(rows, kHidden, 1);
+      for (const int64_t counted : {int64_t{0}, int64_t{3}, rows}) {
+        const Tensor counts = arena_.PutInts(std::vector<int32_t>(counted + 1, -1)), on = Device(counts);
+        const Matrix want = OnCpu(x, {}, counts);
+        for (int step = 0; step < 2; ++step) {  // what is counted in has to be left as it was
+          const Matrix got = Mlp(x, {}, false, on);
+          ExpectClose(got, want, Matrix(rows, kHidden, 2000.0f), ToleranceOf(dtype) / 10);
+          const std::vector<int32_t> active = Ints(on);
+          for (int64_t r = 0; r <= counted; ++r) EXPECT_NEAR(active[r], counts.row<int32_t>(0)[r], 1) << r;
+        }
+      }
+    }
+  }
+}
+
 TEST_P(CudaMlpTest, AuditIsThatOfTheCpu) {
   for (const DType dtype : {DType::kFloat16, DType::kInt8}) {
     Use(dtype);

@@ -41,7 +41,8 @@ void RunGemm(const DejavuCudaGemm& g) {
     for (int64_t j = 0; j < g.n; ++j) {
       float sum = g.accumulate ? g.c[i * g.c_stride + j] : 0;
       for (int64_t k = 0; k < g.k; ++k) sum += row[k] * widen(g.b, g.b_is_kn ? k * g.b_stride + j : j * g.b_stride + k);
-      g.c[i * g.c_stride + j] = sum;
+      if (g.bias != nullptr) sum += g.bias[j];
+      g.c[i * g.c_stride + j] = g.relu && sum < 0 ? 0 : sum;
     }
   }
 }

@@ -242,7 +242,7 @@ TEST_F(EmulatedModuleTest, ACaptureRefusesWhatAGraphCannotHold) {
   EXPECT_NE(module_.end_capture(context_, &graph), 0);
 }
 
-TEST_F(EmulatedModuleTest, GemmMultipliesInBothLayouts) {
+TEST_F(EmulatedModuleTest, GemmMultipliesInBothLayoutsThenAddsABiasAndCutsOffWhatIsBelowZero) {
   constexpr int64_t m = 2, n = 3, k = 4;
   for (const bool bfloat16 : {false, true}) {
     for (const bool b_is_kn : {false, true}) {
@@ -251,6 +251,7 @@ TEST_F(EmulatedModuleTest, GemmMultipliesInBothLayouts) {
       for (int i = 0; i < m * k; ++i) a[i] = narrow(i + 1);
       for (int i = 0; i < n * k; ++i) b[i] = narrow(i - 5);
       std::vector<float> c(m * n, 100);
+      const std::vector<float> bias = {-100, 10, 1000};
       const DejavuCudaGemm gemm = {.a = a.data(),
                                    .b = b.data(),
                                    .c = c.data(),
@@ -262,13 +263,15 @@ TEST_F(EmulatedModuleTest, GemmMultipliesInBothLayouts) {
                                    .c_stride = n,
                                    .bfloat16 = bfloat16,
                                    .b_is_kn = b_is_kn,
-                                   .accumulate = b_is_kn};
+                                   .accumulate = b_is_kn,
+                                   .relu = bfloat16,
+                                   .bias = bfloat16 ? bias.data() : nullptr};
       EXPECT_EQ(module_.gemm(context_, &gemm), 0);
       for (int i = 0; i < m; ++i) {
         for (int j = 0; j < n; ++j) {
           int sum = b_is_kn ? 100 : 0;
           for (int l = 0; l < k; ++l) sum += (i * k + l + 1) * ((b_is_kn ? l * n + j : j * k + l) - 5);
-          EXPECT_EQ(c[i * n + j], sum);
+          EXPECT_EQ(c[i * n + j], bfloat16 ? std::max(0.0f, sum + bias[j]) : sum);
         }
       }
     }

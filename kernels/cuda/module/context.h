@@ -16,9 +16,9 @@
 #include "kernels/cuda/abi.h"
 #include "kernels/cuda/module/nccl_group.h"
 
-struct cublasContext;  // what a cublasHandle_t points at
-
 namespace dejavu::cuda {
+
+struct Blas;  // in blas.cu
 
 constexpr int kEvents = 66;
 
@@ -30,8 +30,7 @@ struct DejavuCudaContext {
   std::vector<cudaFuncAttributes> kernels;                // [kKernels]
   std::map<const char*, int64_t, std::greater<>> pinned;  // begin -> bytes
   cudaEvent_t events[dejavu::cuda::kEvents] = {};
-  cublasContext* blas = nullptr;  // from the first gemm on
-  void* blas_workspace = nullptr;
+  dejavu::cuda::Blas* blas = nullptr;  // from the first gemm on
   bool capturing = false;
   std::unique_ptr<dejavu::cuda::NcclGroup> group;
   // With a group: where an all-reduce aside runs, the event that it waits for and the one that it ends with.

@@ -1,5 +1,5 @@
 // The CUDA module: the table of abi.h over the CUDA runtime, and the kernels. It knows nothing of the model: a launch
-// names a kernel by its number and brings its parameters. cudart and the C++ library are linked statically; cuBLAS is
+// names a kernel by its number and brings its parameters. cudart and the C++ library are linked statically; cuBLASLt is
 // loaded at the first gemm and NCCL for the first group, so that the module starts without them.
 #include <cuda_runtime.h>
 
