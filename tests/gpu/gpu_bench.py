@@ -2,6 +2,8 @@
 """Measures dejavud on this machine's GPU. All parts, or those that are named:
   bandwidth  what the GPU reads of its memory
   decode     ms of a decode step by model, batch, context and tier, and the GPU's gaps between steps
+  launches   what a decode step launches: bytes, us alone and in the chain, share of what the GPU reads
+  peer       a decode step of Transformers of the same shape, where torch and transformers are installed (--peer-python)
   prefill    how fast prompts go through
   serve      the daemon end to end: what it adds to a token
 The report holds what was found by then after every part, also when it is interrupted."""
@@ -9,6 +11,7 @@ import argparse
 import datetime
 import json
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,13 +19,16 @@ import tempfile
 import time
 
 import machine
+import peer
 
-PARTS = ("bandwidth", "decode", "prefill", "serve")
+PARTS = ("bandwidth", "decode", "launches", "peer", "prefill", "serve")
 # hidden size, layers
 SHAPES = {"synthetic:opt-6.7b": (4096, 32), "synthetic:opt-13b": (5120, 40), "synthetic:opt-30b": (7168, 48),
           "synthetic:opt-66b": (9216, 64)}
 SIZE = {"bf16": 2, "fp16": 2, "int8": 1, "stored": 2}
 VOCABULARY, CONTEXT, MOST_STEPS = 50272, 2048, 128
+# Of the parts launches and peer.
+STEP_BATCHES, STEP_CONTEXT, STEP_TIERS = (1, 4, 16), 512, ("dense", "exact", "balanced")
 BESIDES = 4 << 30  # bytes: the probe, activations, CUDA itself, graphs
 
 
@@ -114,17 +120,58 @@ class Bench:
     def bandwidth(self):
         self.run("bandwidth", "--repeats", 5 if self.options.quick else 15, "--buffer-mib", 4096)
 
+    def fitting(self, part, model, dtype, batches, window):
+        """Those batches for which the GPU has the memory."""
+        room = self.memory() - BESIDES
+        fit = [b for b in batches if model not in SHAPES or bytes_of(model, dtype, b, window) <= room]
+        for batch in sorted(set(batches) - set(fit)):
+            self.leave_out(f"{part} of {model}, batch {batch}, context {window}: more than the GPU's memory")
+        return fit
+
     def decode(self):
         o = self.options
         window = min(max(o.context) + MOST_STEPS, CONTEXT)
         for model in o.model:
-            room = self.memory() - BESIDES
-            fit = [b for b in o.batch if model not in SHAPES or bytes_of(model, o.dtype, b, window) <= room]
-            for batch in sorted(set(o.batch) - set(fit)):
-                self.leave_out(f"{model}, batch {batch}, context {max(o.context)}: more than the GPU's memory")
-            if fit:
+            if fit := self.fitting("decode", model, o.dtype, o.batch, window):
                 self.run("decode", "--model", model, "--dtype", o.dtype, "--batch", ",".join(map(str, fit)),
                          "--context", ",".join(map(str, o.context)), "--repeats", o.repeats)
+
+    def launches(self):
+        o = self.options
+        for model in o.model:
+            if fit := self.fitting("launches", model, o.dtype, STEP_BATCHES, STEP_CONTEXT):
+                tiers = STEP_TIERS if model.startswith("synthetic:") else STEP_TIERS[:2]  # others may have no predictor
+                self.run("launches", "--model", model, "--dtype", o.dtype, "--batch", ",".join(map(str, fit)),
+                         "--context", STEP_CONTEXT, "--tier", ",".join(tiers), "--repeats", o.repeats)
+
+    def peer(self):
+        for model in self.options.model:
+            if model not in SHAPES:
+                self.leave_out(f"peer of {model}: its shape is not known here")
+            elif fit := self.fitting("peer", model, "bf16", STEP_BATCHES, STEP_CONTEXT):
+                if not self.run_peer(model, fit):
+                    break
+        print_beside(self.report)
+
+    def run_peer(self, model, batches):
+        """False where there is no peer here."""
+        hidden, layers = SHAPES[model]
+        python = self.options.peer_python or shutil.which("python3")
+        with tempfile.TemporaryDirectory() as folder:
+            figures = pathlib.Path(folder) / "figures.json"
+            command = [python, machine.HERE / "peer.py", "--hidden", hidden, "--layers", layers, "--vocabulary",
+                       VOCABULARY, "--batch", ",".join(map(str, batches)), "--context", STEP_CONTEXT, "--json", figures]
+            print(f"\n== Transformers, {model}", flush=True)
+            code = subprocess.run([*map(str, command)]).returncode
+            if code == peer.ABSENT:
+                self.leave_out("peer: Transformers is not here")
+                return False
+            if code != 0:
+                self.report["failed"].append({"command": ["peer", model], "exit_code": code})
+            else:
+                self.report.setdefault("peer", []).append({"model": model, **json.loads(figures.read_text())})
+        self.write()
+        return True
 
     def prefill(self):
         for model in self.options.model[:1] if self.options.quick else self.options.model:
@@ -137,6 +184,22 @@ class Bench:
     def serve(self):
         self.run("serve", "--model", self.options.model[0], "--dtype", self.options.dtype, "--repeats",
                  self.options.repeats)
+
+
+def print_beside(report):
+    """Our steps beside the peer's, as far as both were measured; ratios to its recorded step."""
+    ours = {(step["model"], step["batch"], step["tier"]): step["us"] / 1000
+            for part in report.get("launches", ()) for step in part["steps"]}
+    rows = [(part["model"], row, [ours.get((part["model"], row["batch"], tier)) for tier in STEP_TIERS])
+            for part in report.get("peer", ()) for row in part["rows"]]
+    if not rows:
+        return
+    print(f"\nms of a decode step, context {STEP_CONTEXT}; in brackets: how much faster than Transformers recorded")
+    print("".join(text.rjust(18) for text in ("model", "batch", *STEP_TIERS, "eager", "recorded")))
+    for model, row, times in rows:
+        cells = [f"{ms:.2f} ({row['recorded_ms'] / ms:.2f} x)" if ms else "-" for ms in times]
+        print("".join(text.rjust(18) for text in (model.removeprefix("synthetic:"), str(row["batch"]), *cells,
+                                                  f"{row['eager_ms']:.2f}", f"{row['recorded_ms']:.2f}")))
 
 
 def numbers(text):
@@ -155,6 +218,8 @@ def main():
     parser.add_argument("--batch", type=numbers, metavar="N,...", help="default: 1,2,4,8,16")
     parser.add_argument("--context", type=numbers, metavar="N,...", help="default: 128,512,1920")
     parser.add_argument("--repeats", type=int, help="default: 7")
+    parser.add_argument("--peer-python", metavar="PATH", help="a Python that has torch and transformers (default: "
+                        "python3)")
     options = parser.parse_args()
     options.model = options.model or (["synthetic:opt-6.7b", "synthetic:opt-30b"] if options.quick else list(SHAPES))
     options.batch = options.batch or ([1, 4, 16] if options.quick else [1, 2, 4, 8, 16])
@@ -171,7 +236,7 @@ def main():
         getattr(bench, part)()
     bench.write()
     for failure in bench.report["failed"]:
-        print(f"FAILED: dejavu-bench {' '.join(failure['command'])}", file=sys.stderr)
+        print(f"FAILED: {' '.join(failure['command'])}", file=sys.stderr)
     return 1 if bench.report["failed"] else 0
 
 
