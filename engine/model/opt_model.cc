@@ -66,15 +66,12 @@ absl::Status OptModel::Allocate(const Batch& largest) {
   floats.Reserve(&projected_, DType::kFloat32, logit_rows, embed);
   floats.Reserve(&logits_, DType::kFloat32, logit_rows, shard_.vocab.count);
   floats.Reserve(&bests_, DType::kFloat32, logit_rows, shard_.whole() ? 0 : kBestFields);
-  ints.Reserve(&tokens_, DType::kInt32, 1, rows);
-  ints.Reserve(&positions_, DType::kInt32, 1, rows);
-  ints.Reserve(&row_slots_, DType::kInt32, 1, rows);
-  ints.Reserve(&logit_rows_, DType::kInt32, 1, logit_rows);
-  ints.Reserve(&draws_, DType::kInt32, logit_rows, kDrawFields);
   ints.Reserve(&no_head_, DType::kInt32, 1, width == 0 ? rows : 0);
-  ints.Reserve(&block_table_, DType::kInt32, largest.slots, largest.blocks_per_slot);
   ASSIGN_OR_RETURN(floats_, floats.Allocate(dev_));
   ASSIGN_OR_RETURN(ints_, ints.Allocate(dev_));
+  const int64_t input_words = 2 * StepInputs::WordsOf(1, rows) + StepInputs::WordsOf(1, logit_rows) +
+                              StepInputs::WordsOf(logit_rows, kDrawFields) + predictor_.input_words();
+  ASSIGN_OR_RETURN(inputs_, StepInputs::Create(dev_, largest, input_words));
   if (!nothing_.empty()) {
     dev_.Upload(nothing_, std::vector<float>(hidden).data());
     dev_.Upload(no_head_, std::vector<int32_t>(rows).data());
@@ -93,12 +90,11 @@ absl::Status OptModel::Allocate(const Batch& largest) {
 
 uint64_t OptModel::Launch(const Batch& batch, const KvCache& kv, const StepOutputs& out) {
   const RowTable rows = Upload(batch);
-  predictor_.BeginStep(batch);
   skip_zeros_ = std::find(batch.tiers.begin(), batch.tiers.end(), Tier::kDense) == batch.tiers.end();
   const auto logit_rows = static_cast<int64_t>(batch.logit_rows.size());
   const bool draws = !batch.draws.empty();
   // What all rows decode by is drawn to where the next step looks for its tokens.
-  const Tensor drawn = tokens_.Cols(0, logit_rows);
+  const Tensor drawn = inputs_->tokens().Cols(0, logit_rows);
   dev_.Run(StepKey(batch), [&] {
     Embed(rows);
     for (int32_t l = 0; l < config_.layers; ++l) Layer(l, kv.layer(l), rows);
@@ -106,7 +102,7 @@ uint64_t OptModel::Launch(const Batch& batch, const KvCache& kv, const StepOutpu
     if (logit_rows > 0) Head(logit_rows, rows.rows());
     if (draws) {
       dev_.Draw(drawn, bests_.empty() ? Tensor{} : bests_.Rows(0, logit_rows), logits_.Rows(0, logit_rows),
-                draws_.Rows(0, logit_rows), {shard_.vocab.first, candidates_});
+                draws_, {shard_.vocab.first, candidates_});
     }
   });
   if (draws) {
@@ -117,7 +113,9 @@ uint64_t OptModel::Launch(const Batch& batch, const KvCache& kv, const StepOutpu
   }
   if (out.counts != nullptr) {
     out.counts->skipped_zeros = skip_zeros_;
-    predictor_.EndStep(out.counts);
+    const auto rows = batch.tiers.begin();
+    const bool dense = std::all_of(rows, rows + batch.decode_rows, [](Tier tier) { return tier == Tier::kDense; });
+    predictor_.EndStep(out.counts, /*wanted=*/!dense || out.counts_dense || !shard_.whole());
   }
   return dev_.Mark();
 }
@@ -230,22 +228,22 @@ uint64_t OptModel::StepKey(const Batch& batch) const {
 RowTable OptModel::Upload(const Batch& batch) {
   const int64_t n = batch.rows();
   CHECK(n > 0 && n <= x_.rows) << n << " rows, capacity " << x_.rows;
-  RowTable rows{positions_.Cols(0, n), row_slots_.Cols(0, n), block_table_};
-  if (!batch.follows_draws) dev_.Upload(tokens_.Cols(0, n), batch.tokens.data());
-  dev_.Upload(rows.positions, batch.positions.data());
-  dev_.Upload(rows.sequences, batch.row_slots.data());
-  dev_.Upload(rows.block_table, batch.block_table.data());
-  if (!batch.logit_rows.empty()) {
-    const auto n = static_cast<int64_t>(batch.logit_rows.size());
-    dev_.Upload(logit_rows_.Cols(0, n), batch.logit_rows.data());
-    CHECK(batch.draws.empty() || batch.draws.size() == batch.logit_rows.size()) << batch.draws.size() << " draws";
-    if (!batch.draws.empty()) dev_.Upload(draws_.Rows(0, n), batch.draws.data());
+  CHECK(batch.draws.empty() || batch.draws.size() == batch.logit_rows.size()) << batch.draws.size() << " draws";
+  inputs_->Begin(batch);
+  const RowTable rows{inputs_->Add(batch.positions), inputs_->Add(batch.row_slots), inputs_->block_table()};
+  logit_rows_ = inputs_->Add(batch.logit_rows);
+  if (!batch.draws.empty()) {
+    const StepInputs::Array draws = inputs_->Add(static_cast<int64_t>(batch.draws.size()), kDrawFields);
+    std::memcpy(draws.values, batch.draws.data(), draws.on_device.bytes());
+    draws_ = draws.on_device;
   }
+  predictor_.BeginStep(batch, *inputs_);
+  inputs_->Send();
   return rows;
 }
 
 void OptModel::Embed(const RowTable& rows) {
-  const Tensor x = x_.Rows(0, rows.rows()), tokens = tokens_.Cols(0, rows.rows());
+  const Tensor x = x_.Rows(0, rows.rows()), tokens = inputs_->tokens().Cols(0, rows.rows());
   const bool projects = !weights_.project_in.weight.empty();
   const Tensor embedded = projects ? embedded_.Rows(0, rows.rows()) : x;
   dev_.Embed(embedded, tokens, weights_.token_embedding, -shard_.vocab.first, /*accumulate=*/false);
@@ -340,7 +338,7 @@ Selection OptModel::ProjectQkv(int32_t l, Tensor qkv, Tensor h) {
 // The logits of the first `n` of logit_rows_, which name rows of a step of `rows`.
 void OptModel::Head(int64_t n, int64_t rows) {
   Tensor last = last_.Rows(0, n);
-  dev_.GatherRows(last, x_.Rows(0, rows), logit_rows_.Cols(0, n));
+  dev_.GatherRows(last, x_.Rows(0, rows), logit_rows_);
   if (config_.final_norm) dev_.LayerNorm(last, last, weights_.final_norm);
   if (!weights_.project_out.weight.empty()) {
     const Tensor projected = projected_.Rows(0, n);

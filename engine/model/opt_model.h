@@ -14,6 +14,7 @@
 #include "engine/model/opt_weights.h"
 #include "engine/model/predictor.h"
 #include "engine/model/shard.h"
+#include "engine/model/step_inputs.h"
 #include "kernels/backend.h"
 #include "kernels/communicator.h"
 
@@ -39,6 +40,7 @@ struct StepOutputs {
   float* logits = nullptr;       // [logit rows, vocab], unless the batch draws
   int32_t* drawn = nullptr;      // [logit rows], if it draws
   StepCounts* counts = nullptr;  // from Predictor::MakeCounts: what the decode rows selected. nullptr: is not wanted
+  bool counts_dense = true;      // false: nor is, of one rank, what rows found active where all of them are DENSE
 };
 
 class OptModel {
@@ -116,12 +118,11 @@ class OptModel {
 
   bool skip_zeros_ = false;  // this step: no row is DENSE
 
-  // int32 on the device.
-  Tensor tokens_, positions_, row_slots_;  // [1, rows]
-  Tensor logit_rows_;                      // [1, logit rows]
-  Tensor draws_;                           // [logit rows, kDrawFields]
-  Tensor no_head_;                         // [1, rows] zeros
-  Tensor block_table_;                     // [slots, blocks per slot]
+  // int32 on the device. What a step draws takes the place of its tokens, where the next one looks for its own.
+  std::unique_ptr<StepInputs> inputs_;
+  Tensor logit_rows_;  // [1, logit rows] of the step
+  Tensor draws_;       // [logit rows, kDrawFields] of the step, if it draws
+  Tensor no_head_;     // [1, rows] zeros
 
   // On the host, of a group of ranks.
   std::vector<float> own_logits_, all_logits_;  // [logit rows, longest range], [ranks] of those

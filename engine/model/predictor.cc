@@ -184,39 +184,25 @@ absl::Status Predictor::AllocateStep(int32_t max_rows, int32_t max_audits) {
   max_audits_ = max_audits;
   int64_t rank = 0;
   for (const Layer& layer : layers_) rank = std::max<int64_t>(rank, layer.heads.rank + layer.neurons.rank);
-  const bool predicts = rank > 0;
-  const int64_t layers = shape_.layers, audits = predicts ? max_audits : 0, rows = predicts ? max_rows : 0;
+  predicts_ = rank > 0;
+  const int64_t audits = predicts_ ? max_audits : 0, rows = predicts_ ? max_rows : 0;
   const int64_t neuron_words = Padded(neurons_) / 32, head_words = Padded(heads_) / 32;
   DeviceLayout floats, ints;
   floats.Reserve(&coordinates_, DType::kFloat32, rows, rank);
   floats.Reserve(&audit_coordinates_, DType::kFloat32, audits, rank);
   floats.Reserve(&audit_x_, DType::kFloat32, audits, shape_.hidden);
   floats.Reserve(&audit_hidden_, DType::kFloat32, audits, neurons_);
-  floats.Reserve(&audit_results_, DType::kFloat32, layers, audits * kAuditFields);
-  ints.Reserve(&neuron_points_, DType::kInt32, layers, rows);
-  ints.Reserve(&head_points_, DType::kInt32, layers, rows);
-  ints.Reserve(&audit_points_, DType::kInt32, layers, audits);
-  ints.Reserve(&strict_, DType::kInt32, 1, rows);
-  ints.Reserve(&audit_rows_, DType::kInt32, 1, audits);
-  ints.Reserve(&neuron_list_, DType::kInt32, 1, predicts ? neurons_ : 0);
-  ints.Reserve(&head_list_, DType::kInt32, 1, predicts ? heads_ : 0);
-  ints.Reserve(&audit_list_, DType::kInt32, 1, predicts ? neurons_ : 0);
+  ints.Reserve(&neuron_list_, DType::kInt32, 1, predicts_ ? neurons_ : 0);
+  ints.Reserve(&head_list_, DType::kInt32, 1, predicts_ ? heads_ : 0);
+  ints.Reserve(&audit_list_, DType::kInt32, 1, predicts_ ? neurons_ : 0);
   ints.Reserve(&audit_count_, DType::kInt32, 1, 1);
   ints.Reserve(&neuron_masks_, DType::kInt32, rows, neuron_words);
   ints.Reserve(&head_masks_, DType::kInt32, rows, head_words);
   ints.Reserve(&audit_masks_, DType::kInt32, audits, neuron_words);
-  ints.Reserve(&selected_, DType::kInt32, layers, rows);
-  ints.Reserve(&head_counts_, DType::kInt32, layers, rows);
-  ints.Reserve(&active_, DType::kInt32, layers, max_rows + 1);
-  ints.Reserve(&union_selected_, DType::kInt32, layers, 1);
-  ints.Reserve(&union_heads_, DType::kInt32, layers, 1);
   ints.Reserve(&audit_selected_, DType::kInt32, 1, audits);
+  ints.Reserve(&counts_, DType::kInt32, 1, CountWords(max_rows, max_rows, max_audits));
   ASSIGN_OR_RETURN(scratch_floats_, floats.Allocate(dev_));
   ASSIGN_OR_RETURN(scratch_ints_, ints.Allocate(dev_));
-  host_neuron_points_.resize(layers * max_rows);
-  host_head_points_.resize(layers * max_rows);
-  host_audit_points_.resize(layers * max_audits);
-  host_strict_.resize(max_rows);
   return absl::OkStatus();
 }
 
@@ -244,7 +230,35 @@ void Predictor::SetSwitches(const std::vector<int32_t>& words) {
   }
 }
 
-void Predictor::BeginStep(const Batch& batch) {
+int64_t Predictor::input_words() const {
+  if (!predicts_) return 0;
+  return 2 * StepInputs::WordsOf(shape_.layers, max_rows_) + StepInputs::WordsOf(shape_.layers, max_audits_) +
+         StepInputs::WordsOf(1, max_rows_) + StepInputs::WordsOf(1, max_audits_);
+}
+
+// How many words of counts a step brings; without a predictor there are none but those of the MLP itself.
+int64_t Predictor::CountWords(int64_t decode_rows, int64_t rows, int64_t audits) const {
+  const int64_t selected = !predicts_ ? 0 : 2 + audits * kAuditFields + 2 * rows;
+  return shape_.layers * (decode_rows + 1 + selected);
+}
+
+void Predictor::PlaceCounts() {
+  int64_t word = 0;
+  const auto place = [&](DType dtype, int64_t cols) {
+    const Tensor at = counts_.Cols(word, shape_.layers * cols);
+    word += at.cols;
+    return Tensor{at.data, dtype, shape_.layers, cols, cols};
+  };
+  active_ = place(DType::kInt32, decode_rows_ + 1);
+  if (!predicts_) return;
+  union_selected_ = place(DType::kInt32, 1);
+  union_heads_ = place(DType::kInt32, 1);
+  audit_results_ = place(DType::kFloat32, audits_ * kAuditFields);
+  selected_ = place(DType::kInt32, rows_);
+  head_counts_ = place(DType::kInt32, rows_);
+}
+
+void Predictor::BeginStep(const Batch& batch, StepInputs& inputs) {
   rows_ = batch.rows();
   decode_rows_ = batch.decode_rows;
   audits_ = static_cast<int32_t>(batch.audit_rows.size());
@@ -256,40 +270,49 @@ void Predictor::BeginStep(const Batch& batch) {
     PlanLayer(batch, l);
     any = any || layers_[l].rank_heads > 0 || layers_[l].rank_neurons > 0;
   }
-  if (!any) return;
-  for (int32_t r = 0; r < rows_; ++r) host_strict_[r] = r < decode_rows_ && batch.strict[r] ? 1 : 0;
-  const auto upload = [&](const Tensor& target, int64_t cols, const std::vector<int32_t>& values) {
-    if (cols > 0) dev_.Upload(target.Cols(0, cols), values.data());
-  };
-  upload(neuron_points_, rows_, host_neuron_points_);
-  upload(head_points_, rows_, host_head_points_);
-  upload(audit_points_, audits_, host_audit_points_);
-  upload(strict_, rows_, host_strict_);
-  upload(audit_rows_, audits_, batch.audit_rows);
+  if (any) AddInputs(batch, inputs);
+  PlaceCounts();
 }
 
-// Rows of prefill compute everything. An audited row's own prediction is computed even where it is switched off, so
-// that a layer can be seen to recover.
+// An audited row's own prediction is computed even where it is switched off, so that a layer can be seen to recover.
+void Predictor::AddInputs(const Batch& batch, StepInputs& inputs) {
+  const StepInputs::Array neurons = inputs.Add(shape_.layers, rows_), heads = inputs.Add(shape_.layers, rows_);
+  const StepInputs::Array audits = inputs.Add(shape_.layers, audits_), strict = inputs.Add(1, rows_);
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    const Layer& layer = layers_[l];
+    for (int32_t r = 0; r < rows_; ++r) {
+      const bool decodes = r < decode_rows_;
+      neurons.values[l * rows_ + r] = decodes ? layer.neurons.PointFor(batch.tiers[r]) : kSelectEverything;
+      heads.values[l * rows_ + r] = decodes ? layer.heads.PointFor(batch.tiers[r]) : kSelectEverything;
+    }
+    for (int32_t i = 0; i < audits_; ++i) {
+      audits.values[l * audits_ + i] = layer.neurons.point_of_tier[Index(batch.tiers[batch.audit_rows[i]])];
+    }
+  }
+  for (int32_t r = 0; r < rows_; ++r) strict.values[r] = r < decode_rows_ && batch.strict[r] ? 1 : 0;
+  neuron_points_ = neurons.on_device;
+  head_points_ = heads.on_device;
+  audit_points_ = audits.on_device;
+  strict_ = strict.on_device;
+  audit_rows_ = inputs.Add(batch.audit_rows);
+}
+
+// Rows of prefill compute everything.
 void Predictor::PlanLayer(const Batch& batch, size_t l) {
   Layer& layer = layers_[l];
   layer.rank_heads = layer.rank_neurons = 0;
   layer.selects_neurons = false;
   if (layer.a.empty()) return;
-  int32_t* const neurons = &host_neuron_points_[l * rows_];
-  int32_t* const heads = &host_head_points_[l * rows_];
-  for (int32_t r = 0; r < rows_; ++r) {
-    const bool decodes = r < decode_rows_;
-    neurons[r] = decodes ? layer.neurons.PointFor(batch.tiers[r]) : kSelectEverything;
-    heads[r] = decodes ? layer.heads.PointFor(batch.tiers[r]) : kSelectEverything;
-    if (neurons[r] != kSelectEverything) {
+  for (int32_t r = 0; r < decode_rows_; ++r) {
+    const int32_t point = layer.neurons.PointFor(batch.tiers[r]);
+    if (point != kSelectEverything) {
       layer.selects_neurons = true;
-      layer.rank_neurons = std::max(layer.rank_neurons, layer.neurons.point_ranks[neurons[r]]);
+      layer.rank_neurons = std::max(layer.rank_neurons, layer.neurons.point_ranks[point]);
     }
-    if (heads[r] != kSelectEverything) layer.rank_heads = layer.heads.rank;
+    if (layer.heads.PointFor(batch.tiers[r]) != kSelectEverything) layer.rank_heads = layer.heads.rank;
   }
-  for (int32_t i = 0; i < audits_; ++i) {
-    const int32_t point = layer.neurons.point_of_tier[Index(batch.tiers[batch.audit_rows[i]])];
-    host_audit_points_[l * audits_ + i] = point;
+  for (const int32_t row : batch.audit_rows) {
+    const int32_t point = layer.neurons.point_of_tier[Index(batch.tiers[row])];
     if (point != kSelectEverything) {
       layer.rank_neurons = std::max(layer.rank_neurons, layer.neurons.point_ranks[point]);
     }
@@ -324,8 +347,8 @@ Selection Predictor::Heads(int32_t layer) {
   const Layer& l = layers_[layer];
   if (l.rank_heads == 0) return {};
   const Selection heads = {head_list_, union_heads_.Rows(layer, 1), head_masks_.Rows(0, rows_), {}};
-  dev_.Select(heads, head_counts_.Rows(layer, 1).Cols(0, rows_), Coordinates(l, /*heads=*/true, rows_), l.heads.weights,
-              head_points_.Rows(layer, 1).Cols(0, rows_));
+  dev_.Select(heads, head_counts_.Rows(layer, 1), Coordinates(l, /*heads=*/true, rows_), l.heads.weights,
+              head_points_.Rows(layer, 1));
   return heads;
 }
 
@@ -333,28 +356,28 @@ Selection Predictor::Neurons(int32_t layer) {
   const Layer& l = layers_[layer];
   if (!l.selects_neurons) return {};
   const Selection neurons = {neuron_list_, union_selected_.Rows(layer, 1), neuron_masks_.Rows(0, rows_),
-                             strict_.Cols(0, rows_)};
-  dev_.Select(neurons, selected_.Rows(layer, 1).Cols(0, rows_), Coordinates(l, /*heads=*/false, rows_),
-              l.neurons.weights, neuron_points_.Rows(layer, 1).Cols(0, rows_));
+                             strict_};
+  dev_.Select(neurons, selected_.Rows(layer, 1), Coordinates(l, /*heads=*/false, rows_),
+              l.neurons.weights, neuron_points_.Rows(layer, 1));
   return neurons;
 }
 
 void Predictor::Audit(int32_t layer, Tensor x, const LinearWeights& up) {
   const Layer& l = layers_[layer];
   if (audits_ == 0 || l.rank_neurons == 0) return;
-  const Tensor ids = audit_rows_.Cols(0, audits_), a = audit_coordinates_.Rows(0, audits_).Cols(0, l.rank_neurons);
+  const Tensor ids = audit_rows_, a = audit_coordinates_.Rows(0, audits_).Cols(0, l.rank_neurons);
   const Tensor rows = audit_x_.Rows(0, audits_);
   dev_.GatherRows(a, Coordinates(l, /*heads=*/false, rows_), ids);
   dev_.GatherRows(rows, x, ids);
   const Selection predicted = {audit_list_, audit_count_, audit_masks_.Rows(0, audits_), {}};
   dev_.Select(predicted, audit_selected_.Cols(0, audits_), a, l.neurons.weights,
-              audit_points_.Rows(layer, 1).Cols(0, audits_));
+              audit_points_.Rows(layer, 1));
   const Tensor results = {audit_results_.Rows(layer, 1).data, DType::kFloat32, audits_, kAuditFields, kAuditFields};
   dev_.Audit(results, rows, up, l.worth, predicted, audit_hidden_.Rows(0, audits_));
 }
 
 Tensor Predictor::ActiveCounts(int32_t layer) const {
-  return decode_rows_ > 0 ? active_.Rows(layer, 1).Cols(0, decode_rows_ + 1) : Tensor{};
+  return decode_rows_ > 0 ? active_.Rows(layer, 1) : Tensor{};
 }
 
 StepCounts Predictor::MakeCounts() const {
@@ -368,37 +391,51 @@ StepCounts Predictor::MakeCounts() const {
   counts.audits.resize(layers * max_audits_ * kAuditFields);
   counts.chose_neurons.resize(layers);
   counts.chose_heads.resize(layers);
+  counts.packed.resize(counts_.cols);
   return counts;
 }
 
-void Predictor::EndStep(StepCounts* counts) {
+void Predictor::EndStep(StepCounts* counts, bool wanted) {
   counts->decode_rows = decode_rows_;
   counts->audit_rows = audits_;
   for (int32_t l = 0; l < shape_.layers; ++l) {
     counts->chose_neurons[l] = layers_[l].selects_neurons;
     counts->chose_heads[l] = layers_[l].rank_heads > 0;
   }
-  if (decode_rows_ > 0) {
-    dev_.Download(counts->active.data(), active_.Cols(0, decode_rows_ + 1));
-    if (!selected_.empty()) {
-      dev_.Download(counts->selected.data(), selected_.Cols(0, decode_rows_));
-      dev_.Download(counts->heads.data(), head_counts_.Cols(0, decode_rows_));
-      dev_.Download(counts->union_selected.data(), union_selected_);
-      dev_.Download(counts->union_heads.data(), union_heads_);
-      if (audits_ > 0) dev_.Download(counts->audits.data(), audit_results_.Cols(0, audits_ * kAuditFields));
-    }
-  }
+  counts->packed_rows = rows_;
+  counts->words = decode_rows_ > 0 && wanted ? CountWords(decode_rows_, rows_, audits_) : 0;
+  if (counts->words > 0) dev_.Download(counts->packed.data(), counts_.Cols(0, counts->words));
 }
 
 void Predictor::Complete(StepCounts* counts) const {
-  const int32_t rows = counts->decode_rows;
-  for (int32_t l = 0; l < shape_.layers; ++l) {
+  const int64_t layers = shape_.layers, rows = counts->decode_rows;
+  const int32_t* from = counts->packed.data();
+  // The first `cols` of each layer's `stride` words.
+  const auto unpack = [&](void* to, int64_t cols, int64_t stride) {
+    for (int64_t l = 0; l < layers; ++l, from += stride) {
+      std::memcpy(static_cast<int32_t*>(to) + l * cols, from, cols * sizeof(int32_t));
+    }
+  };
+  if (counts->words == 0) {
+    std::fill_n(counts->active.begin(), layers * (rows + 1), neurons_);
+  } else {
+    unpack(counts->active.data(), rows + 1, rows + 1);
+  }
+  if (counts->words > 0 && predicts_) {
+    unpack(counts->union_selected.data(), 1, 1);
+    unpack(counts->union_heads.data(), 1, 1);
+    const int64_t fields = int64_t{counts->audit_rows} * kAuditFields;
+    unpack(counts->audits.data(), fields, fields);
+    unpack(counts->selected.data(), rows, counts->packed_rows);
+    unpack(counts->heads.data(), rows, counts->packed_rows);
+  }
+  for (int64_t l = 0; l < layers; ++l) {
     if (!counts->chose_neurons[l]) {
-      std::fill_n(counts->selected.begin() + int64_t{l} * rows, rows, neurons_);
+      std::fill_n(counts->selected.begin() + l * rows, rows, neurons_);
       counts->union_selected[l] = neurons_;
     }
     if (!counts->chose_heads[l]) {
-      std::fill_n(counts->heads.begin() + int64_t{l} * rows, rows, heads_);
+      std::fill_n(counts->heads.begin() + l * rows, rows, heads_);
       counts->union_heads[l] = heads_;
     }
   }

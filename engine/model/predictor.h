@@ -13,6 +13,7 @@
 #include "engine/model/predictor_data.h"
 #include "engine/model/shard.h"
 #include "engine/model/step_counts.h"
+#include "engine/model/step_inputs.h"
 #include "engine/model_shape.h"
 #include "kernels/backend.h"
 
@@ -42,10 +43,10 @@ class Predictor {
   void GetSwitches(std::vector<int32_t>* words) const;
   void SetSwitches(const std::vector<int32_t>& words);
 
-  // In the order in which the model calls them. BeginStep uploads what each row wants. StageA: what the predictor of
-  // `layer` computes from the vector that `at` stands for, beside the product that the model takes of it anyway; may be
-  // nothing. Heads and Neurons run stage B.
-  void BeginStep(const Batch& batch);
+  // In the order in which the model calls them. BeginStep adds what each row wants to `inputs`, input_words() at most.
+  // StageA: what the predictor of `layer` computes from the vector that `at` stands for, beside the product that the
+  // model takes of it anyway; may be nothing. Heads and Neurons run stage B.
+  void BeginStep(const Batch& batch, StepInputs& inputs);
   Ride StageA(int32_t layer, Tap at);
   bool SelectsHeads(int32_t layer) const;
   Selection Heads(int32_t layer);
@@ -60,17 +61,19 @@ class Predictor {
   void Audit(int32_t layer, Tensor x, const LinearWeights& up);
   Tensor ActiveCounts(int32_t layer) const;  // for Backend::Mlp
   StepCounts MakeCounts() const;             // with room for the largest step
-  // After the last layer: downloads the step's counts. When they have arrived, Complete fills in what no device knows;
-  // the next step may have begun by then.
-  void EndStep(StepCounts* counts);
+  // After the last layer: downloads the step's counts, unless they are not wanted, where all decode rows are DENSE. When
+  // they have arrived, Complete puts each in its place and fills in what no device knows; the next step may have begun
+  // by then.
+  void EndStep(StepCounts* counts, bool wanted);
   void Complete(StepCounts* counts) const;
 
-  // A number for everything that BeginStep has decided and that the ops of the step depend on, beside what it has
-  // uploaded: steps of one number run the same ops.
+  // A number for everything that BeginStep has decided and that the ops of the step depend on, beside the values of its
+  // inputs: steps of one number run the same ops.
   uint64_t step_key() const { return step_key_; }
   // Weights of this rank's predictor that the step reads.
   int64_t step_bytes() const { return step_bytes_; }
 
+  int64_t input_words() const;
   int32_t max_audits() const { return max_audits_; }
   int64_t bytes() const { return storage_.bytes(); }
 
@@ -106,8 +109,11 @@ class Predictor {
   absl::Status Load(const PredictorData& data, const Shard& shard);
   void Fill(const PredictorData& data, const Shard& shard);
   absl::Status AllocateStep(int32_t max_rows, int32_t max_audits);
-  // Which operating points the rows of a step use in layer `l`, and so which rows of stage A it needs.
+  // Which tiers' operating points the step needs in layer `l`, and so which rows of stage A.
   void PlanLayer(const Batch& batch, size_t l);
+  void AddInputs(const Batch& batch, StepInputs& inputs);
+  int64_t CountWords(int64_t decode_rows, int64_t rows, int64_t audits) const;
+  void PlaceCounts();
   Tensor Coordinates(const Layer& layer, bool heads, int64_t rows) const;
 
   // Constant after Create.
@@ -117,29 +123,30 @@ class Predictor {
   std::vector<Layer> layers_;
   Buffer storage_, scratch_floats_, scratch_ints_;
   int32_t max_rows_ = 0, max_audits_ = 0;
+  bool predicts_ = false;  // some layer has components
 
   // This step.
   int32_t rows_ = 0, decode_rows_ = 0, audits_ = 0;
   uint64_t step_key_ = 0;
   int64_t step_bytes_ = 0;
-  std::vector<int32_t> host_neuron_points_, host_head_points_;  // [layers, rows]
-  std::vector<int32_t> host_audit_points_;                      // [layers, audits]
-  std::vector<int32_t> host_strict_;                            // [rows]
+  Tensor neuron_points_, head_points_;  // int32 [layers, rows] of its inputs, as the next two
+  Tensor audit_points_;                 // int32 [layers, audits]
+  Tensor strict_, audit_rows_;          // int32 [1, rows], [1, audits]
+  // What it counts, packed in this order into counts_.
+  Tensor active_;                  // int32 [layers, decode rows + 1]
+  Tensor union_selected_;          // int32 [layers, 1], as the next one
+  Tensor union_heads_;
+  Tensor audit_results_;           // float32 [layers, audits * kAuditFields]
+  Tensor selected_, head_counts_;  // int32 [layers, rows]
 
   // On the device.
   Tensor coordinates_;                  // float32 [max rows, largest rank]
   Tensor audit_coordinates_, audit_x_;  // float32 [max audits, largest rank], [max audits, hidden]
   Tensor audit_hidden_;                 // float32 [max audits, neurons]
-  Tensor audit_results_;                // float32 [layers, max audits * kAuditFields]
-  Tensor neuron_points_, head_points_;  // int32 [layers, max rows]
-  Tensor audit_points_;                 // int32 [layers, max audits]
-  Tensor strict_, audit_rows_;          // int32 [1, max rows], [1, max audits]
   Tensor neuron_list_, head_list_, audit_list_, audit_count_;
   Tensor neuron_masks_, head_masks_, audit_masks_;  // int32 [rows, words]
-  Tensor selected_, head_counts_;                   // int32 [layers, max rows]
-  Tensor active_;                                   // int32 [layers, max rows + 1]
-  Tensor union_selected_, union_heads_;             // int32 [layers, 1]
   Tensor audit_selected_;                           // int32 [1, max audits]
+  Tensor counts_;                                   // int32 [1, those of the largest step]
 };
 
 }  // namespace dejavu

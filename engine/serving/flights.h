@@ -56,7 +56,9 @@ class Flights {
     std::vector<int32_t> drawn;  // [max logit rows]
     StepCounts counts;
   };
-  StepOutputs OutputsOf(Flight& flight) { return {logits_.data(), flight.drawn.data(), &flight.counts}; }
+  StepOutputs OutputsOf(Flight& flight) {
+    return {logits_.data(), flight.drawn.data(), &flight.counts, /*counts_dense=*/false};
+  }
   void Launch(const Batch& batch, Flight& flight) { flight.mark = group_.Launch(batch, OutputsOf(flight)); }
   void Await(const Batch& batch, Flight& flight) { group_.Await(flight.mark, batch, OutputsOf(flight)); }
 

@@ -1,5 +1,5 @@
-// Small arrays follow each other in pinned memory until the device has been waited for. Large ones go piece by piece
-// through the two parts of it in turn: one is filled while the other is read.
+// Small arrays follow each other in a ring of pinned memory, which is free again up to the last mark that was awaited.
+// Large ones go piece by piece through the two parts of it in turn: one is filled while the other is read.
 #include "kernels/cuda/staging.h"
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace dejavu::cuda {
 namespace {
 
 constexpr int64_t kStagingBytes = 4 << 20;  // of each of the two parts of pinned memory
-constexpr int64_t kSmallUpload = 64 << 10;  // bytes: returns without waiting for the device
+constexpr int64_t kSmallUpload = 1 << 20;   // bytes: returns without waiting for the device
 constexpr int64_t kAlignment = 16;
 
 }  // namespace
@@ -31,7 +31,8 @@ Staging::~Staging() { queue_.module().free_pinned(queue_.context(), memory_); }
 void Staging::Wait() {
   queue_.Try(queue_.module().synchronize(queue_.context()), "synchronize");
   Fill(filled_ + static_cast<int64_t>(fetched_.size()));
-  taken_ = 0;
+  taken_ = released_ = 0;
+  taken_at_ = {};
 }
 
 // The first `count` downloads since the beginning have arrived.
@@ -46,6 +47,7 @@ void Staging::Fill(int64_t count) {
 uint64_t Staging::Mark() {
   ++marks_;
   fetched_at_[marks_ % kMarks] = filled_ + static_cast<int64_t>(fetched_.size());
+  taken_at_[marks_ % kMarks] = taken_;
   queue_.Try(queue_.module().stamp(queue_.context(), EventOf(marks_)), "mark");
   return marks_;
 }
@@ -54,12 +56,15 @@ void Staging::Await(uint64_t mark) {
   CHECK(mark <= marks_ && mark + kMarks > marks_) << "mark " << mark << " of " << marks_;
   queue_.Try(queue_.module().wait(queue_.context(), EventOf(mark)), "wait");
   Fill(fetched_at_[mark % kMarks]);
+  released_ = std::max(released_, taken_at_[mark % kMarks]);
 }
 
-// Pinned memory until the next Wait.
+// Pinned memory until the next Wait, or the next Await of a mark that comes after this.
 char* Staging::Take(int64_t bytes) {
-  if (taken_ + bytes > 2 * kStagingBytes) Wait();
-  char* place = memory_ + taken_;
+  constexpr int64_t kAll = 2 * kStagingBytes;
+  if (taken_ % kAll + bytes > kAll) taken_ = RoundUp(taken_, kAll);  // a place does not go over the end
+  if (taken_ + bytes > released_ + kAll) Wait();
+  char* place = memory_ + taken_ % kAll;
   taken_ += RoundUp(bytes, kAlignment);
   return place;
 }
@@ -97,7 +102,7 @@ void Staging::UploadLarge(Tensor target, const char* source) {
       Send(static_cast<char*>(target.data) + r * stride_bytes + at, stride_bytes, place, bytes, rows);
     }
   }
-  taken_ = 2 * kStagingBytes;
+  taken_ = 2 * kStagingBytes;  // the last pieces are still on their way
 }
 
 void Staging::Download(void* target, Tensor source) {

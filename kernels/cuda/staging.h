@@ -48,12 +48,15 @@ class Staging {
   static int EventOf(uint64_t mark) { return kFirstMarkEvent + static_cast<int>(mark % kMarks); }
 
   DeviceQueue& queue_;
-  char* const memory_;           // pinned, two parts of kStagingBytes
-  int64_t taken_ = 0;            // bytes of it that copies under way use
+  // Pinned, two parts of kStagingBytes, used as a ring: copies under way lie between `released_` and `taken_`, which
+  // count all bytes so far.
+  char* const memory_;
+  int64_t taken_ = 0, released_ = 0;
   std::deque<Fetched> fetched_;  // downloads under way, in order
   int64_t filled_ = 0;           // those that have arrived
   uint64_t marks_ = 0;
-  std::array<int64_t, kMarks> fetched_at_ = {};  // by mark, modulo kMarks: downloads before it, since the beginning
+  // By mark, modulo kMarks: downloads before it, since the beginning, and what was taken then.
+  std::array<int64_t, kMarks> fetched_at_ = {}, taken_at_ = {};
 };
 
 }  // namespace dejavu::cuda

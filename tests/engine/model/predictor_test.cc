@@ -87,7 +87,10 @@ class PredictorTest : public testing::Test {
   // Calls the predictor as the model does.
   StepResult Step() {
     StepResult result;
-    predictor_->BeginStep(batch_);
+    const auto inputs = StepInputs::Create(*backend_, batch_, predictor_->input_words()).value();
+    inputs->Begin(batch_);
+    predictor_->BeginStep(batch_, *inputs);
+    inputs->Send();
     for (int32_t l = 0; l < kLayers; ++l) {
       Ridden(l, Tap::kAttentionNorm, &result);
       result.heads.push_back(
@@ -98,7 +101,7 @@ class PredictorTest : public testing::Test {
       Ridden(l, Tap::kPreviousLayer, &result);
     }
     result.counts = predictor_->MakeCounts();
-    predictor_->EndStep(&result.counts);
+    predictor_->EndStep(&result.counts, /*wanted=*/true);
     backend_->Synchronize();
     predictor_->Complete(&result.counts);
     return result;

@@ -58,7 +58,10 @@ Chosen Choose(const PredictorData& data, const Shard& shard, Tensor x) {
     const Ride riding = predictor->StageA(l, at);
     if (riding.w != nullptr) Cpu().Linear(riding.y, x, *riding.w);
   };
-  predictor->BeginStep(batch);
+  const auto inputs = StepInputs::Create(Cpu(), batch, predictor->input_words()).value();
+  inputs->Begin(batch);
+  predictor->BeginStep(batch, *inputs);
+  inputs->Send();
   for (int32_t l = 0; l < kLayers; ++l) {
     ride(l, Tap::kAttentionNorm);
     if (shard.heads.count == 0) {
@@ -70,7 +73,7 @@ Chosen Choose(const PredictorData& data, const Shard& shard, Tensor x) {
     ride(l, Tap::kPreviousLayer);
   }
   chosen.counts = predictor->MakeCounts();
-  predictor->EndStep(&chosen.counts);
+  predictor->EndStep(&chosen.counts, /*wanted=*/true);
   Cpu().Synchronize();
   predictor->Complete(&chosen.counts);
   return chosen;
