@@ -18,6 +18,34 @@ struct Ring {
 
 constexpr Ring RingOf(Kernel kernel) {
   switch (kernel) {
+    case kLinearF16x8:
+    case kLinearF16x16:
+    case kLinearBF16x8:
+    case kLinearBF16x16:
+    case kLinearI8x8:
+    case kLinearI8x16:
+      return {kLinearRingBytes, kLinearRingBytes, 1};
+    case kSumF32x1:
+    case kSumF32x4:
+    case kSumF32x8:
+    case kSumF16x1:
+    case kSumF16x4:
+    case kSumF16x8:
+    case kSumBF16x1:
+    case kSumBF16x4:
+    case kSumBF16x8:
+    case kSumI8x1:
+    case kSumI8x4:
+      return {SumRingBytes(false), SumRingBytes(false), 2};
+    case kSumF16x16:
+    case kSumBF16x16:
+    case kSumI8x8:
+      return {SumRingBytes(true), SumRingBytes(true), 1};
+    case kAttentionF16:
+    case kAttentionF32: {
+      constexpr int32_t kSlots = kWarps * kDecodeSlots * kMostDecodeSlotBytes;
+      return {kSlots, kSlots, 3};
+    }
     case kReadSumRing:
       return {12 * kReadGroupBytes, 12 * kReadGroupBytes, 1};
     default:
