@@ -84,7 +84,7 @@ INSTANTIATE_TEST_SUITE_P(Forms, Replay, testing::Values("pre-norm-hd64", "post-n
 
 TEST(DeviceProbe, ReadsAllOfItsBuffer) {
   simt::GetEmulation() = simt::Emulation();
-  for (const int64_t bytes : {int64_t{16}, int64_t{1} << 18, (int64_t{1} << 18) + 48}) {
+  for (const int64_t bytes : {int64_t{16}, int64_t{1} << 18, (int64_t{1} << 20) + 48}) {
     const auto probe = DeviceProbe::Create(simt::ModuleUnderTest(), 0, bytes);
     ASSERT_TRUE(probe.ok()) << probe.status();
     EXPECT_GT((*probe)->Measure(), 0.0) << bytes;  // throws where the sum is wrong
