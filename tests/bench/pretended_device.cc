@@ -62,7 +62,9 @@ int KernelInfo(DejavuCudaContext*, int32_t kernel, DejavuCudaKernel* info) {
            .registers = 0,
            .shared_bytes = 0,
            .local_bytes = 0,
-           .params_bytes = 0};
+           .params_bytes = 0,
+           .binary_version = 90,
+           .ptx_version = 90};
   return kDone;
 }
 
