@@ -64,8 +64,8 @@ class CacheOf {
 DJ_DEVICE bool IsListed(const SelectionParams& s, int head) {
   if (s.list == nullptr) return true;
   int listed = 0;
-  const int count = s.count[0];
-  for (int i = Thread(); i < count; i += kBlockThreads) listed |= s.list[i] == head;
+  const int count = LoadOld(s.count);
+  for (int i = Thread(); i < count; i += kBlockThreads) listed |= LoadOld(s.list + i) == head;
   return __syncthreads_or(listed);
 }
 

@@ -28,7 +28,8 @@
 namespace dejavu::cuda {
 namespace {
 
-constexpr int64_t kAttentionRows = 64;  // at once of what PromptAttention does not do, whose scratch grows with the rows
+constexpr int64_t kAttentionRows =
+    64;  // at once of what PromptAttention does not do, whose scratch grows with the rows
 
 // Launches that store keys and values.
 bool WritesCache(std::optional<Kernel> kernel) {
@@ -223,8 +224,8 @@ void CudaBackend::Attend(AttentionParams p, DType dtype) {
   constexpr int64_t kBlocks = 3;  // of a multiprocessor
   const int64_t n = p.rows, heads = p.heads, head_dim = p.head_dim, splits = p.splits;
   const int64_t blocks = std::min(splits, DivideUp(kBlocks * queue_->device().multiprocessors, n * heads));
-  const int64_t slot_bytes = std::min<int64_t>(RoundUp(head_dim * SizeOf(dtype), kVectorBytes) * kDecodeWarpPositions,
-                                               kMostDecodeSlotBytes);
+  const int64_t slot_bytes =
+      std::min<int64_t>(RoundUp(head_dim * SizeOf(dtype), kVectorBytes) * kDecodeWarpPositions, kMostDecodeSlotBytes);
   p.tickets = scratch_.Tickets(n * heads);
   p.partial = scratch_.Partial<float>(n * heads * splits * (head_dim + 2));
   queue_->Launch(dtype == DType::kFloat16 ? kAttentionF16 : kAttentionF32, {heads, n, blocks},

@@ -67,7 +67,10 @@ class DecodeBlock {
         next_split_(number_) {}
 
   DJ_DEVICE bool has_splits() const { return number_ < blocks_; }
-  DJ_DEVICE bool Attends() const { return !IsStrict(p_.selected, row_) || Bit(Row(p_.selected.masks, row_), head_); }
+  DJ_DEVICE bool Attends() const {
+    if (!IsStrict(p_.selected, row_)) return true;
+    return (static_cast<uint32_t>(LoadOld(Row(p_.selected.masks, row_) + head_ / 32)) >> head_ % 32 & 1) != 0;
+  }
 
   // Asks for the first items.
   DJ_DEVICE void Begin() {

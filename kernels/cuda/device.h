@@ -81,6 +81,14 @@ DJ_DEVICE float LoadConstant(const float* p) {
   return value;
 }
 
+// What launches write that are two launches old, read before GridWait: from L2, as L1 may have kept what was there
+// before.
+DJ_DEVICE int32_t LoadOld(const int32_t* p) {
+  int32_t value;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+
 DJ_DEVICE float HalfToFloat(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 DJ_DEVICE uint16_t FloatToHalf(float value) { return __half_as_ushort(__float2half_rn(value)); }
 DJ_DEVICE float BFloat16ToFloat(uint16_t bits) { return __uint_as_float(uint32_t{bits} << 16); }

@@ -75,7 +75,7 @@ class DeviceQueue {
     DejavuCudaContext* context = nullptr;
     DejavuCudaDevice device = {};
     bool kernels_wait = false;  // GridWait is compiled into them: they may overlap
-    int64_t taken_bytes = 0;  // of what was free at first
+    int64_t taken_bytes = 0;    // of what was free at first
 
     ~Context() {
       if (context != nullptr) module->close(context);

@@ -10,8 +10,8 @@
 namespace dejavu::cuda {
 namespace {
 
-constexpr int64_t kWindowBytes = 64;      // of a weight row
-constexpr int64_t kFragmentBytes = 128;   // of a row of x in a window: two parts of four lanes
+constexpr int64_t kWindowBytes = 64;            // of a weight row
+constexpr int64_t kFragmentBytes = 128;         // of a row of x in a window: two parts of four lanes
 constexpr int64_t kMostInt8Inputs = 128 << 10;  // whose products with halves of integers add up in int32
 
 }  // namespace

@@ -24,8 +24,8 @@ class FragmentStore {
   FragmentStore(const FragmentStore&) = delete;
   FragmentStore& operator=(const FragmentStore&) = delete;
 
-  // x [rows, inputs] in these forms; launches what is missing, the norm that makes x if it is held back. Nothing else is
-  // held back then. Valid until x is written.
+  // x [rows, inputs] in these forms; launches what is missing, the norm that makes x if it is held back. Nothing else
+  // is held back then. Valid until x is written.
   RowFragments Of(const Tensor& x, Forms forms);
 
   // For a launch that makes x itself.

@@ -1,5 +1,5 @@
-// Rows of x in the form in which tensor cores multiply them: split once by whoever makes x, not again by every block that
-// multiplies with it.
+// Rows of x in the form in which tensor cores multiply them: split once by whoever makes x, not again by every block
+// that multiplies with it.
 //
 // A window is the inputs of 64 bytes of a weight row: 16 bytes for each of four lanes. Lane l of a warp has those of
 // weight rows l / 4 and l / 4 + 8, and here the same inputs of row l / 4 of x. As both sides number the inputs alike,

@@ -33,8 +33,8 @@ constexpr int kLinearSums = kWarps * 2 * kLinearRows * kTokenStride;  // words
 template <typename T, int kGroups, int kTiles>
 class LinearBlock {
  public:
-  DJ_DEVICE LinearBlock(const LinearParams& p, const OutputRows& w, bool selected, Vector16* ring, LinearOutputs* outputs,
-                        typename T::Sum* sums)
+  DJ_DEVICE LinearBlock(const LinearParams& p, const OutputRows& w, bool selected, Vector16* ring,
+                        LinearOutputs* outputs, typename T::Sum* sums)
       : p_(p),
         w_(w),
         listed_(selected && p.selected.list != nullptr),
@@ -88,26 +88,29 @@ class LinearBlock {
 
   // Finds the block's outputs and fills the ring.
   DJ_DEVICE void Fill(int block, int blocks) {
-    const int64_t count = listed_ ? int64_t{p_.selected.count[0]} * p_.group : w_.outputs;
+    const int64_t count = listed_ ? int64_t{LoadOld(p_.selected.count)} * p_.group : w_.outputs;
     const int begin = static_cast<int>(count * block / blocks);
     count_ = static_cast<int>(count * (block + 1) / blocks) - begin;
     tiles_ = DivideUp(count_, kLinearOutputs);
     passes_ = DivideUp(tiles_, kTiles);
     for (int i = Thread(); i < count_; i += kBlockThreads) {
       const int place = begin + i;
-      const int id = !listed_         ? place
-                     : p_.group == 1 ? p_.selected.list[place]
-                                     : p_.selected.list[place / p_.group] * p_.group + place % p_.group;
+      const int id = !listed_        ? place
+                     : p_.group == 1 ? LoadOld(p_.selected.list + place)
+                                     : LoadOld(p_.selected.list + place / p_.group) * p_.group + place % p_.group;
       outputs_->ids[i] = id;
-      outputs_->bias[i] = w_.bias != nullptr ? LoadConstant(w_.bias + id) : 0.0f;
-      if (T::kQuantizes) outputs_->scale[i] = LoadConstant(w_.scale + id);
     }
     __syncthreads();
     for (int slot = 0; slot < kLinearSlots; ++slot) Issue();
+    for (int i = Thread(); i < count_; i += kBlockThreads) {  // wanted at the end alone
+      const int id = outputs_->ids[i];
+      outputs_->bias[i] = w_.bias != nullptr ? LoadConstant(w_.bias + id) : 0.0f;
+      if (T::kQuantizes) outputs_->scale[i] = LoadConstant(w_.scale + id);
+    }
   }
 
-  // Asks for the next slot of the ring: inputs of a step for a tile. Tiles follow each other within a step, steps within
-  // a pass. What is beyond the outputs or the warp's range becomes zero.
+  // Asks for the next slot of the ring: inputs of a step for a tile. Tiles follow each other within a step, steps
+  // within a pass. What is beyond the outputs or the warp's range becomes zero.
   DJ_DEVICE void Issue() {
     const int first = next_pass_ * kTiles;
     if (next_pass_ < passes_ && steps_ > 0) {
@@ -253,8 +256,8 @@ class LinearBlock {
   LinearOutputs* const outputs_;
   Sum* const sums_;  // [kJoined][kWarps][planes][kRows][kTokenStride]
 
-  int count_ = 0, tiles_ = 0, passes_ = 0;  // of the block
-  int slot_ = 0;                            // that is multiplied next
+  int count_ = 0, tiles_ = 0, passes_ = 0;                             // of the block
+  int slot_ = 0;                                                       // that is multiplied next
   int next_slot_ = 0, next_tile_ = 0, next_step_ = 0, next_pass_ = 0;  // that are asked for next
 };
 

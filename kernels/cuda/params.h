@@ -91,7 +91,7 @@ struct EmbedParams {
 
 // Rows of x as a product reads them (kernels/cuda/fragments.cuh), for weights of 16 bits or of 8.
 struct Fragments {
-  void* pieces;   // [groups of kLinearRows rows][windows][high, low][rows of the group][4 lanes] of 16 bytes, or nullptr
+  void* pieces;  // [groups of kLinearRows rows][windows][high, low][rows of the group][4 lanes] of 16 bytes, or nullptr
   float* scales;  // [rows], with int8
 };
 struct RowFragments {
@@ -110,9 +110,9 @@ struct SegmentSums {
 // y = norm(x), and with `add` before that x += add; without weights y = x. y is left as float32, as fragments, or both.
 // With `sums` these are joined first and left in `add`. A block does a row; dynamic shared memory holds three.
 struct NormParams {
-  MatrixOf<float> y;           // [rows, features] or nullptr
-  MatrixOf<float> x;           // [rows, features]
-  MatrixOf<float> add;         // [rows, features] or nullptr
+  MatrixOf<float> y;    // [rows, features] or nullptr
+  MatrixOf<float> x;    // [rows, features]
+  MatrixOf<float> add;  // [rows, features] or nullptr
   SegmentSums sums;
   const float *weight, *bias;  // [features] or nullptr
   RowFragments fragments;
@@ -186,9 +186,9 @@ struct LinearParams {
   int32_t* cleared;          // [cleared_count] zeroed for the launches that follow
   int32_t cleared_count;
 };
-constexpr int kLinearOutputs = 16;        // of a tile
-constexpr int kMostLinearOutputs = 512;   // of a block
-constexpr int kLinearSlots = 4;           // of a warp's ring, each 4 KB
+constexpr int kLinearOutputs = 16;                                   // of a tile
+constexpr int kMostLinearOutputs = 512;                              // of a block
+constexpr int kLinearSlots = 4;                                      // of a warp's ring, each 4 KB
 constexpr int kLinearRingBytes = kWarps * kLinearSlots * (4 << 10);  // dynamic shared memory; but for float32
 
 // y = sum over the selected inputs of x[i] * weight[i]. Grid (groups of rows, slabs of columns, segments of inputs).
@@ -198,22 +198,22 @@ struct SumParams {
   MatrixOf<const float> x;  // [all_rows, inputs]
   const void* weight;       // [inputs, stride]
   int64_t stride;
-  const float* scale;         // [inputs], for int8 alone
-  SelectionParams selected;   // the list alone
-  SegmentSums sums;           // of this launch's rows; columns of whole slabs
-  uint32_t* tickets;          // [slabs + 1], zero between launches, for one group of rows; or nullptr: others join
-  int32_t* active;            // or nullptr: += how many inputs are not zero in rows 0 ... counted - 1 and in any row
+  const float* scale;        // [inputs], for int8 alone
+  SelectionParams selected;  // the list alone
+  SegmentSums sums;          // of this launch's rows; columns of whole slabs
+  uint32_t* tickets;         // [slabs + 1], zero between launches, for one group of rows; or nullptr: others join
+  int32_t* active;           // or nullptr: += how many inputs are not zero in rows 0 ... counted - 1 and in any row
   int32_t counted;
   int32_t all_rows;  // for `active`
   int32_t inputs, outputs;
-  int32_t group;    // inputs that an entry of the list stands for
-  int32_t segment;  // inputs, a multiple of kWarps
+  int32_t group;       // inputs that an entry of the list stands for
+  int32_t segment;     // inputs, a multiple of kWarps
   int32_t vectors;     // all rows of the weight start at 16-byte boundaries
   int32_t skip_zeros;  // may leave out inputs that are zero in all rows of a group
   int32_t list_early;  // the list is two launches old
   NormParams norm;     // of y as `add`, done by the last slab's block of up to kSumNormRows rows; rows 0: none
 };
-constexpr int kSumNormRows = 4;     // of a kernel whose last block may do the norm
+constexpr int kSumNormRows = 4;      // of a kernel whose last block may do the norm
 constexpr int kSumRowBytes = 512;    // of a weight's row, in a slab
 constexpr int kSumSlotInputs = 4;    // whose rows arrive together
 constexpr int kSumRing = 16;         // inputs whose rows a warp has under way
@@ -229,9 +229,9 @@ constexpr int SumSharedBytes(bool wide, int rows, int columns) {
   return filled > joined ? filled : joined;
 }
 
-// Attention of up to kDecodeRows rows, grid (heads, rows, blocks that share a row's splits); WriteKv uses some of it, grid
-// (1, heads, rows). Of large steps PromptAttention, grid (heads, pieces), and WritePromptKv, grid (heads, groups of
-// kWriteRows).
+// Attention of up to kDecodeRows rows, grid (heads, rows, blocks that share a row's splits); WriteKv uses some of it,
+// grid (1, heads, rows). Of large steps PromptAttention, grid (heads, pieces), and WritePromptKv, grid (heads, groups
+// of kWriteRows).
 struct AttentionParams {
   MatrixOf<const float> qkv;             // [rows, 3 * heads * head_dim]
   MatrixOf<float> context;               // [rows, heads * head_dim]

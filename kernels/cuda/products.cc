@@ -105,8 +105,10 @@ OutputRows Products::RowsOf(const LinearWeights& w, const Tensor& y, const RowFr
 
 // One block a multiprocessor, each with as many outputs as the others; those of `ride` get their share by bytes.
 void Products::Multiply(const Job& job) {
-  constexpr Kernel kKernels[][2] = {
-      {kLinearF32, kLinearF32}, {kLinearF16x8, kLinearF16x16}, {kLinearBF16x8, kLinearBF16x16}, {kLinearI8x8, kLinearI8x16}};
+  constexpr Kernel kKernels[][2] = {{kLinearF32, kLinearF32},
+                                    {kLinearF16x8, kLinearF16x16},
+                                    {kLinearBF16x8, kLinearBF16x16},
+                                    {kLinearI8x8, kLinearI8x16}};
   constexpr int64_t kLeastOutputs = 8;  // of a block
   const int64_t groups = DivideUp(job.x.rows, kLinearRows);
   if (groups == 0) return;

@@ -90,18 +90,18 @@ class SumBlock {
   // a time, the last that is before it.
   DJ_DEVICE void FindFirst() {
     const int32_t* list = p_.selected.list;
-    entries_ = p_.selected.count[0];
+    entries_ = LoadOld(p_.selected.count);
     const int unit = begin_ / p_.group;
     for (int left = entries_; left > 0;) {
       const int step = DivideUp(left, 32), place = Lane() * step;
-      const bool before = place < left && list[first_entry_ + place] < unit;
+      const bool before = place < left && LoadOld(list + first_entry_ + place) < unit;
       const int places = __popc(__ballot_sync(kAllLanes, before));
       if (places == 0) break;
       const int passed = (places - 1) * step + 1;
       first_entry_ += passed;
       left = Min(step - 1, left - passed);
     }
-    if (first_entry_ < entries_) fetched_ = Max(0, begin_ - list[first_entry_] * p_.group);
+    if (first_entry_ < entries_) fetched_ = Max(0, begin_ - LoadOld(list + first_entry_) * p_.group);
   }
 
   // next_: the selected inputs to look at next, one for each lane; beyond the part -1.
@@ -110,7 +110,7 @@ class SumBlock {
     int input = begin_ + i;
     if (listed_) {
       const int entry = first_entry_ + i / p_.group;
-      input = entry < entries_ ? p_.selected.list[entry] * p_.group + i % p_.group : end_;
+      input = entry < entries_ ? LoadOld(p_.selected.list + entry) * p_.group + i % p_.group : end_;
     }
     next_ = input < end_ ? input : -1;
     more_ = __any_sync(kAllLanes, next_ >= 0) != 0;

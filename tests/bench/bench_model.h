@@ -26,7 +26,8 @@ absl::Status CheckServes(const std::string& model, const PredictorData* predicto
 class BenchModel {
  public:
   // Loads the model, with progress on stderr. `text`: a file, or empty for random tokens. INVALID_ARGUMENT where the
-  // text is too short or the window longer than the model's context. Options::wrap_backend comes before the TimedBackend.
+  // text is too short or the window longer than the model's context. Options::wrap_backend comes before the
+  // TimedBackend.
   static absl::StatusOr<std::unique_ptr<BenchModel>> Create(ModelRunner::Options options, const std::string& text,
                                                             ProgressLine& progress);
 

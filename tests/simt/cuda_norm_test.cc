@@ -29,7 +29,8 @@ class CudaNormTest : public CudaBackendTest {
     up_ = Device(Weights(Random(kOutputs, kFeatures, 7), Layout::kOutputRows, dtype, Random(1, kOutputs, 8)));
   }
   Chain Rows(int64_t first, int64_t rows) {
-    const Matrix context = RowsOf(Random(16, kInputs, 1), first, rows), x = RowsOf(Random(16, kFeatures, 2), first, rows);
+    const Matrix context = RowsOf(Random(16, kInputs, 1), first, rows),
+                 x = RowsOf(Random(16, kFeatures, 2), first, rows);
     return {Put(context), Put(Matrix(rows, kFeatures, 77.0f)), Put(x), Put(Matrix(rows, kFeatures, 77.0f)),
             Put(Matrix(rows, kOutputs, 77.0f))};
   }

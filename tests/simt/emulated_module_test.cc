@@ -63,10 +63,10 @@ DJ_KERNEL(WritesEarly, AddParams, 1) {
   cuda::GridWait();
 }
 
-#define SAMPLE_KERNELS(X)                                                                           \
-  X(AddTo, AddParams)                                                                               \
-  X(FirstBlock, FirstParams) X(Diverges, AddParams) X(CopyOne, CopyParams) X(AddAndLet, LinkParams) \
-      X(WritesEarly, AddParams)
+#define SAMPLE_KERNELS(X)    \
+  X(AddTo, AddParams)        \
+  X(FirstBlock, FirstParams) \
+  X(Diverges, AddParams) X(CopyOne, CopyParams) X(AddAndLet, LinkParams) X(WritesEarly, AddParams)
 enum : int32_t { kAddTo, kFirstBlock, kDiverges, kCopyOne, kAddAndLet, kWritesEarly, kKernels };
 
 }  // namespace

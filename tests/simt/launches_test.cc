@@ -121,7 +121,8 @@ TEST_F(Launches, AreThoseOfTheStepAndReadWhatTheModelHolds) {
       }
       EXPECT_EQ(places.size(), step.size()) << "each launch is of one kind";
       EXPECT_EQ(of_layers % config.layers, 0u);
-      // Of few rows a sum's last block does the norm. The selection goes beside nothing, so that its list comes in time.
+      // Of few rows a sum's last block does the norm. The selection goes beside nothing, so that its list comes in
+      // time.
       EXPECT_LE(of_layers, (rows <= 3 ? 5 : 7) * config.layers + (IsPredicted(tier) ? config.layers : 0));
       std::printf("%s, %2d rows: %zu launches a layer\n", std::string(Name(tier)).c_str(), rows,
                   of_layers / config.layers);

@@ -95,9 +95,7 @@ Vector16 LoadFour(const char* what, bool transposed, const void* shared, simt::W
 
 }  // namespace
 
-Vector16 LoadMatrices(const void* shared, simt::Where where) {
-  return LoadFour("LoadMatrices", false, shared, where);
-}
+Vector16 LoadMatrices(const void* shared, simt::Where where) { return LoadFour("LoadMatrices", false, shared, where); }
 Vector16 LoadMatricesTransposed(const void* shared, simt::Where where) {
   return LoadFour("LoadMatricesTransposed", true, shared, where);
 }

@@ -251,6 +251,7 @@ inline Vector16 LoadVector(const void* p) {
 inline Vector16 LoadStream(const void* p) { return LoadVector(p); }
 inline Vector16 LoadShared(const void* p) { return LoadVector(p); }
 inline float LoadConstant(const float* p) { return *p; }
+inline int32_t LoadOld(const int32_t* p) { return *p; }
 
 inline float HalfToFloat(uint16_t bits) { return FloatFromFloat16(bits); }
 inline uint16_t FloatToHalf(float value) { return Float16FromFloat(value); }

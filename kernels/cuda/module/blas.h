@@ -1,5 +1,5 @@
-// Products by cuBLASLt, which is loaded at the first one of the process and opened at the first one of a context. How to
-// do products of a shape is asked once.
+// Products by cuBLASLt, which is loaded at the first one of the process and opened at the first one of a context. How
+// to do products of a shape is asked once.
 #ifndef KERNELS_CUDA_MODULE_BLAS_H_
 #define KERNELS_CUDA_MODULE_BLAS_H_
 
