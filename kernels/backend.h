@@ -5,8 +5,7 @@
 //
 // Determinism: the value computed for a row depends on that row alone. Neither the other rows of the step, nor how a
 // prompt was cut into chunks, nor the number of threads changes one bit of it: every sum has a fixed order. On a GPU
-// this holds for ops of at most 32 rows; larger products are a library's, and larger steps attend in an order of their
-// own, with weights rounded to 11 bits.
+// this holds for ops of at most 32 rows; larger products are a library's, larger steps attend with weights of 11 bits.
 //
 // Threads: one thread at a time may call; ops are queued in order and Synchronize waits for them. Shape errors are our
 // own mistakes and CHECK; only allocation can fail for reasons of the world.

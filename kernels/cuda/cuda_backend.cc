@@ -203,7 +203,9 @@ void CudaBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const
   const KvRows attending = {kv, qkv, rows};
   const bool few = rows.rows() <= kDecodeRows, writes = few && held_.TakeWriteKv(attending);
   held_.Flush();
-  if (TakesPromptAttention(attending)) return LaunchPromptAttention(*queue_, attending, context, scale, heads);
+  if (TakesPromptAttention(queue_->device(), attending)) {
+    return LaunchPromptAttention(*queue_, attending, context, scale, heads);
+  }
   for (int64_t row = 0; row < rows.rows(); row += kAttentionRows) {
     const int64_t n = std::min(kAttentionRows, rows.rows() - row);
     AttentionParams p = AttentionFrom(attending, row);

@@ -49,7 +49,7 @@ void HeldOps::Flush() {
   if (const auto rows = std::exchange(write_kv_, std::nullopt)) {
     AttentionParams p = AttentionFrom(*rows, 0);
     p.rows = Int(rows->rows.rows());
-    if (TakesPromptAttention(*rows)) {
+    if (TakesPromptAttention(queue_.device(), *rows)) {
       queue_.Launch(kWritePromptKv, {p.heads, DivideUp(p.rows, kWriteRows)}, 0, p);
     } else {
       queue_.Launch(rows->kv.dtype == DType::kFloat16 ? kWriteKvF16 : kWriteKvF32, {1, p.heads, p.rows}, 0, p);

@@ -2,6 +2,7 @@
 #ifndef KERNELS_CUDA_PROMPT_ATTENTION_H_
 #define KERNELS_CUDA_PROMPT_ATTENTION_H_
 
+#include "kernels/cuda/abi.h"
 #include "kernels/cuda/device_queue.h"
 #include "kernels/cuda/kernel_params.h"
 #include "kernels/selection.h"
@@ -9,8 +10,9 @@
 
 namespace dejavu::cuda {
 
-// Whether WritePromptKv stores the keys and values of these rows, and PromptAttention attends to them.
-bool TakesPromptAttention(const KvRows& rows);
+// Whether WritePromptKv stores the keys and values of these rows, and PromptAttention attends to them: heads of 128
+// features take 104 KB of shared memory, which GPUs for desktops have not.
+bool TakesPromptAttention(const DejavuCudaDevice& device, const KvRows& rows);
 
 // As Backend::Attention, in one launch.
 void LaunchPromptAttention(DeviceQueue& queue, const KvRows& rows, Tensor context, float scale, const Selection& heads);

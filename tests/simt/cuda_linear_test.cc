@@ -204,7 +204,8 @@ TEST_P(CudaBackendTest, ProductsOfManyRowsAreABoundedNumberOfLaunches) {
     for (const int64_t rows : {64, 600}) {
       const int64_t before = simt::GetEmulation().all_launches;
       LinearOn(*cuda_, Random(rows, 16, 1), w);
-      EXPECT_LE(simt::GetEmulation().all_launches - before, 8) << Name(dtype) << ", " << rows << " rows";
+      // Of int8 at most eight sums, each of which is joined.
+      EXPECT_LE(simt::GetEmulation().all_launches - before, 16) << Name(dtype) << ", " << rows << " rows";
     }
   }
 }
