@@ -19,6 +19,7 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "kernels/communicator.h"
+#include "kernels/draw.h"
 #include "kernels/selection.h"
 #include "kernels/tensor.h"
 
@@ -67,22 +68,18 @@ inline constexpr int32_t kSelectEverything = -1;  // in place of an operating po
 // What Audit finds for a row, as columns of its result.
 enum AuditField { kAuditSelected, kAuditActive, kAuditHits, kAuditMass, kAuditMissedMass, kAuditFields };
 
-// How Draw chooses for a row, as columns of int32 [rows, kDrawFields].
-enum DrawField {
-  kDrawTemperature,  // bits of a float32; 0: no draw
-  kDrawKeyLow,       // of DrawKey
-  kDrawKeyHigh,
-  kDrawFields,
-};
-
-// What Draw's choice for a row is worth beside those from other logits of the row, as columns of float32 [rows,
-// kBestFields]: the largest logit, and by how much the score of what was drawn differs from that one's.
-enum BestField { kBestLogit, kBestScore, kBestFields };
-
 // Which ids logits belong to, and which of them may be chosen.
 struct Candidates {
   int64_t first = 0;  // the id of the first logit of a row
   int64_t end = 0;    // ids from here on are not chosen
+};
+
+// What Draw has for rows that want more than the logits alone decide, or more than a token. Empty where none does. Only
+// for rows that hold the logits of all ids.
+struct DrawDetails {
+  Tensor adjustments;  // int32 [any, kAdjustFields]
+  Tensor scratch;      // float32 [1, adjustments]
+  Tensor results;      // int32 [rows, kDetailFields]; of rows that ask
 };
 
 // A row for each token or position.
@@ -207,9 +204,11 @@ class Backend {
                      Tensor hidden) = 0;
 
   // tokens int32 [1, rows]: for each row of logits the most likely of the candidates, the lowest of equals, or by
-  // `draws` the one drawn from them (kernels/draw.h); -1 where some logit of the row is not finite. With no candidate
-  // among the ids the token means nothing. `bests` [rows, kBestFields], unless empty.
-  virtual void Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates) = 0;
+  // `draws` [rows, kDrawFields] the one drawn from them (kernels/draw.h); kNotFinite where some logit of the row is not
+  // finite, kNothingAllowed where the adjustments leave none. With no candidate among the ids the token means nothing.
+  // `bests` [rows, kBestFields], unless empty. Logits are as they were at the end.
+  virtual void Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates,
+                    const DrawDetails& details = {}) = 0;
 
   // Reads all of `memory`, one row of bytes, as fast as the device can: to be timed by Stamp.
   virtual void ReadAll(Tensor memory) = 0;

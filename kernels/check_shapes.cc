@@ -105,12 +105,17 @@ void CheckAudit(const Tensor& result, const Tensor& x, const LinearWeights& up, 
 }
 
 void CheckDraw(const Tensor& tokens, const Tensor& bests, const Tensor& logits, const Tensor& draws,
-               Candidates candidates) {
+               Candidates candidates, const DrawDetails& details) {
   CheckShape("tokens of Draw", tokens, DType::kInt32, 1, logits.rows);
   CheckShape("draws of Draw", draws, DType::kInt32, logits.rows, kDrawFields);
   if (!bests.empty()) CheckShape("bests of Draw", bests, DType::kFloat32, logits.rows, kBestFields);
   CHECK(logits.dtype == DType::kFloat32 && candidates.first >= 0 && candidates.end >= 0)
       << "candidates from " << candidates.first << " to " << candidates.end;
+  if (details.results.empty()) return;
+  CheckShape("results of Draw", details.results, DType::kInt32, logits.rows, kDetailFields);
+  CheckShape("adjustments of Draw", details.adjustments, DType::kInt32, details.adjustments.rows, kAdjustFields);
+  CheckShape("scratch of Draw", details.scratch, DType::kFloat32, 1, details.adjustments.rows);
+  CHECK(candidates.first == 0) << "only rows of all logits have details, not those from " << candidates.first << " on";
 }
 
 void CheckAdd(const Tensor& x, const Tensor& y) {

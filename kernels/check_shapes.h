@@ -28,7 +28,7 @@ void CheckAudit(const Tensor& result, const Tensor& x, const LinearWeights& up, 
                 const Selection& neurons, const Tensor& hidden);
 void CheckAdd(const Tensor& x, const Tensor& y);
 void CheckDraw(const Tensor& tokens, const Tensor& bests, const Tensor& logits, const Tensor& draws,
-               Candidates candidates);
+               Candidates candidates, const DrawDetails& details);
 void CheckGatherRows(const Tensor& y, const Tensor& x, const Tensor& ids);
 
 }  // namespace dejavu

@@ -3,6 +3,7 @@
 #ifndef ENGINE_MODEL_BATCH_H_
 #define ENGINE_MODEL_BATCH_H_
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <vector>
@@ -41,9 +42,13 @@ struct Batch {
   int32_t decode_rows = 0;          // the first so many rows may select; the others are prefill and compute everything
   std::vector<int32_t> logit_rows;  // [logit rows] rows whose next-token logits are wanted, ascending
   // [logit rows] how the device chooses their next tokens (Backend::Draw). Empty: it does not, and the host gets the
-  // logits.
+  // logits. A group of ranks draws what needs neither adjustments nor details.
   std::vector<std::array<int32_t, kDrawFields>> draws;
-  // The tokens are those that the step before, of the same rows, has drawn: the device has them, `tokens` has not.
+  static constexpr int32_t kMostAdjustments = 1 << 15;
+  std::vector<std::array<int32_t, kAdjustFields>> adjustments;  // of all draws
+  bool keeps_logits = false;  // the host gets the logits of a step that draws, too; not of a group
+  // The tokens are those that the step before, of the same rows, has drawn: the device has them, `tokens` has not. The
+  // block table is that step's, too.
   bool follows_draws = false;
   std::vector<int32_t> block_table;  // [slots, blocks_per_slot]
 
@@ -62,7 +67,18 @@ struct Batch {
     decode_rows = 0;
     logit_rows.clear();
     draws.clear();
+    adjustments.clear();
+    keeps_logits = false;
     follows_draws = false;
+  }
+
+  // How many of kDetailFields the host gets of each draw; 0: no row asks for any.
+  int32_t detail_fields() const {
+    int32_t fields = 0;
+    for (const auto& draw : draws) {
+      if ((draw[kDrawWants] & kDrawLogprobs) != 0) fields = std::max(fields, kDetailTop + 2 * draw[kDrawTop]);
+    }
+    return fields;
   }
 
   // A row of a prompt.

@@ -66,11 +66,14 @@ absl::Status OptModel::Allocate(const Batch& largest) {
   floats.Reserve(&projected_, DType::kFloat32, logit_rows, embed);
   floats.Reserve(&logits_, DType::kFloat32, logit_rows, shard_.vocab.count);
   floats.Reserve(&bests_, DType::kFloat32, logit_rows, shard_.whole() ? 0 : kBestFields);
+  floats.Reserve(&scratch_, DType::kFloat32, 1, shard_.whole() ? Batch::kMostAdjustments : 0);
+  ints.Reserve(&details_, DType::kInt32, logit_rows, shard_.whole() ? kDetailFields : 0);
   ints.Reserve(&no_head_, DType::kInt32, 1, width == 0 ? rows : 0);
   ASSIGN_OR_RETURN(floats_, floats.Allocate(dev_));
   ASSIGN_OR_RETURN(ints_, ints.Allocate(dev_));
   const int64_t input_words = 2 * StepInputs::WordsOf(1, rows) + StepInputs::WordsOf(1, logit_rows) +
-                              StepInputs::WordsOf(logit_rows, kDrawFields) + predictor_.input_words();
+                              StepInputs::WordsOf(logit_rows, kDrawFields) +
+                              StepInputs::WordsOf(scratch_.cols, kAdjustFields) + predictor_.input_words();
   ASSIGN_OR_RETURN(inputs_, StepInputs::Create(dev_, largest, input_words));
   if (!nothing_.empty()) {
     dev_.Upload(nothing_, std::vector<float>(hidden).data());
@@ -101,14 +104,21 @@ uint64_t OptModel::Launch(const Batch& batch, const KvCache& kv, const StepOutpu
     if (observer_ != nullptr) observer_->OnInput(config_.layers, Tap::kAttentionNorm, x_.Rows(0, batch.rows()));
     if (logit_rows > 0) Head(logit_rows, rows.rows());
     if (draws) {
-      dev_.Draw(drawn, bests_.empty() ? Tensor{} : bests_.Rows(0, logit_rows), logits_.Rows(0, logit_rows),
-                draws_, {shard_.vocab.first, candidates_});
+      DrawDetails details;
+      if (shard_.whole()) {
+        details = {adjustments_, scratch_.Cols(0, adjustments_.rows), details_.Rows(0, logit_rows)};
+      }
+      dev_.Draw(drawn, bests_.empty() ? Tensor{} : bests_.Rows(0, logit_rows), logits_.Rows(0, logit_rows), draws_,
+                {shard_.vocab.first, candidates_}, details);
     }
   });
   if (draws) {
     dev_.Download(shard_.whole() ? out.drawn : own_results_.data(), drawn);
     if (!bests_.empty()) dev_.Download(own_results_.data() + logit_rows, bests_.Rows(0, logit_rows));
-  } else if (logit_rows > 0) {
+    const int32_t fields = batch.detail_fields();
+    if (fields > 0) dev_.Download(out.details, details_.Rows(0, logit_rows).Cols(0, fields));
+  }
+  if (logit_rows > 0 && (!draws || batch.keeps_logits)) {
     dev_.Download(shard_.whole() ? out.logits : own_logits_.data(), logits_.Rows(0, logit_rows));
   }
   if (out.counts != nullptr) {
@@ -229,6 +239,7 @@ RowTable OptModel::Upload(const Batch& batch) {
   const int64_t n = batch.rows();
   CHECK(n > 0 && n <= x_.rows) << n << " rows, capacity " << x_.rows;
   CHECK(batch.draws.empty() || batch.draws.size() == batch.logit_rows.size()) << batch.draws.size() << " draws";
+  CHECK(shard_.whole() || (batch.adjustments.empty() && !batch.keeps_logits)) << "more than a group of ranks can draw";
   inputs_->Begin(batch);
   const RowTable rows{inputs_->Add(batch.positions), inputs_->Add(batch.row_slots), inputs_->block_table()};
   logit_rows_ = inputs_->Add(batch.logit_rows);
@@ -238,6 +249,12 @@ RowTable OptModel::Upload(const Batch& batch) {
     draws_ = draws.on_device;
   }
   predictor_.BeginStep(batch, *inputs_);
+  // The last ones: how many there are moves nothing else.
+  const StepInputs::Array adjustments = inputs_->Add(static_cast<int64_t>(batch.adjustments.size()), kAdjustFields);
+  if (!batch.adjustments.empty()) {
+    std::memcpy(adjustments.values, batch.adjustments.data(), adjustments.on_device.bytes());
+  }
+  adjustments_ = adjustments.on_device;
   inputs_->Send();
   return rows;
 }

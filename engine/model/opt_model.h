@@ -37,10 +37,11 @@ class ModelObserver {
 // What a step leaves on the host, in memory of the caller. Of a group of ranks the first one has the whole; the others
 // need only counts, where the first one has them.
 struct StepOutputs {
-  float* logits = nullptr;       // [logit rows, vocab], unless the batch draws
+  float* logits = nullptr;       // [logit rows, vocab], unless the batch draws and keeps none
   int32_t* drawn = nullptr;      // [logit rows], if it draws
   StepCounts* counts = nullptr;  // from Predictor::MakeCounts: what the decode rows selected. nullptr: is not wanted
   bool counts_dense = true;      // false: nor is, of one rank, what rows found active where all of them are DENSE
+  int32_t* details = nullptr;    // [logit rows, batch.detail_fields()], if it draws
 };
 
 class OptModel {
@@ -115,14 +116,17 @@ class OptModel {
   Tensor projected_;  // [logit rows, embed] where embed != hidden
   Tensor logits_;     // [logit rows, own vocabulary]
   Tensor bests_;      // [logit rows, kBestFields] of a group
+  Tensor scratch_;    // [1, adjustments] of a model on one rank, as the next one
+  Tensor details_;    // int32 [logit rows, kDetailFields]
 
   bool skip_zeros_ = false;  // this step: no row is DENSE
 
   // int32 on the device. What a step draws takes the place of its tokens, where the next one looks for its own.
   std::unique_ptr<StepInputs> inputs_;
-  Tensor logit_rows_;  // [1, logit rows] of the step
-  Tensor draws_;       // [logit rows, kDrawFields] of the step, if it draws
-  Tensor no_head_;     // [1, rows] zeros
+  Tensor logit_rows_;   // [1, logit rows] of the step
+  Tensor draws_;        // [logit rows, kDrawFields] of the step, if it draws, as the next one
+  Tensor adjustments_;  // [any, kAdjustFields]
+  Tensor no_head_;      // [1, rows] zeros
 
   // On the host, of a group of ranks.
   std::vector<float> own_logits_, all_logits_;  // [logit rows, longest range], [ranks] of those

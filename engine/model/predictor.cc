@@ -355,10 +355,9 @@ Selection Predictor::Heads(int32_t layer) {
 Selection Predictor::Neurons(int32_t layer) {
   const Layer& l = layers_[layer];
   if (!l.selects_neurons) return {};
-  const Selection neurons = {neuron_list_, union_selected_.Rows(layer, 1), neuron_masks_.Rows(0, rows_),
-                             strict_};
-  dev_.Select(neurons, selected_.Rows(layer, 1), Coordinates(l, /*heads=*/false, rows_),
-              l.neurons.weights, neuron_points_.Rows(layer, 1));
+  const Selection neurons = {neuron_list_, union_selected_.Rows(layer, 1), neuron_masks_.Rows(0, rows_), strict_};
+  dev_.Select(neurons, selected_.Rows(layer, 1), Coordinates(l, /*heads=*/false, rows_), l.neurons.weights,
+              neuron_points_.Rows(layer, 1));
   return neurons;
 }
 
@@ -370,15 +369,12 @@ void Predictor::Audit(int32_t layer, Tensor x, const LinearWeights& up) {
   dev_.GatherRows(a, Coordinates(l, /*heads=*/false, rows_), ids);
   dev_.GatherRows(rows, x, ids);
   const Selection predicted = {audit_list_, audit_count_, audit_masks_.Rows(0, audits_), {}};
-  dev_.Select(predicted, audit_selected_.Cols(0, audits_), a, l.neurons.weights,
-              audit_points_.Rows(layer, 1));
+  dev_.Select(predicted, audit_selected_.Cols(0, audits_), a, l.neurons.weights, audit_points_.Rows(layer, 1));
   const Tensor results = {audit_results_.Rows(layer, 1).data, DType::kFloat32, audits_, kAuditFields, kAuditFields};
   dev_.Audit(results, rows, up, l.worth, predicted, audit_hidden_.Rows(0, audits_));
 }
 
-Tensor Predictor::ActiveCounts(int32_t layer) const {
-  return decode_rows_ > 0 ? active_.Rows(layer, 1) : Tensor{};
-}
+Tensor Predictor::ActiveCounts(int32_t layer) const { return decode_rows_ > 0 ? active_.Rows(layer, 1) : Tensor{}; }
 
 StepCounts Predictor::MakeCounts() const {
   const size_t layers = shape_.layers, rows = max_rows_;

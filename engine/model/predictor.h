@@ -61,9 +61,9 @@ class Predictor {
   void Audit(int32_t layer, Tensor x, const LinearWeights& up);
   Tensor ActiveCounts(int32_t layer) const;  // for Backend::Mlp
   StepCounts MakeCounts() const;             // with room for the largest step
-  // After the last layer: downloads the step's counts, unless they are not wanted, where all decode rows are DENSE. When
-  // they have arrived, Complete puts each in its place and fills in what no device knows; the next step may have begun
-  // by then.
+  // After the last layer: downloads the step's counts, unless they are not wanted, where all decode rows are DENSE.
+  // When they have arrived, Complete puts each in its place and fills in what no device knows; the next step may have
+  // begun by then.
   void EndStep(StepCounts* counts, bool wanted);
   void Complete(StepCounts* counts) const;
 
@@ -133,8 +133,8 @@ class Predictor {
   Tensor audit_points_;                 // int32 [layers, audits]
   Tensor strict_, audit_rows_;          // int32 [1, rows], [1, audits]
   // What it counts, packed in this order into counts_.
-  Tensor active_;                  // int32 [layers, decode rows + 1]
-  Tensor union_selected_;          // int32 [layers, 1], as the next one
+  Tensor active_;          // int32 [layers, decode rows + 1]
+  Tensor union_selected_;  // int32 [layers, 1], as the next one
   Tensor union_heads_;
   Tensor audit_results_;           // float32 [layers, audits * kAuditFields]
   Tensor selected_, head_counts_;  // int32 [layers, rows]

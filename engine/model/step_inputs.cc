@@ -39,7 +39,7 @@ void StepInputs::Begin(const Batch& batch) {
 
 StepInputs::Array StepInputs::Add(int64_t rows, int64_t cols) {
   const Tensor place = all_.Cols(added_, rows * cols);
-  const Array array = {&words_[added_], {place.data, DType::kInt32, rows, cols, cols}};
+  const Array array = {words_.data() + added_, {place.data, DType::kInt32, rows, cols, cols}};
   added_ += WordsOf(rows, cols);
   CHECK(added_ <= all_.cols) << rows << " x " << cols << " words more than there is room for";
   return array;

@@ -52,7 +52,7 @@ class StepInputs {
   Tensor tokens_, block_table_;  // of it
   int64_t first_token_ = 0, first_added_ = 0;
 
-  std::vector<int32_t> words_;      // what is on the device, or will be
+  std::vector<int32_t> words_;     // what is on the device, or will be
   int64_t first_ = 0, added_ = 0;  // of this step: the first word that is sent, the end of the last
 };
 

@@ -47,7 +47,7 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> ModelRunner::Create(const Options& 
   std::iota(runner->batch_->block_table.begin(), runner->batch_->block_table.end(), 0);
   runner->logits_.resize(static_cast<size_t>(options.max_rows) * config.vocab);
   runner->drawn_.resize(options.max_rows);
-  runner->counts_ = runner->group_->predictor().MakeCounts();
+  runner->counts_ = runner->counts_ahead_ = runner->group_->predictor().MakeCounts();
   return runner;
 }
 
@@ -59,7 +59,7 @@ absl::Status ModelRunner::Follow(const Options& options) {
 
 absl::Status ModelRunner::SetPredictor(const PredictorData* data) {
   RETURN_IF_ERROR(group_->SetPredictor(data));
-  counts_ = group_->predictor().MakeCounts();
+  counts_ = counts_ahead_ = group_->predictor().MakeCounts();
   return absl::OkStatus();
 }
 
@@ -71,6 +71,26 @@ Batch& ModelRunner::StartBatch() {
 absl::Span<const float> ModelRunner::Run() {
   group_->Forward(*batch_, {logits_.data(), drawn_.data(), &counts_});
   return absl::MakeConstSpan(logits_.data(), batch_->logit_rows.size() * config_.vocab);
+}
+
+void ModelRunner::Decode(int steps) {
+  Batch& batch = *batch_;
+  batch.draws.assign(batch.logit_rows.size(), {});
+  std::vector<int32_t> drawn(batch.logit_rows.size()), drawn_ahead(drawn);
+  StepOutputs now = {.drawn = drawn.data(), .counts = &counts_};
+  StepOutputs ahead = {.drawn = drawn_ahead.data(), .counts = &counts_ahead_};
+  const bool runs_ahead = group_->RunsAhead();
+  uint64_t mark = group_->Launch(batch, now);
+  for (int step = 1; step < steps; ++step) {
+    if (!runs_ahead) group_->Await(mark, batch, now);
+    for (int32_t& position : batch.positions) ++position;
+    batch.follows_draws = true;
+    const uint64_t next = group_->Launch(batch, ahead);
+    if (runs_ahead) group_->Await(mark, batch, now);
+    mark = next;
+    std::swap(now, ahead);
+  }
+  group_->Await(mark, batch, now);
 }
 
 }  // namespace dejavu

@@ -56,6 +56,10 @@ class ModelRunner {
   // draws; drawn() then has the tokens [logit rows].
   absl::Span<const float> Run();
   const std::vector<int32_t>& drawn() const { return drawn_; }
+  // Runs the batch, whose rows all decode and want logits, and then `steps` - 1 times the same rows a position further,
+  // as an engine does: the most likely tokens stay on the device, and where it runs ahead the next step is launched
+  // before the last one is awaited. One rank.
+  void Decode(int steps);
 
   // What the decode rows of the last Run selected.
   const StepCounts& counts() const { return counts_; }
@@ -82,7 +86,7 @@ class ModelRunner {
   const OptConfig config_;
   std::unique_ptr<ModelGroup> group_;
   std::unique_ptr<Batch> batch_;
-  StepCounts counts_;
+  StepCounts counts_, counts_ahead_;
   std::vector<float> logits_;
   std::vector<int32_t> drawn_;
 };

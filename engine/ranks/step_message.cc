@@ -8,7 +8,7 @@
 namespace dejavu {
 namespace {
 
-constexpr int32_t kMark = 0x564a4400 + kStepMessageVersion;  // "\x01DJV" in the first four bytes
+constexpr int32_t kMark = 0x564a4400 + kStepMessageVersion;  // "\x02DJV" in the first four bytes
 constexpr size_t kHeader = 3;                                // mark, kind, words after the header
 constexpr size_t kFirst = 1024;                              // words that travel at once; the rest follows, if any
 

@@ -14,7 +14,7 @@
 
 namespace dejavu {
 
-inline constexpr int32_t kStepMessageVersion = 1;
+inline constexpr int32_t kStepMessageVersion = 2;
 
 enum class StepKind : int32_t {
   kStep,

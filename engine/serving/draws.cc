@@ -1,33 +1,57 @@
 #include "engine/serving/draws.h"
 
 #include <algorithm>
-#include <bit>
 
 #include "engine/serving/sampler.h"
-#include "kernels/draw.h"
 
 namespace dejavu {
 
-bool MayDraw(const std::vector<std::unique_ptr<Sequence>>& running) {
-  const auto wants_logits = [](const auto& s) {
-    const Request& r = s->request;
-    return s->step_logits > 0 &&
-           (r.score || r.logprobs || !Sampler::IsPlain(r.sampling) || s->generated_tokens() < r.min_new_tokens);
-  };
-  return std::none_of(running.begin(), running.end(), wants_logits);
+void AddBanned(const ModelShape& shape, const Request& r, int32_t generated, std::vector<int32_t>* banned) {
+  if (generated >= r.min_new_tokens) return;
+  if (!r.ignore_eos) banned->push_back(shape.eos_token);
+  banned->insert(banned->end(), r.stop_token_ids.begin(), r.stop_token_ids.end());
 }
 
-void PlanDraws(const std::vector<std::unique_ptr<Sequence>>& running, int32_t ahead, Batch& batch) {
-  batch.draws.resize(batch.logit_rows.size());
+bool Draws::Plan(const std::vector<std::unique_ptr<Sequence>>& running, int32_t ahead, Batch& batch) {
+  batch.adjustments.clear();
+  batch.draws.assign(batch.logit_rows.size(), {});
+  batch.keeps_logits = false;
+  bool more = false;
   for (const auto& s : running) {
     if (s->step_logits == 0) continue;
-    const SamplingParams& p = s->request.sampling;
-    const uint64_t key = DrawKey(p.seed, static_cast<uint64_t>(s->generated_tokens() + ahead));
-    auto& draw = batch.draws[s->first_logit];
-    draw[kDrawTemperature] = std::bit_cast<int32_t>(p.temperature);
-    draw[kDrawKeyLow] = static_cast<int32_t>(static_cast<uint32_t>(key));
-    draw[kDrawKeyHigh] = static_cast<int32_t>(static_cast<uint32_t>(key >> 32));
+    if (s->request.score) {
+      batch.keeps_logits = true;
+    } else {
+      PlanRow(*s, ahead, batch);
+      more = more || (batch.draws[s->first_logit][kDrawWants] & kDrawMore) != 0;
+    }
   }
+  const bool can = batch.adjustments.size() <= Batch::kMostAdjustments && !(group_ && (more || batch.keeps_logits));
+  if (can) return true;
+  batch.draws.clear();
+  batch.adjustments.clear();
+  batch.keeps_logits = false;
+  return false;
+}
+
+void Draws::PlanRow(const Sequence& s, int32_t ahead, Batch& batch) {
+  const Request& r = s.request;
+  const int32_t generated = s.generated_tokens() + ahead;
+  banned_.clear();
+  AddBanned(shape_, r, generated, &banned_);
+  DrawFields& draw = batch.draws[s.first_logit];
+  draw = PlanDraw(r.sampling, hand_out_.counts(s), banned_, static_cast<uint64_t>(generated), &batch.adjustments);
+  if (!r.logprobs) return;
+  draw[kDrawWants] |= kDrawMore | kDrawLogprobs;
+  if (r.top_logprobs <= kMostTop) {
+    draw[kDrawTop] = std::min(r.top_logprobs, shape_.vocab);
+  } else {
+    batch.keeps_logits = true;
+  }
+}
+
+bool Draws::MayFollow(const std::vector<std::unique_ptr<Sequence>>& running) {
+  return std::none_of(running.begin(), running.end(), [](const auto& s) { return IsPenalised(s->request.sampling); });
 }
 
 }  // namespace dejavu

@@ -1,5 +1,4 @@
-// Whether and how the device chooses a step's tokens itself (Backend::Draw), so that the logits stay there. Engine
-// thread.
+// Draws: how the device chooses a step's tokens itself (Backend::Draw), so that logits stay there. Engine thread.
 #ifndef ENGINE_SERVING_DRAWS_H_
 #define ENGINE_SERVING_DRAWS_H_
 
@@ -8,15 +7,36 @@
 #include <vector>
 
 #include "engine/model/batch.h"
+#include "engine/model_shape.h"
 #include "engine/scheduling/sequence.h"
+#include "engine/serving/hand_out.h"
 
 namespace dejavu {
 
-// Whether none of the step's rows wants more than a token.
-bool MayDraw(const std::vector<std::unique_ptr<Sequence>>& running);
+// To `banned`, what may not be the next token after `generated` ones.
+void AddBanned(const ModelShape& shape, const Request& request, int32_t generated, std::vector<int32_t>* banned);
 
-// Fills batch.draws, for the tokens that follow the next `ahead` ones.
-void PlanDraws(const std::vector<std::unique_ptr<Sequence>>& running, int32_t ahead, Batch& batch);
+class Draws {
+ public:
+  // A group of ranks draws only what temperature and logits decide. `hand_out` must outlive the object.
+  Draws(const ModelShape& shape, bool group, const HandOut& hand_out)
+      : shape_(shape), group_(group), hand_out_(hand_out) {}
+
+  // Fills the batch's draws, for the tokens that follow the next `ahead` ones. False: the device cannot draw them all,
+  // and draws none.
+  bool Plan(const std::vector<std::unique_ptr<Sequence>>& running, int32_t ahead, Batch& batch);
+
+  // Whether the draws of the step after this one are known before this one's tokens: no penalty waits for them.
+  static bool MayFollow(const std::vector<std::unique_ptr<Sequence>>& running);
+
+ private:
+  void PlanRow(const Sequence& s, int32_t ahead, Batch& batch);
+
+  const ModelShape shape_;
+  const bool group_;
+  const HandOut& hand_out_;
+  std::vector<int32_t> banned_;  // scratch
+};
 
 }  // namespace dejavu
 

@@ -9,7 +9,6 @@
 
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
-#include "engine/serving/draws.h"
 #include "engine/serving/step_engine.h"
 #include "engine/serving/warm_up.h"
 #include "kernels/base/check.h"
@@ -50,7 +49,8 @@ StepEngine::StepEngine(const EngineOptions& options, const OptConfig& config, in
       flights_(*group_, batch_.max_logit_rows, config.vocab),
       shadow_batch_(options.scheduler.max_batch, options.scheduler.max_batch, options.scheduler.max_batch,
                     batch_.blocks_per_slot),
-      hand_out_(config, candidates, options.scheduler.max_batch, recorder_) {
+      hand_out_(config, candidates, options.scheduler.max_batch, recorder_),
+      draws_(config, group_->ranks() > 1, hand_out_) {
   if (PredictorOf(*group_) != nullptr)
     shadow_logits_.resize(static_cast<size_t>(shadow_batch_.max_rows) * config.vocab);
   ends_.reserve(options.scheduler.max_batch);
@@ -202,6 +202,7 @@ void StepEngine::Step() {
     LaunchPlanned(&times);
   }
   const bool drawn = !batch_.draws.empty();
+  const int32_t detail_fields = batch_.detail_fields();
   RunAhead();
   flights_.Await(batch_);
   if (fault_.kind == Fault::Kind::kSlow) absl::SleepFor(absl::Milliseconds(fault_.delay_ms));
@@ -211,7 +212,8 @@ void StepEngine::Step() {
   sparsity_.NoteStep(scheduler_.running(), batch_, flights_.counts(), flights_.logits(), shadow_logits_.data());
   recorder_.CountStep();
   const int64_t step = watchdog_.steps_begun();
-  HandOutAll({flights_.logits(), drawn ? flights_.drawn() : nullptr, step, times.done});
+  HandOutAll(
+      {flights_.logits(), drawn ? flights_.drawn() : nullptr, flights_.details(), detail_fields, step, times.done});
   scheduler_.NoteStep(Milliseconds(times.since, times.done));
   recorder_.NoteStep(times, {step, scheduler_.shape(), batch_.rows(), shadow_batch_.rows(), sparsity_.step_bytes()});
   watchdog_.EndStep();
@@ -224,11 +226,10 @@ void StepEngine::LaunchPlanned(StepTimes* times) {
   sparsity_.PlanShadow(scheduler_.running(), batch_, shadow_batch_);
   const bool shadow = shadow_batch_.rows() > 0;
   times->planned = std::chrono::steady_clock::now();
-  if (shadow) {
-    group_->Forward(shadow_batch_, {shadow_logits_.data()});
-  } else if (MayDraw(scheduler_.running())) {
-    PlanDraws(scheduler_.running(), 0, batch_);
-  }
+  if (shadow) group_->Forward(shadow_batch_, {shadow_logits_.data()});
+  // The shadow is held against the logits, which a group that draws has not.
+  if (!shadow || group_->ranks() == 1) draws_.Plan(scheduler_.running(), 0, batch_);
+  if (shadow && !batch_.draws.empty()) batch_.keeps_logits = true;
   since_ = times->shadowed = std::chrono::steady_clock::now();
   if (!shadow) times->planned = times->shadowed;  // the parts leave nothing out
   flights_.Launch(batch_);
@@ -237,10 +238,11 @@ void StepEngine::LaunchPlanned(StepTimes* times) {
 // Launches the step after the current one, if it can be had without knowing what the current one draws. A sequence that
 // ends by that is computed once more for nothing.
 void StepEngine::RunAhead() {
-  if (!group_->RunsAhead() || batch_.draws.empty() || inbox_.has_mail()) return;
+  if (!group_->RunsAhead() || batch_.draws.empty() || batch_.keeps_logits || inbox_.has_mail()) return;
+  if (!Draws::MayFollow(scheduler_.running())) return;
   if (watchdog_.steps_begun() + 1 == fault_.step || sparsity_.ShadowFollows(scheduler_.running())) return;
   if (!scheduler_.PlanAhead(batch_)) return;
-  PlanDraws(scheduler_.running(), 1, batch_);
+  CHECK(draws_.Plan(scheduler_.running(), 1, batch_)) << "a step draws what the one before it did";
   flights_.LaunchAhead(batch_);
 }
 

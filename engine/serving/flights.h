@@ -20,6 +20,7 @@ class Flights {
       : group_(group), logits_(static_cast<size_t>(max_logit_rows) * vocab) {
     for (Flight& flight : flights_) {
       flight.drawn.resize(max_logit_rows);
+      flight.details.resize(static_cast<size_t>(max_logit_rows) * kDetailFields);
       flight.counts = group.predictor().MakeCounts();
     }
   }
@@ -47,17 +48,19 @@ class Flights {
   // Waits. What the step left is valid until the next launch but one; logits() until the next launch.
   void Await(const Batch& batch) { Await(batch, flights_[current_]); }
   const StepCounts& counts() const { return flights_[current_].counts; }
-  const int32_t* drawn() const { return flights_[current_].drawn.data(); }  // [logit rows], where the device drew
-  float* logits() { return logits_.data(); }                                // [max logit rows, vocab], where it did not
+  const int32_t* drawn() const { return flights_[current_].drawn.data(); }      // [logit rows], where the device drew
+  const int32_t* details() const { return flights_[current_].details.data(); }  // [logit rows, batch.detail_fields()]
+  float* logits() { return logits_.data(); }  // [max logit rows, vocab], where it did not, or keeps them
 
  private:
   struct Flight {
     uint64_t mark = 0;
-    std::vector<int32_t> drawn;  // [max logit rows]
+    std::vector<int32_t> drawn;    // [max logit rows]
+    std::vector<int32_t> details;  // [max logit rows, kDetailFields]
     StepCounts counts;
   };
   StepOutputs OutputsOf(Flight& flight) {
-    return {logits_.data(), flight.drawn.data(), &flight.counts, /*counts_dense=*/false};
+    return {logits_.data(), flight.drawn.data(), &flight.counts, /*counts_dense=*/false, flight.details.data()};
   }
   void Launch(const Batch& batch, Flight& flight) { flight.mark = group_.Launch(batch, OutputsOf(flight)); }
   void Await(const Batch& batch, Flight& flight) { group_.Await(flight.mark, batch, OutputsOf(flight)); }

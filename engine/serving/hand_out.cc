@@ -1,9 +1,11 @@
 #include "engine/serving/hand_out.h"
 
 #include <algorithm>
+#include <bit>
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "engine/serving/draws.h"
 #include "kernels/draw.h"
 
 namespace dejavu {
@@ -53,16 +55,31 @@ std::optional<Ending> HandOut::GiveScores(Sequence& s, const StepResults& result
 }
 
 Sampler::Choice HandOut::Choose(const Sequence& s, const StepResults& results) {
-  if (results.drawn != nullptr) return {results.drawn[s.first_logit]};
   const Request& r = s.request;
-  banned_.clear();
-  if (s.generated_tokens() < r.min_new_tokens) {
-    if (!r.ignore_eos) banned_.push_back(shape_.eos_token);
-    banned_.insert(banned_.end(), r.stop_token_ids.begin(), r.stop_token_ids.end());
+  if (results.drawn != nullptr) {
+    const int32_t id = results.drawn[s.first_logit];
+    if (!r.logprobs) return {id};
+    const int32_t* details = results.details + int64_t{s.first_logit} * results.detail_fields;
+    return {id, std::bit_cast<float>(details[kDetailLogprob]), details[kDetailRank]};
   }
+  banned_.clear();
+  AddBanned(shape_, r, s.generated_tokens(), &banned_);
   const float* logits = results.logits + static_cast<size_t>(s.first_logit) * shape_.vocab;
   return sampler_.Sample(logits, r.sampling, counts_[s.slot], banned_, static_cast<uint64_t>(s.generated_tokens()),
                          r.logprobs);
+}
+
+absl::Span<const TokenLogprob> HandOut::Top(const Sequence& s, const StepResults& results) {
+  const int32_t count = s.request.top_logprobs;
+  if (results.drawn == nullptr || count > kMostTop) {
+    return sampler_.Top(results.logits + static_cast<size_t>(s.first_logit) * shape_.vocab, count);
+  }
+  const int32_t* of_token = results.details + int64_t{s.first_logit} * results.detail_fields + kDetailTop;
+  top_.clear();
+  for (int32_t i = 0; i < std::min(count, shape_.vocab); ++i) {
+    top_.push_back({of_token[2 * i], std::bit_cast<float>(of_token[2 * i + 1])});
+  }
+  return top_;
 }
 
 std::optional<Ending> HandOut::GiveToken(Sequence& s, const StepResults& results) {
@@ -71,7 +88,7 @@ std::optional<Ending> HandOut::GiveToken(Sequence& s, const StepResults& results
   if (choice.id < 0) {
     const std::string at = absl::StrCat(" after ", s.generated_tokens(), " new tokens");
     return Ending{FinishReason::kError,
-                  choice.id == Sampler::kNotFinite
+                  choice.id == kNotFinite
                       ? absl::DataLossError("the logits are not finite" + at)
                       : absl::InvalidArgumentError(
                             "logit_bias, allowed_token_ids and min_new_tokens leave no token to sample" + at)};
@@ -82,9 +99,7 @@ std::optional<Ending> HandOut::GiveToken(Sequence& s, const StepResults& results
   token.has_logprob = r.logprobs;
   token.logprob = choice.logprob;
   token.rank = choice.rank;
-  if (r.top_logprobs > 0) {
-    token.top = sampler_.Top(results.logits + static_cast<size_t>(s.first_logit) * shape_.vocab, r.top_logprobs);
-  }
+  token.top = Top(s, results);
   token.stop = stop.has_value();
   recorder_.NoteToken(s, results.done, results.step);
   if (s.generated_tokens() == 0) s.finish.first_token = results.done;

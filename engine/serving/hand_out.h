@@ -24,10 +24,12 @@ struct Ending {
 };
 
 struct StepResults {
-  const float* logits = nullptr;   // [logit rows, vocab]
-  const int32_t* drawn = nullptr;  // [logit rows] where the device has chosen the tokens; else nullptr
-  int64_t step = 0;                // its number
-  SteadyTime done;                 // when they had come
+  const float* logits = nullptr;     // [logit rows, vocab] where it has not, or keeps them
+  const int32_t* drawn = nullptr;    // [logit rows] where the device has chosen the tokens; else nullptr
+  const int32_t* details = nullptr;  // [logit rows, detail_fields] of those
+  int32_t detail_fields = 0;
+  int64_t step = 0;  // its number
+  SteadyTime done;   // when they had come
 };
 
 class HandOut {
@@ -38,6 +40,9 @@ class HandOut {
   // `s` has got its slot.
   void Begin(const Sequence& s);
 
+  // The tokens that `s` has so far.
+  const TokenCounts& counts(const Sequence& s) const { return counts_[s.slot]; }
+
   // Gives `s` what its rows of the step have brought; nothing, or why it ends by that.
   std::optional<Ending> Give(Sequence& s, const StepResults& results);
 
@@ -45,13 +50,15 @@ class HandOut {
   std::optional<Ending> GiveScores(Sequence& s, const StepResults& results);
   std::optional<Ending> GiveToken(Sequence& s, const StepResults& results);
   Sampler::Choice Choose(const Sequence& s, const StepResults& results);
+  absl::Span<const TokenLogprob> Top(const Sequence& s, const StepResults& results);
   std::optional<FinishReason> StopAt(const Request& request, int32_t id) const;
 
   const ModelShape shape_;
   Recorder& recorder_;
   Sampler sampler_;
   std::vector<TokenCounts> counts_;  // [slots]
-  std::vector<int32_t> banned_;      // scratch
+  std::vector<int32_t> banned_;      // scratch, as the next one
+  std::vector<TokenLogprob> top_;
 };
 
 }  // namespace dejavu

@@ -1,13 +1,16 @@
-// Sampler: from a row of logits to the next token. TokenCounts: which tokens a sequence holds, for penalties. Memory is
-// taken at construction; Sample allocates nothing. Engine thread only.
+// Sampler: from a row of logits that the host has to the next token. PlanDraw: what a device is told that chooses it
+// instead. TokenCounts: which tokens a sequence holds, for penalties. Engine thread only.
 #ifndef ENGINE_SERVING_SAMPLER_H_
 #define ENGINE_SERVING_SAMPLER_H_
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
 #include "absl/types/span.h"
 #include "engine/request.h"
+#include "kernels/draw.h"
+#include "kernels/host_draw.h"
 
 namespace dejavu {
 
@@ -33,27 +36,36 @@ class TokenCounts {
   std::vector<int32_t> distinct_;  // ids with a count
 };
 
+// Whether the tokens that a sequence holds matter.
+bool IsPenalised(const SamplingParams& params);
+
+using DrawFields = std::array<int32_t, kDrawFields>;
+using AdjustFields = std::array<int32_t, kAdjustFields>;
+
+// How a row's token is to be drawn that comes after `step` generated ones, where the sequence holds what `counts` says.
+// `banned`: ids that may not be chosen now (stop tokens before min_new_tokens). The row's adjustments come behind those
+// that are there.
+DrawFields PlanDraw(const SamplingParams& params, const TokenCounts& counts, absl::Span<const int32_t> banned,
+                    uint64_t step, std::vector<AdjustFields>* adjustments);
+
 class Sampler {
  public:
   // `vocab`: logits per row. `sampled_vocab`: ids from there on (padding of the embedding) are never chosen.
   Sampler(int32_t vocab, int32_t sampled_vocab);
   int32_t candidates() const { return sampled_vocab_; }
 
-  static constexpr int32_t kNotFinite = -1;       // the logits hold NaN or infinity; what Backend::Draw says then
-  static constexpr int32_t kNothingAllowed = -2;  // bias, allowed and banned tokens leave no candidate
   struct Choice {
-    int32_t id = kNotFinite;
+    int32_t id = kNotFinite;  // or kNothingAllowed
     float logprob = 0.0f;
     int32_t rank = 0;
   };
 
-  // The next token for `logits` [vocab]. `step` is the number of tokens generated before it. `banned`: ids that may not
-  // be chosen now (stop tokens before min_new_tokens). Logprob and rank are of the unmodified logits and filled only on
-  // request.
+  // The next token for `logits` [vocab], with the arguments of PlanDraw. Logprob and rank are of the unmodified logits
+  // and filled only on request.
   Choice Sample(const float* logits, const SamplingParams& params, const TokenCounts& counts,
                 absl::Span<const int32_t> banned, uint64_t step, bool with_logprob);
 
-  // Whether these alone choose a token without looking at anything but the logits: Backend::Draw can do it.
+  // Whether temperature and logits alone decide.
   static bool IsPlain(const SamplingParams& params);
 
   // Log-probability and rank of `id` under the unmodified logits.
@@ -63,23 +75,12 @@ class Sampler {
   absl::Span<const TokenLogprob> Top(const float* logits, int32_t count);
 
  private:
-  struct Candidate {
-    float score;
-    int32_t id;
-  };
-
-  const float* Adjust(const float* logits, const SamplingParams& params, const TokenCounts& counts,
-                      absl::Span<const int32_t> banned);
-  void Gather(const float* adjusted, float best, const SamplingParams& params);
-  void KeepTopK(int32_t k);
-  void KeepTopP(float p);
-  double LogSumExp(const float* logits);
-
   const int32_t vocab_;
   const int32_t sampled_vocab_;
-  std::vector<float> adjusted_;        // [vocab]
-  std::vector<Candidate> candidates_;  // capacity vocab
-  std::vector<TokenLogprob> top_;      // capacity vocab
+  HostDraw host_draw_;
+  std::vector<AdjustFields> adjustments_;
+  std::array<int32_t, kDetailFields> details_;
+  std::vector<TokenLogprob> top_;
 };
 
 }  // namespace dejavu

@@ -17,6 +17,7 @@
 #include "engine/scheduling/block_pool.h"
 #include "engine/scheduling/scheduler.h"
 #include "engine/serving/check_request.h"
+#include "engine/serving/draws.h"
 #include "engine/serving/fault.h"
 #include "engine/serving/flights.h"
 #include "engine/serving/hand_out.h"
@@ -103,6 +104,7 @@ class StepEngine final : public Engine {
   Batch shadow_batch_;
   std::vector<float> shadow_logits_;  // [max batch, vocab], where there is a predictor
   HandOut hand_out_;
+  Draws draws_;
   Inbox::Mail mail_;
   struct NotedEnd {
     const Sequence* sequence;

@@ -20,6 +20,7 @@
 #include "kernels/cpu/products.h"
 #include "kernels/cpu/selected.h"
 #include "kernels/cpu/thread_pool.h"
+#include "kernels/host_draw.h"
 
 namespace dejavu {
 namespace {
@@ -114,7 +115,8 @@ class CpuBackend final : public Backend {
            Tensor active) override;
   void Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
              Tensor hidden) override;
-  void Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates) override;
+  void Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates,
+            const DrawDetails& details) override;
   void ReadAll(Tensor memory) override;
   void Add(Tensor x, Tensor y) override;
   void GatherRows(Tensor y, Tensor x, Tensor ids) override;
@@ -132,7 +134,8 @@ class CpuBackend final : public Backend {
   std::vector<int32_t> neurons_;      // neurons with an activation other than zero
   std::vector<int64_t> chunk_count_;  // how many of them each chunk of neurons found
   std::vector<int64_t> chunk_rows_;   // [chunks, rows] and how many in each counted row
-  std::vector<int64_t> row_groups_;   // first row of each group that attends together, then the number of rows
+  HostDraw host_draw_;
+  std::vector<int64_t> row_groups_;  // first row of each group that attends together, then the number of rows
 };
 
 void CpuBackend::Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) {
@@ -325,14 +328,27 @@ void CpuBackend::Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor 
   }
 }
 
-void CpuBackend::Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates) {
-  CheckDraw(tokens, bests, logits, draws, candidates);
+void CpuBackend::Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates,
+                      const DrawDetails& details) {
+  CheckDraw(tokens, bests, logits, draws, candidates, details);
+  const auto more = [&](int64_t r) { return (draws.row<int32_t>(r)[kDrawWants] & kDrawMore) != 0; };
   parts_.ForRows(logits.rows, logits.cols, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
+      if (more(r)) continue;
       tokens.row<int32_t>(0)[r] = cpu::Draw(logits.row<float>(r), logits.cols, candidates, draws.row<int32_t>(r),
                                             bests.empty() ? nullptr : bests.row<float>(r));
     }
   });
+  for (int64_t r = 0; r < logits.rows; ++r) {
+    if (!more(r)) continue;
+    CHECK(!details.results.empty()) << "row " << r << " wants more than a draw";
+    tokens.row<int32_t>(0)[r] = host_draw_.Choose({.logits = logits.row<float>(r),
+                                                   .count = logits.cols,
+                                                   .candidates = std::min(candidates.end, logits.cols),
+                                                   .draw = draws.row<int32_t>(r),
+                                                   .adjustments = details.adjustments.row<int32_t>(0),
+                                                   .details = details.results.row<int32_t>(r)});
+  }
 }
 
 void CpuBackend::ReadAll(Tensor memory) {

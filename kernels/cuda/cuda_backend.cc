@@ -105,7 +105,8 @@ class CudaBackend final : public Backend {
            Tensor active) override;
   void Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
              Tensor hidden) override;
-  void Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates) override;
+  void Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates,
+            const DrawDetails& details) override;
   void ReadAll(Tensor memory) override;
   void Add(Tensor x, Tensor y) override;
   void GatherRows(Tensor y, Tensor x, Tensor ids) override;
@@ -304,13 +305,17 @@ void CudaBackend::Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor
   queue_->Launch(kAudit, {x.rows}, 0, p);
 }
 
-void CudaBackend::Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates) {
-  CheckDraw(tokens, bests, logits, draws, candidates);
+void CudaBackend::Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates,
+                       const DrawDetails& details) {
+  CheckDraw(tokens, bests, logits, draws, candidates, details);
   held_.Flush();
   const DrawParams p = {.tokens = VectorFrom<int32_t>(tokens),
                         .bests = MatrixFrom<float>(bests),
-                        .logits = MatrixFrom<const float>(logits),
+                        .logits = MatrixFrom<float>(logits),
                         .draws = MatrixFrom<const int32_t>(draws),
+                        .adjustments = VectorFrom<int32_t>(details.adjustments),
+                        .scratch = VectorFrom<float>(details.scratch),
+                        .details = MatrixFrom<int32_t>(details.results),
                         .count = Int(logits.cols),
                         .first = Int(candidates.first),
                         .candidates = Int(std::clamp<int64_t>(candidates.end - candidates.first, 0, logits.cols))};

@@ -267,8 +267,11 @@ constexpr int kWriteRows = 8;       // of a block of WritePromptKv
 struct DrawParams {
   int32_t* tokens;                   // [rows]
   MatrixOf<float> bests;             // [rows, kBestFields], or nullptr
-  MatrixOf<const float> logits;      // [rows, count]
+  MatrixOf<float> logits;            // [rows, count]; adjusted for a while
   MatrixOf<const int32_t> draws;     // [rows, kDrawFields]
+  const int32_t* adjustments;        // [any, kAdjustFields] or nullptr
+  float* scratch;                    // [those], or nullptr
+  MatrixOf<int32_t> details;         // [rows, kDetailFields], or nullptr: no row wants more than a draw
   int32_t count, first, candidates;  // logits of a row; the id of the first; so many of them may be chosen
 };
 

@@ -103,8 +103,9 @@ void TimedBackend::Audit(Tensor result, Tensor x, const LinearWeights& up, Tenso
   Time(StepPart::kRest, [&] { timed_->Audit(result, x, up, worth, neurons, hidden); });
 }
 
-void TimedBackend::Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates) {
-  Time(StepPart::kRest, [&] { timed_->Draw(tokens, bests, logits, draws, candidates); });
+void TimedBackend::Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates,
+                        const DrawDetails& details) {
+  Time(StepPart::kRest, [&] { timed_->Draw(tokens, bests, logits, draws, candidates, details); });
 }
 
 void TimedBackend::Add(Tensor x, Tensor y) {

@@ -69,7 +69,8 @@ class TimedBackend final : public Backend {
            Tensor active) override;
   void Audit(Tensor result, Tensor x, const LinearWeights& up, Tensor worth, const Selection& neurons,
              Tensor hidden) override;
-  void Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates) override;
+  void Draw(Tensor tokens, Tensor bests, Tensor logits, Tensor draws, Candidates candidates,
+            const DrawDetails& details) override;
   void ReadAll(Tensor memory) override { timed_->ReadAll(memory); }
   void Add(Tensor x, Tensor y) override;
   void GatherRows(Tensor y, Tensor x, Tensor ids) override;

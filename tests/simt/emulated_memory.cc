@@ -94,6 +94,7 @@ absl::Status Upload(DejavuCudaContext* context, DejavuCudaUpload upload) {
   if (!rows.WritesTo(context->device)) return Refuse("upload: the target is not device memory");
   const bool pinned = rows.ReadsFrom(context->pinned);
   if (!pinned) RETURN_IF_ERROR(CheckNoCapture(context, "upload of pageable memory"));
+  ++GetEmulation().uploads;
   return Submit(context, [=] {
     RETURN_IF_ERROR(RunHeld(context));
     rows.ForEach([&](char* to, const char* from, int64_t bytes) {
@@ -119,6 +120,8 @@ absl::Status Fetch(DejavuCudaContext* context, DejavuCudaFetch fetch) {
   if (rows.empty()) return absl::OkStatus();
   if (!rows.ReadsFrom(context->device)) return Refuse("fetch: the source is not device memory");
   if (!rows.WritesTo(context->pinned)) return Download(context, {fetch.copy});
+  ++GetEmulation().fetches;
+  GetEmulation().fetched_bytes += fetch.copy.row_bytes * fetch.copy.rows;
   return Submit(context, [=] {
     RETURN_IF_ERROR(RunHeld(context));
     rows.ForEach([&](char* to, const char* from, int64_t bytes) {

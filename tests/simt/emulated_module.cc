@@ -230,6 +230,7 @@ Emulation& GetEmulation() {
 void Emulation::ResetCounts() {
   std::ranges::fill(launches, 0);
   all_launches = gemms = all_reduces = waits_behind = 0;
+  uploads = fetches = fetched_bytes = 0;
 }
 
 }  // namespace dejavu::simt

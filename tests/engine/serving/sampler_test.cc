@@ -1,7 +1,6 @@
 #include "engine/serving/sampler.h"
 
 #include <array>
-#include <bit>
 #include <cmath>
 #include <limits>
 #include <random>
@@ -47,7 +46,8 @@ TEST(Sampler, ADeviceDrawsWhatTheSamplerDraws) {
   const auto backend = *CreateCpuBackend({2, /*pin=*/false});
   Sampler sampler(kVocab, kKnown);
   std::vector<float> logits;
-  std::vector<std::array<int32_t, kDrawFields>> draws(kRows);
+  std::vector<DrawFields> draws(kRows);
+  std::vector<AdjustFields> adjustments;
   std::vector<int32_t> expected;
   for (int r = 0; r < kRows; ++r) {
     std::vector<float> row = RandomLogits(kVocab, r);
@@ -59,11 +59,10 @@ TEST(Sampler, ADeviceDrawsWhatTheSamplerDraws) {
     params.seed = 1000 + r;
     ASSERT_TRUE(Sampler::IsPlain(params));
     expected.push_back(sampler.Sample(row.data(), params, TokenCounts(kVocab), {}, r, false).id);
-    const uint64_t key = DrawKey(params.seed, r);
-    draws[r] = {std::bit_cast<int32_t>(params.temperature), static_cast<int32_t>(key), static_cast<int32_t>(key >> 32)};
+    draws[r] = PlanDraw(params, TokenCounts(kVocab), {}, r, &adjustments);
     logits.insert(logits.end(), row.begin(), row.end());
   }
-  EXPECT_EQ(expected[7], Sampler::kNotFinite);
+  EXPECT_EQ(expected[7], kNotFinite);
   EXPECT_EQ(expected[9], 17);
   const Buffer memory = *backend->Allocate(kRows * (kVocab + kDrawFields + 1) * 4);
   const Tensor values = memory.View(0, DType::kFloat32, kRows, kVocab);
@@ -236,14 +235,14 @@ TEST(Sampler, BiasAllowedAndBannedTokensDecideWhatMayBeChosen) {
   const std::vector<int32_t> banned = {2, 3};
   EXPECT_EQ(sampler.Sample(logits.data(), allowed, counts, banned, 0, false).id, 1);
   const std::vector<int32_t> all = {1, 2};
-  EXPECT_EQ(sampler.Sample(logits.data(), allowed, counts, all, 0, false).id, Sampler::kNothingAllowed);
+  EXPECT_EQ(sampler.Sample(logits.data(), allowed, counts, all, 0, false).id, kNothingAllowed);
 }
 
 TEST(Sampler, LogitsThatAreNotFiniteAreReported) {
   Sampler sampler(3, 3);
   for (float bad : {kInfinity, -kInfinity, std::nanf("")}) {
     const std::vector<float> logits = {0, bad, 1};
-    EXPECT_EQ(sampler.Sample(logits.data(), {}, TokenCounts(3), {}, 0, false).id, Sampler::kNotFinite);
+    EXPECT_EQ(sampler.Sample(logits.data(), {}, TokenCounts(3), {}, 0, false).id, kNotFinite);
   }
 }
 
