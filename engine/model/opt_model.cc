@@ -278,8 +278,8 @@ void OptModel::Layer(int32_t l, const KvLayer& kv, const RowTable& rows) {
 
   if (config_.pre_norm) dev_.LayerNorm(h, x, w.attention_norm);
   if (observer_ != nullptr) observer_->OnInput(l, Tap::kAttentionNorm, h);
-  // A selection that need not wait for the attention goes beside it, so that the up-projection finds its list in time; a
-  // group's runs beside the sum that the norm waits for.
+  // A selection that need not wait for the attention goes beside it, so that the up-projection finds its list in time;
+  // a group's runs beside the sum that the norm waits for.
   const bool early = predictor_.PredictsEarly(l), alone = comm_.size() == 1;
   Selection neurons;
   Attend(l, kv, rows, partial, h, early && alone ? &neurons : nullptr);
