@@ -138,6 +138,16 @@ DJ_DEVICE Vector16 LoadPart(const W* from, int n) {
   return v;
 }
 
+// from[0 ... 4), of which `left` are there; zeros beyond. `vectors`: 16 bytes can be read at once.
+DJ_DEVICE void LoadFour(const float* from, int left, bool vectors, float (&to)[4]) {
+  if (vectors && left >= 4) {
+    WidenPiece(LoadVector(from), to, from);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) to[e] = e < left ? from[e] : 0.0f;
+  }
+}
+
 }  // namespace dejavu::cuda
 
 #endif  // KERNELS_CUDA_COMMON_CUH_

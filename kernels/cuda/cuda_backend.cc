@@ -31,12 +31,6 @@ namespace {
 constexpr int64_t kAttentionRows =
     64;  // at once of what PromptAttention does not do, whose scratch grows with the rows
 
-// Launches that store keys and values.
-bool WritesCache(std::optional<Kernel> kernel) {
-  constexpr Kernel kWriters[] = {kWriteKvF16, kWriteKvF32, kWritePromptKv, kAttentionF16, kAttentionF32};
-  return !kernel.has_value() || std::ranges::find(kWriters, *kernel) != std::end(kWriters);
-}
-
 class CudaBackend final : public Backend {
  public:
   CudaBackend(std::unique_ptr<DeviceQueue> queue, std::unique_ptr<Staging> staging)
@@ -53,6 +47,7 @@ class CudaBackend final : public Backend {
   void Upload(Tensor target, const void* source) override {
     held_.Flush();
     fragments_.Wrote(target);
+    queue_->NoteWritten(target.data);
     staging_->Upload(target, source);
   }
   void Download(void* target, Tensor source) override {
@@ -217,8 +212,9 @@ void CudaBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const
     p.scale = scale;
     p.selected = SelectionFrom(heads, /*masks=*/true, row);
     p.splits = Int(DivideUp(rows.block_table.cols * kv.block_tokens, kDecodePositions));
-    p.early = !WritesCache(queue_->last_launch()) && (heads.all() || products_.IsOld(p.selected.list));
+    p.early = queue_->IsOld(kv.keys) && (heads.all() || queue_->IsOld(p.selected.list));
     Attend(p, kv.dtype);
+    if (writes) queue_->NoteWritten(kv.keys);
   }
 }
 
@@ -263,7 +259,7 @@ void CudaBackend::Select(const Selection& selection, Tensor counts, Tensor a, co
   const int64_t sums_bytes = kWarps * rows_of_block * kSelectColumns * int64_t{sizeof(int32_t)};
   queue_->Launch(single ? kNormSelect1 : kNormSelect8, {p.norm.rows + groups * DivideUp(w.b.cols, kSelectColumns)},
                  std::max(sums_bytes, norm_bytes), p);
-  products_.NoteList(selection.indices);
+  queue_->NoteWritten(selection.indices.data);
 }
 
 void CudaBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& neurons, bool skip_zeros, Tensor hidden,

@@ -45,6 +45,8 @@ struct alignas(16) Vector16 {
   uint32_t w[4];
 };
 
+DJ_DEVICE uint32_t SharedAddress(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
+
 // 16 aligned bytes at once, also where the compiler would rather read the parts that are used one by one.
 DJ_DEVICE Vector16 LoadVector(const void* p) {
   Vector16 v;
@@ -60,7 +62,7 @@ DJ_DEVICE Vector16 LoadShared(const void* p) {
   Vector16 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p)))
+               : "r"(SharedAddress(p))
                : "memory");
   return v;
 }
@@ -116,9 +118,8 @@ DJ_DEVICE void MmaS8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
 
 // cp.async of 16 aligned bytes; zeros in their place unless `copies`, whatever `global` is.
 DJ_DEVICE void CopyAsync16(void* shared, const void* global, bool copies = true) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global), "r"(copies ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(SharedAddress(shared)), "l"(global),
+               "r"(copies ? 16 : 0)
                : "memory");
 }
 DJ_DEVICE void CopyAsyncCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -134,7 +135,7 @@ DJ_DEVICE Vector16 LoadMatrices(const void* shared) {
   Vector16 v;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared)))
+               : "r"(SharedAddress(shared))
                : "memory");
   return v;
 }
@@ -142,7 +143,7 @@ DJ_DEVICE Vector16 LoadMatricesTransposed(const void* shared) {
   Vector16 v;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared)))
+               : "r"(SharedAddress(shared))
                : "memory");
   return v;
 }

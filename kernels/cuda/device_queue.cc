@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
 #include "kernels/communicator.h"
+#include "kernels/cuda/kernel_params.h"
 
 namespace dejavu::cuda {
 
@@ -64,14 +65,9 @@ absl::StatusOr<Buffer> DeviceQueue::Allocate(int64_t bytes) {
 
 void DeviceQueue::LaunchWith(Kernel kernel, Grid grid, int64_t shared_bytes, const void* params,
                              uint32_t params_bytes) {
-  static constexpr const char* kNames[] = {
-#define DEJAVU_CUDA_KERNEL_NAME(name, params) #name,
-      DEJAVU_CUDA_KERNELS(DEJAVU_CUDA_KERNEL_NAME)
-#undef DEJAVU_CUDA_KERNEL_NAME
-  };
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   CHECK(shared_bytes <= device().shared_bytes_per_block)
-      << kNames[kernel] << " wants " << shared_bytes << " bytes of shared memory";
+      << NameOf(kernel) << " wants " << shared_bytes << " bytes of shared memory";
   // NCCL does not say whether another launch may begin beside its own; one after a fork or a join has two before it.
   const bool overlaps = !std::exchange(follows_all_reduce_, false) && context_->kernels_wait;
   const DejavuCudaLaunch launch = {
@@ -82,9 +78,13 @@ void DeviceQueue::LaunchWith(Kernel kernel, Grid grid, int64_t shared_bytes, con
       .overlaps = overlaps,
       .params = params,
       .params_bytes = params_bytes};
-  Try(module().launch(context(), &launch), kNames[kernel]);
+  Try(module().launch(context(), &launch), NameOf(kernel));
   ++launches_;
-  last_launch_ = kernel;
+}
+
+bool DeviceQueue::IsOld(const void* memory) const {
+  const auto written = written_at_.find(memory);
+  return launches_ > std::max(known_from_, written == written_at_.end() ? 0 : written->second);
 }
 
 void DeviceQueue::AllReduce(float* x, int64_t count, bool aside) {
@@ -100,7 +100,7 @@ void DeviceQueue::JoinAllReduce() {
 
 void DeviceQueue::BeginCapture() {
   Try(module().begin_capture(context()), "begin of a graph");
-  last_launch_.reset();
+  known_from_ = launches_;
   capturing_ = true;
   all_reduces_before_ = all_reduces_;
 }
@@ -116,7 +116,7 @@ DeviceQueue::Graph DeviceQueue::EndCapture() {
 
 void DeviceQueue::Replay(const Graph& graph) {
   Try(module().replay(context(), graph.graph), "graph");
-  last_launch_.reset();
+  known_from_ = launches_;
   all_reduces_ += graph.all_reduces;
 }
 

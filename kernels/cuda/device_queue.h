@@ -7,8 +7,8 @@
 
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <string>
+#include <unordered_map>
 #include <utility>
 
 #include "absl/status/statusor.h"
@@ -48,9 +48,11 @@ class DeviceQueue {
     LaunchWith(kernel, grid, shared_bytes, &params, sizeof params);
   }
 
-  int64_t launches() const { return launches_; }  // so far, without those of replays
-  // What the next launch may overlap with, where that is known: not after a replay, nor where a capture begins.
-  std::optional<Kernel> last_launch() const { return last_launch_; }
+  // Memory that launches leave to each other, by its address: the last launch has written it. It is old when one launch
+  // more has come: the next one may read it before it waits. Nobody knows what a replay has written last, nor what is
+  // before a capture: all is new then.
+  void NoteWritten(const void* memory) { written_at_[memory] = launches_; }
+  bool IsOld(const void* memory) const;
 
   // In a group of devices; x [count]. With `aside` beside what follows, up to JoinAllReduce.
   void AllReduce(float* x, int64_t count, bool aside);
@@ -89,9 +91,10 @@ class DeviceQueue {
   std::string failure_;              // the first one; the device does nothing more after it
   bool peer_lost_ = false;           // that is what failed
   bool follows_all_reduce_ = false;  // the next launch
-  std::optional<Kernel> last_launch_;
   bool capturing_ = false;
   int64_t launches_ = 0;
+  int64_t known_from_ = 0;  // launch
+  std::unordered_map<const void*, int64_t> written_at_;
   int64_t all_reduces_ = 0;
   int64_t all_reduces_before_ = 0;  // the capture under way
 };

@@ -2,7 +2,7 @@
 #ifndef KERNELS_CUDA_GEMM_CUH_
 #define KERNELS_CUDA_GEMM_CUH_
 
-#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/fragments.cuh"
 
 namespace dejavu::cuda {
 
@@ -42,28 +42,20 @@ DJ_DEVICE void SplitRow(const SplitParams& p) {
   if (first < p.features) {
     const float* from = Row(p.x, row) + first;
     float x[kSplitPiece];
-    if (p.vectors) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Vector16 v = LoadVector(from + 4 * half);
+    for (int i = 0; i < kSplitPiece; i += 4) {
+      float four[4];
+      LoadFour(from + i, p.features - first - i, p.vectors, four);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[4 * half + i] = __uint_as_float(v.w[i]);
+      for (int e = 0; e < 4; ++e) {
+        x[i + e] = four[e];
+        bits |= static_cast<uint32_t>(four[e] != 0.0f) << (i + e);
       }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kSplitPiece; ++i) x[i] = first + i < p.features ? from[i] : 0.0f;
     }
-    Vector16 high = {}, low = {};
-#pragma unroll
-    for (int i = 0; i < kSplitPiece; ++i) {
-      uint16_t upper, lower;
-      Split(x[i], upper, lower, W());
-      high.w[i / 2] |= static_cast<uint32_t>(upper) << (i % 2 * 16);
-      low.w[i / 2] |= static_cast<uint32_t>(lower) << (i % 2 * 16);
-      bits |= static_cast<uint32_t>(x[i] != 0.0f) << i;
-    }
-    *reinterpret_cast<Vector16*>(Row(p.high, row) + first) = high;
-    *reinterpret_cast<Vector16*>(Row(p.low, row) + first) = low;
+    Vector16 halves[2];
+    HalfTerms<W>::Place(x, 1.0f, halves, 1);
+    *reinterpret_cast<Vector16*>(Row(p.high, row) + first) = halves[0];
+    *reinterpret_cast<Vector16*>(Row(p.low, row) + first) = halves[1];
   }
   if (p.active != nullptr) CountActive(p, row, first, bits);
 }

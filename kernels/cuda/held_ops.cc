@@ -54,6 +54,7 @@ void HeldOps::Flush() {
     } else {
       queue_.Launch(rows->kv.dtype == DType::kFloat16 ? kWriteKvF16 : kWriteKvF32, {1, p.heads, p.rows}, 0, p);
     }
+    queue_.NoteWritten(p.keys);
   }
 }
 
@@ -94,10 +95,15 @@ void HeldOps::HoldWriteKv(const KvRows& rows) {
   write_kv_ = rows;
 }
 
-std::optional<HeldNorm> HeldOps::TakeNorm(const Tensor& beside) {
-  if (norm_.has_value() && (Overlap(norm_->y, beside) || Overlap(norm_->x, beside))) Flush();
+std::optional<HeldNorm> HeldOps::TakeNorm() {
   std::optional<HeldNorm> norm = std::exchange(norm_, std::nullopt);
   Flush();
+  return norm;
+}
+
+std::optional<HeldNorm> HeldOps::TakeNorm(const Tensor& beside) {
+  if (norm_.has_value() && (Overlap(norm_->y, beside) || Overlap(norm_->x, beside))) Flush();
+  std::optional<HeldNorm> norm = TakeNorm();
   if (!norm.has_value() || !norm->sum.has_value()) return norm;
   if (norm->sum->launched()) {
     norm->params.sums = norm->sum->params.sums;
@@ -110,9 +116,7 @@ std::optional<HeldNorm> HeldOps::TakeNorm(const Tensor& beside) {
 
 std::optional<HeldNorm> HeldOps::TakeNormOf(const Tensor& x) {
   if (norm_.has_value() && !SameView(norm_->y, x)) Flush();
-  std::optional<HeldNorm> norm = std::exchange(norm_, std::nullopt);
-  Flush();
-  return norm;
+  return TakeNorm();
 }
 
 bool HeldOps::TakeWriteKv(const KvRows& rows) {

@@ -65,6 +65,7 @@ class HeldOps {
   };
 
   void Launch(const HeldSum& sum);
+  std::optional<HeldNorm> TakeNorm();
 
   DeviceQueue& queue_;
   std::optional<HeldSum> sum_;

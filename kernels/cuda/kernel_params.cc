@@ -9,6 +9,15 @@ int32_t Int(int64_t value) {
   return static_cast<int32_t>(value);
 }
 
+const char* NameOf(Kernel kernel) {
+  static constexpr const char* kNames[] = {
+#define DEJAVU_CUDA_KERNEL_NAME(name, params) #name,
+      DEJAVU_CUDA_KERNELS(DEJAVU_CUDA_KERNEL_NAME)
+#undef DEJAVU_CUDA_KERNEL_NAME
+  };
+  return kNames[kernel];
+}
+
 WeightType TypeOf(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:

@@ -27,6 +27,7 @@ T* VectorFrom(const Tensor& t) {
   return static_cast<T*>(t.data);
 }
 
+const char* NameOf(Kernel kernel);
 WeightType TypeOf(DType dtype);
 
 // Whether kVectorBytes can be read at once from every row on.

@@ -135,15 +135,6 @@ LaunchReads OfWriteKv(const AttentionParams& p, const DejavuCudaLaunch& launch) 
 
 }  // namespace
 
-const char* NameOf(Kernel kernel) {
-  static constexpr const char* kNames[] = {
-#define DEJAVU_CUDA_KERNEL_NAME(name, params) #name,
-      DEJAVU_CUDA_KERNELS(DEJAVU_CUDA_KERNEL_NAME)
-#undef DEJAVU_CUDA_KERNEL_NAME
-  };
-  return kNames[kernel];
-}
-
 LaunchReads ReadsOf(const DejavuCudaLaunch& launch, LaunchState& state) {
   if (launch.kernel == kJoinSums) return OfJoinSums(*static_cast<const SumParams*>(launch.params));
   if (launch.kernel == kWriteKvF16 || launch.kernel == kWriteKvF32 || launch.kernel == kWritePromptKv) {

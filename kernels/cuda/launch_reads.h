@@ -35,8 +35,6 @@ class LaunchState {
 LaunchReads ReadsOf(const DejavuCudaLaunch& launch, LaunchState& state);
 LaunchReads ReadsOf(const DejavuCudaGemm& gemm);
 
-const char* NameOf(Kernel kernel);
-
 }  // namespace dejavu::cuda
 
 #endif  // KERNELS_CUDA_LAUNCH_READS_H_

@@ -11,18 +11,6 @@ namespace dejavu::cuda {
 constexpr int kNormVector = 4;  // elements that a thread reads at once
 constexpr int kNormStride = kNormVector * kBlockThreads;
 
-// from[0 ... 4), of which `left` are there; zeros beyond.
-DJ_DEVICE void LoadFour(const float* from, int left, bool vectors, float (&to)[kNormVector]) {
-  if (vectors && left >= kNormVector) {
-    const Vector16 v = LoadVector(from);
-#pragma unroll
-    for (int e = 0; e < kNormVector; ++e) to[e] = __uint_as_float(v.w[e]);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kNormVector; ++e) to[e] = e < left ? from[e] : 0.0f;
-  }
-}
-
 DJ_DEVICE int BlockMost(int value, int* shared) {
   for (int step = 16; step > 0; step /= 2) value = Max(value, __shfl_xor_sync(kAllLanes, value, step));
   __syncthreads();

@@ -126,7 +126,7 @@ void Products::Multiply(const Job& job) {
   p.group = Int(job.group);
   p.w = RowsOf(job.w, job.y, x);
   p.selected = job.selected;
-  p.list_early = IsOld(p.selected.list);
+  p.list_early = queue_.IsOld(p.selected.list);
   p.cleared = VectorFrom<int32_t>(job.cleared);
   p.cleared_count = Int(job.cleared.cols);
 
@@ -180,7 +180,7 @@ void Products::Sum(Tensor y, Tensor x, const LinearWeights& w, const Selection& 
   p.stride = w.weight.stride;
   p.scale = VectorFrom<float>(w.scale);
   p.selected = SelectionFrom(selected, /*masks=*/false);
-  p.list_early = IsOld(p.selected.list);
+  p.list_early = queue_.IsOld(p.selected.list);
   p.sums = {.partial = {scratch_.Partial<float>(segments * rows_at_once * slabs * slab), slabs * slab},
             .bias = VectorFrom<float>(w.bias),
             .segments = Int(segments),
@@ -208,13 +208,6 @@ void Products::Sum(Tensor y, Tensor x, const LinearWeights& w, const Selection& 
                    .y = y.Rows(row, p.sums.rows)});
     p.active = nullptr;
   }
-}
-
-void Products::NoteList(const Tensor& list) { made_at_[list.data] = queue_.launches(); }
-
-bool Products::IsOld(const int32_t* list) const {
-  const auto made = made_at_.find(list);
-  return list != nullptr && made != made_at_.end() && queue_.launches() > made->second;
 }
 
 }  // namespace dejavu::cuda

@@ -4,7 +4,6 @@
 #define KERNELS_CUDA_PRODUCTS_H_
 
 #include <cstdint>
-#include <unordered_map>
 
 #include "kernels/backend.h"
 #include "kernels/cuda/device_queue.h"
@@ -55,11 +54,6 @@ class Products {
   void Sum(Tensor y, Tensor x, const LinearWeights& w, const Selection& selected, int64_t group, bool skip_zeros,
            Tensor active);
 
-  // The last launch has made this list of selected ones. A list is old when one launch more has come: the next one may
-  // read it before it waits.
-  void NoteList(const Tensor& list);
-  bool IsOld(const int32_t* list) const;
-
  private:
   SplitParams SplitInput(const GemmJob& job, int64_t stride);
   static OutputRows RowsOf(const LinearWeights& w, const Tensor& y, const RowFragments& x);
@@ -68,7 +62,6 @@ class Products {
   Scratch& scratch_;
   HeldOps& held_;
   FragmentStore& fragments_;
-  std::unordered_map<const void*, int64_t> made_at_;  // lists: how many launches there were then
 };
 
 }  // namespace dejavu::cuda

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/cuda/kernel_params.h"
 
 namespace dejavu {
 namespace {

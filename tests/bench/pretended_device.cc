@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "kernels/base/round.h"
-#include "kernels/cuda/launch_reads.h"
+#include "kernels/cuda/kernel_params.h"
 
 namespace dejavu {
 namespace {
