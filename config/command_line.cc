@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <cstdio>
-#include <fstream>
 #include <map>
 #include <string>
 #include <utility>
@@ -17,6 +16,7 @@
 #include "config/option_table.h"
 #include "config/plan_flags.h"
 #include "config/yaml_reader.h"
+#include "kernels/base/regular_file.h"
 #include "kernels/base/status_macros.h"
 
 namespace dejavu {
@@ -35,15 +35,6 @@ std::map<std::string, std::string> ProcessEnvironment() {
     variables.emplace(text.substr(0, equals), text.substr(equals + 1));
   }
   return variables;
-}
-
-absl::StatusOr<std::string> ReadText(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::string text(kMaxYamlBytes + 1, '\0');  // one more than allowed, for ReadYaml to see
-  file.read(text.data(), static_cast<std::streamsize>(text.size()));
-  if (!file.is_open() || file.bad()) return absl::NotFoundError(absl::StrCat(path, ": cannot be read"));
-  text.resize(static_cast<size_t>(file.gcount()));
-  return text;
 }
 
 struct Flags {
@@ -121,7 +112,7 @@ ParsedCommandLine ParseCommandLine(int argc, const char* const* argv) {
     sources.yaml_name = sources.environment[kConfigVariable];
   }
   if (!sources.yaml_name.empty()) {
-    absl::StatusOr<std::string> text = ReadText(sources.yaml_name);
+    absl::StatusOr<std::string> text = ReadRegularFile(sources.yaml_name, kMaxYamlBytes);
     if (!text.ok()) return ExitWith(kExitConfiguration, text.status().message());
     sources.yaml = *std::move(text);
   }

@@ -12,8 +12,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "engine/formats/checkpoint.h"
 #include "engine/text/tokenizer.h"
+#include "kernels/base/regular_file.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/base/utf8.h"
 
@@ -42,7 +42,7 @@ absl::StatusOr<std::vector<int32_t>> ReadTokens(const std::string& model, const 
         absl::StrCat(model, ": has no tokenizer, which a text needs (", tokenizer.status().message(), ")"));
   }
   RETURN_IF_ERROR(tokenizer.status());
-  ASSIGN_OR_RETURN(const auto file, RandomAccessFile::Open(text_file));
+  ASSIGN_OR_RETURN(const auto file, RegularFile::Open(text_file));
   ASSIGN_OR_RETURN(const std::string text, file->ReadString(0, file->size()));
   const size_t valid = ValidUtf8Prefix(text);
   if (valid != text.size()) {

@@ -1,12 +1,9 @@
 #include "engine/formats/checkpoint.h"
 
-#include <fcntl.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
 #include <limits>
 #include <utility>
 
@@ -24,17 +21,10 @@ namespace {
 constexpr int64_t kMaxIndexBytes = int64_t{64} << 20;
 constexpr int64_t kMaxElements = std::numeric_limits<int64_t>::max() / 8;  // 8: the largest element of any stored type
 
-absl::Status SystemError(int error, const std::string& path, absl::string_view action) {
-  const std::string message = absl::StrCat(path, ": cannot ", action, ": ", std::strerror(error));
-  if (error == ENOENT) return absl::NotFoundError(message);
-  if (error == EACCES || error == EPERM) return absl::PermissionDeniedError(message);
-  return absl::UnavailableError(message);
-}
-
 // What stands in place of the weights where a repository was cloned without Git LFS: worth a message of its own.
 absl::Status RefuseLfsPointer(const std::string& path) {
   constexpr absl::string_view kStart = "version https://git-lfs";
-  ASSIGN_OR_RETURN(const auto file, RandomAccessFile::Open(path));
+  ASSIGN_OR_RETURN(const auto file, RegularFile::Open(path));
   if (file->size() < static_cast<int64_t>(kStart.size())) return absl::OkStatus();
   ASSIGN_OR_RETURN(const std::string start, file->ReadString(0, kStart.size()));
   if (start != kStart) return absl::OkStatus();
@@ -55,12 +45,7 @@ bool IsShardName(absl::string_view name, absl::string_view extension) {
 
 // The index decides where a tensor is read from; what shards hold beyond it is not part of the model.
 absl::StatusOr<TensorMap> ReadIndexed(const std::string& directory, const std::string& path) {
-  ASSIGN_OR_RETURN(const auto file, RandomAccessFile::Open(path));
-  if (file->size() > kMaxIndexBytes) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(path, ": an index of ", file->size(), " bytes; the limit is ", kMaxIndexBytes));
-  }
-  ASSIGN_OR_RETURN(const std::string text, file->ReadString(0, file->size()));
+  ASSIGN_OR_RETURN(const std::string text, ReadRegularFile(path, kMaxIndexBytes));
   ASSIGN_OR_RETURN(const nlohmann::json index, ParseJsonObject(text, path));
   const auto weights = index.find("weight_map");
   if (weights == index.end() || !weights->is_object() || weights->empty()) {
@@ -105,52 +90,7 @@ bool Exists(const std::string& path) {
 
 }  // namespace
 
-absl::StatusOr<std::shared_ptr<RandomAccessFile>> RandomAccessFile::Open(const std::string& path) {
-  // O_NONBLOCK: opening a FIFO must not wait for its writer; it has no effect on regular files.
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd < 0) return SystemError(errno, path, "open");
-  struct stat info;
-  if (fstat(fd, &info) != 0) {
-    const int error = errno;
-    close(fd);
-    return SystemError(error, path, "stat");
-  }
-  if (!S_ISREG(info.st_mode)) {
-    close(fd);
-    return absl::InvalidArgumentError(absl::StrCat(path, ": not a regular file"));
-  }
-  return std::shared_ptr<RandomAccessFile>(new RandomAccessFile(fd, path, info.st_size));
-}
-
-RandomAccessFile::~RandomAccessFile() { close(fd_); }
-
-absl::Status RandomAccessFile::Read(int64_t offset, int64_t bytes, void* target) const {
-  CHECK(offset >= 0 && bytes >= 0) << bytes << " bytes at " << offset;
-  char* out = static_cast<char*>(target);
-  for (int64_t done = 0; done < bytes;) {
-    const ssize_t got = pread(fd_, out + done, bytes - done, offset + done);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) return SystemError(errno, path_, absl::StrCat("read at byte ", offset + done));
-    if (got == 0) {
-      return absl::DataLossError(
-          absl::StrCat(path_, ": ends within the ", bytes, " bytes at offset ", offset, "; it has ", size_, " bytes"));
-    }
-    done += got;
-  }
-  return absl::OkStatus();
-}
-
-absl::StatusOr<std::string> RandomAccessFile::ReadString(int64_t offset, int64_t bytes) const {
-  if (offset > size_ || bytes > size_ - offset) {  // before the memory is taken
-    return absl::DataLossError(
-        absl::StrCat(path_, ": ends within the ", bytes, " bytes at offset ", offset, "; it has ", size_, " bytes"));
-  }
-  std::string text(bytes, '\0');
-  RETURN_IF_ERROR(Read(offset, bytes, text.data()));
-  return text;
-}
-
-absl::Status Refuse(const RandomAccessFile& file, absl::string_view reason) {
+absl::Status Refuse(const RegularFile& file, absl::string_view reason) {
   return absl::InvalidArgumentError(absl::StrCat(file.path(), ": ", reason));
 }
 
@@ -177,7 +117,9 @@ absl::StatusOr<Checkpoint> Checkpoint::Open(const std::string& directory) {
   constexpr const char* kNames[] = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                                     "pytorch_model.bin.index.json"};
   struct stat info;
-  if (stat(directory.c_str(), &info) != 0) return SystemError(errno, directory, "open the model directory");
+  if (stat(directory.c_str(), &info) != 0) {
+    return absl::ErrnoToStatus(errno, absl::StrCat(directory, ": cannot open the model directory"));
+  }
   if (!S_ISDIR(info.st_mode)) return absl::InvalidArgumentError(absl::StrCat(directory, ": not a directory"));
   for (const char* name : kNames) {
     const std::string path = absl::StrCat(directory, "/", name);

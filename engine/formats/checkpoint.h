@@ -17,34 +17,13 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
+#include "kernels/base/regular_file.h"
 #include "kernels/tensor.h"
 
 namespace dejavu {
 
-// An open file that is read by offset; knows its size. Any thread.
-class RandomAccessFile {
- public:
-  static absl::StatusOr<std::shared_ptr<RandomAccessFile>> Open(const std::string& path);
-  ~RandomAccessFile();
-  RandomAccessFile(const RandomAccessFile&) = delete;
-  RandomAccessFile& operator=(const RandomAccessFile&) = delete;
-
-  // DATA_LOSS with path and offset when the file ends before.
-  absl::Status Read(int64_t offset, int64_t bytes, void* target) const;
-  absl::StatusOr<std::string> ReadString(int64_t offset, int64_t bytes) const;
-
-  const std::string& path() const { return path_; }
-  int64_t size() const { return size_; }
-
- private:
-  RandomAccessFile(int fd, std::string path, int64_t size) : fd_(fd), path_(std::move(path)), size_(size) {}
-  const int fd_;
-  const std::string path_;
-  const int64_t size_;
-};
-
 // INVALID_ARGUMENT with the path and what is wrong with the file.
-absl::Status Refuse(const RandomAccessFile& file, absl::string_view reason);
+absl::Status Refuse(const RegularFile& file, absl::string_view reason);
 
 // A dense row-major tensor in a file. Element count and extent have been checked against the file.
 struct StoredTensor {
@@ -52,7 +31,7 @@ struct StoredTensor {
   DType dtype = DType::kFloat32;
   std::vector<int64_t> shape;
   int64_t elements = 0;
-  std::shared_ptr<RandomAccessFile> file;
+  std::shared_ptr<RegularFile> file;
   int64_t offset = 0;  // of the first element, in bytes
 };
 

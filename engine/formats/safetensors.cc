@@ -91,7 +91,7 @@ absl::Status RefuseOverlaps(std::vector<Extent> extents, const std::string& path
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::string> ReadHeader(const RandomAccessFile& file) {
+absl::StatusOr<std::string> ReadHeader(const RegularFile& file) {
   if (file.size() < kLengthBytes) {
     return absl::InvalidArgumentError(
         absl::StrCat(file.path(), ": ", file.size(), " bytes are too few for a safetensors file"));
@@ -112,7 +112,7 @@ absl::StatusOr<std::string> ReadHeader(const RandomAccessFile& file) {
 
 absl::StatusOr<TensorMap> ReadSafetensorsHeader(const std::string& path, const std::string& metadata_key,
                                                 std::string* metadata) {
-  ASSIGN_OR_RETURN(const auto file, RandomAccessFile::Open(path));
+  ASSIGN_OR_RETURN(const auto file, RegularFile::Open(path));
   ASSIGN_OR_RETURN(const std::string text, ReadHeader(*file));
   ASSIGN_OR_RETURN(const nlohmann::json header, ParseJsonObject(text, path));
   const int64_t data_start = kLengthBytes + static_cast<int64_t>(text.size());

@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kMaxPickleBytes = int64_t{16} << 20;  // that of OPT-175B would be below 1 MiB
 
 // Says what a file is that is not a zip archive at all.
-absl::Status CheckIsZip(const RandomAccessFile& file) {
+absl::Status CheckIsZip(const RegularFile& file) {
   if (file.size() < 4) return Refuse(file, absl::StrCat(file.size(), " bytes are too few for a PyTorch file"));
   ASSIGN_OR_RETURN(const std::string start, file.ReadString(0, 4));
   if (start == absl::string_view("PK\x03\x04", 4)) return absl::OkStatus();
@@ -33,7 +33,7 @@ absl::Status CheckIsZip(const RandomAccessFile& file) {
 }
 
 // The archive's one folder, with its slash.
-absl::StatusOr<std::string> FindFolder(const RandomAccessFile& file, const ZipDirectory& entries) {
+absl::StatusOr<std::string> FindFolder(const RegularFile& file, const ZipDirectory& entries) {
   std::string folder;
   for (const auto& [name, entry] : entries) {
     absl::string_view prefix = name;
@@ -45,7 +45,7 @@ absl::StatusOr<std::string> FindFolder(const RandomAccessFile& file, const ZipDi
   return folder;
 }
 
-absl::Status CheckByteOrder(const RandomAccessFile& file, const ZipDirectory& entries, const std::string& folder) {
+absl::Status CheckByteOrder(const RegularFile& file, const ZipDirectory& entries, const std::string& folder) {
   const auto entry = entries.find(folder + "byteorder");
   if (entry == entries.end()) return absl::OkStatus();  // before torch 2.1: little
   if (entry->second.bytes > 16) return Refuse(file, "entry byteorder is too long");
@@ -99,7 +99,7 @@ absl::StatusOr<StoredTensor> Resolve(const PickledTensor& tensor, const ZipDirec
 }  // namespace
 
 absl::StatusOr<TensorMap> ReadTorchArchive(const std::string& path) {
-  ASSIGN_OR_RETURN(const auto file, RandomAccessFile::Open(path));
+  ASSIGN_OR_RETURN(const auto file, RegularFile::Open(path));
   RETURN_IF_ERROR(CheckIsZip(*file));
   ASSIGN_OR_RETURN(const ZipDirectory entries, ReadZipDirectory(*file));
   ASSIGN_OR_RETURN(const std::string folder, FindFolder(*file, entries));

@@ -56,7 +56,7 @@ struct CentralHeader {
   uint16_t method = 0;
 };
 
-absl::StatusOr<DirectoryExtent> ReadZip64End(const RandomAccessFile& file, int64_t end_offset) {
+absl::StatusOr<DirectoryExtent> ReadZip64End(const RegularFile& file, int64_t end_offset) {
   if (end_offset < kLocatorBytes) return Refuse(file, "truncated zip archive: no zip64 locator");
   ASSIGN_OR_RETURN(const std::string locator, file.ReadString(end_offset - kLocatorBytes, kLocatorBytes));
   if (U32(locator, 0) != kLocatorSignature) return Refuse(file, "damaged zip archive: no zip64 locator");
@@ -73,7 +73,7 @@ absl::StatusOr<DirectoryExtent> ReadZip64End(const RandomAccessFile& file, int64
   return DirectoryExtent{.offset = U64(end, 48), .bytes = U64(end, 40), .entries = U64(end, 32)};
 }
 
-absl::StatusOr<DirectoryExtent> FindDirectory(const RandomAccessFile& file) {
+absl::StatusOr<DirectoryExtent> FindDirectory(const RegularFile& file) {
   const int64_t tail_bytes = std::min(file.size(), kEndBytes + kMaxCommentBytes);
   ASSIGN_OR_RETURN(const std::string tail, file.ReadString(file.size() - tail_bytes, tail_bytes));
   int64_t at = tail_bytes - kEndBytes;
@@ -117,7 +117,7 @@ bool ResolveZip64(absl::string_view extra, uint64_t* uncompressed, uint64_t* com
 }
 
 // Takes one header off the front of `directory`.
-absl::StatusOr<CentralHeader> NextHeader(const RandomAccessFile& file, absl::string_view* directory) {
+absl::StatusOr<CentralHeader> NextHeader(const RegularFile& file, absl::string_view* directory) {
   const absl::string_view header = *directory;
   if (header.size() < kCentralBytes || U32(header, 0) != kCentralSignature) {
     return Refuse(file, "damaged zip archive: the central directory breaks off");
@@ -150,7 +150,7 @@ absl::StatusOr<CentralHeader> NextHeader(const RandomAccessFile& file, absl::str
 }
 
 // Checks the entry's local header and that the entry ends before the central directory.
-absl::StatusOr<ZipEntry> Locate(const RandomAccessFile& file, const CentralHeader& entry, uint64_t directory_offset) {
+absl::StatusOr<ZipEntry> Locate(const RegularFile& file, const CentralHeader& entry, uint64_t directory_offset) {
   const auto refuse = [&](absl::string_view reason) {
     return Refuse(file, absl::StrCat("entry ", Quoted(entry.name), " ", reason));
   };
@@ -181,7 +181,7 @@ struct Span {
 
 }  // namespace
 
-absl::StatusOr<ZipDirectory> ReadZipDirectory(const RandomAccessFile& file) {
+absl::StatusOr<ZipDirectory> ReadZipDirectory(const RegularFile& file) {
   ASSIGN_OR_RETURN(const DirectoryExtent extent, FindDirectory(file));
   ASSIGN_OR_RETURN(const std::string bytes,
                    file.ReadString(static_cast<int64_t>(extent.offset), static_cast<int64_t>(extent.bytes)));

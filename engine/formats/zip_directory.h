@@ -20,7 +20,7 @@ struct ZipEntry {
 
 using ZipDirectory = absl::flat_hash_map<std::string, ZipEntry>;
 
-absl::StatusOr<ZipDirectory> ReadZipDirectory(const RandomAccessFile& file);
+absl::StatusOr<ZipDirectory> ReadZipDirectory(const RegularFile& file);
 
 }  // namespace dejavu
 

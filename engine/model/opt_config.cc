@@ -4,8 +4,8 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
-#include "engine/formats/checkpoint.h"
 #include "engine/formats/json_text.h"
+#include "kernels/base/regular_file.h"
 #include "kernels/base/status_macros.h"
 
 namespace dejavu {
@@ -81,12 +81,7 @@ absl::Status CheckArchitecture(const json& document, Fields& fields, const std::
 
 absl::StatusOr<OptConfig> OptConfig::Load(const std::string& directory) {
   const std::string path = absl::StrCat(directory, "/config.json");
-  ASSIGN_OR_RETURN(const auto file, RandomAccessFile::Open(path));
-  if (file->size() > kMaxConfigBytes) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(path, ": has ", file->size(), " bytes; the limit is ", kMaxConfigBytes));
-  }
-  ASSIGN_OR_RETURN(const std::string text, file->ReadString(0, file->size()));
+  ASSIGN_OR_RETURN(const std::string text, ReadRegularFile(path, kMaxConfigBytes));
   ASSIGN_OR_RETURN(const json document, ParseJsonObject(text, path));
   Fields fields(document, path);
   RETURN_IF_ERROR(CheckArchitecture(document, fields, path));

@@ -4,7 +4,6 @@
 #include "engine/text/tokenizer_files.h"
 
 #include <filesystem>
-#include <fstream>
 #include <utility>
 
 #include "absl/container/flat_hash_map.h"
@@ -15,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/string_view.h"
+#include "kernels/base/regular_file.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/base/utf8.h"
 #include "nlohmann/json.hpp"
@@ -24,7 +24,7 @@ namespace {
 
 using nlohmann::json;
 
-constexpr size_t kMaxFileBytes = 32 << 20;
+constexpr int64_t kMaxFileBytes = 32 << 20;
 constexpr int kMaxJsonDepth = 32;  // the deepest real file has 6
 constexpr int64_t kMaxTokens = 1 << 20;
 
@@ -48,18 +48,6 @@ bool Exists(const std::string& file) {
   return std::filesystem::exists(file, error);
 }
 
-absl::StatusOr<std::string> ReadFile(const std::string& file) {
-  std::error_code error;
-  if (!std::filesystem::is_regular_file(file, error)) return Malformed(file, "is not a regular file");
-  const uintmax_t size = std::filesystem::file_size(file, error);
-  if (error) return Malformed(file, absl::StrCat("cannot be read: ", error.message()));
-  if (size > kMaxFileBytes) return Malformed(file, absl::StrCat("has ", size, " bytes; the limit is ", kMaxFileBytes));
-  std::string text(size, '\0');
-  std::ifstream stream(file, std::ios::binary);
-  if (!stream.read(text.data(), static_cast<std::streamsize>(size))) return Malformed(file, "cannot be read");
-  return text;
-}
-
 bool NestsTooDeep(absl::string_view text) {
   int depth = 0;
   bool in_string = false;
@@ -80,7 +68,7 @@ bool NestsTooDeep(absl::string_view text) {
 
 // The file's top-level object.
 absl::StatusOr<json> ReadJson(const std::string& file) {
-  ASSIGN_OR_RETURN(const std::string text, ReadFile(file));
+  ASSIGN_OR_RETURN(const std::string text, ReadRegularFile(file, kMaxFileBytes));
   // Before parsing: a nest of 32 million arrays takes gigabytes.
   if (NestsTooDeep(text)) return Malformed(file, absl::StrCat("JSON is nested deeper than ", kMaxJsonDepth, " levels"));
   try {
@@ -187,7 +175,7 @@ absl::Status Reader::ReadVocabAndMerges() {
   RETURN_IF_ERROR(ReadTokenizerConfig());
   RETURN_IF_ERROR(ReadSpecialTokensMap());
   RETURN_IF_ERROR(FindByteTokens());
-  ASSIGN_OR_RETURN(const std::string merges, ReadFile(merges_file_));
+  ASSIGN_OR_RETURN(const std::string merges, ReadRegularFile(merges_file_, kMaxFileBytes));
   int line_number = 0;
   for (absl::string_view line : absl::StrSplit(merges, '\n')) {
     ++line_number;

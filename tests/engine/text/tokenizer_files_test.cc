@@ -165,10 +165,10 @@ TEST_F(TokenizerFiles, AreRefusedWhenTheyAreNotRegularFiles) {
   WriteSmallFiles();
   std::filesystem::remove(directory_.path() + "/vocab.json");
   std::filesystem::create_directory(directory_.path() + "/vocab.json");
-  ExpectRefused("vocab.json", "is not a regular file");
+  ExpectRefused("vocab.json", "is a directory, not a regular file");
   std::filesystem::remove(directory_.path() + "/vocab.json");
   ASSERT_EQ(mkfifo((directory_.path() + "/vocab.json").c_str(), 0600), 0);
-  ExpectRefused("vocab.json", "is not a regular file");  // and nobody waits for a writer
+  ExpectRefused("vocab.json", "is a FIFO, not a regular file");  // and nobody waits for a writer
 }
 
 TEST_F(TokenizerFiles, AreRefusedForIdsThatAreWrong) {
