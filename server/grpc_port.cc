@@ -6,17 +6,17 @@
 #include "grpc/grpc.h"
 #include "grpc/support/log.h"
 #include "grpcpp/resource_quota.h"
-#include "grpcpp/server_builder.h"
+#include "kernels/base/status_macros.h"
 #include "server/rpc/error_details.h"
 #include "spdlog/spdlog.h"
 
 namespace dejavu {
 namespace {
 
-constexpr int kMaxMetadataBytes = 16 << 10;
 constexpr int kKeepaliveTimeMs = 60'000;     // an idle connection is pinged that often
 constexpr int kKeepaliveTimeoutMs = 20'000;  // and dropped when no answer comes
 constexpr int kMinClientPingIntervalMs = 10'000;
+constexpr int kHandshakeTimeoutMs = 10'000;  // for TLS and the first settings
 
 // gRPC writes to stderr by itself, even what any client can provoke: its lines go to our log, where they are usually
 // off.
@@ -33,12 +33,15 @@ void Configure(const ServerOptions& options, grpc::ServerBuilder* builder) {
   // A few megabytes of gzip may unfold to gigabytes before gRPC looks at their size.
   builder->SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_DEFLATE, false);
   builder->SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_GZIP, false);
-  builder->AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // else two daemons would share a port unnoticed
   builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, options.max_concurrent_streams);
-  builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, kMaxMetadataBytes);
+  builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, kTransportMetadataBytes);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveTimeMs);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  builder->AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, kHandshakeTimeoutMs);
+  if (options.connection_max_idle_s > 0) {
+    builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS, WholeMilliseconds(options.connection_max_idle_s));
+  }
   if (options.connection_max_age_s > 0) {
     builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_MS, WholeMilliseconds(options.connection_max_age_s));
   }
@@ -58,23 +61,30 @@ absl::Status GrpcPort::Listen(const ServerOptions& options, const std::string& a
                               const std::shared_ptr<grpc::ServerCredentials>& credentials) {
   grpc::ServerBuilder builder;
   Configure(options, &builder);
-  int port = 0;
-  builder.AddListeningPort(address, credentials, &port);
+  using Kind = grpc::ServerBuilder::experimental_type::ExternalConnectionType;
+  to_grpc_ = builder.experimental().AddExternalConnectionAcceptor(Kind::FROM_FD, credentials);
   builder.RegisterCallbackGenericService(&dispatcher_);
   server_ = builder.BuildAndStart();
-  if (server_ == nullptr || port == 0) {
-    return absl::UnavailableError(
-        absl::StrCat("cannot listen on ", address, ": the port is in use, or the address is not this machine's"));
-  }
-  port_ = port;
+  if (server_ == nullptr) return absl::UnavailableError(absl::StrCat("cannot serve gRPC on ", address));
+  ASSIGN_OR_RETURN(acceptor_, Acceptor::Start(address, name_, watch_, [to_grpc = to_grpc_.get()](int fd) {
+                     grpc::experimental::ExternalConnectionAcceptor::NewConnectionParameters connection;
+                     connection.fd = fd;
+                     to_grpc->HandleNewConnection(&connection);
+                   }));
+  port_ = acceptor_->port();
   return absl::OkStatus();
+}
+
+void GrpcPort::Shutdown(std::chrono::system_clock::time_point deadline) {
+  if (acceptor_ != nullptr) acceptor_->Stop();
+  server_->Shutdown(deadline);
 }
 
 void GrpcPort::CancelCalls() { grpc_server_cancel_all_calls(server_->c_server()); }
 
 void GrpcPort::Stop(std::chrono::system_clock::time_point deadline) {
   if (server_ == nullptr) return;
-  server_->Shutdown(deadline);
+  Shutdown(deadline);
   server_->Wait();
   server_.reset();
 }

@@ -11,14 +11,19 @@
 #include "absl/status/status.h"
 #include "grpcpp/security/server_credentials.h"
 #include "grpcpp/server.h"
+#include "grpcpp/server_builder.h"
 #include "server/options.h"
 #include "server/rpc/dispatcher.h"
+#include "server/transport/acceptor.h"
 
 namespace dejavu {
 
 class GrpcPort {
  public:
-  GrpcPort(Gate* gate, Writer* writer, std::shared_ptr<CallEnds> ends) : dispatcher_(gate, writer, std::move(ends)) {}
+  // `name`: kPublicPort or its like. All must outlive the object.
+  GrpcPort(std::string name, Gate* gate, ConnectionWatch* watch, OpenCalls* calls, Writer* writer,
+           std::shared_ptr<CallEnds> ends)
+      : name_(std::move(name)), watch_(watch), dispatcher_(gate, watch->table(), calls, writer, std::move(ends)) {}
 
   // Where methods are registered, before Listen.
   Dispatcher* dispatcher() { return &dispatcher_; }
@@ -28,16 +33,22 @@ class GrpcPort {
                       const std::shared_ptr<grpc::ServerCredentials>& credentials);
   bool listens() const { return server_ != nullptr; }
   int port() const { return port_; }  // 0: it never listened
+  // For how long nobody could connect. Any thread, between Listen and Stop.
+  double seconds_deaf() const { return acceptor_ == nullptr ? 0.0 : acceptor_->seconds_deaf(); }
 
   // Takes no connections and calls any more, tells those that are there to go, and waits for the calls that run; ends
   // them at `deadline`.
-  void Shutdown(std::chrono::system_clock::time_point deadline) { server_->Shutdown(deadline); }
+  void Shutdown(std::chrono::system_clock::time_point deadline);
   void CancelCalls();  // now
   // As Shutdown; then no call is left. Nothing where it does not listen.
   void Stop(std::chrono::system_clock::time_point deadline);
 
  private:
+  const std::string name_;
+  ConnectionWatch* const watch_;
   Dispatcher dispatcher_;
+  std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> to_grpc_;
+  std::unique_ptr<Acceptor> acceptor_;
   std::unique_ptr<grpc::Server> server_;  // null before Listen and after Stop
   int port_ = 0;
 };

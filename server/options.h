@@ -11,6 +11,8 @@
 namespace dejavu {
 
 inline constexpr int kMaxShadowEvery = 1'000'000'000;
+// Above it gRPC ends the whole connection of a call, so that the limit of the options must be far below.
+inline constexpr int kTransportMetadataBytes = 512 << 10;
 
 struct ServerOptions {
   std::string listen = "127.0.0.1:50051";  // host:port; port 0: any free one
@@ -59,7 +61,19 @@ struct ServerOptions {
   int64_t max_message_bytes = 4 << 20;   // the largest request that is read
   int64_t max_outbox_bytes = 256 << 10;  // per stream, of what its client has not read yet; beyond it the stream ends
   int max_concurrent_streams = 256;      // per connection; more wait in the client
+  int max_metadata_bytes = 16 << 10;     // of a call; gRPC itself ends connections at kTransportMetadataBytes
   int64_t max_transport_mib = 256;       // memory of gRPC for all connections together
+  // Replies that clients have not read; a large one that does not fit ends its call.
+  int64_t max_unread_mib = 128;
+  int64_t max_unread_mib_per_connection = 32;
+  int max_calls = 2048;                    // that are open at once; more are refused
+  int max_calls_per_peer = 0;              // 0: half of them
+  int max_connections = 0;                 // 0: what the limit of open files has room for, at most 4096
+  int max_connections_per_peer = 0;        // 0: half of them
+  double max_new_connections_per_s = 200;  // of a peer, twice as many at once; 0: no limit
+  double request_timeout_s = 20;           // a call whose request has not come by then ends; 0: never
+  double stall_timeout_s = 60;             // so does one whose client has taken nothing for so long; 0: never
+  double connection_max_idle_s = 1800;     // a connection without calls is told to go; 0: never
   // A connection of that age, give or take a tenth, is told to go (GOAWAY): what runs on it may go on for the grace.
   double connection_max_age_s = 0;        // 0: never
   double connection_max_age_grace_s = 0;  // 0: without limit

@@ -26,6 +26,9 @@ namespace {
 // How long calls may take to send their last words after they were told to end.
 constexpr std::chrono::milliseconds kLastWords(500);
 
+// How long a port may try to listen again.
+constexpr double kMostDeafS = 10;
+
 std::unique_ptr<TraceExporter> MakeTraceExporter(const ServerOptions& options, const std::string& model_name) {
   if (options.trace_otlp_endpoint.empty()) return nullptr;
   TraceExporterOptions exporter;
@@ -34,6 +37,12 @@ std::unique_ptr<TraceExporter> MakeTraceExporter(const ServerOptions& options, c
   exporter.version = DEJAVU_VERSION;
   exporter.max_queue = options.trace_max_queue;
   return std::make_unique<TraceExporter>(std::move(exporter));
+}
+
+// Of the blocks, should all of them be written.
+int64_t KvBytes(const EngineStats& stats, const ModelShape& model, const KvOptions& options) {
+  const int64_t value_bytes = options.dtype == "fp32" ? 4 : 2;
+  return int64_t{stats.kv_blocks_total} * options.block_tokens * 2 * model.layers * model.hidden * value_bytes;
 }
 
 // The file never holds half a number: it is written aside and renamed.
@@ -68,26 +77,31 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& optio
   RouteGrpcLog();
   RouteProtobufLog();
   ASSIGN_OR_RETURN(std::unique_ptr<Security> security, Security::Load(options));
-  std::unique_ptr<Server> server(new Server(options, engine_options, std::move(security), std::move(drain)));
+  ASSIGN_OR_RETURN(const TransportLimits limits, MakeTransportLimits(options));
+  std::unique_ptr<Server> server(new Server(options, engine_options, std::move(security), limits, std::move(drain)));
   RETURN_IF_ERROR(server->Listen());
   RETURN_IF_ERROR(server->WritePortFiles());
   return server;
 }
 
 Server::Server(const ServerOptions& options, const EngineOptions& engine_options, std::unique_ptr<Security> security,
-               std::function<void()> drain)
+               const TransportLimits& limits, std::function<void()> drain)
     : options_(options),
       security_(std::move(security)),
-      gate_(&lifecycle_, security_->tokens(), options.auth_admin_tenant),
+      gate_(&lifecycle_, security_->tokens(), options.auth_admin_tenant,
+            static_cast<size_t>(options.max_metadata_bytes)),
       state_(options, engine_options, ServedModelName(options, engine_options.model), &lifecycle_),
       trace_exporter_(MakeTraceExporter(options, model_name())),
       metrics_(model_name(), engine_options.metrics.edges, options.metrics_per_layer, &lifecycle_),
       ends_(std::make_shared<CallEnds>(&writer_, trace_exporter_ == nullptr ? 0.0 : options.trace_sample_ratio)),
+      connections_(limits),
+      calls_(CallTimeouts(options)),
+      watch_(&connections_, [this](SteadyTime now) { calls_.Sweep(now); }),
       health_(&lifecycle_),
       admin_(&state_, std::move(drain)),
-      public_port_(&gate_, &writer_, ends_),
-      admin_port_(&gate_, &writer_, ends_),
-      health_port_(&gate_, &writer_, ends_) {
+      public_port_(kPublicPort, &gate_, &watch_, &calls_, &writer_, ends_),
+      admin_port_(kAdminPort, &gate_, &watch_, &calls_, &writer_, ends_),
+      health_port_(kHealthPort, &gate_, &watch_, &calls_, &writer_, ends_) {
   AddObservers();
   RegisterMethods();
 }
@@ -111,6 +125,7 @@ void Server::AddObservers() {
                       [traces] { return traces == nullptr ? 0 : traces->exported(); });
   metrics_.AddCounter("trace_spans_dropped_total", "Spans that it did not: the queue was full, or no answer came.",
                       [traces] { return traces == nullptr ? 0 : traces->dropped(); });
+  AddTransportMetrics();
   const Security* const credentials = security_.get();
   metrics_.AddCounter("credential_reloads_total", "Changed certificates and token files that hold now.",
                       [credentials] { return credentials->reloads(); });
@@ -119,6 +134,25 @@ void Server::AddObservers() {
   if (credentials->certificates() != nullptr) {
     metrics_.AddGauge("tls_certificate_expiry_timestamp_seconds", "End of the server certificate's life.",
                       [credentials] { return credentials->certificates()->expiry_unix_s(); });
+  }
+}
+
+void Server::AddTransportMetrics() {
+  ConnectionTable* const table = &connections_;
+  metrics_.AddGauge("connections", "Connections that are open.", [table] { return table->connections(); });
+  metrics_.AddGauge("open_calls", "Calls of clients that are open.", [table] { return table->open_calls().load(); });
+  metrics_.AddGauge("unread_bytes", "Bytes of replies that clients have no room for.",
+                    [table] { return table->unread_bytes().load(); });
+  const ConnectionWatch* const watch = &watch_;
+  metrics_.AddGauge("memory_bound_bytes", "Memory beside mapped files at which the worst connections are closed.",
+                    [watch] { return watch->memory_bound_bytes(); });
+  for (size_t i = 0; i < kTurnedNames.size(); ++i) {
+    metrics_.AddCounter("connections_refused_total", "Connections that were not taken, by the limit that they met.",
+                        [table, i] { return table->turned(static_cast<Turned>(i)); }, {{"reason", kTurnedNames[i]}});
+  }
+  for (size_t i = 0; i < kClosedNames.size(); ++i) {
+    metrics_.AddCounter("connections_closed_total", "Connections that were closed from here, by the reason.",
+                        [table, i] { return table->closed(static_cast<Closed>(i)); }, {{"reason", kClosedNames[i]}});
   }
 }
 
@@ -155,7 +189,15 @@ void Server::SetReady(Engine* engine, const Tokenizer* tokenizer) {
   if (options_.log_engine_every_s > 0.0) {
     engine_log_ = std::make_unique<EngineLog>(engine, std::chrono::duration<double>(options_.log_engine_every_s));
   }
+  // What the model took stands; keys and values become resident when they are first used.
+  const int64_t kv_bytes = KvBytes(engine->stats(), engine->model(), state_.engine_options().kv);
+  watch_.BoundMemory(kv_bytes + ((options_.max_transport_mib + options_.max_unread_mib) << 20));
   lifecycle_.Advance(Phase::kServing);
+}
+
+bool Server::CheckPorts() {
+  health_.SetReachable(public_port_.seconds_deaf() == 0.0);
+  return std::max({public_port_.seconds_deaf(), admin_port_.seconds_deaf(), health_port_.seconds_deaf()}) < kMostDeafS;
 }
 
 void Server::SetWarming() { lifecycle_.Advance(Phase::kWarming); }

@@ -26,8 +26,10 @@
 #include "server/rpc/call_ends.h"
 #include "server/rpc/gate.h"
 #include "server/rpc/lifecycle.h"
+#include "server/rpc/open_calls.h"
 #include "server/rpc/writer.h"
 #include "server/security/security.h"
+#include "server/transport/connection_watch.h"
 
 namespace dejavu {
 
@@ -63,15 +65,20 @@ class Server {
   // Ends everything now: open calls get UNAVAILABLE.
   void Stop();
 
+  // Looks whether the ports can be connected to, for health, which says so; to be called often. False: one of them
+  // could not for long, though all was tried, and the owner should end the process.
+  bool CheckPorts();
+
   // No generation or score call is under way.
   bool idle() { return state_.live_requests().idle(); }
 
  private:
   Server(const ServerOptions& options, const EngineOptions& engine_options, std::unique_ptr<Security> security,
-         std::function<void()> drain);
+         const TransportLimits& limits, std::function<void()> drain);
 
   void RegisterMethods();
   void AddObservers();
+  void AddTransportMetrics();
   absl::Status Listen();
   absl::Status WritePortFiles() const;
   void SendGoaway(SteadyTime deadline);
@@ -91,6 +98,11 @@ class Server {
   std::unique_ptr<HttpServer> http_;       // null: off
   Writer writer_;
   const std::shared_ptr<CallEnds> ends_;  // calls hold it too
+
+  // Connections and what is open on them.
+  ConnectionTable connections_;
+  OpenCalls calls_;
+  ConnectionWatch watch_;
 
   // Services, and then the ports where they are served: without a port no call is left.
   Health health_;

@@ -46,6 +46,10 @@ const google::protobuf::MessageLite* EngineCall::NextReply(std::optional<absl::S
   return reply;
 }
 
+void EngineCall::ReleaseReply() {
+  for (const auto& sink : sinks_) sink->ReleaseReply();
+}
+
 void EngineCall::Stop(const absl::Status& reason) {
   for (const auto& sink : sinks_) sink->SetCancelReason(reason);
   StopEngine();

@@ -29,6 +29,8 @@ class EngineCall : public RpcHandler, public LiveRequest {
   // What any sink has to say. The call ends with the last of them, or with the first that fails.
   const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
 
+  void ReleaseReply() override;
+
   void OnCancel() override { StopEngine(); }
 
   std::shared_ptr<RecordSource> record_source() override { return record_; }

@@ -85,4 +85,10 @@ const google::protobuf::MessageLite* GenerateCall::NextReply(std::optional<absl:
   return &response_;
 }
 
+void GenerateCall::ReleaseReply() {
+  EngineCall::ReleaseReply();
+  chunks_.clear();
+  response_ = v1::GenerateResponse();
+}
+
 }  // namespace dejavu

@@ -19,6 +19,7 @@ class GenerateCall final : public EngineCall {
 
   absl::Status OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) override;
   const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
+  void ReleaseReply() override;
 
  private:
   void NoteChecked(const CheckedGenerate& checked);

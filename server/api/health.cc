@@ -66,8 +66,12 @@ HealthCheckResponse::ServingStatus Health::Status(const std::string& service) co
     return condition ? HealthCheckResponse::SERVING : HealthCheckResponse::NOT_SERVING;
   };
   if (service == "liveness") return serving_if(phase != Phase::kFailed);
-  if (service.empty() || service == kGenerationService) return serving_if(phase == Phase::kServing);
+  if (service.empty() || service == kGenerationService) return serving_if(phase == Phase::kServing && reachable_);
   return HealthCheckResponse::SERVICE_UNKNOWN;
+}
+
+void Health::SetReachable(bool reachable) {
+  if (reachable_.exchange(reachable) != reachable) WakeWatchers();
 }
 
 void Health::AddWatcher(const std::shared_ptr<Rpc>& rpc) {

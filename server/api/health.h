@@ -1,8 +1,10 @@
 // Health: grpc.health.v1, Check and Watch. "" and "dejavu.v1.GenerationService" tell readiness: serving only while the
-// server takes new requests. "liveness" is serving from the first moment until the engine has failed. Any thread.
+// server takes new requests and can be connected to. "liveness" is serving from the first moment until the engine has
+// failed. Any thread.
 #ifndef SERVER_API_HEALTH_H_
 #define SERVER_API_HEALTH_H_
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -19,6 +21,9 @@ class Health {
   // Follows the lifecycle from now on; both live until no call is left.
   explicit Health(Lifecycle* lifecycle);
 
+  // Whether clients can connect to the port that this health is of. True at first.
+  void SetReachable(bool reachable);
+
   void Register(Dispatcher* dispatcher);
 
   // SERVICE_UNKNOWN for names that do not exist.
@@ -32,6 +37,7 @@ class Health {
   void WakeWatchers();
 
   Lifecycle* const lifecycle_;
+  std::atomic<bool> reachable_{true};
   Mutex mutex_;
   std::vector<std::weak_ptr<Rpc>> watchers_ ABSL_GUARDED_BY(mutex_);
 };

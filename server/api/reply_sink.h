@@ -25,6 +25,9 @@ class ReplySink : public TokenSink {
   // See RpcHandler::NextReply.
   virtual const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) = 0;
 
+  // See RpcHandler::ReleaseReply. The record of the call may keep the sink long after.
+  virtual void ReleaseReply() = 0;
+
   // With what the call ends if the engine reports the request as cancelled; the first caller's reason stays.
   void SetCancelReason(absl::Status reason);
 

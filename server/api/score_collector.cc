@@ -38,4 +38,10 @@ const google::protobuf::MessageLite* ScoreCollector::NextReply(std::optional<abs
   return end_.has_value() && end_->ok() ? &response_ : nullptr;  // nothing changes it after OnFinish
 }
 
+void ScoreCollector::ReleaseReply() {
+  v1::ScoreResponse released;  // freed after the lock
+  MutexLock lock(mutex_);
+  released.Swap(&response_);
+}
+
 }  // namespace dejavu

@@ -19,6 +19,7 @@ class ScoreCollector final : public ReplySink {
   void OnFinish(const dejavu::Finish& finish) override;
 
   const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
+  void ReleaseReply() override;
 
  private:
   const SteadyTime arrival_;

@@ -122,4 +122,11 @@ const google::protobuf::MessageLite* TokenStream::NextReply(std::optional<absl::
   return &sent_;
 }
 
+void TokenStream::ReleaseReply() {
+  v1::GenerateChunk pending, sent;  // freed after the lock
+  MutexLock lock(mutex_);
+  pending.Swap(&pending_);
+  sent.Swap(&sent_);
+}
+
 }  // namespace dejavu

@@ -40,6 +40,7 @@ class TokenStream final : public ReplySink {
   void OnFinish(const dejavu::Finish& finish) override;
 
   const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
+  void ReleaseReply() override;
 
  private:
   void AppendText(int32_t id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

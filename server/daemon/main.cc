@@ -229,8 +229,10 @@ int Daemon::Serve(Server* server) {
 }
 
 void Daemon::EndIfFailed(Server* server) {
-  if (!model_.engine->failed()) return;
-  Fail(config_.server, "the engine has failed; exiting");
+  const bool engine_failed = model_.engine->failed();
+  if (!engine_failed && server->CheckPorts()) return;
+  Fail(config_.server,
+       engine_failed ? "the engine has failed; exiting" : "a port cannot be listened on any more; exiting");
   server->SetFailed();
   server->Stop();
   StopLogging();

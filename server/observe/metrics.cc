@@ -67,12 +67,13 @@ Metrics::Metrics(std::string model_name, const std::string& edges, bool per_laye
       lifecycle_(lifecycle),
       call_metrics_(*MetricEdgesFrom(edges)) {}
 
-void Metrics::AddCounter(const std::string& name, const std::string& help, std::function<int64_t()> value) {
-  borrowed_[name] = {help, std::move(value), /*counts=*/true};
+void Metrics::AddCounter(const std::string& name, const std::string& help, std::function<int64_t()> value,
+                         MetricsPage::Labels labels) {
+  borrowed_.push_back({name, help, std::move(labels), std::move(value), /*counts=*/true});
 }
 
 void Metrics::AddGauge(const std::string& name, const std::string& help, std::function<int64_t()> value) {
-  borrowed_[name] = {help, std::move(value), /*counts=*/false};
+  borrowed_.push_back({name, help, {}, std::move(value), /*counts=*/false});
 }
 
 void Metrics::OnRequestEnd(const RequestRecord& record) {
@@ -114,12 +115,12 @@ void Metrics::AddCalls(MetricsPage& page) const {
 }
 
 void Metrics::AddBorrowed(MetricsPage& page) const {
-  for (const auto& [name, borrowed] : borrowed_) {
+  for (const Borrowed& borrowed : borrowed_) {
     const auto value = static_cast<double>(borrowed.value());
     if (borrowed.counts) {
-      page.Counter(name, borrowed.help, value);
+      page.Counter(borrowed.name, borrowed.help, value, borrowed.labels);
     } else {
-      page.Gauge(name, borrowed.help, value);
+      page.Gauge(borrowed.name, borrowed.help, value);
     }
   }
 }

@@ -11,6 +11,7 @@
 #include <memory>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "engine/engine.h"
 #include "engine/metrics.h"
@@ -30,7 +31,8 @@ class Metrics final : public RequestObserver {
   void SetEngine(const Engine* engine) { engine_.store(engine, std::memory_order_release); }
 
   // Adds a number that the caller keeps; `value` is called at each scrape. Before the first call of Text.
-  void AddCounter(const std::string& name, const std::string& help, std::function<int64_t()> value);
+  void AddCounter(const std::string& name, const std::string& help, std::function<int64_t()> value,
+                  MetricsPage::Labels labels = {});
   void AddGauge(const std::string& name, const std::string& help, std::function<int64_t()> value);
 
   void OnRequestEnd(const RequestRecord& record) override;
@@ -52,11 +54,12 @@ class Metrics final : public RequestObserver {
   std::atomic<const Engine*> engine_ = nullptr;
 
   struct Borrowed {
-    std::string help;
+    std::string name, help;
+    MetricsPage::Labels labels;
     std::function<int64_t()> value;
     bool counts;
   };
-  std::map<std::string, Borrowed> borrowed_;  // constant once shared
+  std::vector<Borrowed> borrowed_;  // constant once shared; those of a name side by side
 
   mutable Mutex mutex_;
   // How many have ended, by method, code and finish reason.

@@ -26,14 +26,16 @@ grpc::ServerGenericBidiReactor* Dispatcher::CreateReactor(grpc::GenericCallbackS
   RequestRecord record = Rpc::Describe(*context, probe ? 0.0 : ends_->trace_ratio());
   record.service = known ? method->second.service : "";
   record.method = known ? method->second.name : "unknown";
-  const absl::Status admitted = gate_->Admit(context->method(), *context, &record);
+  auto slot = std::make_unique<CallSlot>(connections_, record.peer, MetadataBytes(*context));
+  absl::Status admitted = slot->Check();
+  if (admitted.ok()) admitted = gate_->Admit(context->method(), *context, &record);
   if (!admitted.ok()) return Rpc::Refuse(context, admitted, std::move(record), *ends_);
   if (!known) {
     return Rpc::Refuse(context,
                        absl::UnimplementedError(absl::StrCat("no such method: ", Printable(context->method(), 200))),
                        std::move(record), *ends_);
   }
-  return Rpc::Start(context, writer_, ends_, std::move(record), method->second.factory());
+  return Rpc::Start(context, writer_, calls_, std::move(slot), ends_, std::move(record), method->second.factory());
 }
 
 }  // namespace dejavu

@@ -23,8 +23,9 @@ class Dispatcher final : public grpc::CallbackGenericService {
  public:
   using HandlerFactory = std::function<std::unique_ptr<RpcHandler>()>;
 
-  Dispatcher(Gate* gate, Writer* writer, std::shared_ptr<CallEnds> ends)
-      : gate_(gate), writer_(writer), ends_(std::move(ends)) {}
+  // All must outlive the calls.
+  Dispatcher(Gate* gate, ConnectionTable* connections, OpenCalls* calls, Writer* writer, std::shared_ptr<CallEnds> ends)
+      : gate_(gate), connections_(connections), calls_(calls), writer_(writer), ends_(std::move(ends)) {}
 
   // Before the server starts. `service` is the full name, "dejavu.v1.GenerationService".
   void Register(const std::string& service, const std::string& method, Needs needs, HandlerFactory factory);
@@ -59,6 +60,8 @@ class Dispatcher final : public grpc::CallbackGenericService {
   };
 
   Gate* const gate_;
+  ConnectionTable* const connections_;
+  OpenCalls* const calls_;
   Writer* const writer_;
   const std::shared_ptr<CallEnds> ends_;
   absl::flat_hash_map<std::string, Method> methods_;  // by path; constant once the server runs

@@ -41,6 +41,12 @@ absl::StatusOr<absl::string_view> BearerToken(const grpc::CallbackServerContext&
 
 }  // namespace
 
+size_t MetadataBytes(const grpc::CallbackServerContext& context) {
+  size_t bytes = 0;
+  for (const auto& [key, value] : context.client_metadata()) bytes += key.size() + value.size() + 32;
+  return bytes;
+}
+
 void Gate::Register(const std::string& service, const std::string& method, Needs needs) {
   const auto [entry, fresh] = methods_.emplace(absl::StrCat("/", service, "/", method), needs);
   CHECK(fresh || entry->second == needs) << entry->first << " is registered with different needs";
@@ -51,6 +57,12 @@ void Gate::Register(const std::string& service, const std::string& method, Needs
 
 absl::Status Gate::Admit(absl::string_view path, const grpc::CallbackServerContext& context,
                          RequestRecord* record) const {
+  if (const size_t bytes = MetadataBytes(context); bytes > max_metadata_bytes_) {
+    return WithErrorInfo(
+        absl::ResourceExhaustedError(absl::StrCat("the call has ", bytes, " bytes of metadata; at most ",
+                                                  max_metadata_bytes_, " are taken (transport.max_metadata_bytes)")),
+        "METADATA_TOO_LARGE");
+  }
   const Needs needs = NeedsOf(path);
   if (tokens_ != nullptr && needs.caller != Caller::kAnybody) {
     RETURN_IF_ERROR(CheckToken(needs.caller, context, record));

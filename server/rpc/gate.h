@@ -18,11 +18,17 @@
 
 namespace dejavu {
 
+// Of what the client sent, as HTTP/2 counts it: 32 bytes more for each entry.
+size_t MetadataBytes(const grpc::CallbackServerContext& context);
+
 class Gate {
  public:
   // Null tokens: everybody may call. `admin_tenant`: whose tokens are an operator's.
-  Gate(const Lifecycle* lifecycle, const Tokens* tokens, std::string admin_tenant)
-      : lifecycle_(lifecycle), tokens_(tokens), admin_tenant_(std::move(admin_tenant)) {}
+  Gate(const Lifecycle* lifecycle, const Tokens* tokens, std::string admin_tenant, size_t max_metadata_bytes)
+      : lifecycle_(lifecycle),
+        tokens_(tokens),
+        admin_tenant_(std::move(admin_tenant)),
+        max_metadata_bytes_(max_metadata_bytes) {}
 
   // Before the server starts; by each dispatcher that serves the method, with the same needs.
   void Register(const std::string& service, const std::string& method, Needs needs);
@@ -39,6 +45,7 @@ class Gate {
   const Lifecycle* const lifecycle_;
   const Tokens* const tokens_;
   const std::string admin_tenant_;
+  const size_t max_metadata_bytes_;
   // Constant once the server runs.
   absl::flat_hash_map<std::string, Needs> methods_;    // by path
   absl::flat_hash_map<std::string, Needs> strictest_;  // by service: the most that any of its methods needs

@@ -6,7 +6,9 @@
 #include <string>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "engine/refusal.h"
+#include "grpc/grpc.h"
 #include "server/rpc/error_details.h"
 
 namespace dejavu {
@@ -66,9 +68,9 @@ grpc::ServerGenericBidiReactor* Rpc::Refuse(grpc::CallbackServerContext* context
   return new RefusedRpc(status);
 }
 
-grpc::ServerGenericBidiReactor* Rpc::Start(grpc::CallbackServerContext* context, Writer* writer,
-                                           std::shared_ptr<CallEnds> ends, RequestRecord record,
-                                           std::unique_ptr<RpcHandler> handler) {
+grpc::ServerGenericBidiReactor* Rpc::Start(grpc::CallbackServerContext* context, Writer* writer, OpenCalls* calls,
+                                           std::unique_ptr<CallSlot> slot, std::shared_ptr<CallEnds> ends,
+                                           RequestRecord record, std::unique_ptr<RpcHandler> handler) {
   const SteadyTime deadline = SteadyDeadline(*context);
   // gRPC runs a handler even when the deadline has passed before it started.
   if (deadline <= record.arrival) {
@@ -76,19 +78,36 @@ grpc::ServerGenericBidiReactor* Rpc::Start(grpc::CallbackServerContext* context,
                   std::move(record), *ends);
   }
   auto report = std::make_shared<CallReport>(std::move(ends), std::move(record));
-  const std::shared_ptr<Rpc> rpc(new Rpc(context, writer, deadline, std::move(report), std::move(handler)));
+  const std::shared_ptr<Rpc> rpc(
+      new Rpc(context, writer, calls, std::move(slot), deadline, std::move(report), std::move(handler)));
   rpc->self_ = rpc;
-  rpc->StartRead(&rpc->request_);
+  calls->Add(rpc);
+  rpc->Read();
   return rpc.get();
 }
 
-Rpc::Rpc(grpc::CallbackServerContext* context, Writer* writer, SteadyTime deadline, std::shared_ptr<CallReport> report,
-         std::unique_ptr<RpcHandler> handler)
+Rpc::Rpc(grpc::CallbackServerContext* context, Writer* writer, OpenCalls* calls, std::unique_ptr<CallSlot> slot,
+         SteadyTime deadline, std::shared_ptr<CallReport> report, std::unique_ptr<RpcHandler> handler)
     : context_(context),
+      call_(context->c_call()),
       writer_(writer),
+      calls_(calls),
+      slot_(std::move(slot)),
       deadline_(deadline),
       report_(std::move(report)),
-      handler_(std::move(handler)) {}
+      handler_(std::move(handler)) {
+  grpc_call_ref(call_);
+}
+
+Rpc::~Rpc() { grpc_call_unref(call_); }
+
+void Rpc::Read() {
+  {
+    MutexLock lock(mutex_);
+    reading_since_ = std::chrono::steady_clock::now();
+  }
+  StartRead(&request_);
+}
 
 void Rpc::Wake() {
   if (!WakePump()) report_->Wake();
@@ -138,27 +157,46 @@ void Rpc::Pump() {
       stalled_since_ = SteadyTime();
       end = forced_end_;
     }
-    const google::protobuf::MessageLite* const message = end.has_value() ? nullptr : handler_->NextReply(&end);
-    if (message != nullptr) Serialize(*message, &reply_);
-    if (end.has_value()) {
-      {
-        MutexLock lock(mutex_);
-        finished_ = true;
-        code_ = static_cast<grpc::StatusCode>(end->code());
-      }
-      AdviseRetry(*end, context_);
-      // Nothing of this object may be touched after either call.
-      if (message != nullptr) {
-        StartWriteAndFinish(&reply_, grpc::WriteOptions(), ToGrpcStatus(*end));
-      } else {
-        Finish(ToGrpcStatus(*end));
-      }
-      return;
+    const bool reply = !end.has_value() && TakeReply(&end);
+    if (!reply && !end.has_value()) continue;
+    {
+      MutexLock lock(mutex_);
+      writing_since_ = std::chrono::steady_clock::now();
+      finished_ = end.has_value();
+      if (finished_) code_ = static_cast<grpc::StatusCode>(end->code());
     }
-    if (message != nullptr) {
-      StartWrite(&reply_);
-      return;
-    }
+    if (!end.has_value()) return StartWrite(&reply_);
+    AdviseRetry(*end, context_);
+    // Nothing of this object may be touched after either call.
+    if (reply) return StartWriteAndFinish(&reply_, grpc::WriteOptions(), ToGrpcStatus(*end));
+    return Finish(ToGrpcStatus(*end));
+  }
+}
+
+bool Rpc::TakeReply(std::optional<absl::Status>* end) {
+  const google::protobuf::MessageLite* const message = handler_->NextReply(end);
+  if (message == nullptr) return false;
+  const absl::Status room = slot_->Hold(static_cast<int64_t>(message->ByteSizeLong()));
+  if (room.ok()) Serialize(*message, &reply_);
+  if (!room.ok()) *end = room;
+  if (end->has_value()) handler_->ReleaseReply();
+  return room.ok();
+}
+
+void Rpc::EndIfWaiting(SteadyTime now, const CallTimeouts& timeouts) {
+  bool no_request = false, stalled = false;
+  {
+    MutexLock lock(mutex_);
+    no_request = reading_since_ != SteadyTime() && now - reading_since_ > timeouts.request;
+    stalled = writing_since_ != SteadyTime() && now - writing_since_ > timeouts.stall;
+  }
+  if (stalled) {
+    // Only so does gRPC give up a write.
+    grpc_call_cancel_with_status(call_, GRPC_STATUS_RESOURCE_EXHAUSTED, "the client takes nothing", nullptr);
+  } else if (no_request) {
+    End(absl::DeadlineExceededError(
+        absl::StrCat("no request message came within transport.request_timeout_s, ",
+                     std::chrono::duration_cast<std::chrono::milliseconds>(timeouts.request).count(), " ms")));
   }
 }
 
@@ -171,11 +209,16 @@ void Rpc::End(absl::Status status) {
 }
 
 void Rpc::OnReadDone(bool ok) {
+  {
+    MutexLock lock(mutex_);
+    reading_since_ = SteadyTime();
+  }
   if (!ok) {
     End(handler_->streams_requests() ? absl::OkStatus()
                                      : absl::InvalidArgumentError("the call holds no request message"));
     return;
   }
+  slot_->TakeMessage(request_.Length());
   const absl::Status status = handler_->OnRequest(shared_from_this(), request_);
   request_.Clear();
   if (status.ok()) {
@@ -186,10 +229,13 @@ void Rpc::OnReadDone(bool ok) {
 }
 
 void Rpc::OnWriteDone(bool ok) {
-  if (ok && handler_->streams_requests()) StartRead(&request_);
+  reply_.Clear();
+  slot_->LetGo();
+  if (ok && handler_->streams_requests()) Read();
   {
     MutexLock lock(mutex_);
     busy_ = false;
+    writing_since_ = SteadyTime();
   }
   if (ok) {
     Pump();
@@ -201,10 +247,12 @@ void Rpc::OnWriteDone(bool ok) {
 void Rpc::OnCancel() {
   handler_->OnCancel();
   const bool late = std::chrono::steady_clock::now() >= deadline_;
+  if (!late) slot_->NoteCancel();
   End(late ? absl::DeadlineExceededError("the deadline passed") : absl::CancelledError("the client has gone"));
 }
 
 void Rpc::OnDone() {
+  calls_->Remove(this);
   std::shared_ptr<RecordSource> source = handler_->record_source();
   handler_.reset();
   grpc::StatusCode code = grpc::StatusCode::UNKNOWN;

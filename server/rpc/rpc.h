@@ -17,6 +17,8 @@
 #include "kernels/base/mutex.h"
 #include "server/rpc/call_ends.h"
 #include "server/rpc/call_report.h"
+#include "server/rpc/call_slot.h"
+#include "server/rpc/open_calls.h"
 #include "server/rpc/parse.h"
 #include "server/rpc/request_record.h"
 #include "server/rpc/writer.h"
@@ -41,6 +43,9 @@ class RpcHandler {
   // The client has gone or the deadline has passed; nothing that is still sent arrives. May run beside the others.
   virtual void OnCancel() {}
 
+  // The last reply has been serialised: what the handler holds of it can go. As NextReply.
+  virtual void ReleaseReply() {}
+
   // True: a further request is read after each reply, and the client's half-close ends the call.
   virtual bool streams_requests() const { return false; }
 
@@ -50,13 +55,15 @@ class RpcHandler {
 
 class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, public std::enable_shared_from_this<Rpc> {
  public:
+  ~Rpc() override;
+
   // Answers a call without looking at it further, and reports it.
   static grpc::ServerGenericBidiReactor* Refuse(grpc::CallbackServerContext* context, const absl::Status& status,
                                                 RequestRecord record, const CallEnds& ends);
   // `record` holds what Describe says.
-  static grpc::ServerGenericBidiReactor* Start(grpc::CallbackServerContext* context, Writer* writer,
-                                               std::shared_ptr<CallEnds> ends, RequestRecord record,
-                                               std::unique_ptr<RpcHandler> handler);
+  static grpc::ServerGenericBidiReactor* Start(grpc::CallbackServerContext* context, Writer* writer, OpenCalls* calls,
+                                               std::unique_ptr<CallSlot> slot, std::shared_ptr<CallEnds> ends,
+                                               RequestRecord record, std::unique_ptr<RpcHandler> handler);
 
   // What is known of a call when it arrives: now.
   static RequestRecord Describe(const grpc::CallbackServerContext& context, double trace_ratio);
@@ -65,14 +72,17 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   // work is another one's.
   void Wake();
 
+  // Ends the call where its client keeps it waiting, with its request or by taking no reply.
+  void EndIfWaiting(SteadyTime now, const CallTimeouts& timeouts);
+
   SteadyTime arrival() const { return report_->arrival(); }
   SteadyTime deadline() const { return deadline_; }  // SteadyTime::max(): none
   // The token's, or where there are no tokens metadata x-tenant as the client sent it.
   const std::string& tenant() const { return report_->tenant(); }
 
  private:
-  Rpc(grpc::CallbackServerContext* context, Writer* writer, SteadyTime deadline, std::shared_ptr<CallReport> report,
-      std::unique_ptr<RpcHandler> handler);
+  Rpc(grpc::CallbackServerContext* context, Writer* writer, OpenCalls* calls, std::unique_ptr<CallSlot> slot,
+      SteadyTime deadline, std::shared_ptr<CallReport> report, std::unique_ptr<RpcHandler> handler);
 
   void OnReadDone(bool ok) override;
   void OnWriteDone(bool ok) override;
@@ -84,11 +94,17 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   bool WakePump();
   // Sends what there is to send, unless a write is outstanding: its end will.
   void Pump();
+  // The handler's next reply as bytes in reply_; false: there is none now.
+  bool TakeReply(std::optional<absl::Status>* end);
+  void Read();
   // Ends the call with `status` as soon as no write is outstanding.
   void End(absl::Status status);
 
   grpc::CallbackServerContext* const context_;  // until OnDone
+  grpc_call* const call_;                       // counted, so that it can be cancelled at any time
   Writer* const writer_;
+  OpenCalls* const calls_;
+  const std::unique_ptr<CallSlot> slot_;
   const SteadyTime deadline_;
   const std::shared_ptr<CallReport> report_;
   std::unique_ptr<RpcHandler> handler_;
@@ -105,6 +121,8 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   grpc::StatusCode code_ ABSL_GUARDED_BY(mutex_) = grpc::StatusCode::UNKNOWN;  // that gRPC has been told
   SteadyTime stalled_since_ ABSL_GUARDED_BY(mutex_);  // a reply is ready and a write outstanding; SteadyTime(): not so
   SteadyTime::duration stall_ ABSL_GUARDED_BY(mutex_) = {};
+  SteadyTime reading_since_ ABSL_GUARDED_BY(mutex_);  // as the next: a request is awaited; SteadyTime(): none
+  SteadyTime writing_since_ ABSL_GUARDED_BY(mutex_);  // gRPC has a reply or the end, and has not sent it
 };
 
 // A method with one request and one reply, answered at once.
@@ -123,6 +141,7 @@ class UnaryHandler final : public RpcHandler {
     *end = absl::OkStatus();
     return &response_;
   }
+  void ReleaseReply() override { response_ = Response(); }
 
  private:
   const Function function_;

@@ -1,0 +1,83 @@
+#include "server/rpc/call_slot.h"
+
+#include <chrono>
+
+#include "absl/strings/str_cat.h"
+#include "server/rpc/error_details.h"
+
+namespace dejavu {
+namespace {
+
+// Replies up to that size, such as tokens and errors, may go twice as far: a client that reads its other replies slowly
+// shall not lose its streams.
+constexpr int64_t kSmallReplyBytes = 64 << 10;
+constexpr std::chrono::seconds kRetry(1);
+
+}  // namespace
+
+CallSlot::CallSlot(ConnectionTable* table, absl::string_view peer, size_t metadata_bytes)
+    : table_(table),
+      connection_(table->Find(peer)),
+      counted_(connection_ == nullptr || connection_->port() == kPublicPort) {
+  if (connection_ != nullptr) connection_->BeginCall(metadata_bytes);
+  if (counted_) table_->open_calls().fetch_add(1, std::memory_order_relaxed);
+}
+
+CallSlot::~CallSlot() {
+  LetGo();
+  if (counted_) table_->open_calls().fetch_sub(1, std::memory_order_relaxed);
+  if (connection_ == nullptr) return;
+  if (!connection_->EndCall(has_message_, cancelled_, std::chrono::steady_clock::now())) {
+    table_->Close(*connection_, Closed::kCancels);
+  }
+}
+
+absl::Status CallSlot::Check() const {
+  if (!counted_) return absl::OkStatus();
+  const TransportLimits& limits = table_->limits();
+  if (table_->open_calls().load(std::memory_order_relaxed) > limits.calls) {
+    return QuotaExceeded("transport.max_calls", absl::StrCat("the server has ", limits.calls, " open calls, its limit"),
+                         kRetry);
+  }
+  if (connection_ != nullptr && connection_->peer().calls.load(std::memory_order_relaxed) > limits.calls_per_peer) {
+    return QuotaExceeded("transport.max_calls_per_peer",
+                         absl::StrCat("this client's address has ", limits.calls_per_peer, " open calls, its limit"),
+                         kRetry);
+  }
+  return absl::OkStatus();
+}
+
+void CallSlot::TakeMessage(size_t bytes) {
+  if (has_message_.exchange(true)) return;  // a stream of requests: only its first one is awaited
+  if (connection_ != nullptr) connection_->TakeMessage(bytes);
+}
+
+absl::Status CallSlot::Hold(int64_t bytes) {
+  const TransportLimits& limits = table_->limits();
+  const int64_t all = table_->unread_bytes().fetch_add(bytes, std::memory_order_relaxed) + bytes;
+  int64_t here = 0;
+  if (connection_ != nullptr) {
+    here = connection_->unread_bytes().fetch_add(bytes, std::memory_order_relaxed) + bytes;
+  }
+  held_bytes_ += bytes;
+  const int64_t factor = bytes > kSmallReplyBytes ? 1 : 2;
+  if (here <= factor * limits.unread_bytes_per_connection && all <= factor * limits.unread_bytes) {
+    return absl::OkStatus();
+  }
+  LetGo();
+  return QuotaExceeded(
+      here > factor * limits.unread_bytes_per_connection ? "transport.max_unread_mib_per_connection"
+                                                         : "transport.max_unread_mib",
+      absl::StrCat("a reply of ", bytes, " bytes cannot wait beside those that clients have not read: ", here - bytes,
+                   " bytes on this connection of at most ", limits.unread_bytes_per_connection, ", ", all - bytes,
+                   " in all of at most ", limits.unread_bytes),
+      kRetry);
+}
+
+void CallSlot::LetGo() {
+  table_->unread_bytes().fetch_sub(held_bytes_, std::memory_order_relaxed);
+  if (connection_ != nullptr) connection_->unread_bytes().fetch_sub(held_bytes_, std::memory_order_relaxed);
+  held_bytes_ = 0;
+}
+
+}  // namespace dejavu

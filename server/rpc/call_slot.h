@@ -1,0 +1,47 @@
+// CallSlot: the place that one call takes, as long as it lasts: among the open calls of the server and of its peer, and
+// of what clients may leave unread. Any thread; Hold and LetGo are called by turns.
+#ifndef SERVER_RPC_CALL_SLOT_H_
+#define SERVER_RPC_CALL_SLOT_H_
+
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+#include "server/transport/connection_table.h"
+
+namespace dejavu {
+
+class CallSlot {
+ public:
+  // `peer` as gRPC names it. The table must outlive the object.
+  CallSlot(ConnectionTable* table, absl::string_view peer, size_t metadata_bytes);
+  ~CallSlot();
+  CallSlot(const CallSlot&) = delete;
+  CallSlot& operator=(const CallSlot&) = delete;
+
+  // RESOURCE_EXHAUSTED: too many calls are open; this one, already counted, must end at once.
+  absl::Status Check() const;
+
+  // A request message of so many bytes has come.
+  void TakeMessage(size_t bytes);
+
+  // gRPC gets a reply of so many bytes, and has sent it. RESOURCE_EXHAUSTED: it is large, and clients have left too
+  // much unread already.
+  absl::Status Hold(int64_t bytes);
+  void LetGo();
+
+  // The client has ended the call early, by itself or by leaving.
+  void NoteCancel() { cancelled_ = true; }
+
+ private:
+  ConnectionTable* const table_;
+  const std::shared_ptr<Connection> connection_;  // null: it has gone before its call was seen
+  const bool counted_;                            // operators' calls and probes take no place from clients
+  std::atomic<bool> has_message_{false}, cancelled_{false};
+  int64_t held_bytes_ = 0;
+};
+
+}  // namespace dejavu
+
+#endif  // SERVER_RPC_CALL_SLOT_H_

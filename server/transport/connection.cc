@@ -1,0 +1,100 @@
+// What a client sends is explained by its calls: their metadata, their messages, a little for frames around them. All
+// else (pings, window updates, settings, headers that never end, streams that are reset before they are calls) must be
+// little. The kernel counts the bytes, also under TLS.
+#include "server/transport/connection.h"
+
+#include <linux/tcp.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstddef>
+
+namespace dejavu {
+namespace {
+
+constexpr double kCancelBurst = 1000, kCancelsPerS = 200;
+constexpr int64_t kUnexplained = 512 << 10;      // at once
+constexpr int64_t kUnexplainedPerS = 128 << 10;  // and in the long run
+constexpr int64_t kCallBytes = 1 << 10;          // frames of a call beside its metadata and message
+constexpr int64_t kAwaitedBytes = 64 << 10;      // of a call whose message is under way, beside the message
+
+// What the socket has received, or nothing where the kernel does not say.
+int64_t ReceivedBytes(int fd) {
+  tcp_info info = {};
+  socklen_t size = sizeof(info);
+  if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0) return 0;
+  if (size < offsetof(tcp_info, tcpi_bytes_received) + sizeof(info.tcpi_bytes_received)) return 0;
+  return static_cast<int64_t>(info.tcpi_bytes_received);
+}
+
+}  // namespace
+
+bool Allowance::Take(SteadyTime now) {
+  if (last_ != SteadyTime()) left_ = std::min(burst_, left_ + per_s_ * Seconds(last_, now));
+  last_ = now;
+  if (left_ < 1.0) return false;
+  left_ -= 1.0;
+  return true;
+}
+
+Connection::Connection(std::string name, std::string port, std::shared_ptr<Peer> peer, int fd, SteadyTime now)
+    : name_(std::move(name)),
+      port_(std::move(port)),
+      peer_(std::move(peer)),
+      fd_(fd),
+      idle_since_(now.time_since_epoch().count()),
+      looked_(now),
+      cancels_(kCancelBurst, kCancelsPerS) {}
+
+Connection::~Connection() { close(fd_); }
+
+void Connection::BeginCall(size_t metadata_bytes) {
+  open_calls_.fetch_add(1, std::memory_order_relaxed);
+  awaiting_.fetch_add(1, std::memory_order_relaxed);
+  peer_->calls.fetch_add(1, std::memory_order_relaxed);
+  explained_.fetch_add(kCallBytes + 2 * static_cast<int64_t>(metadata_bytes), std::memory_order_relaxed);
+}
+
+void Connection::TakeMessage(size_t bytes) {
+  awaiting_.fetch_sub(1, std::memory_order_relaxed);
+  // TLS and HTTP/2 put 29 and 9 bytes around every frame, which may be as small as the client likes.
+  explained_.fetch_add(2 * static_cast<int64_t>(bytes), std::memory_order_relaxed);
+}
+
+bool Connection::EndCall(bool had_message, bool cancelled, SteadyTime now) {
+  if (!had_message) awaiting_.fetch_sub(1, std::memory_order_relaxed);
+  peer_->calls.fetch_sub(1, std::memory_order_relaxed);
+  idle_since_.store(now.time_since_epoch().count(), std::memory_order_relaxed);
+  open_calls_.fetch_sub(1, std::memory_order_relaxed);
+  if (!cancelled) return true;
+  MutexLock lock(mutex_);
+  return cancels_.Take(now);
+}
+
+int64_t Connection::LookAtInput(SteadyTime now) {
+  const int64_t received = ReceivedBytes(fd_);
+  const int64_t explained = explained_.load(std::memory_order_relaxed);
+  const auto forgotten = static_cast<int64_t>(kUnexplainedPerS * Seconds(looked_, now));
+  int64_t level = unexplained_.load(std::memory_order_relaxed) + (received - seen_bytes_) -
+                  (explained - seen_explained_) - forgotten;
+  level = std::max<int64_t>(level, 0);
+  seen_bytes_ = received;
+  seen_explained_ = explained;
+  looked_ = now;
+  unexplained_.store(level, std::memory_order_relaxed);
+  return level;
+}
+
+int64_t Connection::UnexplainedLimit(int64_t message_bytes) const {
+  return kUnexplained + awaiting_.load(std::memory_order_relaxed) * (2 * message_bytes + kAwaitedBytes);
+}
+
+bool Connection::Close() {
+  if (closed_.exchange(true)) return false;
+  shutdown(fd_, SHUT_RDWR);
+  return true;
+}
+
+}  // namespace dejavu

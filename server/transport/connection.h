@@ -1,0 +1,96 @@
+// Connection: one connection that a port has accepted and gRPC serves, as the daemon sees it from beside gRPC: whose it
+// is, how many calls are open on it, how many bytes of replies its other end has not taken, how many bytes it has sent
+// that no call explains. It can be closed from here. Any thread.
+#ifndef SERVER_TRANSPORT_CONNECTION_H_
+#define SERVER_TRANSPORT_CONNECTION_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "kernels/base/clock.h"
+#include "kernels/base/mutex.h"
+
+namespace dejavu {
+
+// Lets `burst` events pass at once and `per_s` in the long run. One thread at a time.
+class Allowance {
+ public:
+  Allowance(double burst, double per_s) : burst_(burst), per_s_(per_s), left_(burst) {}
+  bool Take(SteadyTime now);
+
+ private:
+  const double burst_, per_s_;
+  double left_;
+  SteadyTime last_;
+};
+
+// All connections from one address together. Its owner's mutex guards the rest.
+struct Peer {
+  explicit Peer(double new_connections_per_s) : new_connections(2 * new_connections_per_s, new_connections_per_s) {}
+
+  std::atomic<int> calls{0};
+  int connections = 0;
+  Allowance new_connections;
+  SteadyTime last_seen;
+};
+
+class Connection {
+ public:
+  // `name` as gRPC's context.peer() has it. `fd` is a second descriptor of the socket that gRPC got: it keeps nothing
+  // open, since gRPC shuts the socket down before it closes its own, and it is closed with this object.
+  Connection(std::string name, std::string port, std::shared_ptr<Peer> peer, int fd, SteadyTime now);
+  ~Connection();
+
+  const std::string& name() const { return name_; }
+  const std::string& port() const { return port_; }  // "public", "admin", "health"
+  Peer& peer() const { return *peer_; }
+  int fd() const { return fd_; }
+
+  // A call with so many bytes of metadata has begun, its message has come, it is over. `cancelled`: by the client.
+  // EndCall says false where the client cancels more than anybody needs to: the connection should be closed.
+  void BeginCall(size_t metadata_bytes);
+  void TakeMessage(size_t bytes);
+  bool EndCall(bool had_message, bool cancelled, SteadyTime now);
+  int open_calls() const { return open_calls_.load(std::memory_order_relaxed); }
+  SteadyTime idle_since() const {
+    return SteadyTime(SteadyTime::duration(idle_since_.load(std::memory_order_relaxed)));
+  }
+
+  // Of replies that gRPC has and the other end has no room for.
+  std::atomic<int64_t>& unread_bytes() { return unread_bytes_; }
+
+  // How many of the bytes that have come since the last look no call explains, added up and forgotten slowly; what a
+  // connection may reach is `UnexplainedLimit`. Only one thread looks.
+  int64_t LookAtInput(SteadyTime now);
+  int64_t UnexplainedLimit(int64_t message_bytes) const;
+  int64_t unexplained_bytes() const { return unexplained_.load(std::memory_order_relaxed); }
+
+  // gRPC finds the socket shut down, and ends what runs on it. True: it was not closed before.
+  bool Close();
+
+ private:
+  const std::string name_, port_;
+  const std::shared_ptr<Peer> peer_;
+  const int fd_;
+
+  std::atomic<int> open_calls_{0}, awaiting_{0};  // the latter: calls whose message has not come
+  std::atomic<int64_t> unread_bytes_{0};
+  std::atomic<int64_t> explained_{0};
+  std::atomic<int64_t> unexplained_{0};
+  std::atomic<SteadyTime::rep> idle_since_;
+  std::atomic<bool> closed_{false};
+
+  // LookAtInput's.
+  int64_t seen_bytes_ = 0, seen_explained_ = 0;
+  SteadyTime looked_;
+
+  Mutex mutex_;
+  Allowance cancels_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace dejavu
+
+#endif  // SERVER_TRANSPORT_CONNECTION_H_
