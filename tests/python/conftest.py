@@ -30,10 +30,8 @@ def mpirun(processes):
     return ["mpirun", "-n", str(processes), "--oversubscribe"] if processes > 1 else []
 
 
-@pytest.fixture(scope="session")
-def api(tmp_path_factory):
-    """The generated modules: api.pb (messages) and api.rpc (stubs), and those of AdminService."""
-    out = tmp_path_factory.mktemp("stubs")
+def generate_api(out):
+    """The generated modules: api.pb (messages) and api.rpc (stubs), and those of AdminService. `out`: a folder for their files."""
     args = ["protoc", f"-I{ROOT / 'proto'}", f"--python_out={out}", f"--grpc_python_out={out}", "dejavu/v1/generation.proto",
             "dejavu/v1/admin.proto"]
     assert protoc.main(args) == 0
@@ -49,9 +47,15 @@ def api(tmp_path_factory):
     return Api
 
 
+@pytest.fixture(scope="session")
+def api(tmp_path_factory):
+    return generate_api(tmp_path_factory.mktemp("stubs"))
+
+
 class Daemon:
     def __init__(self, api, folder, *flags, model=MODEL, wait=True, environment=None, processes=PROCESSES,
-                 connect=grpc.insecure_channel, listen="127.0.0.1:0"):
+                 connect=grpc.insecure_channel, listen="127.0.0.1:0", prefix=()):
+        """`prefix`: a command that runs the daemon, such as prlimit."""
         self.processes = processes
         self.api = api
         self.log_path = folder / "dejavud.log"
@@ -60,7 +64,7 @@ class Daemon:
         self.metrics_port_file = folder / "metrics_port"
         self.metrics_port_file.unlink(missing_ok=True)
         self.process = subprocess.Popen(
-            [*mpirun(processes), BIN / "dejavud", "--model", model, "--listen", listen, "--port-file", port_file,
+            [*mpirun(processes), *prefix, BIN / "dejavud", "--model", model, "--listen", listen, "--port-file", port_file,
              "--metrics-listen", "127.0.0.1:0", "--metrics-port-file", self.metrics_port_file, *flags],
             stderr=open(self.log_path, "wb"), stdout=subprocess.DEVNULL,
             env={**os.environ, **MPI_ENVIRONMENT, **(environment or {})})

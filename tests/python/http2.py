@@ -7,6 +7,7 @@
 Frames are bytes, made by the functions below, so that a test may break, repeat or slice them before it sends them.
 """
 import dataclasses
+import select
 import socket
 import ssl
 import struct
@@ -38,6 +39,10 @@ def headers(stream, block, end_stream=False, end_headers=True):
     """`block`: bytes, or pairs to encode."""
     block = block if isinstance(block, bytes) else hpack.encode(block)
     return frame(HEADERS, END_STREAM * end_stream | END_HEADERS * end_headers, stream, block)
+
+
+def settings_ack():
+    return frame(SETTINGS, ACK)
 
 
 def continuation(stream, block, end_headers=False):
@@ -121,14 +126,15 @@ class Connection:
     """Opened with preface and SETTINGS, which may be left out. `read` acknowledges SETTINGS and PING, and gives credit for what
     it has read; `send` reads nothing, so who sends much to a peer that answers has to read now and then."""
 
-    def __init__(self, address, tls=None, settings_sent=None, preface=True, patience_s=PATIENCE_S, connection_window=WIDE, credit=True):
+    def __init__(self, address, tls=None, settings_sent=None, preface=True, patience_s=PATIENCE_S, connection_window=WIDE, credit=True,
+                 source=None):
         """`tls`: an ssl.SSLContext. `connection_window`: bytes that the peer may send on all streams; None: the initial 65,535.
-        `credit`: whether bytes that were read may come again."""
+        `credit`: whether bytes that were read may come again. `source`: an address of this host to come from."""
         host, port = address.rsplit(":", 1)
         self.patience_s, self._credit, self._next, self._buffer = patience_s, credit, 1, bytearray()
         self._decoder, self._block, self.streams = hpack.Decoder(), None, {}
         self.goaway, self.peer_settings, self.pongs, self.closed = None, {}, 0, False
-        self.socket = socket.create_connection((host, int(port)), timeout=patience_s)
+        self.socket = socket.create_connection((host, int(port)), timeout=patience_s, source_address=(source, 0) if source else None)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls is not None:
             self.socket = tls.wrap_socket(self.socket, server_hostname="localhost")
@@ -170,6 +176,26 @@ class Connection:
             except Closed:
                 return False
             time.sleep(pause_s)
+        return True
+
+    def pour(self, content, end):
+        """As `send`, but throws away whatever comes meanwhile, so that neither side waits for the other. False: the peer has closed,
+        or time is up."""
+        left = memoryview(content)
+        self.socket.setblocking(False)
+        while left:
+            readable, writable, _ = select.select([self.socket], [self.socket], [], max(0, min(1, end - time.monotonic())))
+            try:
+                if readable and not self.socket.recv(1 << 16):
+                    return False
+                if writable:
+                    left = left[self.socket.send(left[:1 << 16]):]
+            except BlockingIOError:
+                pass
+            except OSError:
+                return False
+            if time.monotonic() >= end:
+                return False
         return True
 
     def next_stream(self):
