@@ -311,7 +311,7 @@ std::vector<Option> OptionTable(Config* config) {
        .limits = {0, 1e6}},
       {.key = "transport.max_connections_per_peer",
        .group = "Transport",
-       .help = "the same of one client address; 0: half of them",
+       .help = "the same of one client address; 0: half of them, at most 256",
        .target = &s.max_connections_per_peer,
        .limits = {0, 1e6}},
       {.key = "transport.max_new_connections_per_s",
@@ -319,6 +319,12 @@ std::vector<Option> OptionTable(Config* config) {
        .help = "new connections of one client address per second, twice as many at once; 0: no limit",
        .target = &s.max_new_connections_per_s,
        .limits = {0, 1e6}},
+      {.key = "transport.gateways",
+       .group = "Transport",
+       .help =
+           "addresses of proxies, such as 127.0.0.1,10.0.0.0/8, to which the limits of one client do not apply; empty: "
+           "none",
+       .target = &s.transport_gateways},
       {.key = "transport.request_timeout_s",
        .group = "Transport",
        .help = "seconds in which a call's request must come; 0: no limit",

@@ -12,7 +12,7 @@ namespace dejavu {
 
 inline constexpr int kMaxShadowEvery = 1'000'000'000;
 // Above it gRPC ends the whole connection of a call, so that the limit of the options must be far below.
-inline constexpr int kTransportMetadataBytes = 512 << 10;
+inline constexpr int kTransportMetadataBytes = 64 << 10;
 
 struct ServerOptions {
   std::string listen = "127.0.0.1:50051";  // host:port; port 0: any free one
@@ -69,7 +69,8 @@ struct ServerOptions {
   int max_calls = 2048;                    // that are open at once; more are refused
   int max_calls_per_peer = 0;              // 0: half of them
   int max_connections = 0;                 // 0: what the limit of open files has room for, at most 4096
-  int max_connections_per_peer = 0;        // 0: half of them
+  int max_connections_per_peer = 0;        // 0: half of them, at most 256
+  std::string transport_gateways;          // addresses of proxies, such as "127.0.0.1,10.0.0.0/8"; see AddressRange
   double max_new_connections_per_s = 200;  // of a peer, twice as many at once; 0: no limit
   double request_timeout_s = 20;           // a call whose request has not come by then ends; 0: never
   double stall_timeout_s = 60;             // so does one whose client has taken nothing for so long; 0: never

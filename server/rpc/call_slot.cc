@@ -12,34 +12,48 @@ namespace {
 // shall not lose its streams.
 constexpr int64_t kSmallReplyBytes = 64 << 10;
 constexpr std::chrono::seconds kRetry(1);
+// Of calls whose connection has gone before they were seen nobody hears any more; a flood of them must cost little.
+constexpr int kMostLostCalls = 64;
 
 }  // namespace
 
 CallSlot::CallSlot(ConnectionTable* table, absl::string_view peer, size_t metadata_bytes)
     : table_(table),
       connection_(table->Find(peer)),
-      counted_(connection_ == nullptr || connection_->port() == kPublicPort) {
-  if (connection_ != nullptr) connection_->BeginCall(metadata_bytes);
+      counted_(connection_ != nullptr && connection_->port() == kPublicPort) {
+  if (connection_ != nullptr) {
+    connection_->BeginCall(metadata_bytes);
+  } else {
+    table_->lost_calls().fetch_add(1, std::memory_order_relaxed);
+  }
   if (counted_) table_->open_calls().fetch_add(1, std::memory_order_relaxed);
 }
 
 CallSlot::~CallSlot() {
   LetGo();
   if (counted_) table_->open_calls().fetch_sub(1, std::memory_order_relaxed);
-  if (connection_ == nullptr) return;
-  if (!connection_->EndCall(has_message_, cancelled_, std::chrono::steady_clock::now())) {
-    table_->Close(*connection_, Closed::kCancels);
+  if (connection_ == nullptr) {
+    table_->lost_calls().fetch_sub(1, std::memory_order_relaxed);
+    return;
   }
+  const SteadyTime now = std::chrono::steady_clock::now();
+  connection_->EndCall(has_message_, now);
+  if (cancelled_ && !connection_->peer().TakeCancel(now)) table_->Close(*connection_, Closed::kCancels);
 }
 
 absl::Status CallSlot::Check() const {
+  if (connection_ == nullptr) {
+    if (table_->lost_calls().load(std::memory_order_relaxed) <= kMostLostCalls) return absl::OkStatus();
+    return absl::CancelledError("the connection has gone");
+  }
   if (!counted_) return absl::OkStatus();
   const TransportLimits& limits = table_->limits();
   if (table_->open_calls().load(std::memory_order_relaxed) > limits.calls) {
     return QuotaExceeded("transport.max_calls", absl::StrCat("the server has ", limits.calls, " open calls, its limit"),
                          kRetry);
   }
-  if (connection_ != nullptr && connection_->peer().calls.load(std::memory_order_relaxed) > limits.calls_per_peer) {
+  const Peer& peer = connection_->peer();
+  if (!peer.gateway() && peer.calls() > limits.calls_per_peer) {
     return QuotaExceeded("transport.max_calls_per_peer",
                          absl::StrCat("this client's address has ", limits.calls_per_peer, " open calls, its limit"),
                          kRetry);

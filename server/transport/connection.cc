@@ -15,10 +15,10 @@ namespace dejavu {
 namespace {
 
 constexpr double kCancelBurst = 1000, kCancelsPerS = 200;
-constexpr int64_t kUnexplained = 512 << 10;      // at once
-constexpr int64_t kUnexplainedPerS = 128 << 10;  // and in the long run
-constexpr int64_t kCallBytes = 1 << 10;          // frames of a call beside its metadata and message
-constexpr int64_t kAwaitedBytes = 64 << 10;      // of a call whose message is under way, beside the message
+constexpr int64_t kUnexplained = 64 << 10;      // at once
+constexpr int64_t kUnexplainedPerS = 32 << 10;  // and in the long run
+constexpr int64_t kCallBytes = 1 << 10;         // frames of a call beside its metadata and message
+constexpr int64_t kAwaitedBytes = 64 << 10;     // of a call whose message is under way, beside the message
 
 // What the socket has received, or nothing where the kernel does not say.
 int64_t ReceivedBytes(int fd) {
@@ -39,21 +39,31 @@ bool Allowance::Take(SteadyTime now) {
   return true;
 }
 
+Peer::Peer(double new_connections_per_s, bool gateway)
+    : new_connections(2 * new_connections_per_s, new_connections_per_s),
+      gateway_(gateway),
+      cancels_(kCancelBurst, kCancelsPerS) {}
+
+bool Peer::TakeCancel(SteadyTime now) {
+  if (gateway_) return true;
+  MutexLock lock(mutex_);
+  return cancels_.Take(now);
+}
+
 Connection::Connection(std::string name, std::string port, std::shared_ptr<Peer> peer, int fd, SteadyTime now)
     : name_(std::move(name)),
       port_(std::move(port)),
       peer_(std::move(peer)),
       fd_(fd),
       idle_since_(now.time_since_epoch().count()),
-      looked_(now),
-      cancels_(kCancelBurst, kCancelsPerS) {}
+      looked_(now) {}
 
 Connection::~Connection() { close(fd_); }
 
 void Connection::BeginCall(size_t metadata_bytes) {
   open_calls_.fetch_add(1, std::memory_order_relaxed);
   awaiting_.fetch_add(1, std::memory_order_relaxed);
-  peer_->calls.fetch_add(1, std::memory_order_relaxed);
+  peer_->calls().fetch_add(1, std::memory_order_relaxed);
   explained_.fetch_add(kCallBytes + 2 * static_cast<int64_t>(metadata_bytes), std::memory_order_relaxed);
 }
 
@@ -63,14 +73,11 @@ void Connection::TakeMessage(size_t bytes) {
   explained_.fetch_add(2 * static_cast<int64_t>(bytes), std::memory_order_relaxed);
 }
 
-bool Connection::EndCall(bool had_message, bool cancelled, SteadyTime now) {
+void Connection::EndCall(bool had_message, SteadyTime now) {
   if (!had_message) awaiting_.fetch_sub(1, std::memory_order_relaxed);
-  peer_->calls.fetch_sub(1, std::memory_order_relaxed);
+  peer_->calls().fetch_sub(1, std::memory_order_relaxed);
   idle_since_.store(now.time_since_epoch().count(), std::memory_order_relaxed);
   open_calls_.fetch_sub(1, std::memory_order_relaxed);
-  if (!cancelled) return true;
-  MutexLock lock(mutex_);
-  return cancels_.Take(now);
 }
 
 int64_t Connection::LookAtInput(SteadyTime now) {

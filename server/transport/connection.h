@@ -5,6 +5,7 @@
 #define SERVER_TRANSPORT_CONNECTION_H_
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -27,14 +28,39 @@ class Allowance {
   SteadyTime last_;
 };
 
-// All connections from one address together. Its owner's mutex guards the rest.
-struct Peer {
-  explicit Peer(double new_connections_per_s) : new_connections(2 * new_connections_per_s, new_connections_per_s) {}
+// All connections from one address together. Any thread; what is marked so belongs to the table.
+class Peer {
+ public:
+  // `gateway`: others stand behind it, so that what one of them does must not be held against all.
+  Peer(double new_connections_per_s, bool gateway);
 
-  std::atomic<int> calls{0};
+  bool gateway() const { return gateway_; }
+  std::atomic<int>& calls() { return calls_; }
+  int calls() const { return calls_.load(std::memory_order_relaxed); }
+
+  // A call that its client has cancelled. False: more than anybody needs to.
+  bool TakeCancel(SteadyTime now);
+
+  // It has done what nobody should: for a while no connection of it is taken.
+  void Ban(SteadyTime now) { banned_until_.store((now + kBan).time_since_epoch().count(), std::memory_order_relaxed); }
+  bool banned(SteadyTime now) const {
+    return now.time_since_epoch().count() < banned_until_.load(std::memory_order_relaxed);
+  }
+
+  // The table's, under its mutex.
   int connections = 0;
   Allowance new_connections;
   SteadyTime last_seen;
+
+ private:
+  static constexpr std::chrono::seconds kBan{10};
+
+  const bool gateway_;
+  std::atomic<int> calls_{0};
+  std::atomic<SteadyTime::rep> banned_until_{0};
+
+  Mutex mutex_;
+  Allowance cancels_ ABSL_GUARDED_BY(mutex_);
 };
 
 class Connection {
@@ -49,11 +75,10 @@ class Connection {
   Peer& peer() const { return *peer_; }
   int fd() const { return fd_; }
 
-  // A call with so many bytes of metadata has begun, its message has come, it is over. `cancelled`: by the client.
-  // EndCall says false where the client cancels more than anybody needs to: the connection should be closed.
+  // A call with so many bytes of metadata has begun, its message has come, it is over.
   void BeginCall(size_t metadata_bytes);
   void TakeMessage(size_t bytes);
-  bool EndCall(bool had_message, bool cancelled, SteadyTime now);
+  void EndCall(bool had_message, SteadyTime now);
   int open_calls() const { return open_calls_.load(std::memory_order_relaxed); }
   SteadyTime idle_since() const {
     return SteadyTime(SteadyTime::duration(idle_since_.load(std::memory_order_relaxed)));
@@ -86,9 +111,6 @@ class Connection {
   // LookAtInput's.
   int64_t seen_bytes_ = 0, seen_explained_ = 0;
   SteadyTime looked_;
-
-  Mutex mutex_;
-  Allowance cancels_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace dejavu

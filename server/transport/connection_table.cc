@@ -17,7 +17,7 @@ constexpr std::chrono::seconds kPeerMemory(60);
 
 std::shared_ptr<Peer> ConnectionTable::PeerOf(const sockaddr_storage& address, SteadyTime now) {
   std::shared_ptr<Peer>& peer = peers_[PeerName(address)];
-  if (peer == nullptr) peer = std::make_shared<Peer>(limits_.new_connections_per_s);
+  if (peer == nullptr) peer = std::make_shared<Peer>(limits_.new_connections_per_s, IsIn(address, limits_.gateways));
   peer->last_seen = now;
   return peer;
 }
@@ -35,8 +35,12 @@ std::shared_ptr<Connection> ConnectionTable::Admit(const std::string& port, cons
   const std::shared_ptr<Peer> peer = PeerOf(address, now);
   if (port == kPublicPort) {
     if (memory_short()) return Turn(Turned::kMemory, fd);
-    if (limits_.new_connections_per_s > 0 && !peer->new_connections.Take(now)) return Turn(Turned::kTooFast, fd);
-    if (peer->connections >= limits_.connections_per_peer) return Turn(Turned::kTooManyOfPeer, fd);
+    if (peer->banned(now)) return Turn(Turned::kBanned, fd);
+    const bool limited = !peer->gateway();
+    if (limited && limits_.new_connections_per_s > 0 && !peer->new_connections.Take(now)) {
+      return Turn(Turned::kTooFast, fd);
+    }
+    if (limited && peer->connections >= limits_.connections_per_peer) return Turn(Turned::kTooManyOfPeer, fd);
     if (by_port_[port] >= limits_.connections && !MakeRoom()) return Turn(Turned::kTooMany, fd);
   } else if (by_port_[port] >= kReservedConnections) {
     return Turn(Turned::kTooMany, fd);
@@ -93,7 +97,11 @@ std::vector<std::shared_ptr<Connection>> ConnectionTable::All() const {
 }
 
 void ConnectionTable::Close(Connection& connection, Closed reason) {
-  if (connection.Close()) Count(closed_[static_cast<size_t>(reason)]);
+  if (!connection.Close()) return;
+  Count(closed_[static_cast<size_t>(reason)]);
+  if (reason != Closed::kMadeRoom && !connection.peer().gateway()) {
+    connection.peer().Ban(std::chrono::steady_clock::now());
+  }
 }
 
 void ConnectionTable::ForgetPeers(SteadyTime now) {

@@ -22,8 +22,9 @@
 namespace dejavu {
 
 // Why a connection was not taken, or was closed from here.
-enum class Turned { kTooMany, kTooManyOfPeer, kTooFast, kNoDescriptor, kMemory };
-inline constexpr std::array kTurnedNames = {"connections", "peer_connections", "peer_rate", "descriptors", "memory"};
+enum class Turned { kTooMany, kTooManyOfPeer, kTooFast, kBanned, kNoDescriptor, kMemory };
+inline constexpr std::array kTurnedNames = {"connections", "peer_connections", "peer_rate",
+                                            "banned",      "descriptors",      "memory"};
 enum class Closed { kUnexplained, kCancels, kMemory, kMadeRoom };
 inline constexpr std::array kClosedNames = {"unexplained_bytes", "cancels", "memory", "made_room"};
 
@@ -42,6 +43,7 @@ class ConnectionTable {
   std::shared_ptr<Connection> Find(absl::string_view name) const;
   std::vector<std::shared_ptr<Connection>> All() const;
 
+  // Its peer is banned for a while, unless others stand behind it or the connection only makes room.
   void Close(Connection& connection, Closed reason);
   void CountTurned(Turned reason) { Count(turned_[static_cast<size_t>(reason)]); }
 
@@ -53,6 +55,7 @@ class ConnectionTable {
   void ForgetPeers(SteadyTime now);
 
   std::atomic<int>& open_calls() { return open_calls_; }
+  std::atomic<int>& lost_calls() { return lost_calls_; }  // whose connection had gone before they were seen
   std::atomic<int64_t>& unread_bytes() { return unread_bytes_; }
 
   int64_t connections() const;
@@ -67,7 +70,7 @@ class ConnectionTable {
 
   const TransportLimits limits_;
   std::atomic<bool> memory_short_{false};
-  std::atomic<int> open_calls_{0};
+  std::atomic<int> open_calls_{0}, lost_calls_{0};
   std::atomic<int64_t> unread_bytes_{0};
   std::array<std::atomic<int64_t>, kTurnedNames.size()> turned_{};
   std::array<std::atomic<int64_t>, kClosedNames.size()> closed_{};

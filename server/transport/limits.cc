@@ -6,6 +6,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "kernels/base/status_macros.h"
 #include "spdlog/spdlog.h"
 
 namespace dejavu {
@@ -16,6 +17,7 @@ constexpr int64_t kOtherFiles = 64;         // logs, files that are loaded, scra
 constexpr int64_t kReserve = kOtherFiles + 2 * kReservedConnections * kFilesPerConnection;
 constexpr int64_t kMostConnections = 4096;  // where the options name no number
 constexpr int64_t kFewestConnections = 16;
+constexpr int kMostConnectionsPerPeer = 256;
 
 // The most files that this process may have open from now on.
 int64_t RaiseFileLimit() {
@@ -42,14 +44,17 @@ absl::StatusOr<TransportLimits> MakeTransportLimits(const ServerOptions& options
   TransportLimits limits;
   limits.connections =
       options.max_connections > 0 ? options.max_connections : static_cast<int>(std::min(room, kMostConnections));
-  const auto share = [](int named, int all) { return named > 0 ? std::min(named, all) : std::max(all / 2, 1); };
-  limits.connections_per_peer = share(options.max_connections_per_peer, limits.connections);
+  const auto share = [](int named, int all, int most) {
+    return named > 0 ? std::min(named, all) : std::clamp(all / 2, 1, most);
+  };
+  limits.connections_per_peer = share(options.max_connections_per_peer, limits.connections, kMostConnectionsPerPeer);
   limits.new_connections_per_s = options.max_new_connections_per_s;
   limits.calls = options.max_calls;
-  limits.calls_per_peer = share(options.max_calls_per_peer, limits.calls);
+  limits.calls_per_peer = share(options.max_calls_per_peer, limits.calls, limits.calls);
   limits.unread_bytes = options.max_unread_mib << 20;
   limits.unread_bytes_per_connection = std::min(options.max_unread_mib_per_connection, options.max_unread_mib) << 20;
   limits.message_bytes = options.max_message_bytes;
+  ASSIGN_OR_RETURN(limits.gateways, ParseAddressRanges("transport.gateways", options.transport_gateways));
   spdlog::info("at most {} connections ({} of a peer) and {} calls ({} of a peer) at a time; {} files may be open",
                limits.connections, limits.connections_per_peer, limits.calls, limits.calls_per_peer, files);
   return limits;

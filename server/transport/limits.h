@@ -5,8 +5,11 @@
 
 #include <cstdint>
 
+#include <vector>
+
 #include "absl/status/statusor.h"
 #include "server/options.h"
+#include "server/transport/socket_name.h"
 
 namespace dejavu {
 
@@ -18,7 +21,8 @@ struct TransportLimits {
   int calls_per_peer = 0;
   int64_t unread_bytes = 0;  // of replies that gRPC could not send yet
   int64_t unread_bytes_per_connection = 0;
-  int64_t message_bytes = 0;  // of one request
+  int64_t message_bytes = 0;           // of one request
+  std::vector<AddressRange> gateways;  // peers that others stand behind: what is counted per peer is not for them
 };
 
 // Each of those ports has so many connections of its own, whatever the public one has taken.

@@ -3,9 +3,15 @@
 #include <arpa/inet.h>
 #include <netinet/in.h>
 
+#include <algorithm>
 #include <cstring>
+#include <utility>
 
+#include "absl/status/status.h"
+#include "absl/strings/ascii.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 
 namespace dejavu {
 namespace {
@@ -50,6 +56,45 @@ Parts PartsOf(const sockaddr_storage& storage) {
   return parts;
 }
 
+// As a range holds it.
+std::array<uint8_t, 16> BytesOf(const sockaddr_storage& storage) {
+  std::array<uint8_t, 16> bytes = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff};
+  if (storage.ss_family == AF_INET6) {
+    std::memcpy(bytes.data(), &reinterpret_cast<const sockaddr_in6&>(storage).sin6_addr, 16);
+  } else {
+    std::memcpy(&bytes[12], &reinterpret_cast<const sockaddr_in&>(storage).sin_addr, 4);
+  }
+  return bytes;
+}
+
+bool ParseRange(absl::string_view text, AddressRange* range) {
+  const std::pair<std::string, std::string> parts = absl::StrSplit(text, absl::MaxSplits('/', 1));
+  in_addr v4;
+  in6_addr v6;
+  int most = 32;
+  range->address = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff};
+  if (inet_pton(AF_INET, parts.first.c_str(), &v4) == 1) {
+    std::memcpy(&range->address[12], &v4, 4);
+  } else if (inet_pton(AF_INET6, parts.first.c_str(), &v6) == 1) {
+    std::memcpy(range->address.data(), &v6, 16);
+    most = 128;
+  } else {
+    return false;
+  }
+  int bits = most;
+  if (text.find('/') != text.npos && (!absl::SimpleAtoi(parts.second, &bits) || bits < 0 || bits > most)) return false;
+  range->bits = 128 - most + bits;
+  return true;
+}
+
+bool Begins(const std::array<uint8_t, 16>& address, const AddressRange& range) {
+  for (int bit = 0; bit < range.bits; ++bit) {
+    const auto index = static_cast<size_t>(bit / 8);
+    if (((address[index] ^ range.address[index]) >> (7 - bit % 8)) & 1) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 std::string SocketName(const sockaddr_storage& address) {
@@ -65,6 +110,25 @@ std::string PeerName(const sockaddr_storage& address) {
   char text[INET6_ADDRSTRLEN] = "";
   inet_ntop(AF_INET6, &parts.address, text, sizeof(text));
   return absl::StrCat(text, "/64");
+}
+
+absl::StatusOr<std::vector<AddressRange>> ParseAddressRanges(const char* option, absl::string_view list) {
+  std::vector<AddressRange> ranges;
+  for (absl::string_view part : absl::StrSplit(list, ',', absl::SkipWhitespace())) {
+    part = absl::StripAsciiWhitespace(part);
+    AddressRange range;
+    if (!ParseRange(part, &range)) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          option, " names ", part, "; it must be an IP address, or one with the bits that count: 10.0.0.0/8"));
+    }
+    ranges.push_back(range);
+  }
+  return ranges;
+}
+
+bool IsIn(const sockaddr_storage& address, const std::vector<AddressRange>& ranges) {
+  const std::array<uint8_t, 16> bytes = BytesOf(address);
+  return std::any_of(ranges.begin(), ranges.end(), [&](const AddressRange& range) { return Begins(bytes, range); });
 }
 
 }  // namespace dejavu

@@ -4,8 +4,12 @@
 
 #include <sys/socket.h>
 
+#include <array>
+#include <cstdint>
 #include <string>
+#include <vector>
 
+#include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 
 namespace dejavu {
@@ -16,6 +20,17 @@ std::string SocketName(const sockaddr_storage& address);
 // Whose connections are counted together: the IPv4 address, or the first 64 bits of the IPv6 address, which is what one
 // customer of a provider has at least.
 std::string PeerName(const sockaddr_storage& address);
+
+// An address, or all that begin with the same bits: "10.0.0.0/8", "fd00::/8", "127.0.0.1".
+struct AddressRange {
+  std::array<uint8_t, 16> address = {};  // IPv4 as ::ffff:a.b.c.d
+  int bits = 128;
+};
+
+// Of a list with commas. INVALID_ARGUMENT names the option and the part that is no address.
+absl::StatusOr<std::vector<AddressRange>> ParseAddressRanges(const char* option, absl::string_view list);
+
+bool IsIn(const sockaddr_storage& address, const std::vector<AddressRange>& ranges);
 
 }  // namespace dejavu
 

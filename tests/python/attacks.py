@@ -21,6 +21,7 @@ import http2
 SOURCE = "127.0.0.2"
 SERVICE = "/dejavu.v1.GenerationService/"
 PATIENCE_S = 5  # of an attacker for one thing
+STREAM_PATIENCE_S = 60  # of somebody who wants a stream to its end
 ERRORS = (OSError, http2.Closed)
 
 
@@ -246,10 +247,12 @@ def unread_scores(address, seconds, count=1000, tokens=512, top_logprobs=100):
     return dict(connections=len(peers), given_up=refused, closed_by_server=closed, answers=answers)
 
 
-BAD_METADATA = {
+LARGE_METADATA = {
     "20 KiB": [("x-big", "b" * 20480)],
     "20 KiB in pieces": [(f"x-{i}", "b" * 1000) for i in range(20)],
     "900 KiB": [(f"x-{i}", "b" * 15000) for i in range(60)],
+}
+BAD_METADATA = LARGE_METADATA | {
     "not base64": [("x-bad-bin", "!?*")],
     "base64 cut off": [("x-bad-bin", "abcde")],
     "base64 with spaces": [("grpc-trace-bin", "AA AA")],
@@ -263,7 +266,7 @@ def split_headers(stream, block, end_stream=False):
     return b"".join(frames + [http2.continuation(stream, piece, piece is pieces[-1]) for piece in pieces[1:]])
 
 
-def shared_connection(address, seconds, request=None, kinds=tuple(BAD_METADATA)):
+def shared_connection(address, seconds, request=None, kinds=tuple(LARGE_METADATA)):
     """What a gateway does: strangers' bad calls on the connection of a good stream. `request`: a GenerateRequest in bytes."""
     end, lost, whole, bad, codes, peer = time.monotonic() + seconds, 0, 0, 0, {}, None
     choose = random.Random(1)
@@ -277,10 +280,10 @@ def shared_connection(address, seconds, request=None, kinds=tuple(BAD_METADATA))
             hurt = peer.next_stream()
             peer.send(split_headers(hurt, hpack.encode(http2.grpc_headers(SERVICE + "GetModelInfo", BAD_METADATA[kind])), True))
             bad += 1
-            ended = peer.outcome(hurt)
+            ended = peer.outcome(hurt, STREAM_PATIENCE_S)
             answer = f"{kind}: " + (f"code {ended.code}" if ended.code is not None else f"reset {ended.reset}" if ended.ended else "none")
             codes[answer] = codes.get(answer, 0) + 1
-            good = peer.outcome(stream)
+            good = peer.outcome(stream, STREAM_PATIENCE_S)
             whole, lost = whole + (good.code == 0), lost + (good.code != 0)
             if peer.closed or peer.goaway:
                 peer = None
@@ -290,9 +293,15 @@ def shared_connection(address, seconds, request=None, kinds=tuple(BAD_METADATA))
     return dict(bad_calls=bad, streams_whole=whole, streams_lost=lost, answers=codes)
 
 
+def bad_base64(address, seconds, request=None):
+    """gRPC 1.51 ends the connection of such a call inside its parser: whose streams they are is lost, and nobody else's."""
+    result = shared_connection(address, seconds, request, kinds=[kind for kind in BAD_METADATA if kind not in LARGE_METADATA])
+    return dict(bad_calls=result["bad_calls"], answers=result["answers"])
+
+
 ATTACKS = {attack.__name__: attack for attack in (
     churn, hold, idle, slow_headers, rapid_reset, continuation, indexed_headers, endless_integer, endless_zeros, pings, settings, open_calls,
-    unread_scores, shared_connection)}
+    unread_scores, shared_connection, bad_base64)}
 
 
 def main():

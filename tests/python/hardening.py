@@ -31,6 +31,7 @@ MOST_RATIO = 1.5
 HEALTH_PATIENCE_S = 5
 FEW_DESCRIPTORS = ["prlimit", "--nofile=1024:1024"]
 NEEDS_FEW = {"churn", "hold"}  # attacks on descriptors
+TAKES_REQUEST = {"shared_connection", "bad_base64"}
 CLIENT_TOKENS = 100
 
 # In a process of its own: streams until its standard input ends, and prints what it saw. Times in milliseconds.
@@ -145,7 +146,7 @@ def under_attack(name, pid, address, request, seconds, quiet_s, count=None):
         time.sleep(quiet_s)
         quiet = client.finish()
     watch, client = Watch(pid, address), GoodClient(address, request)
-    attack = start_attack(name, address, seconds, request if name == "shared_connection" else None, count)
+    attack = start_attack(name, address, seconds, request if name in TAKES_REQUEST else None, count)
     done = json.loads(attack.communicate(timeout=seconds + 120)[0] or "{}")
     attacked, seen = client.finish(), watch.finish()
     seen["serves_after"] = healthy(address)

@@ -248,27 +248,56 @@ TEST(ConnectionWatch, LeavesAConnectionWhoseCallExplainsItsBytes) {
       }
     }
     connection->TakeMessage(16 * bytes.size());
-    connection->EndCall(/*had_message=*/true, /*cancelled=*/false, std::chrono::steady_clock::now());
+    connection->EndCall(/*had_message=*/true, std::chrono::steady_clock::now());
   }
   EXPECT_LE(connection->LookAtInput(std::chrono::steady_clock::now()), connection->UnexplainedLimit(1 << 20));
   EXPECT_EQ(port.table.closed(Closed::kUnexplained), 0);
   Port::Drop(server);
 }
 
-TEST(Connection, ACrowdOfCancelsEndsIt) {
+TEST(Connection, CountsItsCallsAndItsPeers) {
   Port port;
   ASSERT_GE(port.Connect(), 0);
   ASSERT_TRUE(Eventually([&] { return port.served() == 1; }));
   const std::shared_ptr<Connection> connection = port.table.All()[0];
+  connection->BeginCall(100);
+  EXPECT_EQ(connection->open_calls(), 1);
+  EXPECT_EQ(connection->peer().calls(), 1);
+  connection->EndCall(/*had_message=*/false, std::chrono::steady_clock::now());
+  EXPECT_EQ(connection->open_calls(), 0);
+  EXPECT_EQ(connection->peer().calls(), 0);
+}
+
+TEST(Peer, MayCancelABurstOfCallsAndSomePerSecond) {
+  Peer peer(/*new_connections_per_s=*/1, /*gateway=*/false);
+  Peer gateway(/*new_connections_per_s=*/1, /*gateway=*/true);
   const SteadyTime now = std::chrono::steady_clock::now();
   int taken = 0;
-  do {
-    connection->BeginCall(100);
-    ++taken;
-  } while (connection->EndCall(false, /*cancelled=*/true, now) && taken < 10'000);
-  EXPECT_EQ(taken, 1001);
-  EXPECT_EQ(connection->open_calls(), 0);
-  EXPECT_EQ(connection->peer().calls.load(), 0);
+  while (peer.TakeCancel(now) && taken < 10'000) ++taken;
+  EXPECT_EQ(taken, 1000);
+  for (int i = 0; i < 10'000; ++i) ASSERT_TRUE(gateway.TakeCancel(now));
+  EXPECT_TRUE(peer.TakeCancel(now + std::chrono::seconds(1)));
+}
+
+TEST(ConnectionTable, BansThePeerOfAConnectionThatItCloses) {
+  Port port;
+  ASSERT_GE(port.Connect(), 0);
+  ASSERT_TRUE(Eventually([&] { return port.served() == 1; }));
+  port.table.Close(*port.table.All()[0], Closed::kCancels);
+  EXPECT_TRUE(IsClosed(port.Connect()));
+  EXPECT_EQ(port.table.turned(Turned::kBanned), 1);
+}
+
+TEST(ConnectionTable, BansNoGateway) {
+  TransportLimits limits = Limits();
+  limits.gateways = *ParseAddressRanges("option", "127.0.0.0/8");
+  limits.connections_per_peer = 1;
+  Port port(limits);
+  ASSERT_GE(port.Connect(), 0);
+  ASSERT_TRUE(Eventually([&] { return port.served() == 1; }));
+  port.table.Close(*port.table.All()[0], Closed::kCancels);
+  ASSERT_GE(port.Connect(), 0);
+  EXPECT_TRUE(Eventually([&] { return port.served() == 2; }));
 }
 
 TEST(Allowance, FillsUpWithTime) {

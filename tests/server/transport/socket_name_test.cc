@@ -44,5 +44,24 @@ TEST(PeerName, PutsTheAddressesOfOneSiteTogether) {
   EXPECT_EQ(PeerName(V6("::ffff:10.1.2.3", 1)), PeerName(V4("10.1.2.3", 2)));
 }
 
+TEST(AddressRange, HoldsWhatBeginsAlike) {
+  const auto ranges = ParseAddressRanges("transport.gateways", "127.0.0.1, 10.0.0.0/9,fd00::/8").value();
+  EXPECT_TRUE(IsIn(V4("127.0.0.1", 1), ranges));
+  EXPECT_FALSE(IsIn(V4("127.0.0.2", 1), ranges));
+  EXPECT_TRUE(IsIn(V4("10.127.3.4", 1), ranges));
+  EXPECT_FALSE(IsIn(V4("10.128.3.4", 1), ranges));
+  EXPECT_TRUE(IsIn(V6("::ffff:10.1.2.3", 1), ranges));
+  EXPECT_TRUE(IsIn(V6("fd12::1", 1), ranges));
+  EXPECT_FALSE(IsIn(V6("fe80::1", 1), ranges));
+  EXPECT_TRUE(IsIn(V4("8.8.8.8", 1), ParseAddressRanges("transport.gateways", "0.0.0.0/0").value()));
+  EXPECT_TRUE(ParseAddressRanges("transport.gateways", "")->empty());
+}
+
+TEST(AddressRange, RefusesWhatIsNoAddress) {
+  for (const char* const wrong : {"localhost", "10.0.0.0/33", "10.0.0/8", "::/129", "10.0.0.0/", "10.0.0.0/-1", "/8"}) {
+    EXPECT_FALSE(ParseAddressRanges("transport.gateways", wrong).ok()) << wrong;
+  }
+}
+
 }  // namespace
 }  // namespace dejavu
