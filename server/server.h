@@ -57,6 +57,9 @@ class Server {
   void SetFailed();
   void SetWarming();  // any thread
 
+  // Has certificates and tokens read again now. Any thread; returns at once.
+  void ReloadCredentials() { security_->LookNow(); }
+
   // Says that it is not ready, lingers, refuses what is new, tells connections to go, waits for what runs, up to the
   // limits in ServerOptions, and ends the rest with UNAVAILABLE. Then as Stop. True: every request was answered in
   // full.

@@ -93,12 +93,26 @@ void BlockSignals(const sigset_t& signals) {
   CHECK(pthread_sigmask(SIG_BLOCK, &signals, nullptr) == 0) << "pthread_sigmask";
 }
 
-sigset_t StopSignals() {
+// SIGTERM and SIGINT stop the daemon, SIGHUP has it read its credentials again.
+sigset_t OurSignals() {
   sigset_t signals;
   sigemptyset(&signals);
-  sigaddset(&signals, SIGTERM);
-  sigaddset(&signals, SIGINT);
+  for (const int number : {SIGTERM, SIGINT, SIGHUP}) sigaddset(&signals, number);
   return signals;
+}
+
+// A signal that means nothing here shall not end a daemon. What a profiler or the like has taken for itself stays so.
+void IgnoreUnlessTaken(int number) {
+  struct sigaction action = {};
+  if (sigaction(number, nullptr, &action) != 0 || action.sa_handler != SIG_DFL) return;
+  signal(number, SIG_IGN);
+}
+
+void IgnoreStraySignals() {
+  for (const int number : {SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGPWR, SIGSTKFLT}) {
+    IgnoreUnlessTaken(number);
+  }
+  for (int number = SIGRTMIN; number <= SIGRTMAX; ++number) IgnoreUnlessTaken(number);
 }
 
 // Logs why the daemon is about to exit with a failure, and leaves it where an orchestrator looks for it.
@@ -112,9 +126,10 @@ void Fail(const ServerOptions& options, const std::string& reason) {
 }
 
 // A process of mpirun that is not rank 0. Once it is loaded signals are rank 0's affair: mpirun sends them to all, and
-// who leaves before rank 0 has drained takes its model away.
+// who leaves before rank 0 has drained takes its model away. Credentials are rank 0's affair too.
 int Follow(const Config& config) {
   const EngineOptions& options = config.engine;
+  IgnoreUnlessTaken(SIGHUP);
   for (const int number : {SIGTERM, SIGINT}) signal(number, [](int) { _exit(kDrained); });
   const auto follow = [&]() -> absl::Status {
     ASSIGN_OR_RETURN(const std::unique_ptr<Tokenizer> tokenizer, LoadTokenizer(options));
@@ -138,10 +153,10 @@ class Daemon {
  private:
   // What poll() found. Without a timeout it waits for one of both.
   struct Woken {
-    bool signal = false;
+    bool signal = false;  // to stop; others are dealt with there
     bool event = false;
   };
-  Woken WaitFor(const Event& event, int timeout_ms);
+  Woken WaitFor(const Event& event, int timeout_ms, Server* server);
 
   std::optional<int> Load(Server* server);
   int Serve(Server* server);
@@ -155,7 +170,7 @@ class Daemon {
 
 int Daemon::Run() {
   // Before any thread exists: one that had them unblocked would die of the first signal.
-  const sigset_t signals = StopSignals();
+  const sigset_t signals = OurSignals();
   BlockSignals(signals);
   signal_fd_ = signalfd(-1, &signals, SFD_CLOEXEC);
   CHECK(signal_fd_ >= 0) << "signalfd";
@@ -174,7 +189,7 @@ int Daemon::Run() {
   return Serve(server->get());
 }
 
-Daemon::Woken Daemon::WaitFor(const Event& event, int timeout_ms) {
+Daemon::Woken Daemon::WaitFor(const Event& event, int timeout_ms, Server* server) {
   pollfd fds[] = {{signal_fd_, POLLIN, 0}, {event.fd(), POLLIN, 0}};
   const int ready = poll(fds, 2, timeout_ms);
   CHECK(ready >= 0 || errno == EINTR) << "poll";
@@ -182,7 +197,9 @@ Daemon::Woken Daemon::WaitFor(const Event& event, int timeout_ms) {
   if (ready <= 0) return woken;
   woken.event = (fds[1].revents & POLLIN) != 0;
   signalfd_siginfo info;
-  woken.signal = (fds[0].revents & POLLIN) != 0 && read(signal_fd_, &info, sizeof(info)) == sizeof(info);
+  if ((fds[0].revents & POLLIN) == 0 || read(signal_fd_, &info, sizeof(info)) != sizeof(info)) return woken;
+  woken.signal = info.ssi_signo != SIGHUP;
+  if (!woken.signal) server->ReloadCredentials();
   return woken;
 }
 
@@ -196,7 +213,7 @@ std::optional<int> Daemon::Load(Server* server) {
     done.Set();
   });
   Woken woken;
-  while (!woken.event && !woken.signal) woken = WaitFor(done, -1);
+  while (!woken.event && !woken.signal) woken = WaitFor(done, -1, server);
   if (woken.signal) {
     spdlog::info("stopped by a signal while loading");
     server->Stop();
@@ -224,7 +241,7 @@ std::optional<int> Daemon::Load(Server* server) {
 
 int Daemon::Serve(Server* server) {
   const Event never;
-  while (!WaitFor(never, kEngineCheckMs).signal) EndIfFailed(server);
+  while (!WaitFor(never, kEngineCheckMs, server).signal) EndIfFailed(server);
   return Drain(server);
 }
 
@@ -249,7 +266,7 @@ int Daemon::Drain(Server* server) {
   });
   Woken woken;
   while (!woken.event && !woken.signal) {
-    woken = WaitFor(done, kEngineCheckMs);
+    woken = WaitFor(done, kEngineCheckMs, server);
     EndIfFailed(server);
   }
   if (!woken.event) {
@@ -292,6 +309,7 @@ int main(int argc, char** argv) {
   const dejavu::ServerOptions& server = command_line.config.server;
   dejavu::StartLogging(server.log_level,
                        server.log_format == "json" ? dejavu::LogFormat::kJson : dejavu::LogFormat::kText);
+  dejavu::IgnoreStraySignals();
   const int exit_code = dejavu::FollowsAnEngine(command_line.config.engine) ? dejavu::Follow(command_line.config)
                                                                             : dejavu::Daemon(command_line.config).Run();
   dejavu::StopLogging();

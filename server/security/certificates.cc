@@ -2,11 +2,7 @@
 // face has no such credentials, but a ServerCredentials may be derived from.
 #include "server/security/certificates.h"
 
-#include <openssl/bio.h>
 #include <openssl/err.h>
-#include <openssl/evp.h>
-#include <openssl/pem.h>
-#include <openssl/x509.h>
 
 #include <ctime>
 #include <utility>
@@ -18,44 +14,58 @@
 #include "grpc/grpc_security.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status_macros.h"
+#include "server/security/handshake_trial.h"
+#include "server/security/openssl_pointers.h"
 #include "server/security/small_file.h"
 
 namespace dejavu {
 namespace {
 
 constexpr size_t kMaxPemBytes = 1 << 20;
+constexpr int kMostReads = 100;  // until two of them agree
 
-template <typename T, void (*kFree)(T*)>
-struct Free {
-  void operator()(T* object) const { kFree(object); }
-};
-using X509Ptr = std::unique_ptr<X509, Free<X509, X509_free>>;
-using KeyPtr = std::unique_ptr<EVP_PKEY, Free<EVP_PKEY, EVP_PKEY_free>>;
-using BioPtr = std::unique_ptr<BIO, Free<BIO, BIO_free_all>>;
-
-BioPtr Reader(const std::string& text) { return BioPtr(BIO_new_mem_buf(text.data(), static_cast<int>(text.size()))); }
-
-// Nobody is asked for the passphrase of an encrypted key.
-int NoPassphrase(char*, int, int, void*) { return -1; }
+// Clocks of issuers and servers differ by seconds; a certificate that begins so soon is as good as valid.
+constexpr absl::Duration kClockSkew = absl::Minutes(1);
 
 absl::StatusOr<X509Ptr> FirstCertificate(const char* option, const std::string& path, const std::string& text) {
-  const BioPtr reader = Reader(text);
-  X509Ptr certificate(PEM_read_bio_X509(reader.get(), nullptr, NoPassphrase, nullptr));
+  const BioPtr reader = PemReader(text);
+  X509Ptr certificate = NextCertificate(reader.get());
   ERR_clear_error();
   if (certificate != nullptr) return certificate;
   return absl::InvalidArgumentError(absl::StrCat(option, ": ", path, " holds no certificate in PEM form"));
 }
 
-int64_t UnixSeconds(const ASN1_TIME* time) {
+// A certificate may hold anything in place of a time.
+absl::StatusOr<absl::Time> TimeOf(const ASN1_TIME* time, absl::string_view what, const std::string& path) {
   std::tm broken_down = {};
-  CHECK(ASN1_TIME_to_tm(time, &broken_down) == 1) << "ASN1_TIME_to_tm";
-  return timegm(&broken_down);
+  const bool read = time != nullptr && ASN1_TIME_to_tm(time, &broken_down) == 1;
+  ERR_clear_error();
+  if (read) return absl::FromTimeT(timegm(&broken_down));
+  return absl::InvalidArgumentError(absl::StrCat("tls.cert: ", path, " holds no time that could be read as ", what));
+}
+
+std::string DateText(absl::Time time) { return absl::FormatTime(absl::RFC3339_sec, time, absl::UTCTimeZone()); }
+
+bool HasBegun(const Certificates::Pem& pem, absl::Time now) { return pem.begin <= now + kClockSkew; }
+
+absl::Status CheckLifetime(const std::string& path, const Certificates::Pem& pem) {
+  const absl::Time now = absl::Now();
+  if (!HasBegun(pem, now)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("tls.cert: ", path, " is not valid before ", DateText(pem.begin), "; now it is ", DateText(now)));
+  }
+  if (pem.expiry > now) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("tls.cert: ", path, " has expired on ", DateText(pem.expiry)));
+}
+
+std::string KeyText(EVP_PKEY* key) {
+  const char* const type = EVP_PKEY_get0_type_name(key);
+  return absl::StrCat(type == nullptr ? "unknown" : type, " key of ", EVP_PKEY_get_bits(key), " bits");
 }
 
 absl::Status Check(const CertificateFiles& files, Certificates::Pem* pem) {
   ASSIGN_OR_RETURN(const X509Ptr certificate, FirstCertificate("tls.cert", files.cert, pem->cert));
-  const BioPtr reader = Reader(pem->key);
-  const KeyPtr key(PEM_read_bio_PrivateKey(reader.get(), nullptr, NoPassphrase, nullptr));
+  const KeyPtr key = PrivateKeyFrom(pem->key);
   ERR_clear_error();
   if (key == nullptr) {
     return absl::InvalidArgumentError(
@@ -67,14 +77,16 @@ absl::Status Check(const CertificateFiles& files, Certificates::Pem* pem) {
     return absl::InvalidArgumentError(
         absl::StrCat("tls.key: ", files.key, " is not the key of the certificate tls.cert: ", files.cert));
   }
-  pem->expiry_unix_s = UnixSeconds(X509_get0_notAfter(certificate.get()));
-  const absl::Time expiry = absl::FromUnixSeconds(pem->expiry_unix_s);
-  if (expiry <= absl::Now()) {
-    return absl::InvalidArgumentError(absl::StrCat("tls.cert: ", files.cert, " has expired on ",
-                                                   absl::FormatTime(absl::RFC3339_sec, expiry, absl::UTCTimeZone())));
+  ASSIGN_OR_RETURN(pem->begin, TimeOf(X509_get0_notBefore(certificate.get()), "the begin of its life", files.cert));
+  ASSIGN_OR_RETURN(pem->expiry, TimeOf(X509_get0_notAfter(certificate.get()), "the end of its life", files.cert));
+  RETURN_IF_ERROR(CheckLifetime(files.cert, *pem));
+  if (!files.client_ca.empty()) {
+    RETURN_IF_ERROR(FirstCertificate("tls.client_ca", files.client_ca, pem->client_ca).status());
   }
-  if (files.client_ca.empty()) return absl::OkStatus();
-  return FirstCertificate("tls.client_ca", files.client_ca, pem->client_ca).status();
+  const absl::Status usable = TryHandshake(pem->cert, pem->key, pem->client_ca);
+  if (usable.ok()) return usable;
+  return absl::InvalidArgumentError(absl::StrCat("tls.cert: ", files.cert, " with its ", KeyText(key.get()),
+                                                 " serves no TLS connection: ", usable.message()));
 }
 
 // Credentials of one port: it knows what that port has been given last.
@@ -143,17 +155,24 @@ absl::StatusOr<Certificates::Pem> Certificates::Read() const {
   return pem;
 }
 
-absl::StatusOr<bool> Certificates::Reload() {
+absl::StatusOr<bool> Certificates::Reload(bool again) {
   ASSIGN_OR_RETURN(Pem pem, Read());
   // They may have been exchanged between two of the reads.
-  for (bool still = false; !still;) {
-    ASSIGN_OR_RETURN(Pem again, Read());
-    still = again.SameText(pem);
-    pem = std::move(again);
+  bool still = false;
+  for (int reads = 1; !still; ++reads) {
+    if (reads == kMostReads) return absl::InvalidArgumentError("tls.cert and tls.key do not stop changing");
+    ASSIGN_OR_RETURN(Pem next, Read());
+    still = next.SameText(pem);
+    pem = std::move(next);
   }
-  if (seen_.has_value() && pem.SameText(*seen_)) return false;
+  const bool known = seen_.has_value() && pem.SameText(*seen_);
+  const bool begun = seen_.has_value() && !HasBegun(*seen_, seen_at_) && HasBegun(*seen_, absl::Now());
+  if (known && (usable_ || !(again || begun))) return false;
+  const absl::Status status = Check(files_, &pem);
   seen_ = pem;
-  RETURN_IF_ERROR(Check(files_, &pem));
+  seen_at_ = absl::Now();
+  usable_ = status.ok();
+  RETURN_IF_ERROR(status);
   auto shared = std::make_shared<const Pem>(std::move(pem));
   MutexLock lock(mutex_);
   current_ = std::move(shared);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "grpcpp/security/server_credentials.h"
 #include "kernels/base/mutex.h"
 
@@ -25,12 +26,14 @@ struct CertificateFiles {
 
 class Certificates {
  public:
-  // INVALID_ARGUMENT names the option and the file: missing, not PEM, expired, or a key of another certificate.
+  // INVALID_ARGUMENT names the option and the file: missing, not PEM, not valid yet or no more, a key of another
+  // certificate, or what no TLS handshake can use.
   static absl::StatusOr<std::unique_ptr<Certificates>> Load(const CertificateFiles& files);
-  // Reads the files again: true where they have changed and new connections see them. After an error the old ones hold.
-  absl::StatusOr<bool> Reload();
+  // Reads the files again: true where they have changed and new connections see them. After an error the old ones hold;
+  // the same files are not complained of twice, unless `again`. Those that were not valid yet are taken in time.
+  absl::StatusOr<bool> Reload(bool again = false);
 
-  int64_t expiry_unix_s() const { return current()->expiry_unix_s; }
+  int64_t expiry_unix_s() const { return absl::ToUnixSeconds(current()->expiry); }
 
   // For one port of a server that this object outlives. Not beside other calls.
   std::shared_ptr<grpc::ServerCredentials> ForPort();
@@ -38,7 +41,7 @@ class Certificates {
   // As they are now.
   struct Pem {
     std::string cert, key, client_ca;
-    int64_t expiry_unix_s = 0;
+    absl::Time begin, expiry;
     bool SameText(const Pem& other) const {
       return cert == other.cert && key == other.key && client_ca == other.client_ca;
     }
@@ -55,7 +58,10 @@ class Certificates {
 
   const CertificateFiles files_;
   std::vector<std::shared_ptr<grpc::ServerCredentials>> ports_;  // gRPC calls them back as long as it runs
-  std::optional<Pem> seen_;  // that were looked at last, good or not; Load's and Reload's
+  // What was looked at last, good or not, and when. Load's and Reload's.
+  std::optional<Pem> seen_;
+  absl::Time seen_at_;
+  bool usable_ = false;
 
   mutable Mutex mutex_;
   std::shared_ptr<const Pem> current_ ABSL_GUARDED_BY(mutex_);

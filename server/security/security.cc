@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <string>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/match.h"
@@ -65,28 +66,42 @@ std::shared_ptr<grpc::ServerCredentials> Security::CredentialsForPort() {
   return certificates_ == nullptr ? grpc::InsecureServerCredentials() : certificates_->ForPort();
 }
 
+void Security::LookNow() {
+  if (!thread_.joinable()) {
+    spdlog::info("there are no certificates and no tokens to read again");
+    return;
+  }
+  MutexLock lock(mutex_);
+  asked_ = true;
+  wake_.NotifyAll();
+}
+
 void Security::Run() {
   const SteadyTime::duration every = Lasting(options_.tls_reload_s);
   while (true) {
     const auto next = std::chrono::steady_clock::now() + every;
+    bool asked = false;
     {
       MutexLock lock(mutex_);
-      while (!stopping_ && wake_.WaitUntil(mutex_, next)) {
+      while (!stopping_ && !asked_ && wake_.WaitUntil(mutex_, next)) {
       }
       if (stopping_) return;
+      asked = std::exchange(asked_, false);
     }
-    if (certificates_ != nullptr) Note("certificates", certificates_->Reload());
-    if (tokens_ != nullptr) Note("tokens", tokens_->Reload());
+    if (certificates_ != nullptr) Note("certificates", asked, certificates_->Reload(asked));
+    if (tokens_ != nullptr) Note("tokens", asked, tokens_->Reload(asked));
   }
 }
 
-void Security::Note(const char* what, const absl::StatusOr<bool>& changed) {
+void Security::Note(const char* what, bool asked, const absl::StatusOr<bool>& changed) {
   if (!changed.ok()) {
     failures_.fetch_add(1, std::memory_order_relaxed);
     spdlog::error("the {} stay as they were: {}", what, std::string(changed.status().message()));
   } else if (*changed) {
     reloads_.fetch_add(1, std::memory_order_relaxed);
     spdlog::info("the {} have changed; new connections and calls see them", what);
+  } else if (asked) {
+    spdlog::info("the {} were read again and have not changed", what);
   }
 }
 

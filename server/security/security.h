@@ -1,6 +1,6 @@
-// Security: the certificates and tokens that the options name, looked at again every `tls.reload_s` seconds by a thread
-// of its own, because secrets are rotated under a running server. What is wrong is logged and counted, and changes
-// nothing. Any thread, but CredentialsForPort before the others.
+// Security: the certificates and tokens that the options name, looked at again every `tls.reload_s` seconds, or when
+// asked, by a thread of its own, because secrets are rotated under a running server. What is wrong is logged and
+// counted, and changes nothing. Any thread, but CredentialsForPort before the others.
 #ifndef SERVER_SECURITY_SECURITY_H_
 #define SERVER_SECURITY_SECURITY_H_
 
@@ -29,6 +29,10 @@ class Security {
   // TLS, or plain text where no certificate is named. The object must outlive the port.
   std::shared_ptr<grpc::ServerCredentials> CredentialsForPort();
 
+  // Has the thread look now, and tell of what it finds even if that is old. Returns at once. Nothing where there is
+  // nothing to look at.
+  void LookNow();
+
   const Certificates* certificates() const { return certificates_.get(); }  // null: plain text
   // How often changed files took effect, and how often they could not be used.
   int64_t reloads() const { return reloads_.load(std::memory_order_relaxed); }
@@ -38,7 +42,7 @@ class Security {
   explicit Security(const ServerOptions& options) : options_(options) {}
 
   void Run();
-  void Note(const char* what, const absl::StatusOr<bool>& changed);
+  void Note(const char* what, bool asked, const absl::StatusOr<bool>& changed);
 
   const ServerOptions options_;
   std::unique_ptr<Certificates> certificates_;  // null: no TLS
@@ -48,7 +52,8 @@ class Security {
   Mutex mutex_;
   CondVar wake_;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
-  std::thread thread_;  // none where there is nothing to look at
+  bool asked_ ABSL_GUARDED_BY(mutex_) = false;  // to look now
+  std::thread thread_;                          // none where there is nothing to look at
 };
 
 }  // namespace dejavu

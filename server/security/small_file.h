@@ -9,7 +9,8 @@
 
 namespace dejavu {
 
-// INVALID_ARGUMENT, with `option` and path, for what cannot be read or has more than `max_bytes`.
+// INVALID_ARGUMENT, with `option` and path, for what cannot be read, is no regular file (it would have us wait for
+// whoever is at its other end), or has more than `max_bytes`.
 absl::StatusOr<std::string> ReadSmallFile(absl::string_view option, const std::string& path, size_t max_bytes);
 
 }  // namespace dejavu

@@ -64,11 +64,13 @@ absl::StatusOr<std::unique_ptr<Tokens>> Tokens::Load(const std::string& path) {
   return tokens;
 }
 
-absl::StatusOr<bool> Tokens::Reload() {
+absl::StatusOr<bool> Tokens::Reload(bool again) {
   ASSIGN_OR_RETURN(std::string text, ReadSmallFile("auth.tokens_file", path_, kMaxFileBytes));
-  if (text == text_) return false;
+  if (text == text_ && (usable_ || !again)) return false;
   text_ = std::move(text);
+  usable_ = false;
   ASSIGN_OR_RETURN(Lines lines, Parse(path_, *text_));
+  usable_ = true;
   auto shared = std::make_shared<const Lines>(std::move(lines));
   MutexLock lock(mutex_);
   lines_ = std::move(shared);

@@ -31,8 +31,9 @@ class Tokens {
   // Whose token that is. Takes the same time whichever line it is, or none.
   std::optional<std::string> TenantOf(absl::string_view token) const;
 
-  // Reads the file again: true where it has changed and what it says holds now. After an error the old lines hold on.
-  absl::StatusOr<bool> Reload();
+  // Reads the file again: true where it has changed and what it says holds now. After an error the old lines hold on;
+  // the same text is not complained of twice, unless `again`.
+  absl::StatusOr<bool> Reload(bool again = false);
 
   size_t size() const { return lines()->size(); }
 
@@ -52,7 +53,9 @@ class Tokens {
   }
 
   const std::string path_;
-  std::optional<std::string> text_;  // that was looked at last; Load's and Reload's
+  // What was looked at last, good or not. Load's and Reload's.
+  std::optional<std::string> text_;
+  bool usable_ = false;
 
   mutable Mutex mutex_;
   std::shared_ptr<const Lines> lines_ ABSL_GUARDED_BY(mutex_);
