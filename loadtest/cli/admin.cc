@@ -89,7 +89,9 @@ class StateMethod final : public MethodOf<v1::GetEngineStateRequest, v1::GetEngi
                    {"preemptions", load.preemptions()}}},
                  {"layers", std::move(layers)},
                  {"live_request_ids",
-                  std::vector<std::string>(response_.live_request_ids().begin(), response_.live_request_ids().end())}});
+                  std::vector<std::string>(response_.live_request_ids().begin(), response_.live_request_ids().end())},
+                 {"live_request_tenants", std::vector<std::string>(response_.live_request_tenants().begin(),
+                                                                   response_.live_request_tenants().end())}});
       return kExitOk;
     }
     std::printf("%s, %s, version %s, up %.0f s, default tier %s\n", server.model().c_str(),
@@ -100,7 +102,11 @@ class StateMethod final : public MethodOf<v1::GetEngineStateRequest, v1::GetEngi
                 load.kv_blocks_cached(), static_cast<unsigned long long>(load.steps()),
                 static_cast<unsigned long long>(load.generated_tokens()));
     if (response_.layers_size() > 0) PrintLayers();
-    for (const std::string& id : response_.live_request_ids()) std::printf("request %s\n", id.c_str());
+    for (int i = 0; i < response_.live_request_ids_size(); ++i) {
+      const std::string tenant = i < response_.live_request_tenants_size() ? response_.live_request_tenants(i) : "";
+      std::printf("request %s%s%s\n", response_.live_request_ids(i).c_str(), tenant.empty() ? "" : " of ",
+                  tenant.c_str());
+    }
     return kExitOk;
   }
 
@@ -161,11 +167,13 @@ class AbortMethod final : public MethodOf<v1::AbortRequest, v1::AbortResponse> {
       : MethodOf(admin->add_subcommand("abort", "End a request of any tenant; exit code 1 when there is none"),
                  &v1::AdminService::Stub::AbortRequest) {
     app_->add_option("request_id", request_id_, "As `admin state` lists it")->required();
+    app_->add_option("--tenant", tenant_, "Whose it is, where several tenants have a request of that id");
   }
 
   v1::AbortRequest Request() const override {
     v1::AbortRequest request;
     request.set_request_id(request_id_);
+    if (!tenant_.empty()) request.set_tenant(tenant_);
     return request;
   }
   int Answer(bool json) override {
@@ -178,7 +186,7 @@ class AbortMethod final : public MethodOf<v1::AbortRequest, v1::AbortResponse> {
   }
 
  private:
-  std::string request_id_;
+  std::string request_id_, tenant_;
 };
 
 class SetDefaultTierMethod final : public MethodOf<v1::SetDefaultTierRequest, v1::SetDefaultTierResponse> {

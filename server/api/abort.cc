@@ -8,28 +8,34 @@
 namespace dejavu {
 namespace {
 
-// `owner`: the tenant whose requests alone may be ended; none: anybody's.
-absl::Status Abort(ServingState& state, const v1::AbortRequest& request, const std::optional<std::string>& owner,
-                   v1::AbortResponse* response) {
+absl::Status CheckAbort(const v1::AbortRequest& request) {
   if (request.request_id().empty()) return InvalidField("request_id", "is empty; name the request to end");
-  RETURN_IF_ERROR(CheckRequestId(request.request_id()));
-  const absl::Status reason = absl::CancelledError("the request was aborted");
-  ASSIGN_OR_RETURN(const bool found, state.live_requests().Stop(request.request_id(), owner, reason));
-  response->set_found(found);
-  return absl::OkStatus();
+  return CheckRequestId(request.request_id());
 }
+
+absl::Status Reason() { return absl::CancelledError("the request was aborted"); }
 
 }  // namespace
 
 absl::Status AbortAny(ServingState& state, const v1::AbortRequest& request, v1::AbortResponse* response) {
-  return Abort(state, request, /*owner=*/std::nullopt, response);
+  RETURN_IF_ERROR(CheckAbort(request));
+  std::optional<std::string> tenant;
+  if (request.has_tenant()) {
+    ASSIGN_OR_RETURN(tenant, CheckTenant(request.tenant()));
+  }
+  ASSIGN_OR_RETURN(const bool found, state.live_requests().StopOfAny(request.request_id(), tenant, Reason()));
+  response->set_found(found);
+  return absl::OkStatus();
 }
 
 absl::Status AbortCall::OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) {
   v1::AbortRequest request;
   RETURN_IF_ERROR(ParseMessage(bytes, &request));
-  if (state_.options().auth_tokens_file.empty()) return AbortAny(state_, request, &response_);
-  return Abort(state_, request, rpc->tenant(), &response_);
+  RETURN_IF_ERROR(CheckAbort(request));
+  if (request.has_tenant()) return InvalidField("tenant", "is for operators; a caller ends requests of its own");
+  const RequestKey key = {state_.knows_tenants() ? rpc->tenant() : "", request.request_id()};
+  response_.set_found(state_.live_requests().Stop(key, Reason()));
+  return absl::OkStatus();
 }
 
 const google::protobuf::MessageLite* AbortCall::NextReply(std::optional<absl::Status>* end) {

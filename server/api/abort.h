@@ -13,10 +13,11 @@
 
 namespace dejavu {
 
-// Anybody's request.
+// Anybody's request; where several tenants have one of that id, the one of the tenant that is named.
 absl::Status AbortAny(ServingState& state, const v1::AbortRequest& request, v1::AbortResponse* response);
 
-// With tokens the caller's own requests alone; without them a tenant is only what a caller says, and it is anybody's.
+// With tokens the caller's own requests alone: those of others are as good as not there. Without tokens a tenant is
+// only what a caller says, and the request may be anybody's.
 class AbortCall final : public RpcHandler {
  public:
   explicit AbortCall(ServingState* state) : state_(*state) {}

@@ -1,15 +1,21 @@
 #include "server/api/engine_call.h"
 
+#include <chrono>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/base/utf8.h"
 #include "server/api/validate.h"
+#include "server/rpc/error_details.h"
 #include "server/rpc/random.h"
 
 namespace dejavu {
 namespace {
+
+// How long one whose id is taken waits for the end of a call that its client may have given up already. What is over
+// for the client ends here within milliseconds; a busy machine needs more.
+constexpr std::chrono::milliseconds kPatience(1000);
 
 // The first `characters` of a prompt in text, which is valid UTF-8.
 std::string Beginning(absl::string_view text, int characters) {
@@ -21,12 +27,22 @@ std::string Beginning(absl::string_view text, int characters) {
 }  // namespace
 
 EngineCall::~EngineCall() {
-  if (live_id_.empty()) return;
-  if (!released_) state_.live_requests().Remove(live_id_);
+  if (!entered_) return;
+  if (!released_) Release();
   state_.live_requests().Done();
 }
 
+void EngineCall::OnCancel() {
+  StopEngine();
+  if (entered_) Release();  // else HandOver sees that it was stopped
+}
+
 const google::protobuf::MessageLite* EngineCall::NextReply(std::optional<absl::Status>* end) {
+  if (waiting_.has_value()) {
+    const absl::StatusOr<bool> goes_on = EndWaiting();
+    if (!goes_on.ok()) *end = goes_on.status();
+    if (!goes_on.ok() || !*goes_on) return nullptr;
+  }
   const google::protobuf::MessageLite* reply = nullptr;
   for (size_t i = 0; i < sinks_.size() && reply == nullptr && !end->has_value(); ++i) {
     if (ended_[i]) continue;
@@ -39,9 +55,7 @@ const google::protobuf::MessageLite* EngineCall::NextReply(std::optional<absl::S
   }
   if (end->has_value() && !released_) {
     if (ends_ < sinks_.size()) StopEngine();
-    // Before the client hears of the end: it may use the id again at once.
-    state_.live_requests().Remove(live_id_);
-    released_ = true;
+    Release();  // before the client hears of the end: it may use the id again at once
   }
   return reply;
 }
@@ -55,20 +69,77 @@ void EngineCall::Stop(const absl::Status& reason) {
   StopEngine();
 }
 
-absl::Status EngineCall::Submit(Request request, std::vector<std::shared_ptr<ReplySink>> sinks, const Rpc& rpc) {
-  request.deadline = rpc.deadline();
-  ASSIGN_OR_RETURN(request.tenant, CheckTenant(rpc.tenant()));
+absl::Status EngineCall::Submit(Request request, std::vector<std::shared_ptr<ReplySink>> sinks,
+                                const std::shared_ptr<Rpc>& rpc) {
+  request.deadline = rpc->deadline();
+  ASSIGN_OR_RETURN(request.tenant, CheckTenant(rpc->tenant()));
+  tenant_ = request.tenant;
+  key_ = {state_.knows_tenants() ? tenant_ : "", asked().request_id};
   sinks_ = std::move(sinks);  // before Stop can be called
   ended_.resize(sinks_.size());
-  RETURN_IF_ERROR(state_.live_requests().Add(asked().request_id, request.tenant, this));
-  live_id_ = asked().request_id;
-  ASSIGN_OR_RETURN(const uint64_t engine_id,
-                   state_.model().engine->SubmitSamples(std::move(request), {sinks_.begin(), sinks_.end()}));
-  record_->sinks = sinks_;
-  MutexLock lock(mutex_);
-  engine_id_ = engine_id;
-  if (stop_) CancelAll();
-  return absl::OkStatus();
+  state_.live_requests().Enter();
+  entered_ = true;
+  // Once the id is found to be taken, NextReply may run at any moment: all that it needs is there before.
+  waiting_.emplace();
+  waiting_->request = std::move(request);
+  waiting_->rpc = rpc;
+  waiting_->until = std::chrono::steady_clock::now() + kPatience;
+  if (!TakeId(rpc).ok()) return absl::OkStatus();
+  request = std::move(waiting_->request);
+  waiting_.reset();
+  return HandOver(std::move(request));
+}
+
+absl::Status EngineCall::TakeId(const std::shared_ptr<Rpc>& rpc) {
+  return state_.live_requests().Add(key_, tenant_, this, [weak = std::weak_ptr<Rpc>(rpc)] {
+    if (const std::shared_ptr<Rpc> waits = weak.lock()) waits->Wake();
+  });
+}
+
+absl::Status EngineCall::HandOver(Request request) {
+  absl::StatusOr<uint64_t> engine_id =
+      state_.model().engine->SubmitSamples(std::move(request), {sinks_.begin(), sinks_.end()});
+  bool stopped = false;
+  if (engine_id.ok()) {
+    record_->sinks = sinks_;
+    MutexLock lock(mutex_);
+    engine_id_ = *engine_id;
+    stopped = stop_;
+    if (stop_) CancelAll();
+  }
+  // The client has gone, or will hear of a refusal next.
+  if (stopped || !engine_id.ok()) Release();
+  return engine_id.status();
+}
+
+absl::StatusOr<bool> EngineCall::EndWaiting() {
+  const std::shared_ptr<Rpc> rpc = waiting_->rpc.lock();
+  if (rpc == nullptr) return false;  // it is over
+  const absl::Status taken = TakeId(rpc);
+  if (taken.ok()) {
+    Request request = std::move(waiting_->request);
+    waiting_.reset();
+    RETURN_IF_ERROR(HandOver(std::move(request)));
+    return true;
+  }
+  const bool stopped = state_.phase() == Phase::kStopped;
+  if (stopped || std::chrono::steady_clock::now() >= waiting_->until) {
+    Release();
+    return stopped ? ServerStopped() : taken;
+  }
+  if (!waiting_->timed) {
+    waiting_->timed = true;
+    const auto left = waiting_->until - std::chrono::steady_clock::now();
+    waiting_->alarm.Set(std::chrono::system_clock::now() + left, [weak = waiting_->rpc](bool) {
+      if (const std::shared_ptr<Rpc> waits = weak.lock()) waits->Wake();
+    });
+  }
+  return false;
+}
+
+void EngineCall::Release() {
+  state_.live_requests().Remove(key_, this);
+  released_ = true;
 }
 
 void EngineCall::NoteAsked(const std::string& request_id, absl::string_view text) {

@@ -1,17 +1,23 @@
 // EngineCall: a call that the engine works on. It hands the request over, sends what the sinks of its samples have to
 // say, can be stopped by the request's id, and keeps what the call's record needs. What is particular to a method is in
 // the classes that derive from it: GenerateCall, ScoreCall. Threads as RpcHandler says; Stop from any.
+//
+// The request's id is free again before the client hears of the end. A client that has given up hears nothing, and may
+// come again before we know: whoever finds the id taken therefore waits a moment before it is told so.
 #ifndef SERVER_API_ENGINE_CALL_H_
 #define SERVER_API_ENGINE_CALL_H_
 
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "engine/request.h"
+#include "grpcpp/alarm.h"
 #include "kernels/base/mutex.h"
 #include "server/api/engine_record.h"
 #include "server/api/reply_sink.h"
@@ -31,7 +37,7 @@ class EngineCall : public RpcHandler, public LiveRequest {
 
   void ReleaseReply() override;
 
-  void OnCancel() override { StopEngine(); }
+  void OnCancel() override;
 
   std::shared_ptr<RecordSource> record_source() override { return record_; }
 
@@ -44,15 +50,30 @@ class EngineCall : public RpcHandler, public LiveRequest {
     NoteAsked(request.request_id(), request.text());
   }
 
-  // A sink for each sample; their first reply may be pulled as soon as this has returned OK. The refusals of the engine
-  // are passed on as they are.
-  absl::Status Submit(Request request, std::vector<std::shared_ptr<ReplySink>> sinks, const Rpc& rpc);
+  // The last that OnRequest does. A sink for each sample; their first reply may be pulled as soon as this has returned
+  // OK. The refusals of the engine are passed on as they are.
+  absl::Status Submit(Request request, std::vector<std::shared_ptr<ReplySink>> sinks, const std::shared_ptr<Rpc>& rpc);
 
   ServingState& state() const { return state_; }
   RequestAsked& asked() { return record_->asked; }  // until Submit
 
  private:
+  // A request whose id another one has.
+  struct Waiting {
+    Request request;
+    std::weak_ptr<Rpc> rpc;
+    SteadyTime until;
+    bool timed = false;
+    grpc::Alarm alarm;  // at `until`
+  };
+
   void NoteAsked(const std::string& request_id, absl::string_view text);
+  absl::Status TakeId(const std::shared_ptr<Rpc>& rpc);
+  absl::Status HandOver(Request request);
+  // True: it waits no more. An error: the call's end.
+  absl::StatusOr<bool> EndWaiting();
+  // The id is free.
+  void Release();
   // Beside OnRequest, possibly before the engine has given an id.
   void StopEngine();
   void CancelAll() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -63,8 +84,12 @@ class EngineCall : public RpcHandler, public LiveRequest {
   std::vector<std::shared_ptr<ReplySink>> sinks_;  // set in OnRequest
   std::vector<bool> ended_;                        // which of them; NextReply's, as the next
   size_t ends_ = 0;
-  std::string live_id_;    // registered under this id; empty: not
-  bool released_ = false;  // the id is free again; the calls to NextReply and the destructor come one by one
+  // Set in OnRequest, before `entered_` says so: OnCancel may run beside it.
+  RequestKey key_;
+  std::string tenant_;
+  std::atomic<bool> entered_{false};  // the server waits for this call's end
+  std::optional<Waiting> waiting_;    // OnRequest's, and after it NextReply's
+  std::atomic<bool> released_{false};
 
   Mutex mutex_;
   uint64_t engine_id_ ABSL_GUARDED_BY(mutex_) = 0;  // of the first sample; 0: not submitted

@@ -30,7 +30,10 @@ void FillLayer(const LayerSparsityStats& from, const ModelShape& shape, v1::Laye
 absl::Status GetEngineState(ServingState& state, const v1::GetEngineStateRequest& /*request*/,
                             v1::GetEngineStateResponse* response) {
   *response->mutable_server() = ServerInfo(state);
-  for (std::string& id : state.live_requests().Ids(kMaxLiveIds)) response->add_live_request_ids(std::move(id));
+  for (LiveRequests::Live& live : state.live_requests().List(kMaxLiveIds)) {
+    response->add_live_request_ids(std::move(live.id));
+    response->add_live_request_tenants(std::move(live.tenant));
+  }
   const ServedModel* const model = state.model_if_loaded();
   if (model == nullptr) return absl::OkStatus();
   const SparsityStats stats = model->engine->sparsity_stats();

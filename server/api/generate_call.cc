@@ -28,7 +28,7 @@ absl::Status GenerateCall::OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc
   NoteChecked(checked);
   gathers_ = !streaming_ && checked.samples > 1;
   std::vector<std::shared_ptr<ReplySink>> streams = MakeStreams(&checked, rpc);
-  return Submit(std::move(checked.request), std::move(streams), *rpc);
+  return Submit(std::move(checked.request), std::move(streams), rpc);
 }
 
 void GenerateCall::NoteChecked(const CheckedGenerate& checked) {

@@ -36,6 +36,9 @@ class ServingState {
 
   LiveRequests& live_requests() { return live_requests_; }
 
+  // Tokens say whose a call is. Otherwise a tenant is only what a caller says.
+  bool knows_tenants() const { return !options_.auth_tokens_file.empty(); }
+
   // Of requests that name none. SetDefaultTier holds for those that arrive from now on; it fails as a request that asks
   // for the tier would.
   Tier default_tier() const { return default_tier_.load(std::memory_order_relaxed); }

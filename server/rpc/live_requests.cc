@@ -1,24 +1,15 @@
 #include "server/rpc/live_requests.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "server/rpc/error_details.h"
 
 namespace dejavu {
 
-absl::Status LiveRequests::Add(const std::string& id, const std::string& tenant, LiveRequest* request) {
+void LiveRequests::Enter() {
   MutexLock lock(mutex_);
-  if (!requests_.emplace(id, Entry{tenant, request}).second) {
-    return WithErrorInfo(
-        absl::AlreadyExistsError(absl::StrCat("a request with the id ", Printable(id, 128), " is under way")),
-        "DUPLICATE_REQUEST_ID");
-  }
   ++calls_;
-  return absl::OkStatus();
-}
-
-void LiveRequests::Remove(const std::string& id) {
-  MutexLock lock(mutex_);
-  requests_.erase(id);
 }
 
 void LiveRequests::Done() {
@@ -26,33 +17,80 @@ void LiveRequests::Done() {
   if (--calls_ == 0) idle_.NotifyAll();
 }
 
-absl::StatusOr<bool> LiveRequests::Stop(const std::string& id, const std::optional<std::string>& tenant,
-                                        const absl::Status& reason) {
+absl::Status LiveRequests::Add(const RequestKey& key, const std::string& tenant, LiveRequest* request,
+                               std::function<void()> freed) {
   MutexLock lock(mutex_);
-  const auto found = requests_.find(id);
-  if (found == requests_.end()) return false;
-  if (tenant.has_value() && *tenant != found->second.tenant) {
-    return WithErrorInfo(
-        absl::PermissionDeniedError(absl::StrCat("the request ", Printable(id, 128), " is another tenant's")),
-        "NOT_THE_OWNER");
+  const auto [entry, fresh] = requests_.try_emplace(key, Entry{tenant, request, {}});
+  if (fresh) return absl::OkStatus();
+  std::vector<Waiter>& waiters = entry->second.waiters;
+  const bool waits =
+      std::any_of(waiters.begin(), waiters.end(), [&](const Waiter& waiter) { return waiter.request == request; });
+  if (!waits) waiters.push_back({request, std::move(freed)});
+  return WithErrorInfo(
+      absl::AlreadyExistsError(absl::StrCat("a request with the id ", Printable(key.id, 128), " is under way")),
+      "DUPLICATE_REQUEST_ID");
+}
+
+void LiveRequests::Remove(const RequestKey& key, const LiveRequest* request) {
+  std::vector<Waiter> waiters;
+  {
+    MutexLock lock(mutex_);
+    const auto found = requests_.find(key);
+    if (found == requests_.end()) return;
+    if (found->second.request != request) {
+      auto& all = found->second.waiters;
+      const auto own = [&](const Waiter& waiter) { return waiter.request == request; };
+      all.erase(std::remove_if(all.begin(), all.end(), own), all.end());
+      return;
+    }
+    waiters = std::move(found->second.waiters);
+    requests_.erase(found);
   }
+  for (const Waiter& waiter : waiters) waiter.freed();
+}
+
+bool LiveRequests::Stop(const RequestKey& key, const absl::Status& reason) {
+  MutexLock lock(mutex_);
+  const auto found = requests_.find(key);
+  if (found == requests_.end()) return false;
   found->second.request->Stop(reason);
+  return true;
+}
+
+absl::StatusOr<bool> LiveRequests::StopOfAny(const std::string& id, const std::optional<std::string>& tenant,
+                                             const absl::Status& reason) {
+  MutexLock lock(mutex_);
+  std::vector<const Entry*> found;
+  for (const auto& [key, entry] : requests_) {
+    if (key.id == id && (!tenant.has_value() || *tenant == entry.tenant)) found.push_back(&entry);
+  }
+  if (found.size() > 1) {
+    return WithErrorInfo(
+        absl::FailedPreconditionError(absl::StrCat(found.size(), " tenants have a request with the id ",
+                                                   Printable(id, 128), ": name the tenant")),
+        "AMBIGUOUS_REQUEST_ID");
+  }
+  if (found.empty()) return false;
+  found[0]->request->Stop(reason);
   return true;
 }
 
 void LiveRequests::StopAll(const absl::Status& reason) {
   MutexLock lock(mutex_);
-  for (const auto& [id, entry] : requests_) entry.request->Stop(reason);
+  for (const auto& [key, entry] : requests_) {
+    entry.request->Stop(reason);
+    for (const Waiter& waiter : entry.waiters) waiter.freed();
+  }
 }
 
-std::vector<std::string> LiveRequests::Ids(size_t limit) {
+std::vector<LiveRequests::Live> LiveRequests::List(size_t limit) {
   MutexLock lock(mutex_);
-  std::vector<std::string> ids;
-  for (const auto& [id, entry] : requests_) {
-    if (ids.size() == limit) break;
-    ids.push_back(id);
+  std::vector<Live> live;
+  for (const auto& [key, entry] : requests_) {
+    if (live.size() == limit) break;
+    live.push_back({entry.tenant, key.id});
   }
-  return ids;
+  return live;
 }
 
 bool LiveRequests::idle() {

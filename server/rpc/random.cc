@@ -1,20 +1,41 @@
 #include "server/rpc/random.h"
 
-#include <random>
+#include <openssl/rand.h>
+
+#include <array>
+#include <utility>
+
+#include "kernels/base/check.h"
 
 namespace dejavu {
 namespace {
 
-std::mt19937_64& Generator() {
-  thread_local std::mt19937_64 generator{(uint64_t{std::random_device{}()} << 32) | std::random_device{}()};
-  return generator;
-}
+// Some at a time: a draw of OpenSSL's takes its locks.
+class Buffer {
+ public:
+  uint64_t Next() {
+    if (left_ == 0) {
+      // It fails only where the system has no source of randomness at all, which no caller can bring about. Ids that
+      // can be guessed are no way out.
+      CHECK(RAND_bytes(reinterpret_cast<unsigned char*>(bits_.data()), sizeof(bits_)) == 1) << "RAND_bytes";
+      left_ = bits_.size();
+    }
+    return std::exchange(bits_[--left_], 0);
+  }
+
+ private:
+  std::array<uint64_t, 32> bits_ = {};
+  size_t left_ = 0;
+};
 
 }  // namespace
 
-uint64_t RandomBits() { return Generator()(); }
+uint64_t RandomBits() {
+  thread_local Buffer buffer;
+  return buffer.Next();
+}
 
-double RandomShare() { return std::uniform_real_distribution<double>()(Generator()); }
+double RandomShare() { return static_cast<double>(RandomBits() >> 11) * 0x1p-53; }
 
 std::string RandomHex(int digits) {
   std::string text(static_cast<size_t>(digits), '0');

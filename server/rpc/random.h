@@ -1,4 +1,4 @@
-// Random bits for ids and seeds; nothing secret. Any thread.
+// Random bits for ids and seeds, from a cryptographic source: who sees some of them can guess no others. Any thread.
 #ifndef SERVER_RPC_RANDOM_H_
 #define SERVER_RPC_RANDOM_H_
 
