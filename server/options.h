@@ -11,7 +11,7 @@
 namespace dejavu {
 
 inline constexpr int kMaxShadowEvery = 1'000'000'000;
-// Above it gRPC ends the whole connection of a call, so that the limit of the options must be far below.
+// Above it gRPC may end the whole connection of a call, so that the limit of the options must be far below.
 inline constexpr int kTransportMetadataBytes = 64 << 10;
 
 struct ServerOptions {

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 
 import grpc
 import pytest
@@ -144,6 +145,27 @@ class Daemon:
                 self.wait()
             finally:
                 self.process.kill()
+
+
+def run_daemon(*args, wrap=()):
+    """A start that is to fail: its end. `wrap`: a command that runs it."""
+    listen = [] if "--listen" in args else ["--listen", "127.0.0.1:0"]
+    return subprocess.run([*wrap, BIN / "dejavud", "--model", MODEL, *listen, "--metrics-listen", "", *args],
+                          capture_output=True, text=True, timeout=PATIENCE_S)
+
+
+def until(condition):
+    """For what tells nobody, such as a file that is looked at now and then. Bounded."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def metric(daemon, name):
+    """Its first series, as a scrape has it now."""
+    with urllib.request.urlopen(f"http://{daemon.metrics_address}/metrics", timeout=PATIENCE_S) as page:
+        return next(float(line.split()[-1]) for line in page.read().decode().splitlines() if line.startswith(name + "{"))
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import ssl
 import subprocess
 import threading
 import time
-import urllib.request
 
 import grpc
 import pytest
@@ -17,7 +16,7 @@ from grpc_status import rpc_status
 from google.rpc import error_details_pb2
 
 from certificates import Authority, SecretMount
-from conftest import BIN, MODEL, PATIENCE_S
+from conftest import MODEL, PATIENCE_S, metric, run_daemon, until
 
 Code = grpc.StatusCode
 TENANTS = {"ada": "secret-of-ada", "bob": "secret-of-bob", "operators": "secret-of-operators"}
@@ -46,25 +45,6 @@ def refusal(call):
         if detail.Unpack(info):
             return error.value.code(), info.reason
     raise AssertionError(error.value)
-
-
-def run_daemon(*args):
-    listen = [] if "--listen" in args else ["--listen", "127.0.0.1:0"]
-    return subprocess.run([BIN / "dejavud", "--model", MODEL, *listen, "--metrics-listen", "", *args],
-                          capture_output=True, text=True, timeout=PATIENCE_S)
-
-
-def until(condition):
-    """For what tells nobody, such as a file that is looked at now and then. Bounded."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def metric(daemon, name):
-    with urllib.request.urlopen(f"http://{daemon.metrics_address}/metrics", timeout=PATIENCE_S) as page:
-        return next(float(line.split()[-1]) for line in page.read().decode().splitlines() if line.startswith(name + "{"))
 
 
 def shown_certificate(address):
