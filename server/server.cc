@@ -160,10 +160,11 @@ Server::~Server() { Stop(); }
 
 absl::Status Server::Listen() {
   if (!options_.metrics_listen.empty()) {
-    ASSIGN_OR_RETURN(http_, HttpServer::Start(options_.metrics_listen));
-    http_->Handle("/metrics", "text/plain; version=0.0.4; charset=utf-8", [this] { return metrics_.Text(); });
-    http_->Handle("/", "text/html; charset=utf-8", StatusPage);
-    http_->Handle("/status.json", "application/json", [this] { return StatusJson(state_); });
+    std::vector<HttpDocument> documents = {
+        {"/metrics", "text/plain; version=0.0.4; charset=utf-8", [this] { return metrics_.Text(); }},
+        {"/", "text/html; charset=utf-8", StatusPage},
+        {"/status.json", "application/json", [this] { return StatusJson(state_); }}};
+    ASSIGN_OR_RETURN(http_, HttpServer::Start(options_.metrics_listen, std::move(documents), &watch_));
   }
   if (!options_.admin_listen.empty()) {
     RETURN_IF_ERROR(admin_port_.Listen(options_, options_.admin_listen, security_->CredentialsForPort()));

@@ -98,7 +98,6 @@ class Server {
   const std::unique_ptr<TraceExporter> trace_exporter_;  // null: off
   Metrics metrics_;
   std::unique_ptr<EngineLog> engine_log_;  // while it serves
-  std::unique_ptr<HttpServer> http_;       // null: off
   Writer writer_;
   const std::shared_ptr<CallEnds> ends_;  // calls hold it too
 
@@ -106,6 +105,7 @@ class Server {
   ConnectionTable connections_;
   OpenCalls calls_;
   ConnectionWatch watch_;
+  std::unique_ptr<HttpServer> http_;  // null: off
 
   // Services, and then the ports where they are served: without a port no call is left.
   Health health_;

@@ -1,91 +1,149 @@
 #include "server/observe/http_server.h"
 
-#include <CivetServer.h>
+#include <microhttpd.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
 
+#include <chrono>
+#include <cstring>
 #include <utility>
-#include <vector>
 
-#include "absl/strings/numbers.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "kernels/base/status_macros.h"
+#include "server/options.h"
+#include "server/transport/acceptor.h"
+#include "server/transport/socket_name.h"
 
 namespace dejavu {
 namespace {
 
+constexpr unsigned kIdleTimeoutS = 60;  // Prometheus asks every 15 or 30 s
+constexpr size_t kRequestBytes = 2048;  // with what browsers send along
+
 // What a page may load: itself.
-constexpr char kHeaders[] =
-    "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
-    "Content-Security-Policy: default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'\r\n";
-
-class Document final : public CivetHandler {
- public:
-  Document(std::string path, std::string content_type, std::function<std::string()> content)
-      : path_(std::move(path)), content_type_(std::move(content_type)), content_(std::move(content)) {}
-
-  bool handleGet(CivetServer*, mg_connection* connection) override { return Answer(connection, true); }
-  bool handleHead(CivetServer*, mg_connection* connection) override { return Answer(connection, false); }
-  bool handlePost(CivetServer*, mg_connection* connection) override { return RefuseMethod(connection); }
-  bool handlePut(CivetServer*, mg_connection* connection) override { return RefuseMethod(connection); }
-  bool handleDelete(CivetServer*, mg_connection* connection) override { return RefuseMethod(connection); }
-  bool handlePatch(CivetServer*, mg_connection* connection) override { return RefuseMethod(connection); }
-  bool handleOptions(CivetServer*, mg_connection* connection) override { return RefuseMethod(connection); }
-
- private:
-  bool Answer(mg_connection* connection, bool with_body) {
-    if (mg_get_request_info(connection)->local_uri != path_) {  // handlers get what lies below their path, too
-      mg_send_http_error(connection, 404, "%s", "there is no such page");
-      return true;
-    }
-    const std::string body = content_();
-    mg_printf(connection, "HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %zu\r\n%s\r\n", content_type_.c_str(),
-              body.size(), kHeaders);
-    if (with_body) mg_write(connection, body.data(), body.size());
-    return true;
-  }
-  bool RefuseMethod(mg_connection* connection) {
-    mg_printf(connection, "HTTP/1.1 405 Method Not Allowed\r\nAllow: GET, HEAD\r\nContent-Length: 0\r\n%s\r\n",
-              kHeaders);
-    return true;
-  }
-
-  const std::string path_, content_type_;
-  const std::function<std::string()> content_;
+constexpr std::pair<const char*, const char*> kHeaders[] = {
+    {"Cache-Control", "no-store"},
+    {"X-Content-Type-Options", "nosniff"},
+    {"Content-Security-Policy",
+     "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"},
 };
 
-class CivetHttpServer final : public HttpServer {
- public:
-  explicit CivetHttpServer(std::unique_ptr<CivetServer> server) : server_(std::move(server)) {}
-  ~CivetHttpServer() override { server_->close(); }  // before what it still may call
+// What MHD keeps for a connection, and what the watch knows of it. Null: it had gone before MHD saw it.
+using Watched = std::shared_ptr<Connection>;
 
-  int port() const override { return server_->getListeningPorts().front(); }
-  void Handle(const std::string& path, const std::string& content_type, std::function<std::string()> content) override {
-    documents_.push_back(std::make_unique<Document>(path, content_type, std::move(content)));
-    server_->addHandler(path, documents_.back().get());
+Watched* WatchedOf(MHD_Connection* connection) {
+  const MHD_ConnectionInfo* const info = MHD_get_connection_info(connection, MHD_CONNECTION_INFO_SOCKET_CONTEXT);
+  return info == nullptr ? nullptr : static_cast<Watched*>(info->socket_context);
+}
+
+Watched Find(MHD_Connection* connection, ConnectionTable* table) {
+  const MHD_ConnectionInfo* const info = MHD_get_connection_info(connection, MHD_CONNECTION_INFO_CLIENT_ADDRESS);
+  if (info == nullptr) return nullptr;
+  sockaddr_storage address = {};
+  std::memcpy(&address, info->client_addr,
+              info->client_addr->sa_family == AF_INET6 ? sizeof(sockaddr_in6) : sizeof(sockaddr_in));
+  return table->Find(SocketName(address));
+}
+
+MHD_Result Send(MHD_Connection* connection, unsigned code, const std::string& type, const std::string& body,
+                const char* allow = nullptr) {
+  MHD_Response* const response =
+      MHD_create_response_from_buffer(body.size(), const_cast<char*>(body.data()), MHD_RESPMEM_MUST_COPY);
+  if (response == nullptr) return MHD_NO;
+  for (const auto& [name, value] : kHeaders) MHD_add_response_header(response, name, value);
+  MHD_add_response_header(response, "Content-Type", type.c_str());
+  if (allow != nullptr) MHD_add_response_header(response, "Allow", allow);
+  const MHD_Result queued = MHD_queue_response(connection, code, response);
+  MHD_destroy_response(response);
+  return queued;
+}
+
+class MicroHttpServer final : public HttpServer {
+ public:
+  MicroHttpServer(std::vector<HttpDocument> documents, ConnectionTable* table)
+      : documents_(std::move(documents)), table_(table) {}
+  ~MicroHttpServer() override {
+    acceptor_.reset();
+    if (daemon_ != nullptr) MHD_stop_daemon(daemon_);
   }
 
+  absl::Status Listen(const std::string& address, ConnectionWatch* watch) {
+    daemon_ = MHD_start_daemon(MHD_USE_EPOLL_INTERNAL_THREAD | MHD_USE_NO_LISTEN_SOCKET | MHD_USE_ITC, 0, nullptr,
+                               nullptr, &Answer, this, MHD_OPTION_NOTIFY_CONNECTION, &Note, this,
+                               MHD_OPTION_CONNECTION_TIMEOUT, kIdleTimeoutS, MHD_OPTION_END);
+    if (daemon_ == nullptr) return absl::UnavailableError("cannot serve HTTP: libmicrohttpd did not start");
+    ASSIGN_OR_RETURN(acceptor_, Acceptor::Start(address, kMetricsPort, watch, [this](int fd) { Serve(fd); }));
+    return absl::OkStatus();
+  }
+
+  int port() const override { return acceptor_->port(); }
+
  private:
-  std::vector<std::unique_ptr<Document>> documents_;
-  const std::unique_ptr<CivetServer> server_;
+  void Serve(int fd) {
+    sockaddr_storage address = {};
+    socklen_t size = sizeof(address);
+    getpeername(fd, reinterpret_cast<sockaddr*>(&address), &size);
+    MHD_add_connection(daemon_, fd, reinterpret_cast<const sockaddr*>(&address), size);  // closes it where it fails
+  }
+
+  // MHD closes its descriptor without a word to the other one of the socket, which the watch has.
+  static void Note(void* self, MHD_Connection* connection, void** context, MHD_ConnectionNotificationCode what) {
+    auto* const server = static_cast<MicroHttpServer*>(self);
+    if (what == MHD_CONNECTION_NOTIFY_STARTED) {
+      *context = new Watched(Find(connection, server->table_));
+    } else {
+      const std::unique_ptr<Watched> watched(static_cast<Watched*>(*context));
+      if (*watched != nullptr) (*watched)->Close();
+    }
+  }
+
+  static MHD_Result Answer(void* self, MHD_Connection* connection, const char* url, const char* method,
+                           const char* /*version*/, const char* /*body*/, size_t* body_bytes, void** request) {
+    static char seen;           // MHD calls at least twice for a request
+    if (*request == nullptr) {  // the headers are there; a body, which we do not want, may follow
+      *request = &seen;
+      return MHD_YES;
+    }
+    if (*body_bytes > 0) {
+      *body_bytes = 0;
+      return MHD_YES;
+    }
+    if (const Watched* const watched = WatchedOf(connection); watched != nullptr && *watched != nullptr) {
+      (*watched)->BeginCall(kRequestBytes);
+      (*watched)->EndCall(/*had_message=*/false, std::chrono::steady_clock::now());
+    }
+    return static_cast<const MicroHttpServer*>(self)->Reply(connection, url, method);
+  }
+
+  MHD_Result Reply(MHD_Connection* connection, absl::string_view url, absl::string_view method) const {
+    if (method != "GET" && method != "HEAD") {
+      return Send(connection, MHD_HTTP_METHOD_NOT_ALLOWED, "text/plain", "", "GET, HEAD");
+    }
+    for (const HttpDocument& document : documents_) {
+      if (document.path == url) return Send(connection, MHD_HTTP_OK, document.content_type, document.content());
+    }
+    return Send(connection, MHD_HTTP_NOT_FOUND, "text/plain; charset=utf-8", "there is no such page\n");
+  }
+
+  const std::vector<HttpDocument> documents_;
+  ConnectionTable* const table_;
+  MHD_Daemon* daemon_ = nullptr;
+  std::unique_ptr<Acceptor> acceptor_;
 };
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const std::string& listen) {
-  const size_t colon = listen.rfind(':');
-  int port = -1;
-  if (colon == std::string::npos || !absl::SimpleAtoi(listen.substr(colon + 1), &port) || port < 0 || port > 65535 ||
-      listen.find_first_of(",s \t\r\n", colon) != std::string::npos || listen.find(',') != std::string::npos) {
+absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const std::string& listen,
+                                                              std::vector<HttpDocument> documents,
+                                                              ConnectionWatch* watch) {
+  const std::string address = absl::StartsWith(listen, ":") ? absl::StrCat("[::]", listen) : listen;
+  if (!IsHostAndPort(address)) {
     return absl::InvalidArgumentError(absl::StrCat("metrics.listen is '", listen, "'; it must be HOST:PORT"));
   }
-  const std::string address = colon == 0 ? listen.substr(1) : listen;  // ":9464" is every address
-  const std::vector<std::string> options = {"listening_ports",       address, "num_threads",       "2",
-                                            "request_timeout_ms",    "10000", "enable_keep_alive", "yes",
-                                            "keep_alive_timeout_ms", "5000"};
-  try {
-    return std::make_unique<CivetHttpServer>(std::make_unique<CivetServer>(options));
-  } catch (const CivetException& error) {
-    return absl::UnavailableError(absl::StrCat("cannot listen on ", listen, " for metrics: ", error.what()));
-  }
+  auto server = std::make_unique<MicroHttpServer>(std::move(documents), watch->table());
+  RETURN_IF_ERROR(server->Listen(address, watch));
+  return server;
 }
 
 }  // namespace dejavu

@@ -95,6 +95,7 @@ class Connection {
 
   // gRPC finds the socket shut down, and ends what runs on it. True: it was not closed before.
   bool Close();
+  bool closed() const { return closed_.load(std::memory_order_relaxed); }
 
  private:
   const std::string name_, port_;

@@ -41,8 +41,8 @@ std::shared_ptr<Connection> ConnectionTable::Admit(const std::string& port, cons
       return Turn(Turned::kTooFast, fd);
     }
     if (limited && peer->connections >= limits_.connections_per_peer) return Turn(Turned::kTooManyOfPeer, fd);
-    if (by_port_[port] >= limits_.connections && !MakeRoom()) return Turn(Turned::kTooMany, fd);
-  } else if (by_port_[port] >= kReservedConnections) {
+    if (by_port_[port] >= limits_.connections && !MakeRoom(port)) return Turn(Turned::kTooMany, fd);
+  } else if (by_port_[port] >= kReservedConnections && !MakeRoom(port)) {
     return Turn(Turned::kTooMany, fd);
   }
   auto connection = std::make_shared<Connection>(SocketName(address), port, peer, fd, now);
@@ -59,13 +59,13 @@ std::shared_ptr<Connection> ConnectionTable::Admit(const std::string& port, cons
 }
 
 // It is still there until gRPC lets it go: a few more than the limit may be open for a moment.
-bool ConnectionTable::MakeRoom() {
+bool ConnectionTable::MakeRoom(const std::string& port) {
   Connection* worst = nullptr;
   const auto badness = [](const Connection& c) {
     return std::make_tuple(c.peer().connections, -c.idle_since().time_since_epoch());
   };
   for (const auto& [name, connection] : connections_) {
-    if (connection->port() != kPublicPort || connection->open_calls() > 0) continue;
+    if (connection->port() != port || connection->open_calls() > 0 || connection->closed()) continue;
     if (worst == nullptr || badness(*connection) > badness(*worst)) worst = connection.get();
   }
   if (worst == nullptr || !worst->Close()) return false;

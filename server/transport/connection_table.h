@@ -65,7 +65,7 @@ class ConnectionTable {
  private:
   static void Count(std::atomic<int64_t>& counter) { counter.fetch_add(1, std::memory_order_relaxed); }
   std::shared_ptr<Peer> PeerOf(const sockaddr_storage& address, SteadyTime now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  bool MakeRoom() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  bool MakeRoom(const std::string& port) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   std::shared_ptr<Connection> Turn(Turned reason, int fd);
 
   const TransportLimits limits_;
@@ -84,6 +84,7 @@ class ConnectionTable {
 inline constexpr char kPublicPort[] = "public";
 inline constexpr char kAdminPort[] = "admin";
 inline constexpr char kHealthPort[] = "health";
+inline constexpr char kMetricsPort[] = "metrics";
 
 }  // namespace dejavu
 

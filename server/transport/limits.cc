@@ -13,8 +13,8 @@ namespace dejavu {
 namespace {
 
 constexpr int64_t kFilesPerConnection = 2;  // gRPC's and ours (Connection)
-constexpr int64_t kOtherFiles = 64;         // logs, files that are loaded, scrapes, libraries
-constexpr int64_t kReserve = kOtherFiles + 2 * kReservedConnections * kFilesPerConnection;
+constexpr int64_t kOtherFiles = 64;         // logs, files that are loaded, libraries
+constexpr int64_t kReserve = kOtherFiles + 3 * kReservedConnections * kFilesPerConnection;
 constexpr int64_t kMostConnections = 4096;  // where the options name no number
 constexpr int64_t kFewestConnections = 16;
 constexpr int kMostConnectionsPerPeer = 256;

@@ -1,8 +1,11 @@
 """What an operator sees: the daemon, a real Prometheus that scrapes it, and a load whose every answer is counted here, too."""
 import collections
 import concurrent.futures
+import contextlib
+import http.client
 import random
 import re
+import socket
 import subprocess
 import threading
 import time
@@ -196,6 +199,25 @@ def test_edges_are_those_of_the_configuration(start):
     found = samples(scrape(daemon))
     edges = {dict(pairs)["le"] for name, pairs in found if name == "dejavu_inter_token_latency_seconds_bucket"}
     assert edges == {"0.01", "0.1", "+Inf"}
+
+
+def test_a_scrape_is_answered_beside_connections_that_say_nothing_or_little(start):
+    """More of them than the port has places: those that have been silent longest make room."""
+    daemon = start()
+    host, port = daemon.metrics_address.split(":")
+    with contextlib.ExitStack() as stack:
+        silent = []
+        for i in range(100):
+            silent.append(stack.enter_context(socket.create_connection((host, int(port)), timeout=PATIENCE_S)))
+            if i % 2:
+                silent[-1].sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nX-Slow: ")  # and never an end
+        kept = http.client.HTTPConnection(host, int(port), timeout=PATIENCE_S)
+        for _ in range(3):
+            scrape(daemon)
+            kept.request("GET", "/metrics")
+            assert kept.getresponse().read().startswith(b"# HELP")
+        assert total(samples(scrape(daemon)), "dejavu_connections_closed_total", reason="made_room") > 0
+        kept.close()
 
 
 def test_states_and_other_paths(start, api):
