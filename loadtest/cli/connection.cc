@@ -9,7 +9,6 @@
 #include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
 #include "loadtest/cli/output.h"
-#include "loadtest/client/duration.h"
 
 namespace dejavu {
 namespace {
@@ -82,7 +81,7 @@ absl::StatusOr<std::unique_ptr<Connection>> Connection::Open(const ConnectionOpt
 grpc::Status Connection::Try(const std::function<grpc::Status(Attempt*)>& call, bool* answered) {
   Attempt attempt;
   if (options_.timeout_s > 0) {
-    const auto left = ToDuration(options_.timeout_s) - (Clock::now() - start_);
+    const auto left = Lasting(options_.timeout_s) - (Clock::now() - start_);
     attempt.context.set_deadline(std::chrono::system_clock::now() +
                                  std::chrono::duration_cast<std::chrono::system_clock::duration>(left));
   }
@@ -100,13 +99,13 @@ grpc::Status Connection::CallOnce(const std::function<grpc::Status(Attempt*)>& c
 
 grpc::Status Connection::Call(const std::function<grpc::Status(Attempt*)>& call) {
   // A call that meets a loading server is retried by the channel when that one advises, which is seconds too late.
-  while (IsLoading() && Clock::now() - start_ < ToDuration(options_.wait_s) && interrupt_.Sleep(kPoll)) continue;
+  while (IsLoading() && Clock::now() - start_ < Lasting(options_.wait_s) && interrupt_.Sleep(kPoll)) continue;
   for (;;) {
     bool answered = false;
     grpc::Status status = Try(call, &answered);
     const auto waited = Clock::now() - start_;
     const bool final = status.error_code() != grpc::StatusCode::UNAVAILABLE || answered || interrupted() ||
-                       waited > ToDuration(options_.wait_s);
+                       waited > Lasting(options_.wait_s);
     if (final || !MayStillServe(waited) || !interrupt_.Sleep(kPoll)) return status;
   }
 }

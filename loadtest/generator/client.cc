@@ -5,7 +5,7 @@
 #include "grpcpp/alarm.h"
 #include "grpcpp/client_context.h"
 #include "grpcpp/support/client_callback.h"
-#include "loadtest/client/duration.h"
+#include "kernels/base/clock.h"
 
 namespace dejavu {
 namespace {
@@ -33,7 +33,7 @@ class Client::Call final : public grpc::ClientReadReactor<v1::GenerateChunk> {
       const auto passed = scheduled ? SteadyClock::now() - *scheduled : SteadyClock::duration::zero();
       context_.set_deadline(
           std::chrono::system_clock::now() +
-          std::chrono::duration_cast<std::chrono::system_clock::duration>(ToDuration(timeout_s) - passed));
+          std::chrono::duration_cast<std::chrono::system_clock::duration>(Lasting(timeout_s) - passed));
     }
     stub_->async()->GenerateStream(&context_, &request_.message, this);
     // A slow reader's next read comes from a timer.
@@ -61,7 +61,7 @@ class Client::Call final : public grpc::ClientReadReactor<v1::GenerateChunk> {
     }
     // A new one each time: the last one's function may not have returned yet.
     alarm_ = std::make_unique<grpc::Alarm>();
-    alarm_->Set(std::chrono::system_clock::now() + ToDuration(1e-3 * client_->options_.slow_reader_ms),
+    alarm_->Set(std::chrono::system_clock::now() + Lasting(1e-3 * client_->options_.slow_reader_ms),
                 [this](bool /*expired*/) { StartRead(&chunk_); });
   }
 

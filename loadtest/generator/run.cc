@@ -18,8 +18,8 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
-#include "loadtest/client/duration.h"
 #include "loadtest/generator/client.h"
 #include "loadtest/generator/document.h"
 #include "loadtest/generator/knee.h"
@@ -109,7 +109,7 @@ PhaseFacts RunPhase(const RunOptions& options, const SendPlan& plan, const Workl
     if (!sent) std::this_thread::sleep_for(kLook);
     const SteadyTime now = SteadyClock::now();
     if (sent && !give_up)
-      give_up = now + (interrupted.load() ? SteadyClock::duration::zero() : ToDuration(options.grace_s));
+      give_up = now + (interrupted.load() ? SteadyClock::duration::zero() : Lasting(options.grace_s));
     if (give_up && (now >= *give_up || interrupted.load())) {
       facts.abandoned = client.in_flight();
       client.CancelAll();

@@ -10,7 +10,6 @@
 #include <utility>
 
 #include "kernels/base/clock.h"
-#include "loadtest/client/duration.h"
 
 namespace dejavu {
 namespace {
@@ -78,7 +77,7 @@ SendFacts SendOpen(const SendPlan& plan, const Workload& workload, SteadyTime be
   while (const std::optional<double> offset_s = times.Next()) {
     Client::CallPtr call = client->Prepare(id, workload.Make(plan.phase, id));
     ++id;
-    const SteadyTime due = begin + ToDuration(*offset_s);
+    const SteadyTime due = begin + Lasting(*offset_s);
     if (!WaitFor(due, interrupted)) break;
     facts.window_s = *offset_s;
     if (client->in_flight() >= plan.max_in_flight) {

@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/refusal.h"
 #include "grpc/grpc.h"
+#include "grpc/support/time.h"
 #include "server/rpc/error_details.h"
 
 namespace dejavu {
@@ -27,11 +28,13 @@ std::optional<absl::string_view> Metadata(const grpc::CallbackServerContext& con
   return absl::string_view(found->second.data(), found->second.size());
 }
 
-// gRPC keeps deadlines as system time; the engine's clock is the steady one.
+// gRPC keeps deadlines as a time of day; the engine's clock is the steady one. A deadline may be millions of years
+// away, which C++'s clocks cannot hold.
 SteadyTime SteadyDeadline(const grpc::CallbackServerContext& context) {
-  const auto deadline = context.deadline();
-  if (deadline == std::chrono::system_clock::time_point::max()) return SteadyTime::max();
-  return std::chrono::steady_clock::now() + (deadline - std::chrono::system_clock::now());
+  const gpr_timespec deadline = context.raw_deadline();
+  if (gpr_time_cmp(deadline, gpr_inf_future(deadline.clock_type)) == 0) return SteadyTime::max();
+  const gpr_timespec left = gpr_time_sub(deadline, gpr_now(deadline.clock_type));
+  return std::chrono::steady_clock::now() + Lasting(static_cast<double>(left.tv_sec) + 1e-9 * left.tv_nsec);
 }
 
 // What retryPolicy of gRPC's service configs waits for instead of its own pause. Before the call is finished.

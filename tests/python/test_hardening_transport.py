@@ -88,6 +88,13 @@ def test_an_idle_connection_is_told_to_go(start):
         assert peer.is_closed() or peer.goaway is not None
 
 
+@pytest.mark.parametrize("timeout", ["99999999H", "2562048H", "2562047H", "876000H", "99999999M", "99999999S", "99999999m"])
+def test_a_deadline_may_be_as_far_away_as_grpc_allows(daemon, timeout):
+    with connect(daemon) as peer:
+        assert peer.outcome(peer.call(SERVICE + "Generate", generate(daemon, 2), timeout=timeout)).code == OK
+        assert peer.outcome(peer.call("/grpc.health.v1.Health/Check", b"", timeout=timeout)).code == OK
+
+
 @pytest.mark.parametrize("listen", ["[::1]:0", "localhost:0", "0.0.0.0:0", "[::]:0"])
 def test_every_kind_of_address_is_listened_to_and_its_connections_are_known(start, listen):
     """A call whose connection the table does not know would count as one that has gone."""
