@@ -21,9 +21,9 @@ namespace dejavu {
 class GrpcPort {
  public:
   // `name`: kPublicPort or its like. All must outlive the object.
-  GrpcPort(std::string name, Gate* gate, ConnectionWatch* watch, OpenCalls* calls, Writer* writer,
+  GrpcPort(std::string name, Gate* gate, ConnectionWatch* watch, const RpcWorkers& workers,
            std::shared_ptr<CallEnds> ends)
-      : name_(std::move(name)), watch_(watch), dispatcher_(gate, watch->table(), calls, writer, std::move(ends)) {}
+      : name_(std::move(name)), watch_(watch), dispatcher_(gate, watch->table(), workers, std::move(ends)) {}
 
   // Where methods are registered, before Listen.
   Dispatcher* dispatcher() { return &dispatcher_; }

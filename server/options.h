@@ -63,6 +63,7 @@ struct ServerOptions {
   int max_concurrent_streams = 256;      // per connection; more wait in the client
   int max_metadata_bytes = 16 << 10;     // of a call; gRPC itself ends connections at kTransportMetadataBytes
   int64_t max_transport_mib = 256;       // memory of gRPC for all connections together
+  int64_t max_waiting_mib = 64;          // of large requests that wait to be read
   // Replies that clients have not read; a large one that does not fit ends its call.
   int64_t max_unread_mib = 128;
   int64_t max_unread_mib_per_connection = 32;

@@ -39,6 +39,8 @@ std::unique_ptr<TraceExporter> MakeTraceExporter(const ServerOptions& options, c
   return std::make_unique<TraceExporter>(std::move(exporter));
 }
 
+int PoolThreads() { return std::clamp(static_cast<int>(std::thread::hardware_concurrency()) / 4, 1, 4); }
+
 // Of the blocks, should all of them be written.
 int64_t KvBytes(const EngineStats& stats, const ModelShape& model, const KvOptions& options) {
   const int64_t value_bytes = options.dtype == "fp32" ? 4 : 2;
@@ -95,13 +97,14 @@ Server::Server(const ServerOptions& options, const EngineOptions& engine_options
       metrics_(model_name(), engine_options.metrics.edges, options.metrics_per_layer, &lifecycle_),
       ends_(std::make_shared<CallEnds>(&writer_, trace_exporter_ == nullptr ? 0.0 : options.trace_sample_ratio)),
       connections_(limits),
+      pool_(PoolThreads(), options.max_waiting_mib << 20),
       calls_(CallTimeouts(options)),
       watch_(&connections_, [this](SteadyTime now) { calls_.Sweep(now); }),
       health_(&lifecycle_),
       admin_(&state_, std::move(drain)),
-      public_port_(kPublicPort, &gate_, &watch_, &calls_, &writer_, ends_),
-      admin_port_(kAdminPort, &gate_, &watch_, &calls_, &writer_, ends_),
-      health_port_(kHealthPort, &gate_, &watch_, &calls_, &writer_, ends_) {
+      public_port_(kPublicPort, &gate_, &watch_, workers(), ends_),
+      admin_port_(kAdminPort, &gate_, &watch_, workers(), ends_),
+      health_port_(kHealthPort, &gate_, &watch_, workers(), ends_) {
   AddObservers();
   RegisterMethods();
 }
@@ -143,6 +146,13 @@ void Server::AddTransportMetrics() {
   metrics_.AddGauge("open_calls", "Calls of clients that are open.", [table] { return table->open_calls().load(); });
   metrics_.AddGauge("unread_bytes", "Bytes of replies that clients have no room for.",
                     [table] { return table->unread_bytes().load(); });
+  const WorkPool* const pool = &pool_;
+  metrics_.AddGauge("large_requests_waiting_bytes", "Bytes of large requests that wait to be read.",
+                    [pool] { return pool->waiting_bytes(); });
+  metrics_.AddCounter("large_requests_total", "Large requests that the pool was given.",
+                      [pool] { return pool->requests(); });
+  metrics_.AddCounter("large_requests_refused_total", "Large requests for which it had no room.",
+                      [pool] { return pool->refused(); });
   const ConnectionWatch* const watch = &watch_;
   metrics_.AddGauge("memory_bound_bytes", "Memory beside mapped files at which the worst connections are closed.",
                     [watch] { return watch->memory_bound_bytes(); });

@@ -79,6 +79,7 @@ class Server {
   Server(const ServerOptions& options, const EngineOptions& engine_options, std::unique_ptr<Security> security,
          const TransportLimits& limits, std::function<void()> drain);
 
+  RpcWorkers workers() { return {&writer_, &pool_, &calls_}; }
   void RegisterMethods();
   void AddObservers();
   void AddTransportMetrics();
@@ -103,6 +104,7 @@ class Server {
 
   // Connections and what is open on them.
   ConnectionTable connections_;
+  WorkPool pool_;
   OpenCalls calls_;
   ConnectionWatch watch_;
   std::unique_ptr<HttpServer> http_;  // null: off

@@ -314,6 +314,9 @@ ENGINE = [
         lines("Connections turned away", "Refused, or closed from here, per second, by the limit that they met.",
               [(f"sum by (reason) (rate(dejavu_connections_refused_total[$__rate_interval]))", "refused: {{reason}}"),
                (f"sum by (reason) (rate(dejavu_connections_closed_total[$__rate_interval]))", "closed: {{reason}}")], "cps", width=8),
+        lines("Large requests", "Above 8 KiB, per second, and the bytes that wait to be read and tokenised.",
+              [(rate("dejavu_large_requests_total"), "taken"), (rate("dejavu_large_requests_refused_total"), "refused"),
+               ("dejavu_large_requests_waiting_bytes", "waiting bytes {{instance}}")], width=8),
         lines("Replies that nobody reads", "Bytes that gRPC holds, and what the process may hold beside mapped files before the worst "
               "connections are closed.",
               [("dejavu_unread_bytes", "unread {{instance}}"), ("dejavu_memory_bound_bytes", "bound {{instance}}")], "bytes", width=8),

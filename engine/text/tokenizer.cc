@@ -49,6 +49,7 @@ class ByteLevelBpe final : public Tokenizer {
     return IsToken(id) ? data_.tokens[id].piece : absl::string_view();
   }
   int32_t vocab_size() const override { return static_cast<int32_t>(data_.tokens.size()); }
+  size_t longest_token_bytes() const override { return longest_token_bytes_; }
   int32_t bos_id() const override { return data_.bos_id; }
   int32_t eos_id() const override { return data_.eos_id; }
 
@@ -73,6 +74,7 @@ class ByteLevelBpe final : public Tokenizer {
 
   // Constant after construction.
   const TokenizerData data_;
+  size_t longest_token_bytes_ = 1;
   absl::flat_hash_map<uint64_t, int32_t> ranks_;  // left id << 32 | right id -> index in data_.merges
   std::unique_ptr<pcre2_code, CodeFree> split_;
 };
@@ -84,6 +86,7 @@ ByteLevelBpe::ByteLevelBpe(TokenizerData data) : data_(std::move(data)) {
   for (size_t rank = 0; rank < data_.merges.size(); ++rank) {
     ranks_[PairKey(data_.merges[rank].left, data_.merges[rank].right)] = static_cast<int32_t>(rank);
   }
+  for (const auto& token : data_.tokens) longest_token_bytes_ = std::max(longest_token_bytes_, token.bytes.size());
   int error;
   size_t offset;
   split_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(kSplitPattern), PCRE2_ZERO_TERMINATED, PCRE2_UTF | PCRE2_UCP,

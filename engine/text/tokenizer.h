@@ -33,6 +33,8 @@ class Tokenizer {
   virtual absl::string_view Piece(int32_t id) const = 0;
 
   virtual int32_t vocab_size() const = 0;  // the largest id + 1
+  // No token stands for more bytes of text: a text of n bytes has at least n / longest_token_bytes tokens.
+  virtual size_t longest_token_bytes() const = 0;
   virtual int32_t bos_id() const = 0;
   virtual int32_t eos_id() const = 0;
 

@@ -12,6 +12,8 @@ class ScoreCall final : public EngineCall {
  public:
   using EngineCall::EngineCall;
 
+  bool large_replies() const override { return true; }
+
   absl::Status OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) override;
 };
 

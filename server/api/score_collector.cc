@@ -16,9 +16,9 @@ bool ScoreCollector::OnToken(const Token& /*token*/) {
 
 bool ScoreCollector::OnPromptToken(const Token& token) {
   MutexLock lock(mutex_);
-  v1::ScoredToken* scored = response_.add_tokens();
-  scored->set_id(static_cast<uint32_t>(token.id));
-  FillLogprobs(token, scored);
+  top_.insert(top_.end(), token.top.begin(), token.top.end());
+  scored_.push_back({token, top_.size()});
+  scored_.back().token.top = {};
   return true;
 }
 
@@ -32,10 +32,26 @@ void ScoreCollector::OnFinish(const dejavu::Finish& finish) {
   wake_();
 }
 
+void ScoreCollector::MakeMessage() {
+  size_t begin = 0;
+  for (const Scored& scored : scored_) {
+    Token token = scored.token;
+    token.top = absl::MakeConstSpan(top_).subspan(begin, scored.top_ends - begin);
+    begin = scored.top_ends;
+    v1::ScoredToken* message = response_.add_tokens();
+    message->set_id(static_cast<uint32_t>(token.id));
+    FillLogprobs(token, message);
+  }
+  scored_ = {};
+  top_ = {};
+}
+
 const google::protobuf::MessageLite* ScoreCollector::NextReply(std::optional<absl::Status>* end) {
   MutexLock lock(mutex_);
   *end = end_;
-  return end_.has_value() && end_->ok() ? &response_ : nullptr;  // nothing changes it after OnFinish
+  if (!end_.has_value() || !end_->ok()) return nullptr;
+  MakeMessage();
+  return &response_;  // nothing changes it any more
 }
 
 void ScoreCollector::ReleaseReply() {

@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <optional>
+#include <vector>
 
 #include "server/api/reply_sink.h"
 
@@ -24,7 +25,16 @@ class ScoreCollector final : public ReplySink {
  private:
   const SteadyTime arrival_;
   const std::function<void()> wake_;
+  // What the engine's thread leaves here; the message, which takes longer to make, is made when it is asked for.
+  struct Scored {
+    Token token;      // without `top`
+    size_t top_ends;  // in top_
+  };
+  void MakeMessage() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
   v1::ScoreResponse response_ ABSL_GUARDED_BY(mutex_);
+  std::vector<Scored> scored_ ABSL_GUARDED_BY(mutex_);
+  std::vector<TokenLogprob> top_ ABSL_GUARDED_BY(mutex_);
   std::optional<absl::Status> end_ ABSL_GUARDED_BY(mutex_);
 };
 

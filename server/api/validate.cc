@@ -80,6 +80,14 @@ absl::Status CheckTokenizer(absl::string_view what, const ServedModel& model) {
                                                   Printable(model.name), " holds none: give token ids"));
 }
 
+// What no tokenisation could make short enough is refused before it costs anything.
+absl::Status CheckTextCanFit(absl::string_view text, const ServedModel& model) {
+  const size_t most = model.tokenizer->longest_token_bytes() * static_cast<size_t>(model.context);
+  if (text.size() <= most) return absl::OkStatus();
+  return InvalidField("text", absl::StrCat("has ", text.size(), " bytes; no text of more than ", most,
+                                           " bytes fits the model's context of ", model.context, " tokens"));
+}
+
 // 1 ... context ids.
 template <typename ProtoRequest>
 absl::StatusOr<std::vector<int32_t>> CheckPrompt(const ProtoRequest& request, const ServedModel& model) {
@@ -90,6 +98,7 @@ absl::StatusOr<std::vector<int32_t>> CheckPrompt(const ProtoRequest& request, co
       field = "text";
       RETURN_IF_ERROR(CheckTokenizer("a prompt in text", model));
       if (request.text().empty()) return InvalidField("text", "is empty; a prompt needs at least one character");
+      RETURN_IF_ERROR(CheckTextCanFit(request.text(), model));
       ids = model.tokenizer->EncodePrompt(request.text());
       break;
     case ProtoRequest::kTokenIds: {

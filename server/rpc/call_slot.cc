@@ -12,6 +12,8 @@ namespace {
 // shall not lose its streams.
 constexpr int64_t kSmallReplyBytes = 64 << 10;
 constexpr std::chrono::seconds kRetry(1);
+// Clients whose deadlines pass are no attackers, unless there is no end of them.
+constexpr double kDeadlineCancels = 0.1;
 // Of calls whose connection has gone before they were seen nobody hears any more; a flood of them must cost little.
 constexpr int kMostLostCalls = 64;
 
@@ -38,7 +40,10 @@ CallSlot::~CallSlot() {
   }
   const SteadyTime now = std::chrono::steady_clock::now();
   connection_->EndCall(has_message_, now);
-  if (cancelled_ && !connection_->peer().TakeCancel(now)) table_->Close(*connection_, Closed::kCancels);
+  const End end = end_;
+  if (end == End::kHere) return;
+  const double cancels = end == End::kByClient ? 1.0 : kDeadlineCancels;
+  if (!connection_->peer().TakeCancel(now, cancels)) table_->Close(*connection_, Closed::kCancels);
 }
 
 absl::Status CallSlot::Check() const {

@@ -31,14 +31,16 @@ class CallSlot {
   absl::Status Hold(int64_t bytes);
   void LetGo();
 
-  // The client has ended the call early, by itself or by leaving.
-  void NoteCancel() { cancelled_ = true; }
+  // The client has ended the call, by itself or by leaving, or its deadline has.
+  void NoteEnd(bool by_deadline) { end_ = by_deadline ? End::kByDeadline : End::kByClient; }
 
  private:
   ConnectionTable* const table_;
   const std::shared_ptr<Connection> connection_;  // null: it has gone before its call was seen
   const bool counted_;                            // operators' calls and probes take no place from clients
-  std::atomic<bool> has_message_{false}, cancelled_{false};
+  std::atomic<bool> has_message_{false};
+  enum class End { kHere, kByClient, kByDeadline };
+  std::atomic<End> end_{End::kHere};
   int64_t held_bytes_ = 0;
 };
 

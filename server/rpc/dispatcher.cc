@@ -27,6 +27,7 @@ grpc::ServerGenericBidiReactor* Dispatcher::CreateReactor(grpc::GenericCallbackS
   record.service = known ? method->second.service : "";
   record.method = known ? method->second.name : "unknown";
   auto slot = std::make_unique<CallSlot>(connections_, record.peer, MetadataBytes(*context));
+  if (context->IsCancelled()) slot->NoteEnd(/*by_deadline=*/false);
   absl::Status admitted = slot->Check();
   if (admitted.ok()) admitted = gate_->Admit(context->method(), *context, &record);
   if (!admitted.ok()) return Rpc::Refuse(context, admitted, std::move(record), *ends_);
@@ -35,7 +36,7 @@ grpc::ServerGenericBidiReactor* Dispatcher::CreateReactor(grpc::GenericCallbackS
                        absl::UnimplementedError(absl::StrCat("no such method: ", Printable(context->method(), 200))),
                        std::move(record), *ends_);
   }
-  return Rpc::Start(context, writer_, calls_, std::move(slot), ends_, std::move(record), method->second.factory());
+  return Rpc::Start(context, workers_, std::move(slot), ends_, std::move(record), method->second.factory());
 }
 
 }  // namespace dejavu

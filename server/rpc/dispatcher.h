@@ -24,8 +24,8 @@ class Dispatcher final : public grpc::CallbackGenericService {
   using HandlerFactory = std::function<std::unique_ptr<RpcHandler>()>;
 
   // All must outlive the calls.
-  Dispatcher(Gate* gate, ConnectionTable* connections, OpenCalls* calls, Writer* writer, std::shared_ptr<CallEnds> ends)
-      : gate_(gate), connections_(connections), calls_(calls), writer_(writer), ends_(std::move(ends)) {}
+  Dispatcher(Gate* gate, ConnectionTable* connections, const RpcWorkers& workers, std::shared_ptr<CallEnds> ends)
+      : gate_(gate), connections_(connections), workers_(workers), ends_(std::move(ends)) {}
 
   // Before the server starts. `service` is the full name, "dejavu.v1.GenerationService".
   void Register(const std::string& service, const std::string& method, Needs needs, HandlerFactory factory);
@@ -61,8 +61,7 @@ class Dispatcher final : public grpc::CallbackGenericService {
 
   Gate* const gate_;
   ConnectionTable* const connections_;
-  OpenCalls* const calls_;
-  Writer* const writer_;
+  const RpcWorkers workers_;
   const std::shared_ptr<CallEnds> ends_;
   absl::flat_hash_map<std::string, Method> methods_;  // by path; constant once the server runs
   std::vector<std::string> services_;

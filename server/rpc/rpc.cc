@@ -15,6 +15,13 @@
 namespace dejavu {
 namespace {
 
+constexpr std::chrono::milliseconds kMoment(50);
+
+// A request up to that size is handled by the thread that has read it: about a millisecond of tokenising.
+constexpr int64_t kSmallRequestBytes = 8 << 10;
+// Where a reply stands in the pool's queue among requests of that size.
+constexpr int64_t kReplyRank = 16 << 10;
+
 class RefusedRpc final : public grpc::ServerGenericBidiReactor {
  public:
   explicit RefusedRpc(const absl::Status& status) { Finish(ToGrpcStatus(status)); }
@@ -71,34 +78,35 @@ grpc::ServerGenericBidiReactor* Rpc::Refuse(grpc::CallbackServerContext* context
   return new RefusedRpc(status);
 }
 
-grpc::ServerGenericBidiReactor* Rpc::Start(grpc::CallbackServerContext* context, Writer* writer, OpenCalls* calls,
+grpc::ServerGenericBidiReactor* Rpc::Start(grpc::CallbackServerContext* context, const RpcWorkers& workers,
                                            std::unique_ptr<CallSlot> slot, std::shared_ptr<CallEnds> ends,
                                            RequestRecord record, std::unique_ptr<RpcHandler> handler) {
   const SteadyTime deadline = SteadyDeadline(*context);
   // gRPC runs a handler even when the deadline has passed before it started.
   if (deadline <= record.arrival) {
+    slot->NoteEnd(/*by_deadline=*/true);
     return Refuse(context, absl::DeadlineExceededError("the deadline passed before the request arrived"),
                   std::move(record), *ends);
   }
   auto report = std::make_shared<CallReport>(std::move(ends), std::move(record));
   const std::shared_ptr<Rpc> rpc(
-      new Rpc(context, writer, calls, std::move(slot), deadline, std::move(report), std::move(handler)));
+      new Rpc(context, workers, std::move(slot), deadline, std::move(report), std::move(handler)));
   rpc->self_ = rpc;
-  calls->Add(rpc);
+  workers.calls->Add(rpc);
   rpc->Read();
   return rpc.get();
 }
 
-Rpc::Rpc(grpc::CallbackServerContext* context, Writer* writer, OpenCalls* calls, std::unique_ptr<CallSlot> slot,
+Rpc::Rpc(grpc::CallbackServerContext* context, const RpcWorkers& workers, std::unique_ptr<CallSlot> slot,
          SteadyTime deadline, std::shared_ptr<CallReport> report, std::unique_ptr<RpcHandler> handler)
     : context_(context),
       call_(context->c_call()),
-      writer_(writer),
-      calls_(calls),
+      workers_(workers),
       slot_(std::move(slot)),
       deadline_(deadline),
       report_(std::move(report)),
-      handler_(std::move(handler)) {
+      handler_(std::move(handler)),
+      large_replies_(handler_->large_replies()) {
   grpc_call_ref(call_);
 }
 
@@ -127,11 +135,19 @@ bool Rpc::WakePump() {
   }
   queued_ = true;
   // Under the lock: the call cannot finish without it, so neither this object nor the writer goes away in the middle.
-  writer_->Post(shared_from_this());
+  workers_.writer->Post(shared_from_this());
   return true;
 }
 
 void Rpc::RunInWriter() {
+  if (large_replies_) {
+    workers_.pool->PostReply(kReplyRank, [self = shared_from_this()] { self->PumpAsAsked(); });
+  } else {
+    PumpAsAsked();
+  }
+}
+
+void Rpc::PumpAsAsked() {
   {
     MutexLock lock(mutex_);
     queued_ = false;
@@ -221,7 +237,43 @@ void Rpc::OnReadDone(bool ok) {
                                      : absl::InvalidArgumentError("the call holds no request message"));
     return;
   }
+  const auto bytes = static_cast<int64_t>(request_.Length());
   slot_->TakeMessage(request_.Length());
+  if (bytes <= kSmallRequestBytes) return HandleRequest();
+  {
+    MutexLock lock(mutex_);
+    request_in_pool_ = InPool::kWaits;
+  }
+  const absl::Status posted =
+      workers_.pool->PostRequest(bytes, [self = shared_from_this()] { self->HandleRequestInPool(); });
+  if (posted.ok()) return;
+  {
+    MutexLock lock(mutex_);
+    request_in_pool_ = InPool::kNo;
+  }
+  End(posted);
+}
+
+void Rpc::HandleRequestInPool() {
+  {
+    MutexLock lock(mutex_);
+    if (request_in_pool_ != InPool::kWaits || finished_ || forced_end_.has_value()) {
+      request_in_pool_ = InPool::kNo;
+      return;
+    }
+    request_in_pool_ = InPool::kRuns;
+  }
+  HandleRequest();
+  bool done = false;
+  {
+    MutexLock lock(mutex_);
+    request_in_pool_ = InPool::kNo;
+    done = done_;
+  }
+  if (done) Complete();
+}
+
+void Rpc::HandleRequest() {
   const absl::Status status = handler_->OnRequest(shared_from_this(), request_);
   request_.Clear();
   if (status.ok()) {
@@ -249,13 +301,25 @@ void Rpc::OnWriteDone(bool ok) {
 
 void Rpc::OnCancel() {
   handler_->OnCancel();
-  const bool late = std::chrono::steady_clock::now() >= deadline_;
-  if (!late) slot_->NoteCancel();
+  const SteadyTime now = std::chrono::steady_clock::now();
+  const bool late = now >= deadline_;
+  // A client that gives up at its deadline may say so a moment before we see it pass.
+  slot_->NoteEnd(/*by_deadline=*/deadline_ - now < kMoment);
   End(late ? absl::DeadlineExceededError("the deadline passed") : absl::CancelledError("the client has gone"));
 }
 
 void Rpc::OnDone() {
-  calls_->Remove(this);
+  {
+    MutexLock lock(mutex_);
+    done_ = true;
+    if (request_in_pool_ == InPool::kRuns) return;  // the pool's thread completes the call
+    request_in_pool_ = InPool::kNo;                 // what waits there will find nothing to do
+  }
+  Complete();
+}
+
+void Rpc::Complete() {
+  workers_.calls->Remove(this);
   std::shared_ptr<RecordSource> source = handler_->record_source();
   handler_.reset();
   grpc::StatusCode code = grpc::StatusCode::UNKNOWN;

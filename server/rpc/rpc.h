@@ -21,11 +21,19 @@
 #include "server/rpc/open_calls.h"
 #include "server/rpc/parse.h"
 #include "server/rpc/request_record.h"
+#include "server/rpc/work_pool.h"
 #include "server/rpc/writer.h"
 
 namespace dejavu {
 
 class Rpc;
+
+// What all calls share; it outlives them.
+struct RpcWorkers {
+  Writer* writer;
+  WorkPool* pool;
+  OpenCalls* calls;
+};
 
 // Destroyed when the call is over and no callback runs any more.
 class RpcHandler {
@@ -33,7 +41,7 @@ class RpcHandler {
   virtual ~RpcHandler() = default;
 
   // A request: exactly one, unless the method streams requests. An error ends the call with it. From one of gRPC's
-  // threads.
+  // threads, or the pool's where it is large.
   virtual absl::Status OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) = 0;
 
   // The next reply, valid until the next call, or null when there is none now. With the last one, or alone, `end` is
@@ -49,6 +57,9 @@ class RpcHandler {
   // True: a further request is read after each reply, and the client's half-close ends the call.
   virtual bool streams_requests() const { return false; }
 
+  // True: replies may be large, and are made and serialised by the pool.
+  virtual bool large_replies() const { return false; }
+
   // Asked for when the call is over. Null: there is nothing to add to what the call itself knows.
   virtual std::shared_ptr<RecordSource> record_source() { return nullptr; }
 };
@@ -61,7 +72,7 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   static grpc::ServerGenericBidiReactor* Refuse(grpc::CallbackServerContext* context, const absl::Status& status,
                                                 RequestRecord record, const CallEnds& ends);
   // `record` holds what Describe says.
-  static grpc::ServerGenericBidiReactor* Start(grpc::CallbackServerContext* context, Writer* writer, OpenCalls* calls,
+  static grpc::ServerGenericBidiReactor* Start(grpc::CallbackServerContext* context, const RpcWorkers& workers,
                                                std::unique_ptr<CallSlot> slot, std::shared_ptr<CallEnds> ends,
                                                RequestRecord record, std::unique_ptr<RpcHandler> handler);
 
@@ -81,7 +92,7 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   const std::string& tenant() const { return report_->tenant(); }
 
  private:
-  Rpc(grpc::CallbackServerContext* context, Writer* writer, OpenCalls* calls, std::unique_ptr<CallSlot> slot,
+  Rpc(grpc::CallbackServerContext* context, const RpcWorkers& workers, std::unique_ptr<CallSlot> slot,
       SteadyTime deadline, std::shared_ptr<CallReport> report, std::unique_ptr<RpcHandler> handler);
 
   void OnReadDone(bool ok) override;
@@ -90,10 +101,17 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   void OnDone() override;
   void RunInWriter() override;
 
+  // The request that has been read, by the handler.
+  void HandleRequest();
+  void HandleRequestInPool();
+  // After the last callback of gRPC, and of the pool.
+  void Complete();
+
   // Has the writer's thread pump. False once gRPC has been told the end.
   bool WakePump();
   // Sends what there is to send, unless a write is outstanding: its end will.
   void Pump();
+  void PumpAsAsked();
   // The handler's next reply as bytes in reply_; false: there is none now.
   bool TakeReply(std::optional<absl::Status>* end);
   void Read();
@@ -102,20 +120,23 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
 
   grpc::CallbackServerContext* const context_;  // until OnDone
   grpc_call* const call_;                       // counted, so that it can be cancelled at any time
-  Writer* const writer_;
-  OpenCalls* const calls_;
+  const RpcWorkers workers_;
   const std::unique_ptr<CallSlot> slot_;
   const SteadyTime deadline_;
   const std::shared_ptr<CallReport> report_;
   std::unique_ptr<RpcHandler> handler_;
+  const bool large_replies_;
   std::shared_ptr<Rpc> self_;  // until OnDone
   grpc::ByteBuffer request_;   // of the read that is outstanding
   grpc::ByteBuffer reply_;     // of the write that is outstanding
 
   Mutex mutex_;
-  bool busy_ ABSL_GUARDED_BY(mutex_) = false;      // a write is outstanding, or a thread is in Pump
-  bool again_ ABSL_GUARDED_BY(mutex_) = false;     // the thread in Pump shall ask the handler once more
-  bool queued_ ABSL_GUARDED_BY(mutex_) = false;    // in the writer's queue
+  bool busy_ ABSL_GUARDED_BY(mutex_) = false;    // a write is outstanding, or a thread is in Pump
+  bool again_ ABSL_GUARDED_BY(mutex_) = false;   // the thread in Pump shall ask the handler once more
+  bool queued_ ABSL_GUARDED_BY(mutex_) = false;  // in the writer's or the pool's queue
+  enum class InPool { kNo, kWaits, kRuns };
+  InPool request_in_pool_ ABSL_GUARDED_BY(mutex_) = InPool::kNo;
+  bool done_ ABSL_GUARDED_BY(mutex_) = false;      // OnDone has come
   bool finished_ ABSL_GUARDED_BY(mutex_) = false;  // gRPC has been told the end: it may call OnDone at any moment
   std::optional<absl::Status> forced_end_ ABSL_GUARDED_BY(mutex_);
   grpc::StatusCode code_ ABSL_GUARDED_BY(mutex_) = grpc::StatusCode::UNKNOWN;  // that gRPC has been told

@@ -31,11 +31,11 @@ int64_t ReceivedBytes(int fd) {
 
 }  // namespace
 
-bool Allowance::Take(SteadyTime now) {
+bool Allowance::Take(SteadyTime now, double events) {
   if (last_ != SteadyTime()) left_ = std::min(burst_, left_ + per_s_ * Seconds(last_, now));
   last_ = now;
-  if (left_ < 1.0) return false;
-  left_ -= 1.0;
+  if (left_ < events) return false;
+  left_ -= events;
   return true;
 }
 
@@ -44,10 +44,10 @@ Peer::Peer(double new_connections_per_s, bool gateway)
       gateway_(gateway),
       cancels_(kCancelBurst, kCancelsPerS) {}
 
-bool Peer::TakeCancel(SteadyTime now) {
+bool Peer::TakeCancel(SteadyTime now, double cancels) {
   if (gateway_) return true;
   MutexLock lock(mutex_);
-  return cancels_.Take(now);
+  return cancels_.Take(now, cancels);
 }
 
 Connection::Connection(std::string name, std::string port, std::shared_ptr<Peer> peer, int fd, SteadyTime now)
@@ -68,9 +68,10 @@ void Connection::BeginCall(size_t metadata_bytes) {
 }
 
 void Connection::TakeMessage(size_t bytes) {
-  awaiting_.fetch_sub(1, std::memory_order_relaxed);
   // TLS and HTTP/2 put 29 and 9 bytes around every frame, which may be as small as the client likes.
-  explained_.fetch_add(2 * static_cast<int64_t>(bytes), std::memory_order_relaxed);
+  explained_.fetch_add(2 * static_cast<int64_t>(bytes), std::memory_order_release);
+  awaiting_.fetch_sub(1, std::memory_order_release);
+  had_message_.store(true, std::memory_order_relaxed);
 }
 
 void Connection::EndCall(bool had_message, SteadyTime now) {
@@ -80,9 +81,11 @@ void Connection::EndCall(bool had_message, SteadyTime now) {
   open_calls_.fetch_sub(1, std::memory_order_relaxed);
 }
 
-int64_t Connection::LookAtInput(SteadyTime now) {
+bool Connection::InputIsExplained(SteadyTime now, int64_t message_bytes) {
+  // In this order: a message that is explained meanwhile is then counted as explained and as awaited, not as neither.
+  const int awaited = awaiting_.load(std::memory_order_acquire);
+  const int64_t explained = explained_.load(std::memory_order_acquire);
   const int64_t received = ReceivedBytes(fd_);
-  const int64_t explained = explained_.load(std::memory_order_relaxed);
   const auto forgotten = static_cast<int64_t>(kUnexplainedPerS * Seconds(looked_, now));
   int64_t level = unexplained_.load(std::memory_order_relaxed) + (received - seen_bytes_) -
                   (explained - seen_explained_) - forgotten;
@@ -91,11 +94,12 @@ int64_t Connection::LookAtInput(SteadyTime now) {
   seen_explained_ = explained;
   looked_ = now;
   unexplained_.store(level, std::memory_order_relaxed);
-  return level;
-}
-
-int64_t Connection::UnexplainedLimit(int64_t message_bytes) const {
-  return kUnexplained + awaiting_.load(std::memory_order_relaxed) * (2 * message_bytes + kAwaitedBytes);
+  // Once a window has grown, messages may have come before anybody has seen their calls begin.
+  const int64_t unseen = had_message_.load(std::memory_order_relaxed) ? 2 * message_bytes : 0;
+  const bool above = level > kUnexplained + unseen + awaited * (2 * message_bytes + kAwaitedBytes);
+  const bool explains = !above || !was_above_;
+  was_above_ = above;
+  return explains;
 }
 
 bool Connection::Close() {

@@ -20,7 +20,7 @@ namespace dejavu {
 class Allowance {
  public:
   Allowance(double burst, double per_s) : burst_(burst), per_s_(per_s), left_(burst) {}
-  bool Take(SteadyTime now);
+  bool Take(SteadyTime now, double events = 1.0);
 
  private:
   const double burst_, per_s_;
@@ -38,8 +38,9 @@ class Peer {
   std::atomic<int>& calls() { return calls_; }
   int calls() const { return calls_.load(std::memory_order_relaxed); }
 
-  // A call that its client has cancelled. False: more than anybody needs to.
-  bool TakeCancel(SteadyTime now);
+  // A call that its client has cancelled, or as a tenth of one, a call whose deadline has passed. False: more than
+  // anybody needs.
+  bool TakeCancel(SteadyTime now, double cancels);
 
   // It has done what nobody should: for a while no connection of it is taken.
   void Ban(SteadyTime now) { banned_until_.store((now + kBan).time_since_epoch().count(), std::memory_order_relaxed); }
@@ -87,10 +88,11 @@ class Connection {
   // Of replies that gRPC has and the other end has no room for.
   std::atomic<int64_t>& unread_bytes() { return unread_bytes_; }
 
-  // How many of the bytes that have come since the last look no call explains, added up and forgotten slowly; what a
-  // connection may reach is `UnexplainedLimit`. Only one thread looks.
-  int64_t LookAtInput(SteadyTime now);
-  int64_t UnexplainedLimit(int64_t message_bytes) const;
+  // How many of the bytes that have come no call explains, added up and forgotten slowly. False: at this look and at
+  // the one before they were more than a client has reason for, whose messages have at most `message_bytes`. Only one
+  // thread looks.
+  bool InputIsExplained(SteadyTime now, int64_t message_bytes);
+  bool suspicious() const { return was_above_; }  // they were at the last look
   int64_t unexplained_bytes() const { return unexplained_.load(std::memory_order_relaxed); }
 
   // gRPC finds the socket shut down, and ends what runs on it. True: it was not closed before.
@@ -103,14 +105,16 @@ class Connection {
   const int fd_;
 
   std::atomic<int> open_calls_{0}, awaiting_{0};  // the latter: calls whose message has not come
+  std::atomic<bool> had_message_{false};
   std::atomic<int64_t> unread_bytes_{0};
   std::atomic<int64_t> explained_{0};
   std::atomic<int64_t> unexplained_{0};
   std::atomic<SteadyTime::rep> idle_since_;
   std::atomic<bool> closed_{false};
 
-  // LookAtInput's.
+  // InputIsExplained's.
   int64_t seen_bytes_ = 0, seen_explained_ = 0;
+  bool was_above_ = false;
   SteadyTime looked_;
 };
 

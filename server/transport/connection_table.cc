@@ -99,8 +99,11 @@ std::vector<std::shared_ptr<Connection>> ConnectionTable::All() const {
 void ConnectionTable::Close(Connection& connection, Closed reason) {
   if (!connection.Close()) return;
   Count(closed_[static_cast<size_t>(reason)]);
-  if (reason != Closed::kMadeRoom && !connection.peer().gateway()) {
-    connection.peer().Ban(std::chrono::steady_clock::now());
+  if (reason == Closed::kMadeRoom || connection.peer().gateway()) return;
+  connection.peer().Ban(std::chrono::steady_clock::now());
+  MutexLock lock(mutex_);
+  for (const auto& [name, other] : connections_) {
+    if (&other->peer() == &connection.peer() && other->port() == connection.port()) other->Close();
   }
 }
 

@@ -43,7 +43,8 @@ class ConnectionTable {
   std::shared_ptr<Connection> Find(absl::string_view name) const;
   std::vector<std::shared_ptr<Connection>> All() const;
 
-  // Its peer is banned for a while, unless others stand behind it or the connection only makes room.
+  // Unless it only makes room, all connections of its peer are closed, and it is banned for a while; but not where
+  // others stand behind the peer.
   void Close(Connection& connection, Closed reason);
   void CountTurned(Turned reason) { Count(turned_[static_cast<size_t>(reason)]); }
 

@@ -144,14 +144,18 @@ void ConnectionWatch::Gather(int timeout_ms) {
 }
 
 void ConnectionWatch::LookAtActive(SteadyTime now) {
-  for (const std::shared_ptr<Connection>& connection : active_) {
-    if (connection->LookAtInput(now) > connection->UnexplainedLimit(table_->limits().message_bytes)) {
+  std::vector<std::shared_ptr<Connection>> again;
+  for (std::shared_ptr<Connection>& connection : active_) {
+    if (!connection->InputIsExplained(now, table_->limits().message_bytes)) {
       spdlog::warn("a connection is closed: it sends more than its calls explain");
       table_->Close(*connection, Closed::kUnexplained);
+    } else if (connection->suspicious()) {  // also if it sends no more
+      again.push_back(std::move(connection));
+      continue;
     }
     Arm(*connection, EPOLL_CTL_MOD);
   }
-  active_.clear();
+  active_ = std::move(again);
 }
 
 void ConnectionWatch::LookAtMemory(SteadyTime now) {

@@ -7,6 +7,7 @@ below. Attackers come from 127.0.0.2, so that limits per peer meet them and nobo
 """
 import argparse
 import contextlib
+import itertools
 import json
 import random
 import resource
@@ -14,6 +15,8 @@ import socket
 import struct
 import sys
 import time
+
+import grpc
 
 import hpack
 import http2
@@ -247,6 +250,23 @@ def unread_scores(address, seconds, count=1000, tokens=512, top_logprobs=100):
     return dict(connections=len(peers), given_up=refused, closed_by_server=closed, answers=answers)
 
 
+def large_texts(address, seconds, clients=8, characters=4_000_000):
+    """What careless clients do: texts of 4 MB, to be continued and to be counted, on eight connections, again and again. These are
+    clients of grpcio, which obey flow control."""
+    text = ("It was a dark night. " * (characters // 21 + 1))[:characters].encode()
+    length, answers, end = varint(len(text)), {}, time.monotonic() + seconds
+    methods = itertools.cycle([("Generate", b"\x1a" + length + text), ("Tokenize", b"\x12" + length + text)])
+    with contextlib.ExitStack() as stack:
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
+        calls = [(stack.enter_context(grpc.insecure_channel(address, options)).unary_unary(SERVICE + method), request)
+                 for _, (method, request) in zip(range(clients), methods)]
+        while time.monotonic() < end:
+            for future in [call.future(request, timeout=STREAM_PATIENCE_S) for call, request in calls]:
+                name = future.code().name
+                answers[name] = answers.get(name, 0) + 1
+    return dict(answers=answers)
+
+
 LARGE_METADATA = {
     "20 KiB": [("x-big", "b" * 20480)],
     "20 KiB in pieces": [(f"x-{i}", "b" * 1000) for i in range(20)],
@@ -301,7 +321,7 @@ def bad_base64(address, seconds, request=None):
 
 ATTACKS = {attack.__name__: attack for attack in (
     churn, hold, idle, slow_headers, rapid_reset, continuation, indexed_headers, endless_integer, endless_zeros, pings, settings, open_calls,
-    unread_scores, shared_connection, bad_base64)}
+    unread_scores, shared_connection, bad_base64, large_texts)}
 
 
 def main():

@@ -174,10 +174,23 @@ TEST_F(ValidateTest, RefusesEmptyAndOverlongPrompts) {
   request.mutable_token_ids()->add_ids(2);
   ExpectRefused(request, "token_ids", "has 65 tokens; the model allows 64");
   std::string words;
-  for (int i = 0; i < 200; ++i) words += "elephant ";
+  for (int i = 0; i < 80; ++i) words += "elephant ";
   const size_t tokens = tokenizer_->EncodePrompt(words).size();
   request.set_text(words);
   ExpectRefused(request, "text", absl::StrCat("has ", tokens, " tokens; the model allows 64"));
+}
+
+TEST_F(ValidateTest, RefusesATextThatNoTokenisationCouldMakeShortEnough) {
+  const size_t most = 64 * tokenizer_->longest_token_bytes();
+  v1::GenerateRequest request;
+  request.set_text(std::string(most + 1, 'x'));
+  ExpectRefused(request, "text", absl::StrCat("has ", most + 1, " bytes; no text of more than ", most, " bytes fits"));
+}
+
+TEST_F(ValidateTest, KnowsTheLongestToken) {
+  size_t longest = 0;
+  for (int32_t id = 0; id < tokenizer_->vocab_size(); ++id) longest = std::max(longest, tokenizer_->Bytes(id).size());
+  EXPECT_EQ(tokenizer_->longest_token_bytes(), longest);
 }
 
 TEST_F(ValidateTest, EncodesTextWithTheLeadingEndToken) {
