@@ -115,7 +115,7 @@ class CudaBackend final : public Backend {
   Recordings recordings_{*queue_, *staging_};
   Scratch scratch_{*queue_, *staging_, recordings_};
   HeldOps held_{*queue_};
-  FragmentStore fragments_{*queue_, scratch_, held_};
+  FragmentStore fragments_{scratch_, held_};
   Products products_{*queue_, scratch_, held_, fragments_};
   FragmentStore::Forms of_up_;  // in which the last up-projection read its rows: the next norm leaves them so
 };

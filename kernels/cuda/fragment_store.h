@@ -3,7 +3,6 @@
 #ifndef KERNELS_CUDA_FRAGMENT_STORE_H_
 #define KERNELS_CUDA_FRAGMENT_STORE_H_
 
-#include "kernels/cuda/device_queue.h"
 #include "kernels/cuda/held_ops.h"
 #include "kernels/cuda/params.h"
 #include "kernels/cuda/scratch.h"
@@ -20,7 +19,7 @@ class FragmentStore {
   };
   static Forms FormsOf(DType weights);
 
-  FragmentStore(DeviceQueue& queue, Scratch& scratch, HeldOps& held) : queue_(queue), scratch_(scratch), held_(held) {}
+  FragmentStore(Scratch& scratch, HeldOps& held) : scratch_(scratch), held_(held) {}
   FragmentStore(const FragmentStore&) = delete;
   FragmentStore& operator=(const FragmentStore&) = delete;
 
@@ -38,7 +37,6 @@ class FragmentStore {
  private:
   RowFragments Placed(Forms forms);
 
-  DeviceQueue& queue_;
   Scratch& scratch_;
   HeldOps& held_;
   Tensor x_;     // whose fragments there are; empty: nobody's
