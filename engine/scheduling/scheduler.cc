@@ -256,7 +256,9 @@ size_t Scheduler::Sharable(const Sequence& s) const {
 
 bool Scheduler::TakeBlocks(Sequence& s) {
   const int32_t tokens = static_cast<int32_t>(s.tokens.size());
-  const int32_t wanted = pool_.BlocksFor(options_.overcommit ? tokens + 1 : s.max_tokens());
+  // A prompt that is only scored may fill the context: there is no place for a token behind it.
+  const int32_t wanted =
+      pool_.BlocksFor(options_.overcommit ? std::min(tokens + int64_t{1}, s.max_tokens()) : s.max_tokens());
   const size_t sharable = Sharable(s);
   // What runs will want to grow before this one has to go again.
   const int32_t growth = options_.overcommit ? static_cast<int32_t>(running_.size()) : 0;
