@@ -36,11 +36,12 @@ absl::Status Malformed(const std::string& file, absl::string_view reason) {
   return absl::InvalidArgumentError(absl::StrCat(file, ": ", reason));
 }
 
-// A text from a file, fit for a message.
+// A text from a file, fit for a message: UTF-8 as it is, other bytes by their numbers.
 std::string Quoted(absl::string_view text) {
   constexpr size_t kMaxBytes = 80;
-  return absl::StrCat("\"", absl::Utf8SafeCHexEscape(text.substr(0, kMaxBytes)), text.size() > kMaxBytes ? "..." : "",
-                      "\"");
+  const absl::string_view start = text.substr(0, kMaxBytes), whole = start.substr(0, ValidUtf8Prefix(start));
+  return absl::StrCat("\"", absl::Utf8SafeCHexEscape(whole), absl::CHexEscape(start.substr(whole.size())),
+                      text.size() > kMaxBytes ? "..." : "", "\"");
 }
 
 bool Exists(const std::string& file) {
