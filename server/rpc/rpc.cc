@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "engine/refusal.h"
 #include "grpc/grpc.h"
 #include "grpc/support/time.h"
@@ -28,11 +29,14 @@ class RefusedRpc final : public grpc::ServerGenericBidiReactor {
   void OnDone() override { delete this; }
 };
 
-// Null: the client sent no such metadata.
-std::optional<absl::string_view> Metadata(const grpc::CallbackServerContext& context, const char* key) {
-  const auto found = context.client_metadata().find(key);
-  if (found == context.client_metadata().end()) return std::nullopt;
-  return absl::string_view(found->second.data(), found->second.size());
+// Nothing: the client sent no such metadata. What is sent twice is a list, as in HTTP: it must not depend on who looks
+// which of them counts.
+std::optional<std::string> Metadata(const grpc::CallbackServerContext& context, const char* key) {
+  const auto [begin, end] = context.client_metadata().equal_range(key);
+  if (begin == end) return std::nullopt;
+  return absl::StrJoin(begin, end, ",", [](std::string* out, const auto& entry) {
+    out->append(entry.second.data(), entry.second.size());
+  });
 }
 
 // gRPC keeps deadlines as a time of day; the engine's clock is the steady one. A deadline may be millions of years
@@ -63,7 +67,7 @@ void Serialize(const google::protobuf::MessageLite& message, grpc::ByteBuffer* b
 RequestRecord Rpc::Describe(const grpc::CallbackServerContext& context, double trace_ratio) {
   RequestRecord record;
   record.arrival = std::chrono::steady_clock::now();
-  record.tenant = std::string(Metadata(context, "x-tenant").value_or(""));
+  record.tenant = Metadata(context, "x-tenant").value_or("");
   record.peer = context.peer();
   record.trace = ContextFor(Metadata(context, "traceparent"), trace_ratio);
   return record;
@@ -227,14 +231,25 @@ void Rpc::End(absl::Status status) {
   Pump();
 }
 
+absl::Status Rpc::HasGone() const {
+  return std::chrono::steady_clock::now() >= deadline_ ? absl::DeadlineExceededError("the deadline passed")
+                                                       : absl::CancelledError("the client has gone");
+}
+
 void Rpc::OnReadDone(bool ok) {
   {
     MutexLock lock(mutex_);
     reading_since_ = SteadyTime();
   }
   if (!ok) {
-    End(handler_->streams_requests() ? absl::OkStatus()
-                                     : absl::InvalidArgumentError("the call holds no request message"));
+    // A client that has half-closed still hears what we say. Else it has gone, or gRPC has ended a call whose message
+    // is too large; which of them, it does not tell.
+    if (context_->IsCancelled()) {
+      End(HasGone());
+    } else {
+      End(handler_->streams_requests() ? absl::OkStatus()
+                                       : absl::InvalidArgumentError("the call holds no request message"));
+    }
     return;
   }
   const auto bytes = static_cast<int64_t>(request_.Length());
@@ -301,11 +316,9 @@ void Rpc::OnWriteDone(bool ok) {
 
 void Rpc::OnCancel() {
   handler_->OnCancel();
-  const SteadyTime now = std::chrono::steady_clock::now();
-  const bool late = now >= deadline_;
   // A client that gives up at its deadline may say so a moment before we see it pass.
-  slot_->NoteEnd(/*by_deadline=*/deadline_ - now < kMoment);
-  End(late ? absl::DeadlineExceededError("the deadline passed") : absl::CancelledError("the client has gone"));
+  slot_->NoteEnd(/*by_deadline=*/deadline_ - std::chrono::steady_clock::now() < kMoment);
+  End(HasGone());
 }
 
 void Rpc::OnDone() {

@@ -117,6 +117,7 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   void Read();
   // Ends the call with `status` as soon as no write is outstanding.
   void End(absl::Status status);
+  absl::Status HasGone() const;  // what a call ends with that its client waits for no longer
 
   grpc::CallbackServerContext* const context_;  // until OnDone
   grpc_call* const call_;                       // counted, so that it can be cancelled at any time
