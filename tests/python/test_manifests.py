@@ -112,7 +112,7 @@ def test_references_lead_somewhere(overlay):
                   if "matchLabels" in document["spec"]["podSelector"]]
     for selector in selectors:
         assert sum(selector.items() <= each.items() for each in labels) == 1, selector
-    ports = {port["name"] for _, container in servers(overlay) for port in container["ports"]}
+    ports = {port["name"] for pod, _ in servers(overlay) for container in pod["spec"]["containers"] for port in container["ports"]}
     for document in of_kind(overlay, "NetworkPolicy"):
         for rule in document["spec"].get("ingress", []):
             assert {port["port"] for port in rule.get("ports", [])} <= ports
@@ -123,7 +123,7 @@ def test_references_lead_somewhere(overlay):
 def test_pods_can_reach_their_volume(overlay):
     """A volume of one node keeps all pods that mount it there."""
     claim, = of_kind(overlay, "PersistentVolumeClaim")
-    assert claim["spec"]["accessModes"] == ["ReadWriteOnce" if overlay in ("cpu", "monitoring", "tls") else "ReadWriteMany"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteOnce" if overlay in ("cpu", "edge", "monitoring", "tls") else "ReadWriteMany"]
     for name, pod in pods(overlay):
         if claim["spec"]["accessModes"] == ["ReadWriteOnce"]:
             rule, = pod["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
@@ -132,6 +132,20 @@ def test_pods_can_reach_their_volume(overlay):
                        for _, other in pods(overlay)), name
         else:
             assert "affinity" not in pod["spec"], name
+
+
+def test_strangers_reach_the_proxy_and_nothing_else():
+    policy, = (document for document in of_kind("edge", "NetworkPolicy") if document["metadata"]["name"] == "dejavud")
+    anybody, prometheus = policy["spec"]["ingress"]
+    assert "from" not in anybody and [port["port"] for port in anybody["ports"]] == ["grpc"]
+    assert prometheus["from"] and {port["port"] for port in prometheus["ports"]} == {"metrics", "edge-metrics"}
+    (pod, daemon), = servers("edge")
+    proxy, = (container for container in pod["spec"]["containers"] if container["name"] == "proxy")
+    owner = {port["name"]: container["name"] for container in (daemon, proxy) for port in container["ports"]}
+    assert owner == {"grpc": "proxy", "edge-health": "proxy", "edge-metrics": "proxy", "health": "dejavud", "metrics": "dejavud"}
+    outside, = (document for document in of_kind("edge", "Service") if document["metadata"]["name"] == "dejavud-edge")
+    assert outside["spec"]["type"] == "LoadBalancer" and outside["spec"]["externalTrafficPolicy"] == "Local"
+    assert [port["targetPort"] for port in outside["spec"]["ports"]] == ["grpc"]
 
 
 def test_what_is_monitored_exists():

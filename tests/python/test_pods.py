@@ -2,6 +2,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from conftest import BIN, MODEL, MPI_ENVIRONMENT, PATIENCE_S
-from manifests import KUBERNETES, OVERLAYS, dejavud, environment, of_kind, overlays, pods, servers, settings
+from manifests import DEPLOY, KUBERNETES, OVERLAYS, dejavud, environment, of_kind, overlays, pods, servers, settings
 
 
 @overlays
@@ -19,15 +20,18 @@ def test_the_daemon_takes_the_settings_and_listens_on_the_ports(overlay, tmp_pat
     for _, container in servers(overlay):
         config = settings(overlay, container, tmp_path)
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-        for name, address in (("grpc", config["listen"]), ("health", config["health"]["listen"]),
-                              ("metrics", config["metrics"]["listen"])):
-            assert address == f"0.0.0.0:{ports[name]}"
+        listens = {"grpc": config["listen"], "health": config["health"]["listen"], "metrics": config["metrics"]["listen"]}
+        if overlay == "edge":
+            assert listens.pop("grpc").startswith("127.0.0.1:") and "grpc" not in ports  # the proxy's, for which see below
+        assert listens == {name: f"0.0.0.0:{ports[name]}" for name in listens}
         assert config["admin"]["listen"].startswith("127.0.0.1:")
         assert config["log"]["termination_file"] == container["terminationMessagePath"] == "/dev/termination-log"
         mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
         assert str(pathlib.PurePath(config["model"]).parent) in mounts
         files = [*(config["tls"][key] for key in ("cert", "key", "client_ca")), config["auth"]["tokens_file"]]
-        if overlay == "tls":
+        if overlay == "edge":
+            assert files == ["", "", "", "/tokens/tokens"] and "subPath" not in mounts["/tokens"]
+        elif overlay == "tls":
             # Mounted as whole folders: Kubernetes does not rotate what is mounted by subPath.
             assert all("subPath" not in mounts[str(pathlib.PurePath(file).parent)] for file in files)
         else:
@@ -39,6 +43,48 @@ def test_the_daemon_takes_the_settings_and_listens_on_the_ports(overlay, tmp_pat
             shm, = (volume for pod, each in servers(overlay) if each is container for volume in pod["spec"]["volumes"]
                     if volume["name"] == mounts["/dev/shm"]["name"])
             assert shm["emptyDir"]["medium"] == "Memory"
+
+
+def proxies():
+    """The proxy's containers, with their pods, the daemon's settings and their own."""
+    for pod, container in servers("edge"):
+        proxy, = (each for each in pod["spec"]["containers"] if each["name"] == "proxy")
+        yield pod, container, proxy, environment("edge", proxy)
+
+
+def test_the_proxy_stands_before_its_daemon(tmp_path):
+    for _, container, proxy, own in proxies():
+        config = settings("edge", container, tmp_path)
+        ports = {port["name"]: port["containerPort"] for port in proxy["ports"]}
+        assert own["PROXY_DAEMON"] == config["listen"] and config["transport"]["gateways"] == "127.0.0.1"
+        for name, listen in (("grpc", "PROXY_LISTEN"), ("edge-health", "PROXY_HEALTH_LISTEN"), ("edge-metrics", "PROXY_METRICS_LISTEN")):
+            assert own[listen] == f"0.0.0.0:{ports[name]}"
+        assert proxy["readinessProbe"]["grpc"] == {"port": ports["edge-health"], "service": "dejavu.v1.GenerationService"}
+        # What it is told exists.
+        known = set(re.findall(r"\bPROXY_[A-Z_]+", (DEPLOY / "proxy/haproxy.cfg").read_text()))
+        assert own.keys() <= known
+        assert own["PROXY_TLS"] in {mount["mountPath"] for mount in proxy["volumeMounts"] if "subPath" not in mount}
+
+
+def test_the_proxy_ends_after_the_daemon_has_told_its_clients(tmp_path):
+    for pod, container, proxy, own in proxies():
+        drain = settings("edge", container, tmp_path)["drain"]
+        daemon_refuses_s = container["lifecycle"]["preStop"]["sleep"]["seconds"] + drain["linger_ms"] / 1000
+        proxy_closes_s = proxy["lifecycle"]["preStop"]["sleep"]["seconds"]
+        assert proxy_closes_s >= daemon_refuses_s
+        proxy_drain_s = int(own["PROXY_DRAIN"].removesuffix("s"))
+        assert proxy_drain_s >= drain["timeout_s"]
+        assert pod["spec"]["terminationGracePeriodSeconds"] >= proxy_closes_s + proxy_drain_s + 10
+
+
+def test_settings_of_the_proxy_are_explained_and_used():
+    """In the head of deploy/proxy/serve, with the defaults of the configuration."""
+    configuration, script = ((DEPLOY / "proxy" / name).read_text() for name in ("haproxy.cfg", "serve"))
+    used = dict(re.findall(r'\$\{(PROXY_[A-Z_]+)-([^}]*)\}', configuration + script))
+    head = re.sub(r"\n#\s*", " ", script[:script.index("set -u")])
+    for name, default in used.items():
+        assert name in head and default in head, name
+    assert set(re.findall(r"PROXY_[A-Z_]+", head)) == used.keys() | {"PROXY_PLAINTEXT"}
 
 
 @overlays
