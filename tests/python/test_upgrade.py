@@ -96,17 +96,17 @@ class Replica:
     """A daemon that comes back at the same address."""
     FLAGS = ("--drain-linger-ms", "300", "--drain-goaway-ms", "200", "--drain-timeout-s", "100")
 
-    def __init__(self, api, folder):
+    def __init__(self, api, folder, *flags):
         folder.mkdir()
-        self.api, self.folder = api, folder
-        self.daemon = Daemon(api, folder, *self.FLAGS)
+        self.api, self.folder, self.flags = api, folder, [*self.FLAGS, *flags]
+        self.daemon = Daemon(api, folder, *self.flags)
 
     def restart(self):
         address = self.daemon.address
         self.daemon.stop()
         assert self.daemon.process.returncode == 0, self.daemon.log()
         assert "cut off" not in self.daemon.log()
-        self.daemon = Daemon(self.api, self.folder, *self.FLAGS, listen=address)
+        self.daemon = Daemon(self.api, self.folder, *self.flags, listen=address)
 
     def wait_until_used(self, loads):
         """By all clients: they have found it again, as minReadySeconds gives them the time to."""
