@@ -437,6 +437,26 @@ def test_connections_end_when_nothing_happens_on_them(fronts):
         assert peer.goaway is not None
 
 
+def test_patience_is_for_those_who_owe_something(fronts):
+    """Not for a client that waits for a slow daemon or watches its health."""
+    front = fronts("--scheduler-fault", "slow@1500", "--scheduler-deadline-slack", "0", PROXY_STALL="1s", PROXY_SILENCE="4s")
+    watch = front.health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+    assert next(watch).status == 1
+    assert len(front.tokens([2, 5], 5)) == 5  # longer than both
+    front.daemon.terminate()
+    assert next(watch).status == 2
+
+
+def test_a_client_that_takes_nothing_is_let_go(fronts):
+    front = fronts(PROXY_STALL="1s")
+    request = front.request([2, 5], 480)
+    request.output.top_logprobs = 100
+    with http2.Connection(front.address, credit=False, connection_window=None) as peer:
+        ended = peer.outcome(peer.call(SERVICE + "GenerateStream", request.SerializeToString()), PATIENCE_S)
+        assert ended.ended and ended.code != 0
+    front.daemon.expect_idle()
+
+
 # --- the local command
 
 
