@@ -92,11 +92,13 @@ struct ServerOptions {
   std::string metrics_listen = "127.0.0.1:9464";  // host:port; port 0: any free one; empty: nowhere
   std::string metrics_port_file;
   bool metrics_per_layer = false;  // two gauges for every layer
+  int metrics_tenants = 0;         // so many tenants that tokens speak for have counters of their own; 0: none
 
   std::string log_termination_file;  // gets the reason of an exit that is a failure; empty: none
   std::string log_level = "info";    // trace, debug, info, warn, error
   std::string log_format = "text";   // text, json
   bool log_access = true;            // a line per request
+  int log_refused_per_s = 10;        // such lines of refused calls, for each code; 0: all
   int log_prompt_chars = 0;          // of a prompt's text in that line; 0: nothing of it, ever
   double log_engine_every_s = 10;    // a line about the engine, while it works; 0: never
 

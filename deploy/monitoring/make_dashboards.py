@@ -320,6 +320,12 @@ ENGINE = [
         lines("Replies that nobody reads", "Bytes that gRPC holds, and what the process may hold beside mapped files before the worst "
               "connections are closed.",
               [("dejavu_unread_bytes", "unread {{instance}}"), ("dejavu_memory_bound_bytes", "bound {{instance}}")], "bytes", width=8),
+        lines("Tenants: tokens", "With metrics.tenants. Prompts and outputs, per second.",
+              [("sum by (tenant) (rate(dejavu_tenant_prompt_tokens_total[$__rate_interval]))", "prompts {{tenant}}"),
+               ("sum by (tenant) (rate(dejavu_tenant_generated_tokens_total[$__rate_interval]))", "outputs {{tenant}}")], width=8),
+        lines("Tenants: calls", "With metrics.tenants. Calls that ended, per second, and requests refused by a quota.",
+              [("sum by (tenant, code) (rate(dejavu_tenant_requests_total[$__rate_interval]))", "{{tenant}} {{code}}"),
+               ("sum by (tenant) (rate(dejavu_tenant_quota_refusals_total[$__rate_interval]))", "{{tenant}} over quota")], "cps", width=8),
         table("Builds", "What runs where.", [("dejavu_build_info", "")], width=8, height=6),
         table("Models", "What is served where.", [("dejavu_model_info", "")], width=8, height=6)),
     Row("GPU (GPU-only: where NVML can be loaded)",

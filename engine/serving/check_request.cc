@@ -44,8 +44,9 @@ absl::Status CheckTier(Tier tier, const PredictorInfo& predictor) {
     return absl::FailedPreconditionError(
         absl::StrCat("tier ", Name(tier), " needs a predictor, and none is loaded (see dejavu-calibrate)"));
   }
+  // Clients hear this: where the file lies is not their affair.
   return absl::FailedPreconditionError(
-      absl::StrCat("the predictor ", predictor.path, " has no operating point for tier ", Name(tier)));
+      absl::StrCat("the loaded predictor has no operating point for tier ", Name(tier)));
 }
 
 }  // namespace dejavu

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "loadtest/cli/output.h"
 #include "loadtest/cli/prompt.h"
+#include "loadtest/client/names.h"
 
 namespace dejavu {
 namespace {
@@ -184,32 +185,51 @@ class InfoCommand : public Command {
  private:
   static Json ServerJson(const v1::GetServerInfoResponse& server) {
     const v1::Limits& limits = server.limits();
-    const v1::Load& load = server.load();
-    return {{"version", server.version()},
-            {"state", StateName(server.state())},
-            {"model", server.model()},
-            {"backend", server.backend()},
-            {"synthetic", server.synthetic()},
-            {"uptime_seconds", server.uptime_seconds()},
-            {"limits",
-             {{"max_batch", limits.max_batch()},
-              {"max_waiting_requests", limits.max_waiting_requests()},
-              {"default_max_new_tokens", limits.default_max_new_tokens()},
-              {"max_top_logprobs", limits.max_top_logprobs()},
-              {"max_stop_strings", limits.max_stop_strings()},
-              {"max_stop_string_bytes", limits.max_stop_string_bytes()},
-              {"max_stop_token_ids", limits.max_stop_token_ids()},
-              {"max_logit_bias", limits.max_logit_bias()},
-              {"max_message_bytes", limits.max_message_bytes()}}},
-            {"load",
-             {{"running_requests", load.running_requests()},
-              {"waiting_requests", load.waiting_requests()},
-              {"kv_blocks_total", load.kv_blocks_total()},
-              {"kv_blocks_free", load.kv_blocks_free()},
-              {"steps", load.steps()},
-              {"prompt_tokens", load.prompt_tokens()},
-              {"generated_tokens", load.generated_tokens()}}},
-            {"sparsity", ToJson(server.sparsity())}};
+    Json json = {{"version", server.version()},
+                 {"state", StateName(server.state())},
+                 {"model", server.model()},
+                 {"backend", server.backend()},
+                 {"synthetic", server.synthetic()},
+                 {"uptime_seconds", server.uptime_seconds()},
+                 {"limits",
+                  {{"max_batch", limits.max_batch()},
+                   {"max_waiting_requests", limits.max_waiting_requests()},
+                   {"default_max_new_tokens", limits.default_max_new_tokens()},
+                   {"max_top_logprobs", limits.max_top_logprobs()},
+                   {"max_stop_strings", limits.max_stop_strings()},
+                   {"max_stop_string_bytes", limits.max_stop_string_bytes()},
+                   {"max_stop_token_ids", limits.max_stop_token_ids()},
+                   {"max_logit_bias", limits.max_logit_bias()},
+                   {"max_message_bytes", limits.max_message_bytes()}}},
+                 {"sparsity", ToJson(server.sparsity())}};
+    // Where tokens are asked for, tenants are told of themselves alone.
+    if (server.has_load()) json["load"] = LoadJson(server.load());
+    if (server.has_tenant()) json["tenant"] = TenantJson(server.tenant());
+    return json;
+  }
+
+  static Json LoadJson(const v1::Load& load) {
+    return {{"running_requests", load.running_requests()},
+            {"waiting_requests", load.waiting_requests()},
+            {"kv_blocks_total", load.kv_blocks_total()},
+            {"kv_blocks_free", load.kv_blocks_free()},
+            {"steps", load.steps()},
+            {"prompt_tokens", load.prompt_tokens()},
+            {"generated_tokens", load.generated_tokens()}};
+  }
+
+  static Json TenantJson(const v1::TenantInfo& tenant) {
+    Json json = {{"tenant", tenant.tenant()},
+                 {"highest_tier", TierName(tenant.highest_tier())},
+                 {"lowest_tier", TierName(tenant.lowest_tier())},
+                 {"live_requests", tenant.live_requests()},
+                 {"requests_used", tenant.requests_used()},
+                 {"tokens_used", tenant.tokens_used()},
+                 {"busy", tenant.busy()}};
+    if (tenant.has_requests_per_minute()) json["requests_per_minute"] = tenant.requests_per_minute();
+    if (tenant.has_tokens_per_minute()) json["tokens_per_minute"] = tenant.tokens_per_minute();
+    if (tenant.has_concurrent_requests()) json["concurrent_requests"] = tenant.concurrent_requests();
+    return json;
   }
 
   static Json ModelJson(const v1::GetModelInfoResponse& model) {

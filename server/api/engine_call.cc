@@ -55,7 +55,9 @@ const google::protobuf::MessageLite* EngineCall::NextReply(std::optional<absl::S
   }
   if (end->has_value() && !released_) {
     if (ends_ < sinks_.size()) StopEngine();
-    Release();  // before the client hears of the end: it may use the id again at once
+    // Before the client hears of the end: it may use the id again at once, and what its quotas have left.
+    Release();
+    record_->Settle();
   }
   return reply;
 }
@@ -69,11 +71,12 @@ void EngineCall::Stop(const absl::Status& reason) {
   StopEngine();
 }
 
-absl::Status EngineCall::Submit(Request request, std::vector<std::shared_ptr<ReplySink>> sinks,
+absl::Status EngineCall::Submit(Request request, int64_t most_tokens, std::vector<std::shared_ptr<ReplySink>> sinks,
                                 const std::shared_ptr<Rpc>& rpc) {
   request.deadline = rpc->deadline();
   ASSIGN_OR_RETURN(request.tenant, CheckTenant(rpc->tenant()));
   tenant_ = request.tenant;
+  most_tokens_ = most_tokens;
   key_ = {state_.knows_tenants() ? tenant_ : "", asked().request_id};
   sinks_ = std::move(sinks);  // before Stop can be called
   ended_.resize(sinks_.size());
@@ -96,12 +99,33 @@ absl::Status EngineCall::TakeId(const std::shared_ptr<Rpc>& rpc) {
   });
 }
 
-absl::Status EngineCall::HandOver(Request request) {
+absl::Status EngineCall::TakeQuota() {
+  if (!state_.knows_tenants()) return absl::OkStatus();
+  const SteadyTime now = std::chrono::steady_clock::now();
+  const absl::Status status = state_.quotas()->Take(tenant_, state_.LimitsOf(tenant_), most_tokens_, now);
+  asked().over_quota = !status.ok();
+  if (!status.ok()) return status;
+  record_->lease = std::make_unique<QuotaLease>(state_.quotas(), tenant_, most_tokens_);
+  MutexLock lock(mutex_);
+  lease_ = record_->lease.get();
+  return absl::OkStatus();
+}
+
+absl::StatusOr<uint64_t> EngineCall::Begin(Request request) {
+  RETURN_IF_ERROR(TakeQuota());
+  record_->sinks = sinks_;  // before they have an end to tell of
   absl::StatusOr<uint64_t> engine_id =
       state_.model().engine->SubmitSamples(std::move(request), {sinks_.begin(), sinks_.end()});
+  if (engine_id.ok()) return engine_id;
+  record_->sinks.clear();
+  if (record_->lease != nullptr) record_->lease->Settle(0, /*taken=*/false);
+  return engine_id;
+}
+
+absl::Status EngineCall::HandOver(Request request) {
+  const absl::StatusOr<uint64_t> engine_id = Begin(std::move(request));
   bool stopped = false;
   if (engine_id.ok()) {
-    record_->sinks = sinks_;
     MutexLock lock(mutex_);
     engine_id_ = *engine_id;
     stopped = stop_;
@@ -140,6 +164,8 @@ absl::StatusOr<bool> EngineCall::EndWaiting() {
 void EngineCall::Release() {
   state_.live_requests().Remove(key_, this);
   released_ = true;
+  MutexLock lock(mutex_);
+  if (lease_ != nullptr) lease_->End();
 }
 
 void EngineCall::NoteAsked(const std::string& request_id, absl::string_view text) {

@@ -51,8 +51,9 @@ class EngineCall : public RpcHandler, public LiveRequest {
   }
 
   // The last that OnRequest does. A sink for each sample; their first reply may be pulled as soon as this has returned
-  // OK. The refusals of the engine are passed on as they are.
-  absl::Status Submit(Request request, std::vector<std::shared_ptr<ReplySink>> sinks, const std::shared_ptr<Rpc>& rpc);
+  // OK. The refusals of the engine are passed on as they are. `most_tokens`: what it may take of the tenant's quota.
+  absl::Status Submit(Request request, int64_t most_tokens, std::vector<std::shared_ptr<ReplySink>> sinks,
+                      const std::shared_ptr<Rpc>& rpc);
 
   ServingState& state() const { return state_; }
   RequestAsked& asked() { return record_->asked; }  // until Submit
@@ -69,10 +70,12 @@ class EngineCall : public RpcHandler, public LiveRequest {
 
   void NoteAsked(const std::string& request_id, absl::string_view text);
   absl::Status TakeId(const std::shared_ptr<Rpc>& rpc);
+  absl::Status TakeQuota();
+  absl::StatusOr<uint64_t> Begin(Request request);
   absl::Status HandOver(Request request);
   // True: it waits no more. An error: the call's end.
   absl::StatusOr<bool> EndWaiting();
-  // The id is free.
+  // The id is free, and the place among the tenant's concurrent requests.
   void Release();
   // Beside OnRequest, possibly before the engine has given an id.
   void StopEngine();
@@ -87,6 +90,7 @@ class EngineCall : public RpcHandler, public LiveRequest {
   // Set in OnRequest, before `entered_` says so: OnCancel may run beside it.
   RequestKey key_;
   std::string tenant_;
+  int64_t most_tokens_ = 0;
   std::atomic<bool> entered_{false};  // the server waits for this call's end
   std::optional<Waiting> waiting_;    // OnRequest's, and after it NextReply's
   std::atomic<bool> released_{false};
@@ -94,6 +98,7 @@ class EngineCall : public RpcHandler, public LiveRequest {
   Mutex mutex_;
   uint64_t engine_id_ ABSL_GUARDED_BY(mutex_) = 0;  // of the first sample; 0: not submitted
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
+  QuotaLease* lease_ ABSL_GUARDED_BY(mutex_) = nullptr;  // the record's
 };
 
 }  // namespace dejavu

@@ -27,8 +27,22 @@ bool EngineRecord::Finished() {
   return std::all_of(sinks.begin(), sinks.end(), [](const auto& sink) { return sink->outcome().has_value(); });
 }
 
-bool EngineRecord::Fill(RequestRecord* record) {
+// The prompt counts once, however many samples it has, and if any of them ever ran.
+bool EngineRecord::Settle() {
   if (!Finished()) return false;
+  if (lease == nullptr || sinks.empty()) return true;
+  int64_t prompt = 0, generated = 0;
+  for (const auto& sink : sinks) {
+    const Finish finish = sink->outcome()->finish;
+    if (finish.scheduled < finish.finished) prompt = finish.prompt_tokens;
+    generated += finish.generated_tokens;
+  }
+  lease->Settle(prompt + generated);
+  return true;
+}
+
+bool EngineRecord::Fill(RequestRecord* record) {
+  if (!Settle()) return false;
   static_cast<RequestAsked&>(*record) = asked;
   double density_sum = 0.0;
   int64_t decode_tokens = 0;

@@ -8,6 +8,7 @@
 
 #include "server/api/reply_sink.h"
 #include "server/rpc/call_report.h"
+#include "server/rpc/quotas.h"
 #include "server/rpc/request_record.h"
 
 namespace dejavu {
@@ -16,6 +17,10 @@ class EngineRecord final : public RecordSource {
  public:
   RequestAsked asked;
   std::vector<std::shared_ptr<ReplySink>> sinks;  // that the engine has taken
+  std::unique_ptr<QuotaLease> lease;              // of its tenant's quotas; null: it has none
+
+  // Settles the lease if the engine is done. True: it is.
+  bool Settle();
 
   bool Fill(RequestRecord* record) override;
 

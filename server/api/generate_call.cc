@@ -2,9 +2,11 @@
 
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
 #include "server/api/sparsity_messages.h"
 #include "server/api/token_stream.h"
+#include "server/rpc/error_details.h"
 #include "server/rpc/parse.h"
 #include "server/rpc/random.h"
 
@@ -14,21 +16,39 @@ namespace {
 // Below 2^32, so that every JSON client can hold it.
 uint64_t DrawSeed() { return RandomBits() >> 32; }
 
+// The server could; this tenant may not.
+absl::Status CheckTenantTier(Tier tier, const TenantLimits& limits) {
+  if (limits.Allows(tier)) return absl::OkStatus();
+  return WithErrorInfo(
+      absl::PermissionDeniedError(absl::StrCat("sparsity.tier is ", Name(tier), "; the tenant may use ",
+                                               Name(limits.best()), " to ", Name(limits.worst()))),
+      "TIER_NOT_ALLOWED");
+}
+
+// The prompt is computed once, however many samples it has.
+int64_t MostTokens(const CheckedGenerate& checked) {
+  return static_cast<int64_t>(checked.request.prompt.size()) +
+         int64_t{checked.samples} * checked.request.max_new_tokens;
+}
+
 }  // namespace
 
 absl::Status GenerateCall::OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) {
   v1::GenerateRequest request;
   RETURN_IF_ERROR(ParseMessage(bytes, &request));
   Note(request);
+  const TenantLimits limits = state().LimitsOf(rpc->tenant());
   if (request.sparsity().tier() == v1::TIER_UNSPECIFIED) {
-    request.mutable_sparsity()->set_tier(ToMessage(state().default_tier()));
+    request.mutable_sparsity()->set_tier(ToMessage(limits.Nearest(state().default_tier())));
   }
   ASSIGN_OR_RETURN(CheckedGenerate checked,
                    CheckGenerate(request, state().options(), state().model(), DrawSeed(), streaming_));
+  RETURN_IF_ERROR(CheckTenantTier(checked.request.sparsity.tier, limits));
   NoteChecked(checked);
   gathers_ = !streaming_ && checked.samples > 1;
   std::vector<std::shared_ptr<ReplySink>> streams = MakeStreams(&checked, rpc);
-  return Submit(std::move(checked.request), std::move(streams), rpc);
+  const int64_t tokens = MostTokens(checked);
+  return Submit(std::move(checked.request), tokens, std::move(streams), rpc);
 }
 
 void GenerateCall::NoteChecked(const CheckedGenerate& checked) {

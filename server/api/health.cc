@@ -52,7 +52,7 @@ void Health::Register(Dispatcher* dispatcher) {
   const std::string name = kHealthService;
   const Needs nothing = {Caller::kAnybody, Resource::kNone};
   dispatcher->RegisterUnary<HealthCheckRequest, HealthCheckResponse>(
-      name, "Check", nothing, [this](const HealthCheckRequest& request, HealthCheckResponse* response) {
+      name, "Check", nothing, [this](const Rpc&, const HealthCheckRequest& request, HealthCheckResponse* response) {
         response->set_status(Status(request.service()));
         if (response->status() != HealthCheckResponse::SERVICE_UNKNOWN) return absl::OkStatus();
         return absl::NotFoundError(absl::StrCat("no health is kept for service ", Printable(request.service(), 200)));

@@ -21,7 +21,8 @@ absl::Status ScoreCall::OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::B
   asked().urgency = checked.urgency;
   asked().samples = 1;
   auto collector = std::make_shared<ScoreCollector>(std::move(response), rpc->arrival(), [rpc] { rpc->Wake(); });
-  return Submit(std::move(checked), {std::move(collector)}, rpc);
+  const auto tokens = static_cast<int64_t>(checked.prompt.size());
+  return Submit(std::move(checked), tokens, {std::move(collector)}, rpc);
 }
 
 }  // namespace dejavu

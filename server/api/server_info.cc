@@ -1,5 +1,8 @@
 #include "server/api/server_info.h"
 
+#include <algorithm>
+#include <chrono>
+
 #include "server/api/sparsity_messages.h"
 
 namespace dejavu {
@@ -55,6 +58,34 @@ void FillCosts(const EngineStats& stats, v1::CostModel* costs) {
   costs->set_context_token_ms(stats.costs.context_token_ms);
 }
 
+void FillTenant(const ServingState& state, const std::string& tenant, bool busy, v1::TenantInfo* info) {
+  const TenantLimits limits = state.LimitsOf(tenant);
+  const Quotas::Usage usage = state.quotas()->UsageOf(tenant, limits, std::chrono::steady_clock::now());
+  info->set_tenant(tenant);
+  if (limits.requests_per_minute) info->set_requests_per_minute(static_cast<uint64_t>(*limits.requests_per_minute));
+  if (limits.tokens_per_minute) info->set_tokens_per_minute(static_cast<uint64_t>(*limits.tokens_per_minute));
+  if (limits.concurrent_requests) info->set_concurrent_requests(static_cast<uint64_t>(*limits.concurrent_requests));
+  info->set_highest_tier(ToMessage(std::max(limits.best(), state.options().highest_tier)));
+  info->set_lowest_tier(ToMessage(std::min(limits.worst(), state.options().lowest_tier)));
+  info->set_requests_used(usage.requests);
+  info->set_tokens_used(usage.tokens);
+  info->set_live_requests(static_cast<uint64_t>(usage.running));
+  info->set_busy(busy);
+}
+
+// What other tenants do, and where files are, is not every tenant's affair.
+void HideOthers(v1::GetServerInfoResponse* info) {
+  info->clear_load();
+  info->clear_admission();
+  info->mutable_cost_model()->clear_steps();
+  v1::SparsityInfo* const sparsity = info->mutable_sparsity();
+  sparsity->clear_shadow_tokens();
+  sparsity->clear_shadow_top1_agreement();
+  sparsity->clear_shadow_kl_nats();
+  const size_t folder = sparsity->predictor().rfind('/');
+  if (folder != std::string::npos) sparsity->mutable_predictor()->erase(0, folder + 1);
+}
+
 }  // namespace
 
 v1::GetServerInfoResponse ServerInfo(const ServingState& state) {
@@ -77,9 +108,12 @@ v1::GetServerInfoResponse ServerInfo(const ServingState& state) {
   return info;
 }
 
-absl::Status GetServerInfo(const ServingState& state, const v1::GetServerInfoRequest& /*request*/,
-                           v1::GetServerInfoResponse* response) {
+absl::Status GetServerInfo(const ServingState& state, const std::string& tenant,
+                           const v1::GetServerInfoRequest& /*request*/, v1::GetServerInfoResponse* response) {
   *response = ServerInfo(state);
+  if (!state.knows_tenants()) return absl::OkStatus();
+  FillTenant(state, tenant, response->load().waiting_requests() > 0, response->mutable_tenant());
+  if (tenant != state.options().auth_admin_tenant) HideOthers(response);
   return absl::OkStatus();
 }
 

@@ -2,17 +2,20 @@
 #ifndef SERVER_API_SERVER_INFO_H_
 #define SERVER_API_SERVER_INFO_H_
 
+#include <string>
+
 #include "absl/status/status.h"
 #include "dejavu/v1/generation.pb.h"
 #include "server/api/serving_state.h"
 
 namespace dejavu {
 
-// For the operators' service and the status page, too. While the model is loading it lacks what only an engine knows.
+// For operators and the status page. While the model is loading it lacks what only an engine knows.
 v1::GetServerInfoResponse ServerInfo(const ServingState& state);
 
-absl::Status GetServerInfo(const ServingState& state, const v1::GetServerInfoRequest& request,
-                           v1::GetServerInfoResponse* response);
+// Where tokens are known, a tenant is told of itself and not of others; the operators' is told all.
+absl::Status GetServerInfo(const ServingState& state, const std::string& tenant,
+                           const v1::GetServerInfoRequest& request, v1::GetServerInfoResponse* response);
 
 }  // namespace dejavu
 

@@ -11,11 +11,12 @@
 namespace dejavu {
 
 ServingState::ServingState(const ServerOptions& options, const EngineOptions& engine_options, std::string model_name,
-                           const Lifecycle* lifecycle)
+                           const Lifecycle* lifecycle, const Tokens* tokens)
     : options_(options),
       engine_options_(engine_options),
       model_name_(std::move(model_name)),
       lifecycle_(lifecycle),
+      tokens_(tokens),
       started_(std::chrono::steady_clock::now()),
       default_tier_(options.default_tier) {}
 

@@ -4,6 +4,7 @@
 #define SERVER_API_SERVING_STATE_H_
 
 #include <atomic>
+#include <memory>
 #include <string>
 
 #include "absl/status/status.h"
@@ -13,14 +14,16 @@
 #include "server/options.h"
 #include "server/rpc/lifecycle.h"
 #include "server/rpc/live_requests.h"
+#include "server/rpc/quotas.h"
+#include "server/security/tokens.h"
 
 namespace dejavu {
 
 class ServingState {
  public:
-  // The lifecycle must outlive the object.
+  // Lifecycle and tokens must outlive the object. Null tokens: everybody may call.
   ServingState(const ServerOptions& options, const EngineOptions& engine_options, std::string model_name,
-               const Lifecycle* lifecycle);
+               const Lifecycle* lifecycle, const Tokens* tokens = nullptr);
 
   const ServerOptions& options() const { return options_; }
   const EngineOptions& engine_options() const { return engine_options_; }
@@ -37,7 +40,11 @@ class ServingState {
   LiveRequests& live_requests() { return live_requests_; }
 
   // Tokens say whose a call is. Otherwise a tenant is only what a caller says.
-  bool knows_tenants() const { return !options_.auth_tokens_file.empty(); }
+  bool knows_tenants() const { return tokens_ != nullptr; }
+  TenantLimits LimitsOf(const std::string& tenant) const {
+    return tokens_ == nullptr ? TenantLimits() : tokens_->LimitsOf(tenant);
+  }
+  const std::shared_ptr<Quotas>& quotas() const { return quotas_; }
 
   // Of requests that name none. SetDefaultTier holds for those that arrive from now on; it fails as a request that asks
   // for the tier would.
@@ -49,6 +56,8 @@ class ServingState {
   const EngineOptions engine_options_;
   const std::string model_name_;
   const Lifecycle* const lifecycle_;
+  const Tokens* const tokens_;
+  const std::shared_ptr<Quotas> quotas_ = std::make_shared<Quotas>();  // leases hold it too
   const SteadyTime started_;
   std::atomic<Tier> default_tier_;
   LiveRequests live_requests_;

@@ -165,7 +165,8 @@ class Daemon {
 
   const Config config_;
   int signal_fd_ = -1;
-  EngineAndTokenizer model_;  // outlives the server
+  Event loaded_, never_, drained_;  // from the start: later clients may have left no descriptor
+  EngineAndTokenizer model_;        // outlives the server
 };
 
 int Daemon::Run() {
@@ -192,7 +193,7 @@ int Daemon::Run() {
 Daemon::Woken Daemon::WaitFor(const Event& event, int timeout_ms, Server* server) {
   pollfd fds[] = {{signal_fd_, POLLIN, 0}, {event.fd(), POLLIN, 0}};
   const int ready = poll(fds, 2, timeout_ms);
-  CHECK(ready >= 0 || errno == EINTR) << "poll";
+  CHECK(ready >= 0 || errno == EINTR || errno == ENOMEM) << "poll";
   Woken woken;
   if (ready <= 0) return woken;
   woken.event = (fds[1].revents & POLLIN) != 0;
@@ -205,15 +206,14 @@ Daemon::Woken Daemon::WaitFor(const Event& event, int timeout_ms, Server* server
 
 // Nothing: the server serves.
 std::optional<int> Daemon::Load(Server* server) {
-  Event done;
   absl::StatusOr<EngineAndTokenizer> loaded = absl::UnknownError("not loaded");
   const auto start = std::chrono::steady_clock::now();
   std::thread loader([&] {
     loaded = LoadEngineAndTokenizer(config_.engine, server);
-    done.Set();
+    loaded_.Set();
   });
   Woken woken;
-  while (!woken.event && !woken.signal) woken = WaitFor(done, -1, server);
+  while (!woken.event && !woken.signal) woken = WaitFor(loaded_, -1, server);
   if (woken.signal) {
     spdlog::info("stopped by a signal while loading");
     server->Stop();
@@ -240,8 +240,7 @@ std::optional<int> Daemon::Load(Server* server) {
 }
 
 int Daemon::Serve(Server* server) {
-  const Event never;
-  while (!WaitFor(never, kEngineCheckMs, server).signal) EndIfFailed(server);
+  while (!WaitFor(never_, kEngineCheckMs, server).signal) EndIfFailed(server);
   return Drain(server);
 }
 
@@ -258,15 +257,14 @@ void Daemon::EndIfFailed(Server* server) {
 
 int Daemon::Drain(Server* server) {
   spdlog::info("draining for at most {} s; a second signal stops at once", config_.server.drain_timeout_s);
-  Event done;
   bool complete = false;
   std::thread drainer([&] {
     complete = server->Drain();
-    done.Set();
+    drained_.Set();
   });
   Woken woken;
   while (!woken.event && !woken.signal) {
-    woken = WaitFor(done, kEngineCheckMs, server);
+    woken = WaitFor(drained_, kEngineCheckMs, server);
     EndIfFailed(server);
   }
   if (!woken.event) {

@@ -20,7 +20,10 @@ void TextIfAny(absl::string_view key, absl::string_view value, LogFields* fields
 
 void AccessLog::OnRequestEnd(const RequestRecord& record) {
   const auto level = absl::StartsWith(record.service, "grpc.") ? spdlog::level::debug : spdlog::level::info;
-  if (!LogsEvents(level)) return;
+  // Whoever is refused can come as often as he likes.
+  const bool refused = record.code != grpc::StatusCode::OK && !record.engine();
+  const bool logs = refused ? LogsRefusal(level, CodeName(record.code), refused_per_s_) : LogsEvents(level);
+  if (!logs) return;
   LogFields fields(ActiveLogFormat());
   TextIfAny("request_id", record.request_id, &fields);
   TextIfAny("trace_id", record.trace.trace_id, &fields);

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <signal.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
@@ -26,6 +27,7 @@ namespace {
 constexpr size_t kMaxQueuedBytes = 1 << 20;
 constexpr std::chrono::milliseconds kLastLines(1000);
 constexpr std::chrono::milliseconds kCriticalLine(200);
+constexpr std::chrono::seconds kWarningWindow(10), kRefusalWindow(1);
 
 // 2026-11-21T19:41:49.123+00:00
 std::string TimeText(std::chrono::system_clock::time_point time) {
@@ -59,11 +61,11 @@ class LogSink final : public spdlog::sinks::sink {
     if (message.level == spdlog::level::warn || message.level == spdlog::level::err) {
       const auto now = std::chrono::steady_clock::now();
       MutexLock lock(mutex_);
-      const RepeatFilter::Time due = filter_.next_end();
-      const std::vector<RepeatFilter::LeftOut> ended = filter_.TakeEnded(now);
-      WriteLeftOut(ended);
-      if (!filter_.Admit(message.level, text, now)) return;
-      if (due == RepeatFilter::Time::max()) pipe_.Poke();
+      const RepeatFilter::Time due = NextEnd();
+      WriteLeftOut(warnings_.TakeEnded(now));
+      const bool admitted = warnings_.Admit(message.level, text, now);
+      if (NextEnd() < due) pipe_.Poke();
+      if (!admitted) return;
     }
     pipe_.Write(MessageLine(message.time, message.level, text));
     if (message.level == spdlog::level::critical) pipe_.Flush(kCriticalLine);
@@ -76,6 +78,15 @@ class LogSink final : public spdlog::sinks::sink {
       pipe_.Write(absl::StrCat("{\"time\":\"", time, "\",\"level\":\"", LevelName(level), "\",\"event\":\"", event,
                                "\",", fields.text(), "}\n"));
     }
+  }
+  bool AdmitsRefusal(spdlog::level::level_enum level, absl::string_view code, int most_per_s) {
+    const auto now = std::chrono::steady_clock::now();
+    MutexLock lock(mutex_);
+    const RepeatFilter::Time due = NextEnd();
+    WriteRefusalsLeftOut(refusals_.TakeEnded(now));
+    const bool admitted = refusals_.Admit(level, code, now, most_per_s);
+    if (NextEnd() < due) pipe_.Poke();
+    return admitted;
   }
   void flush() override {}
   void set_pattern(const std::string&) override {}
@@ -100,20 +111,33 @@ class LogSink final : public spdlog::sinks::sink {
     for (const RepeatFilter::LeftOut& left : ended) {
       pipe_.Write(MessageLine(
           std::chrono::system_clock::now(), left.level,
-          absl::StrCat(left.message, " (", left.count, " more times within ", RepeatFilter::kWindow.count(), " s)")));
+          absl::StrCat(left.message, " (", left.count, " more times within ", kWarningWindow.count(), " s)")));
+    }
+  }
+  void WriteRefusalsLeftOut(const std::vector<RepeatFilter::LeftOut>& ended) {
+    for (const RepeatFilter::LeftOut& left : ended) {
+      LogFields fields(format_);
+      fields.Text("code", left.message).Count("count", left.count).Count("within_s", kRefusalWindow.count());
+      Event(left.level, "refusals_left_out", fields);
     }
   }
 
   RepeatFilter::Time Tick() {
+    const auto now = std::chrono::steady_clock::now();
     MutexLock lock(mutex_);
-    WriteLeftOut(filter_.TakeEnded(std::chrono::steady_clock::now()));
-    return filter_.next_end();
+    WriteLeftOut(warnings_.TakeEnded(now));
+    WriteRefusalsLeftOut(refusals_.TakeEnded(now));
+    return NextEnd();
+  }
+  RepeatFilter::Time NextEnd() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return std::min(warnings_.next_end(), refusals_.next_end());
   }
 
   const LogFormat format_;
   Mutex mutex_;
-  RepeatFilter filter_ ABSL_GUARDED_BY(mutex_);
-  LogPipe pipe_;  // the last: its thread calls this object
+  RepeatFilter warnings_ ABSL_GUARDED_BY(mutex_){kWarningWindow};
+  RepeatFilter refusals_ ABSL_GUARDED_BY(mutex_){kRefusalWindow};  // by code
+  LogPipe pipe_;                                                   // the last: its thread calls this object
 };
 
 // As spdlog's default logger, one for the process. Never destroyed: a thread that hangs in a write may be left behind.
@@ -154,6 +178,11 @@ LogFormat ActiveLogFormat() {
 }
 
 bool LogsEvents(spdlog::level::level_enum level) { return ActiveSink() != nullptr && spdlog::should_log(level); }
+
+bool LogsRefusal(spdlog::level::level_enum level, absl::string_view code, int most_per_s) {
+  if (!LogsEvents(level)) return false;
+  return most_per_s == 0 || ActiveSink()->AdmitsRefusal(level, code, most_per_s);
+}
 
 void LogEvent(spdlog::level::level_enum level, absl::string_view event, const LogFields& fields) {
   if (LogsEvents(level)) ActiveSink()->Event(level, event, fields);

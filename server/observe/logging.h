@@ -25,6 +25,9 @@ int64_t LogLinesDropped();
 LogFormat ActiveLogFormat();
 // A line about an event, "request" or "engine". Nothing without StartLogging or below its level.
 bool LogsEvents(spdlog::level::level_enum level);
+// Whether a line about one more refused call shall be written: in a second at most `most_per_s` for each code (0: all).
+// How many more there were is written at its end.
+bool LogsRefusal(spdlog::level::level_enum level, absl::string_view code, int most_per_s);
 void LogEvent(spdlog::level::level_enum level, absl::string_view event, const LogFields& fields);
 
 }  // namespace dejavu

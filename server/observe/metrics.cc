@@ -61,11 +61,13 @@ void AddProcess(MetricsPage& page) {
 
 }  // namespace
 
-Metrics::Metrics(std::string model_name, const std::string& edges, bool per_layer, const Lifecycle* lifecycle)
+Metrics::Metrics(std::string model_name, const std::string& edges, bool per_layer, int tenants,
+                 const Lifecycle* lifecycle)
     : model_name_(std::move(model_name)),
       per_layer_(per_layer),
       lifecycle_(lifecycle),
-      call_metrics_(*MetricEdgesFrom(edges)) {}
+      call_metrics_(*MetricEdgesFrom(edges)),
+      tenant_metrics_(tenants) {}
 
 void Metrics::AddCounter(const std::string& name, const std::string& help, std::function<int64_t()> value,
                          MetricsPage::Labels labels) {
@@ -79,6 +81,7 @@ void Metrics::AddGauge(const std::string& name, const std::string& help, std::fu
 void Metrics::OnRequestEnd(const RequestRecord& record) {
   MutexLock lock(mutex_);
   ++calls_[{record.method, std::string(CodeName(record.code)), record.finish_reason}];
+  tenant_metrics_.Count(record);
   if (record.client_stall_seconds > 0.0) call_metrics_.client_stall.Observe(record.client_stall_seconds);
 }
 
@@ -112,6 +115,7 @@ void Metrics::AddCalls(MetricsPage& page) const {
   }
   const HistogramFamily& stalls = call_metrics_.client_stall;
   page.Distribution(stalls.name(), stalls.help(), stalls[0]);
+  tenant_metrics_.AddTo(page);
 }
 
 void Metrics::AddBorrowed(MetricsPage& page) const {

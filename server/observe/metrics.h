@@ -17,6 +17,7 @@
 #include "engine/metrics.h"
 #include "kernels/base/mutex.h"
 #include "server/observe/metrics_page.h"
+#include "server/observe/tenant_metrics.h"
 #include "server/rpc/lifecycle.h"
 #include "server/rpc/request_record.h"
 
@@ -24,8 +25,9 @@ namespace dejavu {
 
 class Metrics final : public RequestObserver {
  public:
-  // `edges` as MetricsOptions::edges, known to be valid; `lifecycle` must outlive the object.
-  Metrics(std::string model_name, const std::string& edges, bool per_layer, const Lifecycle* lifecycle);
+  // `edges` as MetricsOptions::edges, known to be valid; `tenants`: how many have series of their own, 0 for nothing by
+  // tenant; `lifecycle` must outlive the object.
+  Metrics(std::string model_name, const std::string& edges, bool per_layer, int tenants, const Lifecycle* lifecycle);
 
   // From now on the page includes the engine, which must outlive all calls of Text.
   void SetEngine(const Engine* engine) { engine_.store(engine, std::memory_order_release); }
@@ -65,6 +67,7 @@ class Metrics final : public RequestObserver {
   // How many have ended, by method, code and finish reason.
   std::map<std::tuple<std::string, std::string, std::string>, int64_t> calls_ ABSL_GUARDED_BY(mutex_);
   CallMetrics call_metrics_ ABSL_GUARDED_BY(mutex_);
+  TenantMetrics tenant_metrics_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace dejavu

@@ -4,18 +4,17 @@
 
 namespace dejavu {
 
-bool RepeatFilter::Admit(spdlog::level::level_enum level, absl::string_view message, Time now) {
-  const auto found = windows_.find(message);
-  if (found != windows_.end() && now < found->second.end) {
-    ++found->second.left_out;
-    return false;
+bool RepeatFilter::Admit(spdlog::level::level_enum level, absl::string_view message, Time now, int64_t most) {
+  auto found = windows_.find(message);
+  if (found == windows_.end()) {
+    const absl::string_view name = windows_.size() < kMaxMessages ? message : kOthers;
+    found = windows_.try_emplace(name).first;
   }
-  if (found != windows_.end()) {
-    found->second = {level, now + kWindow, 0};
-  } else if (windows_.size() < kMaxMessages) {
-    windows_.emplace(std::string(message), Window{level, now + kWindow, 0});
-  }
-  return true;
+  Window& window = found->second;
+  if (now >= window.end) window = {level, now + window_};
+  const bool admitted = window.admitted < most;
+  ++(admitted ? window.admitted : window.left_out);
+  return admitted;
 }
 
 std::vector<RepeatFilter::LeftOut> RepeatFilter::TakeEnded(Time now) {

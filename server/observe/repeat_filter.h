@@ -1,5 +1,5 @@
-// RepeatFilter: keeps repeated warnings from filling the log. The first of a kind goes through; the same message is
-// counted and left out during the next ten seconds. One thread at a time.
+// RepeatFilter: keeps what repeats from filling the log. The first few of a kind go through; more of it are counted and
+// left out until a window of time has ended. One thread at a time.
 #ifndef SERVER_OBSERVE_REPEAT_FILTER_H_
 #define SERVER_OBSERVE_REPEAT_FILTER_H_
 
@@ -18,11 +18,13 @@ namespace dejavu {
 class RepeatFilter {
  public:
   using Time = std::chrono::steady_clock::time_point;
-  static constexpr std::chrono::seconds kWindow{10};
-  static constexpr size_t kMaxMessages = 256;  // watched at a time; any others go through
+  static constexpr size_t kMaxMessages = 256;  // watched at a time; all others are as one
+  static constexpr absl::string_view kOthers = "warnings of further kinds";
 
-  // False: leave the message out.
-  bool Admit(spdlog::level::level_enum level, absl::string_view message, Time now);
+  explicit RepeatFilter(std::chrono::seconds window) : window_(window) {}
+
+  // False: leave the message out, as `most` have gone through in this window.
+  bool Admit(spdlog::level::level_enum level, absl::string_view message, Time now, int64_t most = 1);
 
   struct LeftOut {
     spdlog::level::level_enum level;
@@ -38,8 +40,9 @@ class RepeatFilter {
   struct Window {
     spdlog::level::level_enum level;
     Time end;
-    int64_t left_out = 0;
+    int64_t admitted = 0, left_out = 0;
   };
+  const std::chrono::seconds window_;
   absl::flat_hash_map<std::string, Window> windows_;
 };
 

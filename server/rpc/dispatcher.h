@@ -42,8 +42,17 @@ class Dispatcher final : public grpc::CallbackGenericService {
   void RegisterUnary(const std::string& service, const std::string& method, Needs needs, Object* object,
                      absl::Status (*function)(Taken&, const Request&, Response*)) {
     RegisterUnary<Request, Response>(service, method, needs,
-                                     [object, function](const Request& request, Response* response) {
+                                     [object, function](const Rpc&, const Request& request, Response* response) {
                                        return function(*object, request, response);
+                                     });
+  }
+  // The same by one that asks whose the call is.
+  template <typename Object, typename Taken, typename Request, typename Response>
+  void RegisterUnary(const std::string& service, const std::string& method, Needs needs, Object* object,
+                     absl::Status (*function)(Taken&, const std::string& tenant, const Request&, Response*)) {
+    RegisterUnary<Request, Response>(service, method, needs,
+                                     [object, function](const Rpc& rpc, const Request& request, Response* response) {
+                                       return function(*object, rpc.tenant(), request, response);
                                      });
   }
 

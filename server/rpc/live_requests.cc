@@ -76,11 +76,15 @@ absl::StatusOr<bool> LiveRequests::StopOfAny(const std::string& id, const std::o
 }
 
 void LiveRequests::StopAll(const absl::Status& reason) {
-  MutexLock lock(mutex_);
-  for (const auto& [key, entry] : requests_) {
-    entry.request->Stop(reason);
-    for (const Waiter& waiter : entry.waiters) waiter.freed();
+  std::vector<Waiter> waiters;
+  {
+    MutexLock lock(mutex_);
+    for (const auto& [key, entry] : requests_) {
+      entry.request->Stop(reason);
+      waiters.insert(waiters.end(), entry.waiters.begin(), entry.waiters.end());
+    }
   }
+  for (const Waiter& waiter : waiters) waiter.freed();
 }
 
 std::vector<LiveRequests::Live> LiveRequests::List(size_t limit) {

@@ -27,6 +27,7 @@ struct RequestAsked {
   int64_t asked_prompt_tokens = 0;  // of a sample, as the next; also where the request was refused then
   int32_t max_new_tokens = 0;       // 0 for Score
   std::optional<uint64_t> seed;     // of the first sample; not for Score
+  bool over_quota = false;          // of its tenant: refused
 };
 
 struct RequestRecord : RequestAsked {

@@ -151,13 +151,13 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
 template <typename Request, typename Response>
 class UnaryHandler final : public RpcHandler {
  public:
-  using Function = std::function<absl::Status(const Request&, Response*)>;
+  using Function = std::function<absl::Status(const Rpc&, const Request&, Response*)>;
   explicit UnaryHandler(Function function) : function_(std::move(function)) {}
 
-  absl::Status OnRequest(const std::shared_ptr<Rpc>&, const grpc::ByteBuffer& bytes) override {
+  absl::Status OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) override {
     Request request;
     const absl::Status status = ParseMessage(bytes, &request);
-    return status.ok() ? function_(request, &response_) : status;
+    return status.ok() ? function_(*rpc, request, &response_) : status;
   }
   const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override {
     *end = absl::OkStatus();

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/escaping.h"
@@ -18,7 +17,7 @@
 namespace dejavu {
 namespace {
 
-constexpr absl::string_view kLineForm = "it must be TENANT:SHA256, the hash in 64 hexadecimal digits";
+constexpr absl::string_view kLineForm = "it must begin with TENANT:SHA256, the hash in 64 hexadecimal digits";
 
 }  // namespace
 
@@ -29,32 +28,44 @@ bool IsTenantName(absl::string_view name) {
   return name.size() <= kMaxTenantBytes && std::all_of(name.begin(), name.end(), fits);
 }
 
-absl::StatusOr<Tokens::Lines> Tokens::Parse(const std::string& path, const std::string& text) {
-  Lines lines;
-  absl::flat_hash_map<std::string, std::string> owners;  // by hash
+// What stands before the settings.
+absl::StatusOr<Tokens::Line> Tokens::ParseLine(absl::string_view text) {
+  const size_t colon = text.find(':');
+  if (colon == text.npos || colon == 0) return absl::InvalidArgumentError(kLineForm);
+  Line line;
+  line.tenant = std::string(text.substr(0, colon));
+  if (!IsTenantName(line.tenant)) {
+    return absl::InvalidArgumentError("a tenant is at most 64 of A-Z, a-z, 0-9, '.', '_' and '-'");
+  }
+  const absl::string_view digits = text.substr(colon + 1);
+  const bool hex = std::all_of(digits.begin(), digits.end(), [](char c) { return absl::ascii_isxdigit(c); });
+  if (digits.size() != 2 * line.hash.size() || !hex) return absl::InvalidArgumentError(kLineForm);
+  const std::string hash = absl::HexStringToBytes(digits);
+  std::copy(hash.begin(), hash.end(), line.hash.begin());
+  return line;
+}
+
+absl::StatusOr<Tokens::Content> Tokens::Parse(const std::string& path, const std::string& text) {
+  Content content;
+  absl::flat_hash_map<std::array<uint8_t, 32>, std::string> owners;  // by hash
   int number = 0;
-  for (absl::string_view line : absl::StrSplit(text, '\n')) {
+  for (absl::string_view text_line : absl::StrSplit(text, '\n')) {
     ++number;
     const auto refuse = [&](absl::string_view problem) {
       return absl::InvalidArgumentError(absl::StrCat("auth.tokens_file ", path, ", line ", number, ": ", problem));
     };
-    line = absl::StripAsciiWhitespace(line);
-    if (line.empty() || line[0] == '#') continue;
-    const size_t colon = line.find(':');
-    if (colon == line.npos || colon == 0) return refuse(kLineForm);
-    Line entry;
-    entry.tenant = std::string(line.substr(0, colon));
-    if (!IsTenantName(entry.tenant)) return refuse("a tenant is at most 64 of A-Z, a-z, 0-9, '.', '_' and '-'");
-    const absl::string_view digits = line.substr(colon + 1);
-    const bool hex = std::all_of(digits.begin(), digits.end(), [](char c) { return absl::ascii_isxdigit(c); });
-    if (digits.size() != 2 * entry.hash.size() || !hex) return refuse(kLineForm);
-    const std::string hash = absl::HexStringToBytes(digits);
-    std::copy(hash.begin(), hash.end(), entry.hash.begin());
-    const auto [owner, fresh] = owners.emplace(hash, entry.tenant);
-    if (!fresh && owner->second != entry.tenant) return refuse("another tenant has the same token");
-    lines.push_back(std::move(entry));
+    text_line = absl::StripAsciiWhitespace(text_line);
+    if (text_line.empty() || text_line[0] == '#') continue;
+    const size_t end = std::min(text_line.find_first_of(" \t"), text_line.size());
+    absl::StatusOr<Line> line = ParseLine(text_line.substr(0, end));
+    if (!line.ok()) return refuse(line.status().message());
+    const auto [owner, fresh] = owners.emplace(line->hash, line->tenant);
+    if (!fresh && owner->second != line->tenant) return refuse("another tenant has the same token");
+    const absl::Status settings = content.limits[line->tenant].Add(text_line.substr(end));
+    if (!settings.ok()) return refuse(settings.message());
+    content.lines.push_back(*std::move(line));
   }
-  if (!lines.empty()) return lines;
+  if (!content.lines.empty()) return content;
   return absl::InvalidArgumentError(absl::StrCat("auth.tokens_file ", path, " holds no token: nobody could call"));
 }
 
@@ -69,25 +80,32 @@ absl::StatusOr<bool> Tokens::Reload(bool again) {
   if (text == text_ && (usable_ || !again)) return false;
   text_ = std::move(text);
   usable_ = false;
-  ASSIGN_OR_RETURN(Lines lines, Parse(path_, *text_));
+  ASSIGN_OR_RETURN(Content content, Parse(path_, *text_));
   usable_ = true;
-  auto shared = std::make_shared<const Lines>(std::move(lines));
+  auto shared = std::make_shared<const Content>(std::move(content));
   MutexLock lock(mutex_);
-  lines_ = std::move(shared);
+  content_ = std::move(shared);
   return true;
 }
 
 std::optional<std::string> Tokens::TenantOf(absl::string_view token) const {
   std::array<uint8_t, 32> hash;
   SHA256(reinterpret_cast<const uint8_t*>(token.data()), token.size(), hash.data());
-  const std::shared_ptr<const Lines> all = lines();
-  size_t found = all->size();
-  for (size_t i = 0; i < all->size(); ++i) {
-    const bool same = CRYPTO_memcmp((*all)[i].hash.data(), hash.data(), hash.size()) == 0;
+  const std::shared_ptr<const Content> now = content();
+  const std::vector<Line>& lines = now->lines;
+  size_t found = lines.size();
+  for (size_t i = 0; i < lines.size(); ++i) {
+    const bool same = CRYPTO_memcmp(lines[i].hash.data(), hash.data(), hash.size()) == 0;
     found = same ? i : found;
   }
-  if (found == all->size()) return std::nullopt;
-  return (*all)[found].tenant;
+  if (found == lines.size()) return std::nullopt;
+  return lines[found].tenant;
+}
+
+TenantLimits Tokens::LimitsOf(const std::string& tenant) const {
+  const std::shared_ptr<const Content> now = content();
+  const auto found = now->limits.find(tenant);
+  return found == now->limits.end() ? TenantLimits() : found->second;
 }
 
 }  // namespace dejavu

@@ -1,5 +1,6 @@
-// Tokens: who may call, from a file of lines `tenant:sha256` (64 hexadecimal digits, of the token's bytes). Empty lines
-// and those that begin with # say nothing; a tenant may have several tokens. Any thread.
+// Tokens: who may call, and how much, from a file of lines `tenant:sha256` (64 hexadecimal digits, of the token's
+// bytes), each perhaps followed by settings (tenant_limits.h). Empty lines and those that begin with # say nothing; a
+// tenant may have several tokens, whose lines must not contradict each other. Any thread.
 #ifndef SERVER_SECURITY_TOKENS_H_
 #define SERVER_SECURITY_TOKENS_H_
 
@@ -10,9 +11,11 @@
 #include <string>
 #include <vector>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "kernels/base/mutex.h"
+#include "server/security/tenant_limits.h"
 
 namespace dejavu {
 
@@ -31,25 +34,32 @@ class Tokens {
   // Whose token that is. Takes the same time whichever line it is, or none.
   std::optional<std::string> TenantOf(absl::string_view token) const;
 
+  // What the file says of the tenant; of a stranger no limits.
+  TenantLimits LimitsOf(const std::string& tenant) const;
+
   // Reads the file again: true where it has changed and what it says holds now. After an error the old lines hold on;
   // the same text is not complained of twice, unless `again`.
   absl::StatusOr<bool> Reload(bool again = false);
 
-  size_t size() const { return lines()->size(); }
+  size_t size() const { return content()->lines.size(); }
 
  private:
   struct Line {
     std::string tenant;
     std::array<uint8_t, 32> hash;
   };
-  using Lines = std::vector<Line>;
+  struct Content {
+    std::vector<Line> lines;
+    absl::flat_hash_map<std::string, TenantLimits> limits;  // by tenant
+  };
 
   explicit Tokens(std::string path) : path_(std::move(path)) {}
 
-  static absl::StatusOr<Lines> Parse(const std::string& path, const std::string& text);
-  std::shared_ptr<const Lines> lines() const {
+  static absl::StatusOr<Content> Parse(const std::string& path, const std::string& text);
+  static absl::StatusOr<Line> ParseLine(absl::string_view text);
+  std::shared_ptr<const Content> content() const {
     MutexLock lock(mutex_);
-    return lines_;
+    return content_;
   }
 
   const std::string path_;
@@ -58,7 +68,7 @@ class Tokens {
   bool usable_ = false;
 
   mutable Mutex mutex_;
-  std::shared_ptr<const Lines> lines_ ABSL_GUARDED_BY(mutex_);
+  std::shared_ptr<const Content> content_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace dejavu

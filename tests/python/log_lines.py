@@ -15,7 +15,7 @@ LINE = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d (\w+) (.
 def parse_text(line):
     """A line of the text format: its level, event and fields, or its message."""
     level, rest = LINE.match(line).groups()
-    words = shlex.split(rest) if rest.startswith(("request ", "engine ")) else []
+    words = shlex.split(rest) if rest.startswith(("request ", "engine ", "refusals_left_out ")) else []
     if words:
         return {"level": level, "event": words[0], **dict(word.split("=", 1) for word in words[1:])}
     return {"level": level, "message": rest}

@@ -176,7 +176,7 @@ def test_the_list_follows_prometheus_conventions(tmp_path):
     lines = []
     for metric in documented_metrics().values():
         assert metric.type in ("counter", "gauge", "histogram")
-        assert metric.only in ("", "GPU", "ranks", "predictor", "TLS", "targets", "per layer"), metric
+        assert metric.only in ("", "GPU", "ranks", "predictor", "TLS", "targets", "per layer", "tenants"), metric
         assert (metric.type == "counter") == metric.name.endswith("_total"), metric.name
         lines += [f"# HELP {metric.name} Text.", f"# TYPE {metric.name} {metric.type}"]
         if metric.type == "histogram":
@@ -191,4 +191,5 @@ def test_every_documented_label_with_fixed_values_is_used():
     used = set().union(*(metric.labels for metric in documented_metrics().values()))
     assert set(documented_label_values()) <= used
     assert used - set(documented_label_values()) == {
-        "version", "compiler", "dtype", "layers", "ranks", "device", "predictor", "synthetic", "method", "layer", "gpu"}
+        "version", "compiler", "dtype", "layers", "ranks", "device", "predictor", "synthetic", "method", "layer", "gpu",
+        "tenant"}

@@ -23,7 +23,7 @@ using testing::IsEmpty;
 using testing::SizeIs;
 
 TEST(RepeatFilter, LetsTheFirstThroughAndCountsTheRestOfTheWindow) {
-  RepeatFilter filter;
+  RepeatFilter filter(seconds(10));
   const RepeatFilter::Time start = std::chrono::steady_clock::now();
   EXPECT_EQ(filter.next_end(), RepeatFilter::Time::max());
   EXPECT_TRUE(filter.Admit(spdlog::level::warn, "a", start));
@@ -41,14 +41,28 @@ TEST(RepeatFilter, LetsTheFirstThroughAndCountsTheRestOfTheWindow) {
 }
 
 TEST(RepeatFilter, WatchesABoundedNumberOfMessages) {
-  RepeatFilter filter;
+  RepeatFilter filter(seconds(10));
   const RepeatFilter::Time now = std::chrono::steady_clock::now();
-  for (size_t i = 0; i < 2 * RepeatFilter::kMaxMessages; ++i) {
-    EXPECT_TRUE(filter.Admit(spdlog::level::warn, absl::StrCat(i), now));
+  int admitted = 0;
+  for (size_t i = 0; i < 3 * RepeatFilter::kMaxMessages; ++i) {
+    admitted += filter.Admit(spdlog::level::warn, absl::StrCat(i), now) ? 1 : 0;
   }
+  EXPECT_EQ(admitted, RepeatFilter::kMaxMessages + 1);
   EXPECT_FALSE(filter.Admit(spdlog::level::warn, "0", now));
-  EXPECT_TRUE(filter.Admit(spdlog::level::warn, "later", now + seconds(10)) ||
-              !filter.TakeEnded(now + seconds(10)).empty());
+  int64_t left_out = 0;
+  for (const RepeatFilter::LeftOut& left : filter.TakeEnded(now + seconds(10))) left_out += left.count;
+  EXPECT_EQ(left_out, 2 * RepeatFilter::kMaxMessages);
+  EXPECT_TRUE(filter.Admit(spdlog::level::warn, "later", now + seconds(10)));
+}
+
+TEST(RepeatFilter, LetsAsManyThroughAsItIsAskedTo) {
+  RepeatFilter filter(seconds(1));
+  const RepeatFilter::Time now = std::chrono::steady_clock::now();
+  for (int i = 0; i < 100; ++i) EXPECT_EQ(filter.Admit(spdlog::level::info, "a", now, /*most=*/5), i < 5);
+  const auto ended = filter.TakeEnded(now + seconds(1));
+  ASSERT_THAT(ended, SizeIs(1));
+  EXPECT_EQ(ended[0].count, 95);
+  EXPECT_TRUE(filter.Admit(spdlog::level::info, "a", now + seconds(1), /*most=*/5));
 }
 
 class LogPipeTest : public testing::Test {

@@ -19,7 +19,7 @@ using testing::Not;
 
 std::string PageOf(const Engine* engine) {
   const Lifecycle lifecycle;
-  Metrics metrics("m", /*edges=*/"", /*per_layer=*/false, &lifecycle);
+  Metrics metrics("m", /*edges=*/"", /*per_layer=*/false, /*tenants=*/0, &lifecycle);
   if (engine != nullptr) metrics.SetEngine(engine);
   return metrics.Text();
 }
@@ -68,7 +68,7 @@ TEST(Metrics, SaysWithoutAnEngineWhatTheServerAndTheProcessAre) {
 
 TEST(Metrics, CountsCallsByHowTheyEnded) {
   const Lifecycle lifecycle;
-  Metrics metrics("m", "client_stall_seconds=1,2", /*per_layer=*/false, &lifecycle);
+  Metrics metrics("m", "client_stall_seconds=1,2", /*per_layer=*/false, /*tenants=*/0, &lifecycle);
   metrics.AddCounter("borrowed_total", "Of another.", [] { return 7; });
   RequestRecord record;
   record.method = "Generate";
