@@ -157,9 +157,10 @@ std::vector<Option> OptionTable(Config* config) {
        .limits = AdmissionOptions::kDeadlineSlack},
       {.key = "scheduler.watchdog_s",
        .group = "Scheduler",
-       .help = "seconds after which a step that has not ended means that the engine has failed; 0: never",
+       .help = "seconds after which a step that has not ended means that the engine has failed; 0: never; -1: 10, or "
+               "50 times the longest step that is to be expected",
        .target = &e.watchdog_s,
-       .limits = kTimeLimits},
+       .limits = EngineOptions::kWatchdog},
       {.key = "scheduler.fault",
        .group = "Scheduler",
        .help = "for tests: throw@STEP or hang@STEP breaks that step, slow@MS lengthens every step; empty: none",

@@ -63,7 +63,7 @@ absl::Status CheckOptions(const EngineOptions& o) {
   if (!(o.memory_share > 0.0 && o.memory_share <= 1.0)) {  // less than people may configure is of use to tests
     return absl::InvalidArgumentError(absl::StrCat("memory_share is ", o.memory_share, "; it must be in (0, 1]"));
   }
-  RETURN_IF_ERROR(Check("watchdog_s", o.watchdog_s, kTimeLimits));
+  RETURN_IF_ERROR(Check("watchdog_s", o.watchdog_s, EngineOptions::kWatchdog));
   RETURN_IF_ERROR(Check("peer_timeout_s", o.peer_timeout_s, kTimeLimits));
   return Check("tensor_parallel", o.tensor_parallel, EngineOptions::kTensorParallel);
 }

@@ -79,6 +79,7 @@ struct MetricsOptions {
 
 struct EngineOptions {
   static constexpr Limits kThreads = {0, 1024}, kTensorParallel = {0, 64}, kMemoryShare = {0.01, 1.0};
+  static constexpr Limits kWatchdog = {-1.0, 1e6};
 
   std::string model;               // as ModelOptions has it (engine/load/loaded_model.h)
   std::string weights = "stored";  // type of the matrices in memory: stored, fp32, fp16, bf16 or int8
@@ -101,8 +102,9 @@ struct EngineOptions {
   KvOptions kv;
   MetricsOptions metrics;
 
-  double watchdog_s = 300.0;  // a step that takes longer means that the engine has failed; 0: never
-  std::string fault;          // for tests: throw@STEP, hang@STEP or slow@MS
+  // A step that takes longer means that the engine has failed; 0: never; -1: as engine/serving/watchdog.h has it.
+  double watchdog_s = -1.0;
+  std::string fault;  // for tests: throw@STEP, hang@STEP or slow@MS
 };
 
 // INVALID_ARGUMENT with the option, its value and its limits.

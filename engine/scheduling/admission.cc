@@ -9,7 +9,7 @@
 namespace dejavu {
 namespace {
 
-constexpr std::chrono::milliseconds kLeastRetry(100), kMostRetry(30'000);
+constexpr double kLeastRetryMs = 100.0, kMostRetryMs = 30e3;
 
 absl::Status CannotMeet(const Request& request, double needed_ms, double left_ms) {
   return absl::DeadlineExceededError(absl::StrCat(
@@ -59,9 +59,12 @@ absl::Status Admission::Admit(const Request& request, SteadyTime now, Expectatio
                 absl::StrCat(who, ": ", mine.tokens, " prompt tokens wait and this one has ", prompt),
                 o.tenant_max_waiting_tokens);
   }
-  if (o.deadline_slack > 0.0 && learned_ && request.deadline != SteadyTime::max()) {
-    const double left_ms = Milliseconds(now, request.deadline), needed_ms = PredictMs(request, samples);
+  Fade(now);
+  if (o.deadline_slack > 0.0 && load_.learned && request.deadline != SteadyTime::max()) {
+    const double left_ms = Milliseconds(now, request.deadline);
+    const double needed_ms = idle() ? LeastMs(request, now, samples) : PredictMs(request, samples);
     if (needed_ms > left_ms * o.deadline_slack) {
+      if (idle() && !doubted_since_.has_value()) doubted_since_ = now;
       return Refuse(Refusal::kDeadlineInfeasible, CannotMeet(request, needed_ms, left_ms), RetryAfter(), samples);
     }
   }
@@ -112,28 +115,26 @@ void Admission::Move(const Request& request, int count) {
   if (mine.requests == 0) tenants_.erase(request.tenant);
 }
 
-void Admission::SetLoad(const CostParameters& costs, bool learned, Tier costliest, int32_t running,
-                        int64_t first_free_steps) {
-  costs_ = costs;
-  learned_ = learned;
-  costliest_tier_ = costliest;
-  running_ = running;
-  first_free_steps_ = first_free_steps;
+void Admission::SetLoad(const Load& load) {
+  load_ = load;
+  if (load.running > 0) doubted_since_.reset();
 }
 
 double Admission::StepMs(int32_t rows, Tier tier) const {
-  const double base = tier == Tier::kDense   ? costs_.dense_ms
-                      : tier == Tier::kExact ? costs_.exact_ms
-                                             : costs_.predicted_ms;
-  return base + costs_.row_ms * rows;
+  const double base = tier == Tier::kDense   ? load_.costs.dense_ms
+                      : tier == Tier::kExact ? load_.costs.exact_ms
+                                             : load_.costs.predicted_ms;
+  return base + load_.costs.row_ms * rows;
 }
 
 // The queue ahead shares the slots; then the prompt, in steps of its own; then a step for each token.
 Expectation Admission::Predict(const Request& request, int samples) const {
   const int32_t slots = scheduler_.max_batch;
   const int32_t rows =
-      std::min<int32_t>(slots, running_ + static_cast<int32_t>(std::min<int64_t>(waiting_, slots)) + samples);
-  const double step_ms = StepMs(rows, std::min(request.sparsity.tier, running_ > 0 ? costliest_tier_ : Tier::kFast));
+      std::min<int32_t>(slots, load_.running + static_cast<int32_t>(std::min<int64_t>(waiting_, slots)) + samples);
+  const Tier tier = std::min(request.sparsity.tier, load_.running > 0 ? load_.costliest_tier : Tier::kFast);
+  const double step_ms = StepMs(rows, tier);
+  const double prompt_step_ms = StepMs(rows - samples, std::min(tier, Tier::kExact));  // it has no rows of its own yet
   double prompts = 0.0, outputs = 0.0, requests = 0.0;
   for (int u = 0; u <= static_cast<int>(request.urgency); ++u) {
     requests += static_cast<double>(waiting_of_[u]);
@@ -141,12 +142,12 @@ Expectation Admission::Predict(const Request& request, int samples) const {
     outputs += static_cast<double>(waiting_output_[u]);
   }
   double ms = 0.0;
-  if (running_ + requests >= slots) {
-    ms += static_cast<double>(first_free_steps_) * step_ms;
-    ms += outputs / slots * step_ms + prompts * costs_.prefill_token_ms;
+  if (load_.running + requests >= slots) {
+    ms += static_cast<double>(load_.first_free_steps) * step_ms;
+    ms += outputs / slots * step_ms + prompts * load_.costs.prefill_token_ms;
   }
   const auto prompt = static_cast<double>(request.prompt.size());
-  ms += prompt * costs_.prefill_token_ms + std::ceil(prompt / scheduler_.prefill_chunk_tokens) * step_ms;
+  ms += prompt * load_.costs.prefill_token_ms + std::ceil(prompt / scheduler_.prefill_chunk_tokens) * prompt_step_ms;
   return {ms * margin_, step_ms * margin_};
 }
 
@@ -155,21 +156,38 @@ double Admission::PredictMs(const Request& request, int samples) const {
   return expected.first_token_ms + std::max(0, request.max_new_tokens - 1) * expected.token_ms;
 }
 
+// Without the margin: nothing but steps is in its way.
+double Admission::LeastMs(const Request& request, SteadyTime now, int samples) const {
+  constexpr double kDoubtS = 30.0;  // halves what is predicted
+  if (IsPredicted(request.sparsity.tier) && !load_.learned_predicted)
+    return 0.0;  // how fast such a tier is nobody knows
+  const double doubt =
+      doubted_since_.has_value() ? std::exp2(-std::max(0.0, Seconds(*doubted_since_, now)) / kDoubtS) : 1.0;
+  return PredictMs(request, samples) / margin_ * load_.best_share * doubt;
+}
+
+// What was learned while the system was disturbed does not last.
+void Admission::Fade(SteadyTime now) {
+  constexpr double kFadeS = 60.0;  // halves what is above 1
+  margin_ = 1.0 + (margin_ - 1.0) * std::exp2(-std::max(0.0, Seconds(faded_, now)) / kFadeS);
+  faded_ = std::max(faded_, now);
+}
+
 // A quantile followed in small steps: up nine times as fast as down.
 void Admission::NoteOutcome(const Expectation& expected, double ms, int32_t tokens) {
   constexpr double kStep = 0.02, kKept = 0.9, kMost = 8.0;
   const double expected_ms = expected.first_token_ms + std::max(0, tokens - 1) * expected.token_ms;
-  if (!learned_ || expected_ms <= 0.0) return;
+  if (!load_.learned || expected_ms <= 0.0) return;
   margin_ *= ms > expected_ms ? 1.0 + kStep * kKept : 1.0 - kStep * (1.0 - kKept);
   margin_ = std::clamp(margin_, 1.0, kMost);
 }
 
 // When a place in the queue is likely to be free: one request of the usual size from now.
 std::chrono::milliseconds Admission::RetryAfter() const {
-  if (!learned_) return std::chrono::milliseconds(1000);
-  const double step_ms = StepMs(std::min(scheduler_.max_batch, running_ + 1), costliest_tier_);
-  const auto ms = static_cast<int64_t>(static_cast<double>(std::max<int64_t>(1, first_free_steps_)) * step_ms);
-  return std::clamp(std::chrono::milliseconds(ms), kLeastRetry, kMostRetry);
+  if (!load_.learned) return std::chrono::milliseconds(1000);
+  const double step_ms = StepMs(std::min(scheduler_.max_batch, load_.running + 1), load_.costliest_tier);
+  const double ms = static_cast<double>(std::max<int64_t>(1, load_.first_free_steps)) * step_ms;
+  return std::chrono::milliseconds(static_cast<int64_t>(std::clamp(ms, kLeastRetryMs, kMostRetryMs)));
 }
 
 }  // namespace dejavu

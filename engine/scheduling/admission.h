@@ -1,11 +1,16 @@
 // Admission: who may come in. Bounded queues, for everybody and for each tenant, and deadlines that can be met; and the
 // books of what became of every request. A state machine without a clock: the caller keeps it under a lock.
+//
+// Who is refused teaches nothing, so that a prediction that is wrong must not last. A server where nothing runs or
+// waits takes whoever could be served in time at the best speed that it has seen lately, and what it has refused makes
+// it doubt its predictions more with time, until something runs again.
 #ifndef ENGINE_SCHEDULING_ADMISSION_H_
 #define ENGINE_SCHEDULING_ADMISSION_H_
 
 #include <array>
 #include <chrono>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "absl/container/flat_hash_map.h"
@@ -41,8 +46,16 @@ class Admission {
   // How it went: after `ms` it had `tokens`. Predictions learn from it to be kept nine times in ten.
   void NoteOutcome(const Expectation& expected, double ms, int32_t tokens);
 
-  // What predictions are made of: the costs, how many run and how many steps the first of them still needs.
-  void SetLoad(const CostParameters& costs, bool learned, Tier costliest, int32_t running, int64_t first_free_steps);
+  // What predictions are made of.
+  struct Load {
+    CostParameters costs;
+    bool learned = false, learned_predicted = false;  // any tier, and one that is predicted
+    double best_share = 1.0;                          // of what is predicted: the least that a step took lately
+    Tier costliest_tier = Tier::kFast;
+    int32_t running = 0;
+    int64_t first_free_steps = 0;  // that the first of them still needs
+  };
+  void SetLoad(const Load& load);
 
   Expectation Predict(const Request& request, int samples = 1) const;
   // From now to the last token.
@@ -58,6 +71,9 @@ class Admission {
     int64_t requests = 0, tokens = 0;
   };
   std::chrono::milliseconds RetryAfter() const;
+  bool idle() const { return waiting_ == 0 && load_.running == 0; }
+  void Fade(SteadyTime now);
+  double LeastMs(const Request& request, SteadyTime now, int samples) const;
   double StepMs(int32_t rows, Tier tier) const;
   void Move(const Request& request, int count);
 
@@ -68,12 +84,10 @@ class Admission {
   std::array<int64_t, kUrgencies> waiting_of_ = {}, waiting_prompt_ = {}, waiting_output_ = {};
   absl::flat_hash_map<std::string, Queued> tenants_;  // those that have something in the queue
 
-  double margin_ = 1.0;  // what predictions are multiplied by
-  CostParameters costs_;
-  bool learned_ = false;
-  Tier costliest_tier_ = Tier::kFast;
-  int32_t running_ = 0;
-  int64_t first_free_steps_ = 0;
+  Load load_;
+  double margin_ = 1.0;                      // what predictions are multiplied by
+  SteadyTime faded_;                         // when it last was brought nearer to 1
+  std::optional<SteadyTime> doubted_since_;  // the first refusal of an idle server since something ran
 };
 
 }  // namespace dejavu

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <numeric>
 
 namespace dejavu {
 namespace {
@@ -10,15 +12,16 @@ constexpr double kForgetting = 0.998;  // about the last 500 steps count
 constexpr double kStartVariance = 1e4;
 // Rows and tokens in units in which a coefficient is of the size of the others.
 constexpr double kPrefillUnit = 16.0, kContextUnit = 1024.0;
-// A step far off, such as one that the system interrupted, moves the fit no more than one off by so many usual errors,
-// or by this share of the prediction.
+// Far off is a step that took this share of its prediction less, or more and so many usual errors beyond that. It moves
+// the fit no more than one that is just not far off.
 constexpr double kOutlier = 5.0, kOutlierShare = 0.5;
+constexpr double kLeastMs = 1e-6;  // of a prediction that something is divided by
+
+size_t BaseOf(Tier tier) { return tier == Tier::kDense ? 0 : tier == Tier::kExact ? 1 : 2; }
 
 }  // namespace
 
-CostModel::CostModel() {
-  for (int i = 0; i < kFeatures; ++i) covariance_[i][i] = kStartVariance;
-}
+CostModel::CostModel() { Restart(); }
 
 CostModel::CostModel(const CostParameters& known) : CostModel() {
   weights_ = {known.dense_ms,
@@ -32,25 +35,72 @@ CostModel::CostModel(const CostParameters& known) : CostModel() {
 }
 
 CostModel::Vector CostModel::Features(const StepShape& s) {
-  return {s.tier == Tier::kDense ? 1.0 : 0.0, s.tier == Tier::kExact ? 1.0 : 0.0,
-          IsPredicted(s.tier) ? 1.0 : 0.0,    static_cast<double>(s.decode_rows),
-          s.prefill_rows / kPrefillUnit,      static_cast<double>(s.context_tokens) / kContextUnit};
+  const size_t base = BaseOf(s.tier);
+  return {base == 0 ? 1.0 : 0.0,         base == 1 ? 1.0 : 0.0,
+          base == 2 ? 1.0 : 0.0,         static_cast<double>(s.decode_rows),
+          s.prefill_rows / kPrefillUnit, static_cast<double>(s.context_tokens) / kContextUnit};
 }
 
+void CostModel::Restart() {
+  far_off_ = 0;
+  error_ms_ = 0.0;
+  covariance_ = {};
+  for (int i = 0; i < kFeatures; ++i) covariance_[i][i] = kStartVariance;
+}
+
+bool CostModel::has_run(Tier tier) const { return seen_[BaseOf(tier)] > 0; }
+
 void CostModel::Observe(const StepShape& shape, double ms) {
+  const size_t base = BaseOf(shape.tier);
+  RecentSteps& recent = recent_[base][shape.prefill_rows > 0];
+  recent.steps[recent.count++ % kRecent] = {shape, ms};
+  if (seen_[base] == 0) weights_[base] = DearestBase();
+  ++seen_[base];
+  ++steps_;
+  const double predicted_ms = Fitted(shape);
+  double error = ms - predicted_ms;
+  if (steps_ <= kLearned) return Fit(shape, error);
+  const double fast = kOutlierShare * std::max(0.0, predicted_ms), slow = fast + kOutlier * error_ms_;
+  if (-fast <= error && error <= slow) {
+    far_off_ = 0;
+  } else {
+    far_off_ = error > 0.0 ? std::max(far_off_, 0) + 1 : std::min(far_off_, 0) - 1;
+    late_[std::abs(far_off_) - 1] = {shape, ms};
+    if (std::abs(far_off_) == kNewLevel) {
+      BeginAnew();
+      return;
+    }
+    error = std::clamp(error, -fast, slow);
+  }
+  // By little where it is far off, or those would make the next of them usual.
+  error_ms_ += 0.02 * (std::min(std::abs(error), 2.0 * error_ms_ + 0.2 * fast) - error_ms_);
+  Fit(shape, error);
+}
+
+// From the last steps, which were all far off. Where they were slow, the least of them says how slow steps are now.
+void CostModel::BeginAnew() {
+  constexpr double kAlike = 4.0;
+  double least = std::numeric_limits<double>::infinity();
+  for (const Step& step : late_) least = std::min(least, step.ms / std::max(kLeastMs, Predict(step.shape)));
+  for (Step& step : late_) step.ms = std::min(step.ms, kAlike * least * std::max(kLeastMs, Predict(step.shape)));
+  Restart();
+  for (const Step& step : late_) Fit(step.shape, step.ms - Fitted(step.shape));
+}
+
+double CostModel::Fitted(const StepShape& shape) const {
+  const Vector x = Features(shape);
+  return std::inner_product(x.begin(), x.end(), weights_.begin(), 0.0);
+}
+
+// `error` is how much longer the step took than it was fitted to.
+void CostModel::Fit(const StepShape& shape, double error) {
   const Vector x = Features(shape);
   Vector px = {};
-  double xpx = 0.0, error = ms;
+  double xpx = 0.0;
   for (int i = 0; i < kFeatures; ++i) {
     for (int j = 0; j < kFeatures; ++j) px[i] += covariance_[i][j] * x[j];
     xpx += x[i] * px[i];
-    error -= weights_[i] * x[i];
   }
-  for (size_t i = 0; i < seen_.size(); ++i) seen_[i] += x[i] > 0.0;
-  const double most = kOutlier * error_ms_ + kOutlierShare * (ms - error);
-  if (learned()) error = std::clamp(error, -std::max(0.0, most), std::max({0.0, most, kOutlierShare * ms}));
-  error_ms_ += (std::abs(error) - error_ms_) * std::max(0.02, 1.0 / static_cast<double>(steps_ + 1));
-  ++steps_;
   const double gain = 1.0 / (kForgetting + xpx);
   for (int i = 0; i < kFeatures; ++i) weights_[i] += px[i] * gain * error;
   for (int i = 0; i < kFeatures; ++i) {
@@ -71,16 +121,34 @@ void CostModel::Observe(const StepShape& shape, double ms) {
 
 double CostModel::Predict(const StepShape& s) const {
   const CostParameters p = parameters();
-  const double base = s.tier == Tier::kDense ? p.dense_ms : s.tier == Tier::kExact ? p.exact_ms : p.predicted_ms;
+  const double base = std::array{p.dense_ms, p.exact_ms, p.predicted_ms}[BaseOf(s.tier)];
   return base + p.row_ms * s.decode_rows + p.prefill_token_ms * s.prefill_rows +
          p.context_token_ms * static_cast<double>(s.context_tokens);
 }
 
+double CostModel::best_share() const {
+  double best = 1.0;
+  for (const auto& of_base : recent_) {
+    for (const RecentSteps& recent : of_base) {
+      for (size_t i = 0; i < std::min(recent.count, kRecent); ++i) {
+        const double predicted_ms = Predict(recent.steps[i].shape);
+        if (predicted_ms > 0.0) best = std::min(best, recent.steps[i].ms / predicted_ms);
+      }
+    }
+  }
+  return best;
+}
+
 // A tier that no step has run yet costs what the dearest of the others does.
-CostParameters CostModel::parameters() const {
-  const auto at = [&](int i) { return std::max(0.0, weights_[i]); };
+double CostModel::DearestBase() const {
   double dearest = 0.0;
-  for (int i = 0; i < 3; ++i) dearest = std::max(dearest, seen_[i] > 0 ? at(i) : 0.0);
+  for (size_t i = 0; i < seen_.size(); ++i) dearest = std::max(dearest, seen_[i] > 0 ? weights_[i] : 0.0);
+  return dearest;
+}
+
+CostParameters CostModel::parameters() const {
+  const double dearest = DearestBase();
+  const auto at = [&](int i) { return std::max(0.0, weights_[i]); };
   const auto base = [&](int i) { return seen_[i] > 0 ? at(i) : dearest; };
   return {base(0), base(1), base(2), at(3), at(4) / kPrefillUnit, at(5) / kContextUnit};
 }

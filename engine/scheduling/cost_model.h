@@ -4,7 +4,9 @@
 //   context
 //
 // fitted by recursive least squares with forgetting (Haykin, Adaptive Filter Theory, 4th ed., 9.3), with coefficients
-// that count as zero where they are negative. Pure arithmetic, nothing allocates. Engine thread only.
+// that count as zero where they are negative. A few steps that the system held up, for however long, move the fit by a
+// bounded share; as soon as kNewLevel in a row say so, the fit begins anew from them. Pure arithmetic, nothing
+// allocates. Engine thread only.
 #ifndef ENGINE_SCHEDULING_COST_MODEL_H_
 #define ENGINE_SCHEDULING_COST_MODEL_H_
 
@@ -32,21 +34,44 @@ class CostModel {
   void Observe(const StepShape& shape, double ms);
   double Predict(const StepShape& shape) const;
   CostParameters parameters() const;
+  // The least that one of the latest steps of each kind took, as a share of what is predicted for it now; at most 1.
+  double best_share() const;
   // Predictions before that many steps are guesses.
   bool learned() const { return steps_ >= kLearned; }
+  // A tier like this one has run.
+  bool has_run(Tier tier) const;
   int64_t steps() const { return steps_; }
+
+  static constexpr int kNewLevel = 8;  // steps in a row that are far off to the same side
 
  private:
   static constexpr int kFeatures = 6;
   static constexpr int64_t kLearned = 8;
+  static constexpr size_t kRecent = 16;  // steps of one kind that are remembered
   using Vector = std::array<double, kFeatures>;
+  struct Step {
+    StepShape shape;
+    double ms = 0.0;
+  };
+  struct RecentSteps {
+    std::array<Step, kRecent> steps;
+    size_t count = 0;  // so far
+  };
   static Vector Features(const StepShape& shape);
+  double Fitted(const StepShape& shape) const;
+  void Fit(const StepShape& shape, double error);
+  void BeginAnew();
+  void Restart();
+  double DearestBase() const;
 
   Vector weights_ = {};
   std::array<Vector, kFeatures> covariance_ = {};
   std::array<int64_t, 3> seen_ = {};  // steps of each base
   double error_ms_ = 0.0;             // mean absolute error, recent
   int64_t steps_ = 0;
+  int far_off_ = 0;  // how many steps in a row were, and which: above 0 slow ones, below fast ones
+  std::array<Step, kNewLevel> late_;
+  std::array<std::array<RecentSteps, 2>, 3> recent_;  // of each base, without prompt rows and with them
 };
 
 }  // namespace dejavu

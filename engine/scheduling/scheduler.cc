@@ -348,15 +348,24 @@ void Scheduler::NoteStep(double ms) {
   }
 }
 
+double Scheduler::LongestStepMs() const {
+  const int64_t context_tokens = int64_t{pool_.total()} * pool_.block_tokens();
+  return costs_.Predict(
+      {Tier::kDense, options_.max_batch, options_.max_step_tokens - options_.max_batch, context_tokens});
+}
+
 void Scheduler::Inform(Admission& admission) const {
-  Tier costliest = Tier::kFast;
-  int64_t first_free = running_.empty() ? 0 : std::numeric_limits<int64_t>::max();
+  Admission::Load load{.costs = costs_.parameters(),
+                       .learned = costs_.learned(),
+                       .learned_predicted = costs_.has_run(Tier::kFast),
+                       .best_share = costs_.best_share(),
+                       .running = static_cast<int32_t>(running_.size()),
+                       .first_free_steps = running_.empty() ? 0 : std::numeric_limits<int64_t>::max()};
   for (const auto& s : running_) {
-    costliest = std::min(costliest, s->request.sparsity.tier);
-    first_free = std::min<int64_t>(first_free, s->request.max_new_tokens - s->generated_tokens());
+    load.costliest_tier = std::min(load.costliest_tier, s->request.sparsity.tier);
+    load.first_free_steps = std::min<int64_t>(load.first_free_steps, s->request.max_new_tokens - s->generated_tokens());
   }
-  admission.SetLoad(costs_.parameters(), costs_.learned(), costliest, static_cast<int32_t>(running_.size()),
-                    first_free);
+  admission.SetLoad(load);
 }
 
 // A prefix may have been computed in part; what is not is withdrawn by the pool.

@@ -82,6 +82,7 @@ class Scheduler {
   // A step that was not planned here, such as one to warm up.
   void Learn(const StepShape& shape, double ms) { costs_.Observe(shape, ms); }
   const CostModel& costs() const { return costs_; }
+  double LongestStepMs() const;                      // that options and memory allow, as far as is known
   const StepShape& shape() const { return shape_; }  // of the last Plan
   // Tokens served, weighted as fairness counts them, to a tenant that is known; for tests and reports.
   double served(const std::string& tenant, Urgency urgency) const;

@@ -80,6 +80,7 @@ void StepEngine::Prepare() {
   recorder_.metrics().measured_bandwidth.Set(MeasureBandwidth(*group_));
   WarmUp(*group_, config_, options_.scheduler, batch_, flights_.logits(), scheduler_);
   recorder_.metrics().warm_up_seconds.Set(SecondsSince(start));
+  watchdog_.Expect(scheduler_.LongestStepMs());
   recorder_.NoteCosts(scheduler_.costs());
   NoteState();
   inbox_.NoteCosts(scheduler_);
@@ -215,6 +216,7 @@ void StepEngine::Step() {
   HandOutAll(
       {flights_.logits(), drawn ? flights_.drawn() : nullptr, flights_.details(), detail_fields, step, times.done});
   scheduler_.NoteStep(Milliseconds(times.since, times.done));
+  watchdog_.Expect(scheduler_.LongestStepMs());
   recorder_.NoteStep(times, {step, scheduler_.shape(), batch_.rows(), shadow_batch_.rows(), sparsity_.step_bytes()});
   watchdog_.EndStep();
   recorder_.NoteCosts(scheduler_.costs());

@@ -1,14 +1,16 @@
 #include "engine/serving/watchdog.h"
 
+#include <algorithm>
 #include <chrono>
 
 #include "kernels/base/clock.h"
+#include "kernels/base/own_time.h"
 #include "spdlog/spdlog.h"
 
 namespace dejavu {
 
 void Watchdog::Start() {
-  if (limit_s_ > 0.0) thread_ = std::thread([this] { Watch(); });
+  if (limit_s_ != 0.0) thread_ = std::thread([this] { Watch(); });
 }
 
 void Watchdog::Stop() {
@@ -21,9 +23,13 @@ void Watchdog::Stop() {
   thread_.join();
 }
 
+double Watchdog::LimitS() const {
+  return limit_s_ > 0.0 ? limit_s_ : std::max(kLeastS, kTimes * longest_ms_.load(std::memory_order_relaxed) / 1e3);
+}
+
 void Watchdog::Watch() {
-  const auto limit = std::chrono::duration_cast<SteadyTime::duration>(std::chrono::duration<double>(limit_s_));
-  SteadyTime since = std::chrono::steady_clock::now();
+  const SteadyTime::duration tick = Lasting(std::min(OwnTime::kTickS, LimitS() / 8.0));
+  OwnTime running(std::chrono::steady_clock::now());
   int64_t seen = -1;
   MutexLock lock(mutex_);
   while (!stopping_) {
@@ -31,14 +37,14 @@ void Watchdog::Watch() {
     const int64_t begun = begun_;
     if (begun != seen || ended_ == begun) {
       seen = begun;
-      since = now;
+      running = OwnTime(now);
     }
-    if (now - since >= limit) {
-      spdlog::critical("step {} has not ended within {} s; the engine is given up", begun, limit_s_);
+    if (running.Count(now) >= LimitS()) {
+      spdlog::critical("step {} has not ended within {} s; the engine is given up", begun, LimitS());
       on_hang_();
       return;
     }
-    stop_.WaitUntil(mutex_, now + limit / 8);
+    stop_.WaitUntil(mutex_, now + tick);
   }
 }
 

@@ -20,6 +20,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
 #include "kernels/base/clock.h"
+#include "kernels/base/own_time.h"
 #include "kernels/base/pause.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/group/ordered_sum.h"
@@ -197,20 +198,20 @@ class ThreadGroupCommunicator final : public Communicator {
       if (slot.announced.load(std::memory_order_acquire) >= step) return;
       Pause();
     }
-    const auto start = Clock::now();
+    OwnTime waited(Clock::now());
     while (true) {
       const bool left = slot.left.load(), failed = group_->failed_rank.load() != kNobody;
       if (slot.announced.load(std::memory_order_acquire) >= step) return;
       if (left) Fail(absl::StrCat(call, ": rank ", rank_, " waited for rank ", peer, ", which has left the group"));
       if (failed) FailAsOthers(call);
-      const double rest_s = limit_s - SecondsSince(start);
+      const double rest_s = limit_s - waited.Count(Clock::now());
       if (rest_s <= 0) {
         Fail(absl::StrCat(call, ": rank ", rank_, " waited for rank ", peer, ", which did not come within ", limit_s,
                           " s"));
       }
       // Not sched_yield: two ranks that met on one CPU would stay there, while somebody who wakes up goes to an idle
       // one.
-      SleepUntilSomethingHappens(slot, step, rest_s);
+      SleepUntilSomethingHappens(slot, step, std::min(rest_s, OwnTime::kTickS));
     }
   }
 

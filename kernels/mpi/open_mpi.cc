@@ -23,6 +23,7 @@
 #include "kernels/base/check.h"
 #include "kernels/base/clock.h"
 #include "kernels/base/load_module.h"
+#include "kernels/base/own_time.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/group/ordered_sum.h"
@@ -172,11 +173,13 @@ class OpenMpiCommunicator final : public Communicator {
       if (peer < 0) return;
     }
     const auto start = Clock::now();
+    OwnTime own(start);
     while (true) {
       if (mpi_->test(&peer) != 0) Fail(call, mpi_->error());
       if (peer < 0) return;
-      const auto waited = Clock::now() - start;
-      if (Seconds(start, start + waited) > limit_s) {
+      const auto now = Clock::now();
+      const auto waited = now - start;
+      if (own.Count(now) > limit_s) {
         Fail(call, absl::StrCat("waited for rank ", peer, ", which did not come within ", limit_s, " s"));
       }
       if (waited < kSpinTime) continue;

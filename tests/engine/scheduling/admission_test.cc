@@ -85,7 +85,7 @@ TEST(Admission, RefusesADeadlineThatCannotBeMetAndSaysHowLongItWouldTake) {
   CostParameters costs;
   costs.dense_ms = costs.exact_ms = costs.predicted_ms = 10.0;
   costs.prefill_token_ms = 1.0;
-  admission.SetLoad(costs, true, Tier::kFast, 0, 0);
+  admission.SetLoad({.costs = costs, .learned = true});
   EXPECT_NEAR(admission.PredictMs(request), 64 + 10 + 990, 1.0);
   const absl::Status refused = admission.Admit(request, now);
   ExpectRefused(refused, absl::StatusCode::kDeadlineExceeded, "DEADLINE_INFEASIBLE");
@@ -100,7 +100,8 @@ TEST(Admission, AQueueAheadCostsTimeButNotThatOfTheLessUrgent) {
   Admission admission(AdmissionOptions{}, scheduler);
   CostParameters costs;
   costs.dense_ms = 10.0;
-  admission.SetLoad(costs, true, Tier::kDense, 1, 50);
+  admission.SetLoad(
+      {.costs = costs, .learned = true, .costliest_tier = Tier::kDense, .running = 1, .first_free_steps = 50});
   Request request = Asking(1, 1);
   const double alone = admission.PredictMs(request);
   EXPECT_NEAR(alone, 500 + 10, 1.0);
@@ -116,7 +117,7 @@ TEST(Admission, LearnsHowMuchLongerThingsTakeThanPredicted) {
   Admission admission(AdmissionOptions{});
   CostParameters costs;
   costs.dense_ms = 10.0;
-  admission.SetLoad(costs, true, Tier::kDense, 0, 0);
+  admission.SetLoad({.costs = costs, .learned = true, .costliest_tier = Tier::kDense});
   const Request request = Asking(1, 101);
   const double before = admission.PredictMs(request);
   for (int i = 0; i < 500; ++i) admission.NoteOutcome(admission.Predict(request), 2.0 * before, 101);
