@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -34,10 +35,12 @@ class RegularFile {
 
   // At most `max_bytes` of it; nothing where problem() says why.
   std::string Read(size_t max_bytes) {
-    std::string text(max_bytes, '\0');
+    constexpr size_t kUsualBytes = 4096;
+    std::string text;
     size_t have = 0;
     while (problem_.empty() && have < max_bytes) {
-      const ssize_t got = read(fd_, text.data() + have, max_bytes - have);
+      if (have == text.size()) text.resize(std::min(max_bytes, std::max(kUsualBytes, 2 * have)));
+      const ssize_t got = read(fd_, text.data() + have, text.size() - have);
       if (got == 0) break;
       if (got > 0) have += static_cast<size_t>(got);
       if (got < 0 && errno != EINTR) problem_ = std::strerror(errno);
