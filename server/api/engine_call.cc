@@ -83,7 +83,7 @@ absl::Status EngineCall::Submit(Request request, int64_t most_tokens, std::vecto
   state_.live_requests().Enter();
   entered_ = true;
   // Once the id is found to be taken, NextReply may run at any moment: all that it needs is there before.
-  waiting_.emplace();
+  waiting_ = Waiting();  // emplace() is not for clang 14: a nested type with an initializer
   waiting_->request = std::move(request);
   waiting_->rpc = rpc;
   waiting_->until = std::chrono::steady_clock::now() + kPatience;
