@@ -28,7 +28,10 @@ std::string Beginning(absl::string_view text, int characters) {
 
 EngineCall::~EngineCall() {
   if (!entered_) return;
-  if (!released_) Release();
+  if (!released_) {
+    StopEngine();  // the call was ended from outside: nobody hears what would follow
+    Release();
+  }
   state_.live_requests().Done();
 }
 
