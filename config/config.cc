@@ -15,6 +15,8 @@
 namespace dejavu {
 namespace {
 
+constexpr size_t kMostErrors = 20;
+
 std::string SectionOf(absl::string_view key) { return std::string(key.substr(0, key.rfind('.') + 1)); }  // "kv." or ""
 
 // Options by key, and what else may stand in a file.
@@ -94,11 +96,17 @@ std::string ApplyEntry(const Schema& schema, const YamlEntry& entry, std::vector
   return set.ok() ? "" : absl::StrCat(entry.value_place, ": ", set.message());
 }
 
+// No more than kMostErrors: a large file of something else has one in every line, and each is compared with every key.
 std::vector<std::string> ApplyYaml(const Schema& schema, const std::vector<YamlEntry>& entries) {
   std::vector<std::string> errors, unknown;
   for (const YamlEntry& entry : entries) {
     std::string error = ApplyEntry(schema, entry, &unknown);
-    if (!error.empty()) errors.push_back(std::move(error));
+    if (error.empty()) continue;
+    if (errors.size() == kMostErrors) {
+      errors.push_back(absl::StrCat(entry.key_place, ": more is wrong from here on"));
+      break;
+    }
+    errors.push_back(std::move(error));
   }
   return errors;
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cstdlib>
 #include <numeric>
 #include <type_traits>
 
@@ -124,7 +125,9 @@ std::string Nearest(absl::string_view wrong, const std::vector<std::string>& can
   std::string best;
   int best_distance = static_cast<int>(wrong.size()) / 3 + 1;  // further away it is a guess, not a typing error
   for (const std::string& candidate : candidates) {
-    const int distance = EditDistance(wrong, candidate);
+    // A difference in length alone is so much of a distance: a long text is compared with nothing.
+    const auto longer = static_cast<int64_t>(wrong.size()) - static_cast<int64_t>(candidate.size());
+    const int distance = std::abs(longer) < best_distance ? EditDistance(wrong, candidate) : best_distance;
     if (distance < best_distance) {
       best = candidate;
       best_distance = distance;

@@ -1,5 +1,6 @@
 #include "config/config.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -238,6 +239,16 @@ TEST(Config, AnUnknownKeyIsAnErrorThatSuggestsTheNearestOne) {
   EXPECT_EQ(ErrorOf("schedular: {max_batch: 1, x: {y: 1}}"),
             "t.yaml:1:1: unknown key schedular; did you mean scheduler?");
   EXPECT_EQ(ErrorOf("kv: {block_tokens: 1, a: {b: 1}}"), "t.yaml:1:23: unknown key kv.a");
+}
+
+TEST(Config, NamesTheFirstErrorsOfAFileOfSomethingElse) {
+  std::string yaml;
+  for (int i = 0; i < 1000; ++i) absl::StrAppend(&yaml, "some_key_", i, ": 1\n");
+  const std::string error = ErrorOf(yaml);
+  EXPECT_EQ(std::count(error.begin(), error.end(), '\n'), 20) << error;
+  EXPECT_THAT(error, HasSubstr("t.yaml:20:1: unknown key some_key_19"));
+  EXPECT_THAT(error, HasSubstr("t.yaml:21:1: more is wrong from here on"));
+  EXPECT_THAT(error, Not(HasSubstr("some_key_20")));
 }
 
 TEST(Config, AllErrorsAreReportedAtOnce) {
