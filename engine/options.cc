@@ -49,6 +49,11 @@ absl::StatusOr<TenantWeights> ParseTenantWeights(absl::string_view text) {
       return absl::InvalidArgumentError(absl::StrCat(
           "tenant_weights has '", entry, "'; an entry is tenant=weight with a weight above 0 and at most 1000000"));
     }
+    for (const auto& [tenant, unused] : weights) {
+      if (tenant == parts.first) {
+        return absl::InvalidArgumentError(absl::StrCat("tenant_weights names '", tenant, "' twice"));
+      }
+    }
     weights.emplace_back(parts.first, weight);
   }
   return weights;

@@ -73,6 +73,7 @@ std::string ServedModelName(const ServerOptions& options, const std::string& mod
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& options, const EngineOptions& engine_options,
                                                       std::function<void()> drain) {
+  RETURN_IF_ERROR(CheckOptions(engine_options));  // the metrics are made from them before the engine is
   RETURN_IF_ERROR(CheckListen("listen", options.listen));
   if (!options.admin_listen.empty()) RETURN_IF_ERROR(CheckListen("admin.listen", options.admin_listen));
   if (!options.health_listen.empty()) RETURN_IF_ERROR(CheckListen("health.listen", options.health_listen));

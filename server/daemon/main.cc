@@ -108,8 +108,9 @@ void IgnoreUnlessTaken(int number) {
   signal(number, SIG_IGN);
 }
 
+// SIGXFSZ comes where a log has reached the limit of files; what is written then fails, and that is told.
 void IgnoreStraySignals() {
-  for (const int number : {SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGPWR, SIGSTKFLT}) {
+  for (const int number : {SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGPWR, SIGSTKFLT, SIGXFSZ}) {
     IgnoreUnlessTaken(number);
   }
   for (int number = SIGRTMIN; number <= SIGRTMAX; ++number) IgnoreUnlessTaken(number);
