@@ -422,6 +422,24 @@ def test_floods_reach_neither_the_daemon_nor_the_good_client(api, front, attack,
     front.daemon.expect_idle()
 
 
+def test_idle_connections_of_many_addresses_are_let_go(fronts):
+    """As many as there are places, each address within its share: they never reach the daemon, and end by themselves."""
+    front = fronts(PROXY_CONNECTIONS=300, PROXY_STALL="2s")
+    expected, before = front.tokens([2, 5, 7], 40), descriptors(front.daemon.pid())
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", int(front.address.split(":")[1])), PATIENCE_S,
+                                                             source_address=(f"127.0.1.{1 + i // 50}", 0))) for i in range(400)]
+        assert front.tokens([2, 5, 7], 40) == expected  # on the connection that it has
+        with grpc.insecure_channel(front.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:  # and on a new one
+            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S, wait_for_ready=True)
+        for peer in idle:
+            peer.settimeout(PATIENCE_S)
+            with contextlib.suppress(ConnectionResetError):
+                while peer.recv(1 << 12):
+                    pass
+        assert descriptors(front.daemon.pid()) <= before + 2 * 2  # the new one
+
+
 def test_what_was_refused_is_counted(front):
     attacker = start_attack("idle", front.address, 1, count=300)
     assert attacker.wait() == 0
