@@ -111,7 +111,7 @@ class MicroHttpServer final : public HttpServer {
     }
     if (const Watched* const watched = WatchedOf(connection); watched != nullptr && *watched != nullptr) {
       (*watched)->BeginCall(kRequestBytes);
-      (*watched)->EndCall(/*had_message=*/false, std::chrono::steady_clock::now());
+      (*watched)->EndCall(/*had_message=*/false, /*message_bytes=*/0, std::chrono::steady_clock::now());
     }
     return static_cast<const MicroHttpServer*>(self)->Reply(connection, url, method);
   }

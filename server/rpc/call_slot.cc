@@ -39,7 +39,7 @@ CallSlot::~CallSlot() {
     return;
   }
   const SteadyTime now = std::chrono::steady_clock::now();
-  connection_->EndCall(has_message_, now);
+  connection_->EndCall(has_message_, table_->limits().message_bytes, now);
   const End end = end_;
   if (end == End::kHere) return;
   const double cancels = end == End::kByClient ? 1.0 : kDeadlineCancels;

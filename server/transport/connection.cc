@@ -14,6 +14,7 @@
 namespace dejavu {
 namespace {
 
+constexpr double kBrokenBurst = 16, kBrokenPerS = 1;
 constexpr double kCancelBurst = 1000, kCancelsPerS = 200;
 constexpr int64_t kUnexplained = 64 << 10;      // at once
 constexpr int64_t kUnexplainedPerS = 32 << 10;  // and in the long run
@@ -42,12 +43,18 @@ bool Allowance::Take(SteadyTime now, double events) {
 Peer::Peer(double new_connections_per_s, bool gateway)
     : new_connections(2 * new_connections_per_s, new_connections_per_s),
       gateway_(gateway),
-      cancels_(kCancelBurst, kCancelsPerS) {}
+      cancels_(kCancelBurst, kCancelsPerS),
+      broken_messages_(kBrokenBurst, kBrokenPerS) {}
 
 bool Peer::TakeCancel(SteadyTime now, double cancels) {
   if (gateway_) return true;
   MutexLock lock(mutex_);
   return cancels_.Take(now, cancels);
+}
+
+bool Peer::TakeBrokenMessage(SteadyTime now) {
+  MutexLock lock(mutex_);
+  return broken_messages_.Take(now);
 }
 
 Connection::Connection(std::string name, std::string port, std::shared_ptr<Peer> peer, int fd, SteadyTime now)
@@ -74,8 +81,11 @@ void Connection::TakeMessage(size_t bytes) {
   had_message_.store(true, std::memory_order_relaxed);
 }
 
-void Connection::EndCall(bool had_message, SteadyTime now) {
-  if (!had_message) awaiting_.fetch_sub(1, std::memory_order_relaxed);
+void Connection::EndCall(bool had_message, int64_t message_bytes, SteadyTime now) {
+  if (!had_message) {
+    if (peer_->TakeBrokenMessage(now)) explained_.fetch_add(2 * message_bytes, std::memory_order_release);
+    awaiting_.fetch_sub(1, std::memory_order_release);
+  }
   peer_->calls().fetch_sub(1, std::memory_order_relaxed);
   idle_since_.store(now.time_since_epoch().count(), std::memory_order_relaxed);
   open_calls_.fetch_sub(1, std::memory_order_relaxed);

@@ -42,6 +42,10 @@ class Peer {
   // anybody needs.
   bool TakeCancel(SteadyTime now, double cancels);
 
+  // A call whose message was begun and never became whole, as one that gRPC finds too large. False: there were too many
+  // to believe that.
+  bool TakeBrokenMessage(SteadyTime now);
+
   // It has done what nobody should: for a while no connection of it is taken.
   void Ban(SteadyTime now) { banned_until_.store((now + kBan).time_since_epoch().count(), std::memory_order_relaxed); }
   bool banned(SteadyTime now) const {
@@ -61,7 +65,7 @@ class Peer {
   std::atomic<SteadyTime::rep> banned_until_{0};
 
   Mutex mutex_;
-  Allowance cancels_ ABSL_GUARDED_BY(mutex_);
+  Allowance cancels_ ABSL_GUARDED_BY(mutex_), broken_messages_ ABSL_GUARDED_BY(mutex_);
 };
 
 class Connection {
@@ -79,7 +83,8 @@ class Connection {
   // A call with so many bytes of metadata has begun, its message has come, it is over.
   void BeginCall(size_t metadata_bytes);
   void TakeMessage(size_t bytes);
-  void EndCall(bool had_message, SteadyTime now);
+  // Without a message the bytes of one that was too large are explained, if the peer does not do that often.
+  void EndCall(bool had_message, int64_t message_bytes, SteadyTime now);
   int open_calls() const { return open_calls_.load(std::memory_order_relaxed); }
   SteadyTime idle_since() const {
     return SteadyTime(SteadyTime::duration(idle_since_.load(std::memory_order_relaxed)));

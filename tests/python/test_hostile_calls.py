@@ -290,7 +290,6 @@ def test_group_8_readers_and_cancels(gateway):
     watched.expect_sound()
 
 
-@pytest.mark.xfail(strict=True, reason="item 5: what was sent of it is nobody's once it is refused; its connection is closed, its peer banned")
 def test_a_message_beyond_the_limit_is_refused_alone(start):
     """Of a few bytes more: the connection goes on, and so do the streams on it."""
     daemon = start()
@@ -302,7 +301,6 @@ def test_a_message_beyond_the_limit_is_refused_alone(start):
     watched.expect_sound({"CANCELLED": 3, "OK": 3})
 
 
-@pytest.mark.xfail(strict=True, reason="item 5: bytes beyond the limit are nobody's, so that their connection is closed and their peer banned")
 def test_a_message_far_beyond_the_limit_is_refused_alone(start):
     daemon = start()
     assert groups.send(daemon, Case("", "Generate", part(4, packed(1, [5] * 10_000_000)), ""))[0] == "RESOURCE_EXHAUSTED"

@@ -248,10 +248,18 @@ TEST(ConnectionWatch, LeavesAConnectionWhoseCallExplainsItsBytes) {
       }
     }
     connection->TakeMessage(16 * bytes.size());
-    connection->EndCall(/*had_message=*/true, std::chrono::steady_clock::now());
+    connection->EndCall(/*had_message=*/true, 1 << 20, std::chrono::steady_clock::now());
   }
   EXPECT_EQ(port.table.closed(Closed::kUnexplained), 0);
   Port::Drop(server);
+}
+
+TEST(Peer, IsBelievedThatSomeMessagesWereTooLarge) {
+  Peer peer(/*new_connections_per_s=*/1, /*gateway=*/false);
+  const SteadyTime now = std::chrono::steady_clock::now();
+  int taken = 0;
+  while (peer.TakeBrokenMessage(now) && taken < 100) ++taken;
+  EXPECT_EQ(taken, 16);
 }
 
 TEST(Connection, CountsItsCallsAndItsPeers) {
@@ -262,7 +270,7 @@ TEST(Connection, CountsItsCallsAndItsPeers) {
   connection->BeginCall(100);
   EXPECT_EQ(connection->open_calls(), 1);
   EXPECT_EQ(connection->peer().calls(), 1);
-  connection->EndCall(/*had_message=*/false, std::chrono::steady_clock::now());
+  connection->EndCall(/*had_message=*/false, 1 << 20, std::chrono::steady_clock::now());
   EXPECT_EQ(connection->open_calls(), 0);
   EXPECT_EQ(connection->peer().calls(), 0);
 }
