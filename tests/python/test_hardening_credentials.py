@@ -78,7 +78,7 @@ def test_what_is_no_file_blocks_neither_start_nor_reload_nor_end(start, tmp_path
                       ["--tls-cert", tmp_path / "cert", "--tls-key", path],
                       ["--tls-cert", tmp_path / "cert", "--tls-key", tmp_path / "key", "--tls-client-ca", path]):
             refused = run_daemon(*flags)
-            assert refused.returncode == 1 and f"cannot read {path}" in refused.stderr
+            assert refused.returncode == 1 and f"{path}: is a" in refused.stderr
 
     tokens = tmp_path / "tokens"
     tokens.write_text(token_lines(TENANTS))

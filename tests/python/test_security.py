@@ -231,7 +231,7 @@ def test_files_that_cannot_be_used_stop_the_start(tmp_path, authority):
     for text, words in (("", "holds no token"), ("# nobody\n", "holds no token"), (line + "bob\n", "line 2"),
                         (line + "\nbob:12\n", "line 3"), (line.replace("ada", "a da"), "line 1"),
                         (line + token_lines({"bob": "x"}), "line 2: another tenant has the same token"),
-                        ("bob:" + "g" * 64, "line 1"), ("#" * (1 << 20) + "\n", "more than 1048576 bytes")):
+                        ("bob:" + "g" * 64, "line 1"), ("#" * (1 << 20) + "\n", "the limit is 1048576")):
         (tmp_path / "tokens").write_text(text)
         refuses(at["tokens"], "--auth-tokens-file", at["tokens"])
         assert words in termination.read_text()

@@ -176,7 +176,7 @@ TEST_F(CertificatesTest, WhatIsNoFileIsRefusedAtOnce) {
   Write(key_.get());
   files_.key = folder_.Path("fifo");
   ASSERT_EQ(mkfifo(files_.key.c_str(), 0600), 0);
-  EXPECT_THAT(Refusal(), HasSubstr("is no regular file"));
+  EXPECT_THAT(Refusal(), HasSubstr("is a FIFO"));
   files_.key = folder_.path();
   EXPECT_THAT(Refusal(), HasSubstr("is a directory"));
 }
