@@ -1,0 +1,102 @@
+// safetensors: a file as it is, a header whose length is right, and a directory of an index with two shards.
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "engine/formats/checkpoint.h"
+#include "tests/engine/formats/checkpoint_files.h"
+#include "tests/fuzz/stored_tensors.h"
+#include "tests/fuzz/target.h"
+
+namespace dejavu {
+namespace {
+
+constexpr size_t kDataBytes = 96;
+
+// Tensors of one file share no byte.
+void CheckApart(const TensorMap& tensors) {
+  std::vector<std::pair<int64_t, int64_t>> extents;
+  for (const auto& [name, tensor] : tensors) {
+    if (tensor.elements > 0)
+      extents.emplace_back(tensor.offset, tensor.offset + tensor.elements * SizeOf(tensor.dtype));
+  }
+  std::sort(extents.begin(), extents.end());
+  for (size_t i = 1; i < extents.size(); ++i) CHECK(extents[i].first >= extents[i - 1].second) << "tensors overlap";
+}
+
+void Run(absl::string_view bytes) {
+  const std::vector<absl::StatusCode> refusals = {absl::StatusCode::kInvalidArgument};
+  static const FuzzFiles& files = *new FuzzFiles;
+  FuzzInput input(bytes);
+  const uint8_t kind = input.Byte();
+  if (kind % 3 < 2) {
+    const std::string file(input.Rest());
+    const std::string path =
+        files.Write("one.safetensors", kind % 3 == 0 ? file : Safetensors(file, std::string(kDataBytes, '\1')));
+    std::string metadata;
+    const absl::StatusOr<TensorMap> tensors = ReadSafetensorsHeader(path, "key", &metadata);
+    CheckAnswer(tensors.status(), refusals);
+    if (!tensors.ok()) return;
+    CheckTensors(*tensors);
+    CheckApart(*tensors);
+    return;
+  }
+  static const FuzzFiles& directory = *new FuzzFiles;
+  directory.Write("model.safetensors.index.json", input.Section());
+  directory.Write("a.safetensors", Safetensors(std::string(input.Section()), std::string(kDataBytes, '\1')));
+  directory.Write("b.safetensors", Safetensors(std::string(input.Section()), std::string(kDataBytes, '\2')));
+  const absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Open(directory.path());
+  CheckAnswer(checkpoint.status(), {absl::StatusCode::kInvalidArgument, absl::StatusCode::kNotFound});
+  if (!checkpoint.ok()) return;
+  CheckTensors(checkpoint->tensors());
+  for (const auto& [name, tensor] : checkpoint->tensors()) {
+    CHECK(checkpoint->Find(name) == &tensor) << name;
+    CHECK(tensor.file->path() == directory.path() + "/a.safetensors" ||
+          tensor.file->path() == directory.path() + "/b.safetensors")
+        << "the index led to " << tensor.file->path();
+  }
+}
+
+}  // namespace
+
+FuzzTarget SafetensorsTarget() {
+  const std::string f16 = R"("w":{"dtype":"F16","shape":[2,3],"data_offsets":[0,12]})";
+  const std::string more = R"("b":{"dtype":"F32","shape":[],"data_offsets":[12,16]},)"
+                           R"("c":{"dtype":"I8","shape":[0,7],"data_offsets":[16,16]},)"
+                           R"("d":{"dtype":"I64","shape":[2],"data_offsets":[16,32]},)"
+                           R"("e":{"dtype":"BF16","shape":[1,1,2],"data_offsets":[32,36]})";
+  const std::string header = absl::StrCat(R"({"__metadata__":{"key":"value","format":"pt"},)", f16, ",", more, "}");
+  const std::string index = R"({"metadata":{"total_size":12},"weight_map":{"w":"a.safetensors","e":"b.safetensors"}})";
+  return {"safetensors",
+          4096,
+          Run,
+          {Raw("\0") + Safetensors(header, std::string(36, '\3')), "\1" + header, "\1{" + f16 + "}", "\1{}",
+           absl::StrCat("\2", index, "\x1e{", f16, "}\x1e{", more, "}"),
+           absl::StrCat("\2", R"({"weight_map":{"w":"../x.safetensors"}})", "\x1e{}\x1e{}")},
+          {"\"dtype\":",
+           "\"shape\":",
+           "\"data_offsets\":",
+           "\"F32\"",
+           "\"F16\"",
+           "\"BF16\"",
+           "\"I8\"",
+           "\"I64\"",
+           "[0,0]",
+           "[]",
+           "[4294967296,4294967296]",
+           "18446744073709551615",
+           "9223372036854775807",
+           "-1",
+           "1e3",
+           "__metadata__",
+           "\"weight_map\":",
+           "a.safetensors",
+           "b.safetensors",
+           "\x1e",
+           "null",
+           "{\"w\":{"}};
+}
+
+}  // namespace dejavu
