@@ -14,6 +14,8 @@
 #include "engine/eval/tool.h"
 #include "engine/model/predictor_file.h"
 #include "kernels/base/clock.h"
+#include "kernels/base/end_output.h"
+#include "kernels/base/exhaustion.h"
 #include "kernels/base/status_macros.h"
 
 namespace dejavu {
@@ -127,6 +129,7 @@ int Main(int argc, char** argv) {
     return app.exit(error) == 0 ? kExitDone : kExitUsage;
   }
   StopOnInterrupt();
+  ExitOnExhaustion("dejavu-calibrate", kExitFailed);
   const absl::Status status = Run(&arguments);
   if (status.ok()) return kExitDone;
   if (Interrupted()) {
@@ -140,4 +143,4 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace dejavu
 
-int main(int argc, char** argv) { return dejavu::Main(argc, argv); }
+int main(int argc, char** argv) { return dejavu::EndOutput("dejavu-calibrate", dejavu::Main(argc, argv)); }

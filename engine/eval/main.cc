@@ -16,6 +16,8 @@
 #include "engine/eval/tool.h"
 #include "engine/load/loaded_model.h"
 #include "engine/ranks/model_runner.h"
+#include "kernels/base/end_output.h"
+#include "kernels/base/exhaustion.h"
 #include "kernels/base/status_macros.h"
 
 namespace dejavu {
@@ -161,6 +163,7 @@ int Main(int argc, char** argv) {
     return kExitUsage;
   }
   StopOnInterrupt();
+  ExitOnExhaustion("dejavu-eval", kExitFailed);
   const absl::Status status = Run(arguments);
   if (status.ok()) return 0;
   if (absl::IsCancelled(status)) return kExitInterrupted;
@@ -171,4 +174,4 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace dejavu
 
-int main(int argc, char** argv) { return dejavu::Main(argc, argv); }
+int main(int argc, char** argv) { return dejavu::EndOutput("dejavu-eval", dejavu::Main(argc, argv)); }

@@ -20,6 +20,8 @@
 namespace dejavu {
 namespace {
 
+constexpr int64_t kMaxTextBytes = int64_t{1} << 30;
+
 std::atomic<bool> interrupted{false};
 
 }  // namespace
@@ -42,8 +44,7 @@ absl::StatusOr<std::vector<int32_t>> ReadTokens(const std::string& model, const 
         absl::StrCat(model, ": has no tokenizer, which a text needs (", tokenizer.status().message(), ")"));
   }
   RETURN_IF_ERROR(tokenizer.status());
-  ASSIGN_OR_RETURN(const auto file, RegularFile::Open(text_file));
-  ASSIGN_OR_RETURN(const std::string text, file->ReadString(0, file->size()));
+  ASSIGN_OR_RETURN(const std::string text, ReadRegularFile(text_file, kMaxTextBytes));
   const size_t valid = ValidUtf8Prefix(text);
   if (valid != text.size()) {
     return absl::InvalidArgumentError(absl::StrCat(text_file, ": is not valid UTF-8 at byte ", valid));

@@ -7,6 +7,7 @@
 #include <array>
 #include <cstddef>
 #include <memory>
+#include <new>
 
 #include "absl/strings/string_view.h"
 #include "kernels/base/check.h"
@@ -16,7 +17,7 @@ namespace dejavu {
 class Sha256 {
  public:
   Sha256() : context_(EVP_MD_CTX_new(), EVP_MD_CTX_free) {
-    CHECK(context_ != nullptr) << "EVP_MD_CTX_new";
+    if (context_ == nullptr) throw std::bad_alloc();
     Start();
   }
   void Add(const void* data, size_t bytes) { CHECK(EVP_DigestUpdate(context_.get(), data, bytes) == 1) << "SHA-256"; }

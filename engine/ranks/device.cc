@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/exhaustion.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "spdlog/spdlog.h"
@@ -24,8 +25,10 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateDevice(const DeviceOptions& optio
   }
   const int all = options.threads > 0 ? options.threads : CpuCount();
   const int first = all * options.place / options.places, end = all * (options.place + 1) / options.places;
-  return CreateCpuBackend(
-      {.threads = std::max(1, end - first), .pin = options.pin, .first_cpu = first, .sharers = options.sharers});
+  return OrExhausted([&] {
+    return CreateCpuBackend(
+        {.threads = std::max(1, end - first), .pin = options.pin, .first_cpu = first, .sharers = options.sharers});
+  });
 }
 
 }  // namespace dejavu

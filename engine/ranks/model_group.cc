@@ -4,12 +4,14 @@
 #include <exception>
 #include <future>
 #include <limits>
+#include <new>
 #include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "engine/model/opt_config.h"
 #include "engine/ranks/device.h"
+#include "kernels/base/exhaustion.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/draw.h"
 #include "kernels/group/agree.h"
@@ -51,6 +53,12 @@ absl::Status Agree(Communicator& group, const absl::Status& mine, Hello* hello) 
     if (said.ok() && of_rank.fingerprint != first.fingerprint) return differs(rank, "model");
     return said;
   });
+}
+
+// Of memory that was refused also what it was for, and the setting that makes it smaller.
+absl::Status Named(const absl::Status& status, absl::string_view what, absl::string_view setting) {
+  if (!absl::IsResourceExhausted(status)) return status;
+  return absl::ResourceExhaustedError(absl::StrCat(what, ": ", status.message(), "; what makes it smaller: ", setting));
 }
 
 absl::StatusOr<std::unique_ptr<Backend>> ThreadDevice(const GroupOptions& o, int rank) {
@@ -120,6 +128,8 @@ absl::StatusOr<std::unique_ptr<ModelGroup::Rank>> ModelGroup::Rank::Create(
     RETURN_IF_ERROR(rank->Join(std::move(group), std::move(backend)));
     RETURN_IF_ERROR(Agree(*rank->communicator_, rank->Plan(), &rank->hello_));
     RETURN_IF_ERROR(Agree(*rank->communicator_, rank->Load(progress), &rank->hello_));
+  } catch (const std::bad_alloc&) {
+    return MemoryRanOut();
   } catch (const std::exception& error) {
     return absl::UnavailableError(error.what());
   }
@@ -151,14 +161,20 @@ absl::Status ModelGroup::Rank::Load(const LoadProgress& progress) {
   ModelOptions model = options_.model;
   model.rank = communicator_->rank();
   model.ranks = communicator_->size();
-  ASSIGN_OR_RETURN(loaded_, LoadModel(model, config_, *backend_, progress));
-  ASSIGN_OR_RETURN(kv_, KvCache::Create(*backend_, config_, hello_.kv_blocks, options_.block_tokens, options_.kv_dtype,
-                                        loaded_.shard.heads.count));
+  absl::StatusOr<LoadedModel> loaded = OrExhausted([&] { return LoadModel(model, config_, *backend_, progress); });
+  if (!loaded.ok()) return Named(loaded.status(), "weights and predictor", "weights (int8), predictor (none)");
+  loaded_ = *std::move(loaded);
+  absl::StatusOr<KvCache> kv = KvCache::Create(*backend_, config_, hello_.kv_blocks, options_.block_tokens,
+                                               options_.kv_dtype, loaded_.shard.heads.count);
+  if (!kv.ok()) return Named(kv.status(), "keys and values", "kv.memory_mib, scheduler.max_batch");
+  kv_ = *std::move(kv);
   channel_ = std::make_unique<StepChannel>(*communicator_, BatchOf(options_), config_.layers, config_.context,
                                            hello_.kv_blocks);
   hello_.fingerprint = Fingerprint(absl::StrCat(loaded_.weights_hash, " ", Name(loaded_.weights.dtype())));
   hello_.weight_bytes = loaded_.weights.bytes();
-  return MakeModel(loaded_.predictor.has_value() ? &*loaded_.predictor : nullptr);
+  const PredictorData* const predictor = loaded_.predictor.has_value() ? &*loaded_.predictor : nullptr;
+  return Named(OrExhausted([&] { return MakeModel(predictor); }), "predictor and activations of a step",
+               "scheduler.max_step_tokens, scheduler.max_batch");
 }
 
 absl::Status ModelGroup::Rank::MakeModel(const PredictorData* data) {
@@ -208,12 +224,9 @@ class ModelGroup::Threads {
       });
     }
   }
-  ~Threads() {
-    for (std::thread& thread : threads_) thread.join();
-  }
 
  private:
-  std::vector<std::thread> threads_;
+  std::vector<std::jthread> threads_;
 };
 
 absl::StatusOr<int> GroupSize(int ranks) {

@@ -10,6 +10,7 @@
 #include "absl/strings/str_join.h"
 #include "engine/sim/arrivals.h"
 #include "engine/sim/simulator.h"
+#include "kernels/base/end_output.h"
 
 namespace dejavu {
 namespace {
@@ -184,4 +185,4 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace dejavu
 
-int main(int argc, char** argv) { return dejavu::Main(argc, argv); }
+int main(int argc, char** argv) { return dejavu::EndOutput("dejavu-sim", dejavu::Main(argc, argv)); }

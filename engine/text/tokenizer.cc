@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <functional>
 #include <limits>
+#include <new>
 #include <utility>
 
 #include "absl/container/flat_hash_map.h"
@@ -91,6 +92,7 @@ ByteLevelBpe::ByteLevelBpe(TokenizerData data) : data_(std::move(data)) {
   size_t offset;
   split_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(kSplitPattern), PCRE2_ZERO_TERMINATED, PCRE2_UTF | PCRE2_UCP,
                              &error, &offset, nullptr));
+  if (split_ == nullptr && error == PCRE2_ERROR_HEAP_FAILED) throw std::bad_alloc();
   CHECK(split_ != nullptr) << "split pattern: error " << error << " at " << offset;
   // Where this fails (no executable memory), pcre2_match interprets: the same result, only later.
   pcre2_jit_compile(split_.get(), PCRE2_JIT_COMPLETE);
@@ -101,6 +103,7 @@ std::vector<int32_t> ByteLevelBpe::Encode(absl::string_view text) const {
   std::vector<int32_t> ids;
   Scratch scratch;
   scratch.match.reset(pcre2_match_data_create(1, nullptr));
+  if (scratch.match == nullptr) throw std::bad_alloc();
   while (!text.empty()) {
     // A well-formed stretch is split by the pattern; the ill-formed bytes up to the next one are a piece.
     size_t length = 0;
@@ -127,6 +130,7 @@ void ByteLevelBpe::EncodeWellFormed(absl::string_view text, Scratch& scratch, st
     // Checking UTF-8 here would look at the whole text for every piece.
     const int result =
         pcre2_match(split_.get(), subject, text.size(), begin, PCRE2_NO_UTF_CHECK, scratch.match.get(), nullptr);
+    if (result == PCRE2_ERROR_NOMEMORY) throw std::bad_alloc();
     // The pattern matches at every character, and never backtracks over more than one.
     CHECK(result > 0 && match[0] == begin) << "split: " << result << " at " << begin;
     EncodePiece(text.substr(begin, match[1] - begin), scratch, ids);

@@ -11,11 +11,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <optional>
 #include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
+#include "kernels/base/exhaustion.h"
 #include "kernels/base/round.h"
 
 namespace dejavu::cpu {
@@ -67,7 +69,9 @@ int64_t FreeBytes(int sharers) {
   const int64_t limit = NumberIn("/sys/fs/cgroup/memory.max", "", machine);  // "max": none
   const int64_t used = NumberIn("/sys/fs/cgroup/memory.current", "", 0) -
                        NumberIn("/sys/fs/cgroup/memory.stat", "inactive_file", 0);  // the kernel gives these up
-  return std::clamp<int64_t>(limit - used, 0, machine) / sharers;
+  const std::optional<AddressSpace> space = LimitedAddressSpace();
+  const int64_t most = space.has_value() ? std::min(machine, std::max<int64_t>(0, space->left_bytes())) : machine;
+  return std::clamp<int64_t>(limit - used, 0, most) / sharers;
 }
 
 absl::StatusOr<Buffer> Allocate(int64_t bytes) {
@@ -90,7 +94,9 @@ absl::StatusOr<Buffer> Allocate(int64_t bytes) {
     free = [](void* p) { std::free(p); };
   }
   if (data == nullptr) {
-    return absl::ResourceExhaustedError(absl::StrCat("cpu: cannot allocate ", bytes, " bytes: ", std::strerror(errno)));
+    const std::string reason = std::strerror(errno), space = DescribeAddressSpace();
+    return absl::ResourceExhaustedError(
+        absl::StrCat("cpu: cannot allocate ", bytes, " bytes: ", reason, space.empty() ? "" : "; ", space));
   }
   return Buffer(data, bytes, std::move(free));
 }

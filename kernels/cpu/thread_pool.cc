@@ -46,10 +46,17 @@ ThreadPool::ThreadPool(int threads, bool pin, int first_cpu)
       first_cpu_(first_cpu),
       spins_(threads <= static_cast<int>(Cpus().size()) ? kSpins : 0) {
   CHECK(threads >= 1) << threads << " threads";
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { Work(i); });
+  try {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { Work(i); });
+  } catch (...) {  // the system has no more threads
+    Stop();
+    throw;
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { Stop(); }
+
+void ThreadPool::Stop() {
   stop_ = true;
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();

@@ -61,6 +61,7 @@ class ThreadPool {
 
   void RunBody(Body body, void* context);
   void Work(int thread);
+  void Stop();
   uint32_t AwaitChange(const std::atomic<uint32_t>& value, uint32_t old) const;
 
   // Constant after construction.

@@ -9,6 +9,7 @@
 #include "CLI/Config.hpp"
 #include "CLI/Formatter.hpp"
 #include "absl/status/status.h"
+#include "kernels/base/end_output.h"
 #include "loadtest/cli/commands.h"
 #include "loadtest/cli/output.h"
 
@@ -58,9 +59,7 @@ int Run(dejavu::Command* command, const dejavu::ConnectionOptions& options) {
   return command->Run(connection->get());
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int Main(int argc, char** argv) {
   CLI::App program("Client of dejavud", "dejavu-cli");
   program.set_version_flag("--version", "dejavu-cli " DEJAVU_VERSION);
   program.require_subcommand(1);
@@ -84,3 +83,7 @@ int main(int argc, char** argv) {
   }
   return dejavu::kExitUsage;
 }
+
+}  // namespace
+
+int main(int argc, char** argv) { return dejavu::EndOutput("dejavu-cli", Main(argc, argv)); }

@@ -11,6 +11,7 @@
 #include "CLI/Config.hpp"
 #include "CLI/Formatter.hpp"
 #include "absl/status/status.h"
+#include "kernels/base/end_output.h"
 #include "loadtest/client/channel.h"
 #include "loadtest/generator/document.h"
 #include "loadtest/generator/echo.h"
@@ -185,9 +186,7 @@ void AddEcho(CLI::App* program, dejavu::EchoOptions* o) {
   echo->add_option("--itl-ms", o->itl_ms, "Between two tokens; 0: all at once")->check(CLI::Range(0.0, 1e6));
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int Main(int argc, char** argv) {
   CLI::App program("Loads dejavud and measures it", "dejavu-loadtest");
   program.set_version_flag("--version", "dejavu-loadtest " DEJAVU_VERSION);
   program.require_subcommand(1);
@@ -215,3 +214,7 @@ int main(int argc, char** argv) {
   const absl::Status served = dejavu::RunEcho(echo_options, interrupted);
   return served.ok() ? dejavu::kLoadtestOk : Fail(served, dejavu::kLoadtestUnavailable);
 }
+
+}  // namespace
+
+int main(int argc, char** argv) { return dejavu::EndOutput("dejavu-loadtest", Main(argc, argv)); }

@@ -2,15 +2,17 @@
 // Exit codes: 0 stopped by a signal after draining (or while loading); 1 cannot start: configuration, model or port, or
 // the plan does not fit; 2 usage; 3 the engine failed; 4 a second signal cut off requests that were still running.
 // Under mpirun rank 0 does all that; the other processes follow its engine and end with it, by 0, 1 or 3.
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/signalfd.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <chrono>
 #include <cstdio>
-#include <fstream>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -25,6 +27,8 @@
 #include "engine/text/tokenizer.h"
 #include "kernels/base/check.h"
 #include "kernels/base/clock.h"
+#include "kernels/base/end_output.h"
+#include "kernels/base/exhaustion.h"
 #include "kernels/base/status_macros.h"
 #include "server/observe/logging.h"
 #include "server/server.h"
@@ -38,11 +42,12 @@ constexpr size_t kMaxTerminationBytes = 4000;  // Kubernetes reads 4096
 
 enum ExitCode { kDrained = 0, kCannotStart = 1, kEngineFailed = 3, kCutOff = 4 };
 
-// Wakes the main thread from another one, in poll().
+// Wakes the main thread from another one, in poll(). Made at start: later connections may have all descriptors.
 class Event {
  public:
-  Event() : fd_(eventfd(0, EFD_CLOEXEC)) { CHECK(fd_ >= 0) << "eventfd"; }
+  Event() : fd_(eventfd(0, EFD_CLOEXEC)) {}
   ~Event() { close(fd_); }
+  bool made() const { return fd_ >= 0; }
   void Set() { CHECK(eventfd_write(fd_, 1) == 0) << "eventfd_write"; }
   int fd() const { return fd_; }
 
@@ -84,8 +89,15 @@ int32_t SampledVocab(const Tokenizer* tokenizer) { return tokenizer == nullptr ?
 
 absl::StatusOr<EngineAndTokenizer> LoadEngineAndTokenizer(const EngineOptions& options, Server* server) {
   EngineAndTokenizer loaded;
-  ASSIGN_OR_RETURN(loaded.tokenizer, LoadTokenizer(options));
-  ASSIGN_OR_RETURN(loaded.engine, Engine::Create(options, SampledVocab(loaded.tokenizer.get()), LogProgress(server)));
+  absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer = OrExhausted([&] { return LoadTokenizer(options); });
+  if (absl::IsResourceExhausted(tokenizer.status())) {
+    return absl::ResourceExhaustedError(absl::StrCat("tokenizer: ", tokenizer.status().message()));
+  }
+  RETURN_IF_ERROR(tokenizer.status());
+  loaded.tokenizer = *std::move(tokenizer);
+  ASSIGN_OR_RETURN(loaded.engine, OrExhausted([&] {
+                     return Engine::Create(options, SampledVocab(loaded.tokenizer.get()), LogProgress(server));
+                   }));
   return loaded;
 }
 
@@ -120,10 +132,13 @@ void IgnoreStraySignals() {
 void Fail(const ServerOptions& options, const std::string& reason) {
   spdlog::critical("{}", reason);
   if (options.log_termination_file.empty()) return;
-  std::ofstream file(options.log_termination_file);
-  file << reason.substr(0, kMaxTerminationBytes) << "\n";
-  file.close();
-  if (!file) spdlog::error("cannot write log.termination_file {}", options.log_termination_file);
+  // O_NONBLOCK: nobody waits for a FIFO's reader.
+  const int fd =
+      open(options.log_termination_file.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_NONBLOCK | O_CLOEXEC, 0666);
+  const std::string text = absl::StrCat(reason.substr(0, kMaxTerminationBytes), "\n");
+  const bool written = fd >= 0 && write(fd, text.data(), text.size()) == static_cast<ssize_t>(text.size());
+  if (!written) spdlog::error("cannot write log.termination_file {}", options.log_termination_file);
+  if (fd >= 0) close(fd);
 }
 
 // A process of mpirun that is not rank 0. Once it is loaded signals are rank 0's affair: mpirun sends them to all, and
@@ -166,8 +181,8 @@ class Daemon {
 
   const Config config_;
   int signal_fd_ = -1;
-  Event loaded_, never_, drained_;  // from the start: later clients may have left no descriptor
-  EngineAndTokenizer model_;        // outlives the server
+  Event loaded_, drained_;    // from the start: later clients may have left no descriptor
+  EngineAndTokenizer model_;  // outlives the server
 };
 
 int Daemon::Run() {
@@ -175,7 +190,10 @@ int Daemon::Run() {
   const sigset_t signals = OurSignals();
   BlockSignals(signals);
   signal_fd_ = signalfd(-1, &signals, SFD_CLOEXEC);
-  CHECK(signal_fd_ >= 0) << "signalfd";
+  if (signal_fd_ < 0 || !loaded_.made() || !drained_.made()) {
+    Fail(config_.server, absl::StrCat("cannot start: no descriptor for signals: ", std::strerror(errno)));
+    return kCannotStart;
+  }
 
   absl::StatusOr<std::unique_ptr<Server>> server =
       Server::Start(config_.server, config_.engine, [] { kill(getpid(), SIGTERM); });
@@ -232,6 +250,7 @@ std::optional<int> Daemon::Load(Server* server) {
     return kCannotStart;
   }
   model_ = *std::move(loaded);
+  ExitOnExhaustion("dejavud", kEngineFailed);
   if (!model_.engine->synthetic().empty()) spdlog::warn("SYNTHETIC model: {}", model_.engine->synthetic());
   server->SetReady(model_.engine.get(), model_.tokenizer.get());
   spdlog::info("serving \"{}\" on {} after {:.1f} s: {:.2f} GB of {} weights", server->model_name(),
@@ -241,7 +260,7 @@ std::optional<int> Daemon::Load(Server* server) {
 }
 
 int Daemon::Serve(Server* server) {
-  while (!WaitFor(never_, kEngineCheckMs, server).signal) EndIfFailed(server);
+  while (!WaitFor(drained_, kEngineCheckMs, server).signal) EndIfFailed(server);
   return Drain(server);
 }
 
@@ -302,9 +321,12 @@ int PrintPlan(const Config& config, const PlanOptions& devices) {
 }  // namespace dejavu
 
 int main(int argc, char** argv) {
+  dejavu::ExitOnExhaustion("dejavud", dejavu::kCannotStart);
   const dejavu::ParsedCommandLine command_line = dejavu::ParseCommandLine(argc, argv);
-  if (command_line.exit_code.has_value()) return *command_line.exit_code;
-  if (command_line.plan.has_value()) return dejavu::PrintPlan(command_line.config, *command_line.plan);
+  if (command_line.exit_code.has_value()) return dejavu::EndOutput("dejavud", *command_line.exit_code);
+  if (command_line.plan.has_value()) {
+    return dejavu::EndOutput("dejavud", dejavu::PrintPlan(command_line.config, *command_line.plan));
+  }
   const dejavu::ServerOptions& server = command_line.config.server;
   dejavu::StartLogging(server.log_level,
                        server.log_format == "json" ? dejavu::LogFormat::kJson : dejavu::LogFormat::kText);

@@ -6,11 +6,16 @@
 #include "CLI/App.hpp"
 #include "CLI/Config.hpp"
 #include "CLI/Formatter.hpp"
+#include "kernels/base/end_output.h"
+#include "kernels/base/exhaustion.h"
 #include "spdlog/sinks/stdout_sinks.h"
 #include "spdlog/spdlog.h"
 #include "tests/bench/subcommand.h"
 
-int main(int argc, char** argv) {
+namespace {
+
+int Main(int argc, char** argv) {
+  dejavu::ExitOnExhaustion("dejavu-bench", 1);
   spdlog::set_default_logger(spdlog::stderr_logger_mt("dejavu-bench"));  // tables alone go to stdout
   CLI::App program("Measures dejavud on this machine. Figures are medians; compare ratios within one run.",
                    "dejavu-bench");
@@ -31,3 +36,7 @@ int main(int argc, char** argv) {
   }
   return 1;
 }
+
+}  // namespace
+
+int main(int argc, char** argv) { return dejavu::EndOutput("dejavu-bench", Main(argc, argv)); }

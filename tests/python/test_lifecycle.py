@@ -1,7 +1,10 @@
 """The daemon's life: loading, serving, draining, dying, and refusing to start."""
+import contextlib
 import json
 import os
 import pathlib
+import re
+import resource
 import signal
 import socket
 import struct
@@ -197,6 +200,101 @@ def test_exit_codes_and_messages_when_it_cannot_start(tmp_path):
         done = run_daemon(*args)
         assert done.returncode == code, (args, done)
         assert part in done.stderr, (args, done)
+
+
+def put_fifo(path):
+    os.mkfifo(path)
+
+
+def put_socket(path):
+    listener = socket.socket(socket.AF_UNIX)
+    with contextlib.chdir(path.parent):  # a path of more than 107 bytes is no address
+        listener.bind(path.name)
+    listener.close()
+
+
+# A read of any of them waits for somebody, has no end, or makes no sense.
+NO_FILES = {"a FIFO": put_fifo, "a directory": pathlib.Path.mkdir, "a socket": put_socket,
+            "a device": lambda path: path.symlink_to("/dev/zero")}
+MODEL_FILES = ("config.json", "model.safetensors", "predictor.safetensors", "vocab.json", "merges.txt",
+               "tokenizer_config.json", "special_tokens_map.json")
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_no_file_holds_up_no_start(tmp_path, kind):
+    for name in (*MODEL_FILES, "--config", "--predictor"):
+        folder = tmp_path / name.strip("-").replace(".", "_")
+        folder.mkdir()
+        flags = ["--listen", "127.0.0.1:0", "--model", str(MODEL)]
+        if name.startswith("--"):
+            odd = folder / "odd"
+            flags += [name, str(odd)]
+        else:
+            for file in MODEL.iterdir():
+                if file.name != name:
+                    (folder / file.name).symlink_to(file)
+            odd = folder / name
+            flags[-1] = str(folder)
+        NO_FILES[kind](odd)
+        done = run_daemon(*flags)
+        assert done.returncode == 1, (name, done)
+        assert f"{odd}: is {kind}, not a regular file" in done.stderr, (name, done)
+
+
+def test_a_fifo_holds_up_no_end(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    done = run_daemon("--model", str(tmp_path / "nowhere"), "--listen", "127.0.0.1:0", "--log-termination-file",
+                      str(tmp_path / "fifo"))
+    assert done.returncode == 1, done
+    assert "cannot write log.termination_file" in done.stderr, done
+
+
+def test_output_that_does_not_arrive_is_a_failure():
+    plan = ("--model", MODEL, "--plan", "--plan-memory-gib", "4", "--plan-bandwidth-gbs", "10")
+    for command in [("dejavud", "--help"), ("dejavud", "--version"), ("dejavud", "--print-config"), ("dejavud", *plan),
+                    ("dejavu-cli", "--help"), ("dejavu-cli", "--version"), ("dejavu-loadtest", "--help"),
+                    ("dejavu-calibrate", "--help"), ("dejavu-eval", "--version"), ("dejavu-sim", "--help"),
+                    ("dejavu-sim", "--rate", "1", "--seconds", "1"), ("dejavu-bench", "--help")]:
+        if not (BIN / command[0]).exists():  # an image has fewer
+            continue
+        for target, code in [("/dev/full", 1), ("/dev/null", 0)]:
+            with open(target, "wb") as out:
+                done = subprocess.run([BIN / command[0], *command[1:]], stdout=out, stderr=subprocess.PIPE, text=True,
+                                      timeout=PATIENCE_S)
+            assert done.returncode == code, (command, done)
+            assert ("cannot write to standard output: No space left on device" in done.stderr) == (code == 1), (command, done)
+
+
+@pytest.mark.parametrize("resource_name", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_memory_that_is_refused_ends_the_start_with_a_message(tmp_path, resource_name):
+    """At some of the limits it serves, at the others it says what it lacks."""
+    limited = lambda mib: lambda: resource.setrlimit(getattr(resource, resource_name), (mib << 20, mib << 20))
+    if subprocess.run([BIN / "dejavud", "--version"], preexec_fn=limited(3000), capture_output=True).returncode != 0:
+        pytest.skip("a sanitizer takes terabytes of address space")
+    served = refused = 0
+    for mib in (40, 60, 80, 100, 130, 160, 200, 250, 300, 350, 400, 500, 650, 900, 1400, 3000):
+        log = tmp_path / f"{mib}.log"
+        with open(log, "wb") as out:
+            process = subprocess.Popen(
+                [BIN / "dejavud", "--model", MODEL, "--listen", "127.0.0.1:0", "--metrics-listen", "", "--threads", "2"],
+                stdout=subprocess.DEVNULL, stderr=out, preexec_fn=limited(mib))
+        try:
+            deadline = time.monotonic() + PATIENCE_S
+            while process.poll() is None and " serving " not in log.read_text(errors="replace"):
+                assert time.monotonic() < deadline, (mib, log.read_text())
+                time.sleep(0.02)
+            if process.poll() is None:
+                process.terminate()
+                assert process.wait(timeout=PATIENCE_S) == 0, (mib, log.read_text())
+                served += 1
+            elif "error while loading shared libraries" not in log.read_text():  # that is the system's affair
+                assert process.returncode == 1, (mib, process.returncode, log.read_text())
+                assert re.search(r"\d+ bytes|GiB|thread", log.read_text().splitlines()[-1]), (mib, log.read_text())
+                refused += 1
+        finally:
+            process.kill()
+            process.wait()
+    assert served > 0 and refused > 0
 
 
 # The two ways to have no GPU that hold on every machine: none that the process may see, and no module to ask.

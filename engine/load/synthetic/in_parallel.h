@@ -13,12 +13,11 @@ namespace dejavu {
 template <typename Use>
 void InParallel(int64_t count, const Use& use) {
   const int64_t threads = std::clamp<int64_t>(std::thread::hardware_concurrency(), 1, std::max<int64_t>(count, 1));
-  std::vector<std::thread> others;
+  std::vector<std::jthread> others;  // joined where one of them cannot be started, too
   for (int64_t t = 1; t < threads; ++t) {
     others.emplace_back([&, t] { use(count * t / threads, count * (t + 1) / threads); });
   }
   use(0, count / threads);
-  for (std::thread& other : others) other.join();
 }
 
 }  // namespace dejavu

@@ -27,8 +27,8 @@ absl::Status RowWriter::Write(const Tensor& weight, const Tensor& scale, const R
   make_stripe(0, &stripes_[0]);
   for (int64_t r = 0; r < weight.rows; r += stripe_rows) {
     std::swap(stripes_[0], stripes_[1]);
-    std::thread next;
-    if (r + stripe_rows < weight.rows) next = std::thread([&, r] { make_stripe(r + stripe_rows, &stripes_[0]); });
+    std::jthread next;
+    if (r + stripe_rows < weight.rows) next = std::jthread([&, r] { make_stripe(r + stripe_rows, &stripes_[0]); });
     const int64_t n = std::min(stripe_rows, weight.rows - r);
     backend_.Upload(weight.Rows(r, n), stripes_[1].values.data());
     if (!scale.empty()) backend_.Upload(scale.Cols(r, n), stripes_[1].scales.data());
