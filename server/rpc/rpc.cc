@@ -242,16 +242,11 @@ void Rpc::OnReadDone(bool ok) {
     reading_since_ = SteadyTime();
   }
   if (!ok) {
-    // A client that has half-closed still hears what we say. Else it has gone, or gRPC has ended a call whose message
-    // is too large; which of them, it does not tell.
-    if (context_->IsCancelled()) {
-      End(HasGone());
-    } else {
-      End(handler_->streams_requests() ? absl::OkStatus()
-                                       : absl::InvalidArgumentError("the call holds no request message"));
-    }
+    End(handler_->streams_requests() ? absl::OkStatus()
+                                     : absl::InvalidArgumentError("the call holds no request message"));
     return;
   }
+  had_request_ = true;
   const auto bytes = static_cast<int64_t>(request_.Length());
   slot_->TakeMessage(request_.Length());
   if (bytes <= kSmallRequestBytes) return HandleRequest();
@@ -342,6 +337,9 @@ void Rpc::Complete() {
     code = code_;
     stall = stall_;
   }
+  // Only a client that has half-closed hears that its message is missing. Else it has gone, or gRPC has refused a
+  // message that is too large; which of them, it does not tell.
+  if (!had_request_ && context_->IsCancelled()) code = static_cast<grpc::StatusCode>(HasGone().code());
   report_->EndCall(code, stall, std::move(source));
   self_.reset();
 }

@@ -128,6 +128,7 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   std::unique_ptr<RpcHandler> handler_;
   const bool large_replies_;
   std::shared_ptr<Rpc> self_;  // until OnDone
+  bool had_request_ = false;   // set by reads, asked for when all is over
   grpc::ByteBuffer request_;   // of the read that is outstanding
   grpc::ByteBuffer reply_;     // of the write that is outstanding
 
