@@ -291,7 +291,8 @@ def main(arguments=None):
     parser.add_argument("--pause-s", type=float, default=0.2, help="between two calls of a client (default 0.2)")
     parser.add_argument("--reload-every-s", type=float, default=10, help="certificates, tokens and the predictor (default 10)")
     parser.add_argument("--restart-every-s", type=float, default=30, help="of the replicas; 0: there are none (default 30)")
-    parser.add_argument("--daemon-flag", action="append", default=[], metavar="FLAG", help="one more of the two daemons; may be repeated")
+    parser.add_argument("--daemon-flag", action="append", default=[], metavar="FLAG",
+                        help="one more of the two daemons; may be repeated")
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "build/soak", metavar="FOLDER")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:

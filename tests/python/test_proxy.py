@@ -26,9 +26,10 @@ from test_security import TENANTS, bearer, metric, secret, shown_certificate, to
 
 Code = grpc.StatusCode
 SERVICE = "/dejavu.v1.GenerationService/"
-GATEWAY = ("--transport-gateways", "127.0.0.1")
+# Deadlines are bounds of the tests: a machine with much else to do shall not have calls refused because of them.
+FLAGS = ("--transport-gateways", "127.0.0.1", "--scheduler-deadline-slack", "0")
 # A second for each step: a stream of 480 tokens does not end while a test has patience.
-ENDLESS = ("--scheduler-fault", "slow@1000", "--scheduler-deadline-slack", "0")
+ENDLESS = ("--scheduler-fault", "slow@1000")
 ATTACK_S = 3
 MOST_PROXY_MIB = 128
 MOST_DESCRIPTORS = 700  # of the daemon, which needs two for a connection: 100 and 200 of one address, and its own
@@ -39,7 +40,7 @@ class Front:
 
     def __init__(self, api, folder, *flags, connect=grpc.insecure_channel, tls=None, **settings):
         folder.mkdir(exist_ok=True)
-        self.daemon = Daemon(api, folder, *GATEWAY, *flags)
+        self.daemon = Daemon(api, folder, *FLAGS, *flags)
         self.proxy = Proxy(self.daemon.address, folder / "proxy.log", tls, **settings)
         self.address, self.request = self.proxy.address, self.daemon.request
         self.channel = connect(self.address)
@@ -59,7 +60,7 @@ class Front:
 @pytest.fixture(scope="module")
 def front(api, tmp_path_factory):
     """Shared by tests that leave it as they found it. Steps take 10 ms: streams do not end before a test has done its part."""
-    front = Front(api, tmp_path_factory.mktemp("front"), "--scheduler-fault", "slow@10", "--scheduler-deadline-slack", "0")
+    front = Front(api, tmp_path_factory.mktemp("front"), "--scheduler-fault", "slow@10")
     yield front
     front.stop()
     assert front.daemon.process.returncode == 0, front.daemon.log()
@@ -282,7 +283,7 @@ def unread_stream_of(front, **options):
 
 def test_a_drain_under_load_loses_nothing(fronts):
     """As a pod ends: the daemon is told first, the proxy after its readiness has been seen."""
-    front = fronts("--scheduler-fault", "slow@10", "--scheduler-deadline-slack", "0", "--drain-linger-ms", "500", "--drain-timeout-s", "100")
+    front = fronts("--scheduler-fault", "slow@10", "--drain-linger-ms", "500", "--drain-timeout-s", "100")
     request = front.request([2, 5, 7], 100)
     expected = list(front.daemon.stub.Generate(request, timeout=PATIENCE_S).token_ids)
     watch = front.health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
@@ -461,7 +462,7 @@ def test_connections_end_when_nothing_happens_on_them(fronts):
 
 def test_patience_is_for_those_who_owe_something(fronts):
     """Not for a client that waits for a slow daemon or watches its health."""
-    front = fronts("--scheduler-fault", "slow@1500", "--scheduler-deadline-slack", "0", PROXY_STALL="1s", PROXY_SILENCE="4s")
+    front = fronts("--scheduler-fault", "slow@1500", PROXY_STALL="1s", PROXY_SILENCE="4s")
     watch = front.health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
     assert next(watch).status == 1
     assert len(front.tokens([2, 5], 5)) == 5  # longer than both
