@@ -262,7 +262,7 @@ def test_output_that_does_not_arrive_is_a_failure():
                 done = subprocess.run([BIN / command[0], *command[1:]], stdout=out, stderr=subprocess.PIPE, text=True,
                                       timeout=PATIENCE_S)
             assert done.returncode == code, (command, done)
-            assert ("cannot write to standard output: No space left on device" in done.stderr) == (code == 1), (command, done)
+            assert ("cannot write to standard output" in done.stderr) == (code == 1), (command, done)
 
 
 @pytest.mark.parametrize("resource_name", ["RLIMIT_AS", "RLIMIT_DATA"])
