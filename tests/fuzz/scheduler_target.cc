@@ -89,6 +89,7 @@ class World {
     CHECK(pool_.free() == pool_.total()) << pool_.free() << " blocks are free of " << pool_.total();
     CHECK(admission_.account().live == 0 && admission_.waiting() == 0) << admission_.waiting();
     CHECK(admission_.waiting_prompt_tokens() == 0) << admission_.waiting_prompt_tokens();
+    CheckAdmitsWhileIdle();
   }
 
  private:
@@ -96,6 +97,24 @@ class World {
   // From microseconds to weeks.
   SteadyTime::duration AnyTime() {
     return std::chrono::microseconds(int64_t{1 + input_.Below(256)} << input_.Below(34));
+  }
+
+  // Whatever steps it has seen, a server that has nothing to do admits a call that it can finish in time, if perhaps
+  // not at once: it learns nothing from those that it refuses.
+  void CheckAdmitsWhileIdle() {
+    constexpr int kMostRefusals = 360;
+    Request r;
+    r.prompt.assign(4, 0);
+    r.max_new_tokens = 4;
+    for (int refusals = 0; refusals < kMostRefusals; ++refusals) {
+      r.deadline = now_ + std::chrono::seconds(1);
+      if (admission_.Admit(r, now_).ok()) {
+        admission_.Ended(r, FinishReason::kCancelled, /*waiting=*/true);
+        return;
+      }
+      now_ += std::chrono::seconds(10);
+    }
+    CHECK(false) << "an idle server refuses what it could finish in " << admission_.PredictMs(r) << " ms, as it thinks";
   }
 
   void Arrive() {
