@@ -16,7 +16,8 @@ namespace {
 
 constexpr double kBrokenBurst = 16, kBrokenPerS = 1;
 constexpr double kCancelBurst = 1000, kCancelsPerS = 200;
-constexpr int64_t kUnexplained = 64 << 10;      // at once
+constexpr int kLooks = 10;
+constexpr int64_t kUnexplained = 512 << 10;     // at once: some hundred calls that nobody has seen yet
 constexpr int64_t kUnexplainedPerS = 32 << 10;  // and in the long run
 constexpr int64_t kCallBytes = 1 << 10;         // frames of a call beside its metadata and message
 constexpr int64_t kAwaitedBytes = 64 << 10;     // of a call whose message is under way, beside the message
@@ -107,9 +108,8 @@ bool Connection::InputIsExplained(SteadyTime now, int64_t message_bytes) {
   // Once a window has grown, messages may have come before anybody has seen their calls begin.
   const int64_t unseen = had_message_.load(std::memory_order_relaxed) ? 2 * message_bytes : 0;
   const bool above = level > kUnexplained + unseen + awaited * (2 * message_bytes + kAwaitedBytes);
-  const bool explains = !above || !was_above_;
-  was_above_ = above;
-  return explains;
+  looks_above_ = above ? looks_above_ + 1 : 0;
+  return looks_above_ < kLooks;
 }
 
 bool Connection::Close() {

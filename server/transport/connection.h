@@ -94,10 +94,10 @@ class Connection {
   std::atomic<int64_t>& unread_bytes() { return unread_bytes_; }
 
   // How many of the bytes that have come no call explains, added up and forgotten slowly. False: at this look and at
-  // the one before they were more than a client has reason for, whose messages have at most `message_bytes`. Only one
-  // thread looks.
+  // some before they were more than a client has reason for, whose messages have at most `message_bytes`. On a busy
+  // machine calls may be seen long after their bytes have come. Only one thread looks.
   bool InputIsExplained(SteadyTime now, int64_t message_bytes);
-  bool suspicious() const { return was_above_; }  // they were at the last look
+  bool suspicious() const { return looks_above_ > 0; }  // they were at the last look
   int64_t unexplained_bytes() const { return unexplained_.load(std::memory_order_relaxed); }
 
   // gRPC finds the socket shut down, and ends what runs on it. True: it was not closed before.
@@ -119,7 +119,7 @@ class Connection {
 
   // InputIsExplained's.
   int64_t seen_bytes_ = 0, seen_explained_ = 0;
-  bool was_above_ = false;
+  int looks_above_ = 0;  // in a row
   SteadyTime looked_;
 };
 
