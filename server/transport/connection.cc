@@ -16,8 +16,10 @@ namespace {
 
 constexpr double kBrokenBurst = 16, kBrokenPerS = 1;
 constexpr double kCancelBurst = 1000, kCancelsPerS = 200;
-constexpr int kLooks = 10;
-constexpr int64_t kUnexplained = 512 << 10;     // at once: some hundred calls that nobody has seen yet
+// At once. On a busy machine some hundred calls may have come before anybody has seen one of them, so that the smaller
+// excess must last a while.
+constexpr int64_t kSomeExcess = 128 << 10, kMuchExcess = 256 << 10;
+constexpr int kLooksAtSome = 10, kLooksAtMuch = 2;
 constexpr int64_t kUnexplainedPerS = 32 << 10;  // and in the long run
 constexpr int64_t kCallBytes = 1 << 10;         // frames of a call beside its metadata and message
 constexpr int64_t kAwaitedBytes = 64 << 10;     // of a call whose message is under way, beside the message
@@ -107,9 +109,9 @@ bool Connection::InputIsExplained(SteadyTime now, int64_t message_bytes) {
   unexplained_.store(level, std::memory_order_relaxed);
   // Once a window has grown, messages may have come before anybody has seen their calls begin.
   const int64_t unseen = had_message_.load(std::memory_order_relaxed) ? 2 * message_bytes : 0;
-  const bool above = level > kUnexplained + unseen + awaited * (2 * message_bytes + kAwaitedBytes);
-  looks_above_ = above ? looks_above_ + 1 : 0;
-  return looks_above_ < kLooks;
+  const int64_t excess = level - unseen - awaited * (2 * message_bytes + kAwaitedBytes);
+  looks_above_ = excess > kSomeExcess ? looks_above_ + 1 : 0;
+  return looks_above_ < (excess > kMuchExcess ? kLooksAtMuch : kLooksAtSome);
 }
 
 bool Connection::Close() {

@@ -20,7 +20,7 @@ namespace dejavu {
 namespace {
 
 constexpr std::chrono::milliseconds kLook(20), kMemoryLook(100);
-constexpr std::chrono::seconds kSweep(1), kTrim(10);
+constexpr std::chrono::seconds kSweep(1), kTrim(10), kUrgentTrim(1);
 constexpr size_t kClosedAtOnce = 8;
 // What any connection may hold or have sent: those below are not at fault when memory is short.
 constexpr int64_t kInnocentBytes = 128 << 10;
@@ -173,7 +173,7 @@ void ConnectionWatch::LookAtMemory(SteadyTime now) {
     table_->set_memory_short(false);
   }
   // The allocator keeps what was freed.
-  if (bytes < trimmed_bytes_ + kTrimBytes || now - trimmed_ < kTrim) return;
+  if (bytes < trimmed_bytes_ + kTrimBytes || now - trimmed_ < (table_->memory_short() ? kUrgentTrim : kTrim)) return;
   malloc_trim(0);
   trimmed_ = now;
   trimmed_bytes_ = AnonymousBytes();
