@@ -12,7 +12,7 @@ namespace dejavu {
 
 inline constexpr int kMaxShadowEvery = 1'000'000'000;
 // Above it gRPC may end the whole connection of a call, so that the limit of the options must be far below.
-inline constexpr int kTransportMetadataBytes = 64 << 10;
+inline constexpr int kTransportMetadataBytes = 32 << 10;
 
 struct ServerOptions {
   std::string listen = "127.0.0.1:50051";  // host:port; port 0: any free one

@@ -12,6 +12,8 @@ namespace dejavu {
 namespace {
 
 constexpr std::chrono::seconds kPeerMemory(60);
+// Of a peer while memory is short: who has done nothing gets in.
+constexpr int kConnectionsInNeed = 2;
 
 }  // namespace
 
@@ -34,7 +36,7 @@ std::shared_ptr<Connection> ConnectionTable::Admit(const std::string& port, cons
   MutexLock lock(mutex_);
   const std::shared_ptr<Peer> peer = PeerOf(address, now);
   if (port == kPublicPort) {
-    if (memory_short()) return Turn(Turned::kMemory, fd);
+    if (memory_short() && peer->connections >= kConnectionsInNeed) return Turn(Turned::kMemory, fd);
     if (peer->banned(now)) return Turn(Turned::kBanned, fd);
     const bool limited = !peer->gateway();
     if (limited && limits_.new_connections_per_s > 0 && !peer->new_connections.Take(now)) {

@@ -48,7 +48,7 @@ class ConnectionTable {
   void Close(Connection& connection, Closed reason);
   void CountTurned(Turned reason) { Count(turned_[static_cast<size_t>(reason)]); }
 
-  // While memory is short no connection is taken.
+  // While memory is short no connection is taken from those who have some.
   void set_memory_short(bool value) { memory_short_.store(value, std::memory_order_relaxed); }
   bool memory_short() const { return memory_short_.load(std::memory_order_relaxed); }
 

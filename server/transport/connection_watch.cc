@@ -164,8 +164,7 @@ void ConnectionWatch::LookAtMemory(SteadyTime now) {
   const int64_t bytes = AnonymousBytes();
   if (bytes > bound) {
     if (!table_->memory_short()) {
-      spdlog::warn("memory is short: more than {} MiB are held; the worst connections are closed and no new ones taken",
-                   bound >> 20);
+      spdlog::warn("memory is short: more than {} MiB are held; the worst connections are closed", bound >> 20);
     }
     table_->set_memory_short(true);
     CloseWorst();
