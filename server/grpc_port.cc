@@ -16,9 +16,6 @@ namespace {
 constexpr int kKeepaliveTimeMs = 60'000;     // an idle connection is pinged that often
 constexpr int kKeepaliveTimeoutMs = 20'000;  // and dropped when no answer comes
 constexpr int kMinClientPingIntervalMs = 10'000;
-// Of headers that a connection may name by a byte: room for what clients repeat in each call. By the usual 4 KiB a few
-// bytes become megabytes.
-constexpr int kHeaderTableBytes = 1024;
 constexpr int kHandshakeTimeoutMs = 10'000;  // for TLS and the first settings
 
 // gRPC writes to stderr by itself, even what any client can provoke: its lines go to our log, where they are usually
@@ -38,7 +35,6 @@ void Configure(const ServerOptions& options, grpc::ServerBuilder* builder) {
   builder->SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_GZIP, false);
   builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, options.max_concurrent_streams);
   builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, kTransportMetadataBytes);
-  builder->AddChannelArgument(GRPC_ARG_HTTP2_HPACK_TABLE_SIZE_DECODER, kHeaderTableBytes);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveTimeMs);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
