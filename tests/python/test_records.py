@@ -241,7 +241,8 @@ def some_request(api):
 @pytest.mark.parametrize("kind", ["gone", "full", "closed"])
 def test_a_log_that_nobody_reads_stops_nothing(api, tmp_path, kind):
     reader, writer = os.pipe()
-    process, stub = daemon_with_stderr(api, tmp_path, writer, "--log-level", "trace", close=kind == "closed")
+    process, stub = daemon_with_stderr(api, tmp_path, writer, "--log-level", "trace", "--log-refused-per-s", "0",
+                                       close=kind == "closed")
     try:
         os.close(writer)
         if kind == "gone":
@@ -272,7 +273,7 @@ def test_a_log_that_nobody_reads_stops_nothing(api, tmp_path, kind):
 
 def test_a_full_pipe_does_not_hold_up_the_exit(api, tmp_path):
     reader, writer = os.pipe()
-    process, stub = daemon_with_stderr(api, tmp_path, writer)
+    process, stub = daemon_with_stderr(api, tmp_path, writer, "--log-refused-per-s", "0")
     os.close(writer)
     wrong = some_request(api)
     wrong.request_id = "z" * 200
