@@ -43,8 +43,9 @@ std::shared_ptr<Connection> ConnectionTable::Admit(const std::string& port, cons
       return Turn(Turned::kTooFast, fd);
     }
     if (limited && peer->connections >= limits_.connections_per_peer) return Turn(Turned::kTooManyOfPeer, fd);
-    if (by_port_[port] >= limits_.connections && !MakeRoom(port)) return Turn(Turned::kTooMany, fd);
-  } else if (by_port_[port] >= kReservedConnections && !MakeRoom(port)) {
+    if (by_port_[port] >= limits_.connections && !MakeRoom(port, limits_.connections))
+      return Turn(Turned::kTooMany, fd);
+  } else if (by_port_[port] >= kReservedConnections && !MakeRoom(port, kReservedConnections)) {
     return Turn(Turned::kTooMany, fd);
   }
   auto connection = std::make_shared<Connection>(SocketName(address), port, peer, fd, now);
@@ -60,16 +61,20 @@ std::shared_ptr<Connection> ConnectionTable::Admit(const std::string& port, cons
   return connection;
 }
 
-// It is still there until gRPC lets it go: a few more than the limit may be open for a moment.
-bool ConnectionTable::MakeRoom(const std::string& port) {
+// One that is closed keeps its place until the watch sees it gone: a few more than the limit may be there for a moment.
+bool ConnectionTable::MakeRoom(const std::string& port, int places) {
   Connection* worst = nullptr;
+  int open = 0;
   const auto badness = [](const Connection& c) {
     return std::make_tuple(c.peer().connections, -c.idle_since().time_since_epoch());
   };
   for (const auto& [name, connection] : connections_) {
-    if (connection->port() != port || connection->open_calls() > 0 || connection->closed()) continue;
+    if (connection->port() != port || connection->closed()) continue;
+    ++open;
+    if (connection->open_calls() > 0) continue;
     if (worst == nullptr || badness(*connection) > badness(*worst)) worst = connection.get();
   }
+  if (open < places) return true;
   if (worst == nullptr || !worst->Close()) return false;
   Count(closed_[static_cast<size_t>(Closed::kMadeRoom)]);
   return true;

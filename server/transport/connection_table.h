@@ -66,7 +66,7 @@ class ConnectionTable {
  private:
   static void Count(std::atomic<int64_t>& counter) { counter.fetch_add(1, std::memory_order_relaxed); }
   std::shared_ptr<Peer> PeerOf(const sockaddr_storage& address, SteadyTime now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  bool MakeRoom(const std::string& port) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  bool MakeRoom(const std::string& port, int places) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   std::shared_ptr<Connection> Turn(Turned reason, int fd);
 
   const TransportLimits limits_;
