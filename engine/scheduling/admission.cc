@@ -134,7 +134,8 @@ Expectation Admission::Predict(const Request& request, int samples) const {
       std::min<int32_t>(slots, load_.running + static_cast<int32_t>(std::min<int64_t>(waiting_, slots)) + samples);
   const Tier tier = std::min(request.sparsity.tier, load_.running > 0 ? load_.costliest_tier : Tier::kFast);
   const double step_ms = StepMs(rows, tier);
-  const double prompt_step_ms = StepMs(std::max(0, rows - samples), std::min(tier, Tier::kExact));  // it has no rows of its own yet
+  const double prompt_step_ms =
+      StepMs(std::max(0, rows - samples), std::min(tier, Tier::kExact));  // it has no rows of its own yet
   double prompts = 0.0, outputs = 0.0, requests = 0.0;
   for (int u = 0; u <= static_cast<int>(request.urgency); ++u) {
     requests += static_cast<double>(waiting_of_[u]);
