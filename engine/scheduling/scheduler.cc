@@ -203,8 +203,7 @@ Tier Scheduler::CostliestRunningTier() const {
 // The place in waiting_ of the sequence that is admitted next, or kNobody.
 size_t Scheduler::NextToAdmit(SteadyTime now, bool* aged) const {
   const Tier costliest = CostliestRunningTier();
-  const auto old =
-      now - std::chrono::duration_cast<SteadyTime::duration>(std::chrono::duration<double>(options_.ageing_s));
+  const auto old = now - Lasting(options_.ageing_s);
   size_t best = kNobody, oldest = kNobody;
   for (size_t i = 0; i < waiting_.size(); ++i) {
     const Sequence& s = *waiting_[i];

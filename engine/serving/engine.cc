@@ -12,6 +12,7 @@
 #include "engine/serving/step_engine.h"
 #include "engine/serving/warm_up.h"
 #include "kernels/base/check.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
 #include "spdlog/spdlog.h"
 
@@ -159,7 +160,7 @@ bool StepEngine::TakeMail() {
   std::optional<SteadyTime::duration> patience;  // until the other ranks want to hear something
   if (group_->ranks() > 1) {
     const double seconds = options_.peer_timeout_s > 0.0 ? options_.peer_timeout_s / 4.0 : 1.0;
-    patience = std::chrono::duration_cast<SteadyTime::duration>(std::chrono::duration<double>(seconds));
+    patience = Lasting(seconds);
   }
   inbox_.Take(busy, /*may_reload=*/!flights_.ahead(), patience, &mail_);
   if (mail_.nothing) Ping();

@@ -7,13 +7,12 @@
 #include "absl/container/flat_hash_map.h"
 #include "engine/model/batch.h"
 #include "engine/scheduling/block_pool.h"
+#include "kernels/base/clock.h"
 
 namespace dejavu {
 namespace {
 
-SteadyTime At(double seconds) {
-  return SteadyTime() + std::chrono::duration_cast<SteadyTime::duration>(std::chrono::duration<double>(seconds));
-}
+SteadyTime At(double seconds) { return SteadyTime() + Lasting(seconds); }
 
 class Simulation {
  public:

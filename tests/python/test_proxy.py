@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import http2
 from certificates import Authority
-from conftest import BIN, PATIENCE_S, ROOT, Daemon
+from conftest import BIN, PATIENCE_S, ROOT, Daemon, until
 from hardening import MOST_GROWTH_MIB, resident_mib, start_attack
 from proxy import Proxy
 from test_security import TENANTS, bearer, metric, secret, shown_certificate, token_lines
@@ -259,14 +259,6 @@ def test_certificates_are_rotated_under_a_running_stream(secured):
     assert shown_certificate(front.address) == cert.decode().strip()
     assert list(stream)[-1].finish.generated_tokens == 480
     secured.mount.write(cert=cert, key=key, ca=secured.authority.pem)
-
-
-def until(condition):
-    """For what tells nobody. Bounded."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def unread_stream_of(front, **options):

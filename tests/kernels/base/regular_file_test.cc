@@ -5,12 +5,11 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#include <filesystem>
-#include <fstream>
 #include <string>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "tests/scratch_directory.h"
 
 namespace dejavu {
 namespace {
@@ -20,20 +19,11 @@ using ::testing::StartsWith;
 
 class RegularFileTest : public ::testing::Test {
  protected:
-  RegularFileTest() {
-    std::string name = ::testing::TempDir() + "/regular_file.XXXXXX";
-    EXPECT_NE(mkdtemp(name.data()), nullptr);
-    folder_ = name;
-  }
-  ~RegularFileTest() override { std::filesystem::remove_all(folder_); }
+  std::string Path(const char* name) const { return scratch_.Path(name); }
+  std::string Write(const char* name, const std::string& text) const { return scratch_.Write(name, text); }
 
-  std::string Path(const char* name) const { return folder_ + "/" + name; }
-  std::string Write(const char* name, const std::string& text) const {
-    std::ofstream(Path(name), std::ios::binary) << text;
-    return Path(name);
-  }
-
-  std::string folder_;
+  const ScratchDirectory scratch_;
+  const std::string folder_ = scratch_.path();
 };
 
 void ExpectRefused(const std::string& path, absl::StatusCode code, const std::string& reason) {
