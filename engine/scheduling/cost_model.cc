@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 namespace dejavu {
 namespace {
@@ -57,10 +56,10 @@ void CostModel::Observe(const StepShape& shape, double ms) {
   if (seen_[base] == 0) weights_[base] = DearestBase();
   ++seen_[base];
   ++steps_;
-  const double predicted_ms = Fitted(shape);
+  const double predicted_ms = Predict(shape);
   double error = ms - predicted_ms;
   if (steps_ <= kLearned) return Fit(shape, error);
-  const double fast = kOutlierShare * std::max(0.0, predicted_ms), slow = fast + kOutlier * error_ms_;
+  const double fast = kOutlierShare * predicted_ms, slow = fast + kOutlier * error_ms_;
   if (-fast <= error && error <= slow) {
     far_off_ = 0;
   } else {
@@ -84,12 +83,7 @@ void CostModel::BeginAnew() {
   for (const Step& step : late_) least = std::min(least, step.ms / std::max(kLeastMs, Predict(step.shape)));
   for (Step& step : late_) step.ms = std::min(step.ms, kAlike * least * std::max(kLeastMs, Predict(step.shape)));
   Restart();
-  for (const Step& step : late_) Fit(step.shape, step.ms - Fitted(step.shape));
-}
-
-double CostModel::Fitted(const StepShape& shape) const {
-  const Vector x = Features(shape);
-  return std::inner_product(x.begin(), x.end(), weights_.begin(), 0.0);
+  for (const Step& step : late_) Fit(step.shape, step.ms - Predict(step.shape));
 }
 
 // `error` is how much longer the step took than it was fitted to.
@@ -117,6 +111,27 @@ void CostModel::Fit(const StepShape& shape, double error) {
       covariance_[j][i] *= shrink;
     }
   }
+  ProjectOntoCosts();
+}
+
+// Nothing costs less than nothing. A weight below zero becomes zero, and the others become what fits best with it there:
+// among steps that are nearly alike noise makes a base of seconds and a row of minus a tenth of that, and without its
+// rows that base would be all that is predicted. An active set (Lawson and Hanson, Solving Least Squares Problems, 23)
+// that only grows.
+void CostModel::ProjectOntoCosts() {
+  auto rest = covariance_;  // of the weights that are not held at zero
+  for (int held = 0; held < kFeatures; ++held) {
+    const auto least = std::min_element(weights_.begin(), weights_.end()) - weights_.begin();
+    const double weight = weights_[least], variance = rest[least][least];
+    if (weight >= 0.0) return;
+    const Vector along = rest[least];
+    for (int i = 0; i < kFeatures; ++i) {
+      if (variance > 0.0) weights_[i] -= along[i] / variance * weight;
+      for (int j = 0; variance > 0.0 && j < kFeatures; ++j) rest[i][j] -= along[i] * along[j] / variance;
+    }
+    weights_[least] = 0.0;
+  }
+  for (double& weight : weights_) weight = std::max(0.0, weight);
 }
 
 double CostModel::Predict(const StepShape& s) const {
@@ -148,9 +163,8 @@ double CostModel::DearestBase() const {
 
 CostParameters CostModel::parameters() const {
   const double dearest = DearestBase();
-  const auto at = [&](int i) { return std::max(0.0, weights_[i]); };
-  const auto base = [&](int i) { return seen_[i] > 0 ? at(i) : dearest; };
-  return {base(0), base(1), base(2), at(3), at(4) / kPrefillUnit, at(5) / kContextUnit};
+  const auto base = [&](int i) { return seen_[i] > 0 ? weights_[i] : dearest; };
+  return {base(0), base(1), base(2), weights_[3], weights_[4] / kPrefillUnit, weights_[5] / kContextUnit};
 }
 
 }  // namespace dejavu

@@ -3,8 +3,8 @@
 //   ms = base of the dearest tier in the step + row * decode rows + prefill_token * prompt rows + context_token *
 //   context
 //
-// fitted by recursive least squares with forgetting (Haykin, Adaptive Filter Theory, 4th ed., 9.3), with coefficients
-// that count as zero where they are negative. A few steps that the system held up, for however long, move the fit by a
+// fitted by recursive least squares with forgetting (Haykin, Adaptive Filter Theory, 4th ed., 9.3) among coefficients
+// that are not negative. A few steps that the system held up, for however long, move the fit by a
 // bounded share; as soon as kNewLevel in a row say so, the fit begins anew from them. Pure arithmetic, nothing
 // allocates. Engine thread only.
 #ifndef ENGINE_SCHEDULING_COST_MODEL_H_
@@ -58,8 +58,8 @@ class CostModel {
     size_t count = 0;  // so far
   };
   static Vector Features(const StepShape& shape);
-  double Fitted(const StepShape& shape) const;
   void Fit(const StepShape& shape, double error);
+  void ProjectOntoCosts();
   void BeginAnew();
   void Restart();
   double DearestBase() const;

@@ -267,7 +267,8 @@ def test_output_that_does_not_arrive_is_a_failure():
 
 @pytest.mark.parametrize("resource_name", ["RLIMIT_AS", "RLIMIT_DATA"])
 def test_memory_that_is_refused_ends_the_start_with_a_message(tmp_path, resource_name):
-    """At some of the limits it serves, at the others it says what it lacks."""
+    """At some of the limits it serves, at the others it says what it lacks: with 1 where it could not start, with 3 where it could
+    and a thread that gRPC starts later found no room."""
     limited = lambda mib: lambda: resource.setrlimit(getattr(resource, resource_name), (mib << 20, mib << 20))
     if subprocess.run([BIN / "dejavud", "--version"], preexec_fn=limited(3000), capture_output=True).returncode != 0:
         pytest.skip("a sanitizer takes terabytes of address space")
@@ -285,11 +286,12 @@ def test_memory_that_is_refused_ends_the_start_with_a_message(tmp_path, resource
                 time.sleep(0.02)
             if process.poll() is None:
                 process.terminate()
-                assert process.wait(timeout=PATIENCE_S) == 0, (mib, log.read_text())
+            code, text = process.wait(timeout=PATIENCE_S), log.read_text(errors="replace")
+            if code == 0:
                 served += 1
-            elif "error while loading shared libraries" not in log.read_text():  # that is the system's affair
-                assert process.returncode == 1, (mib, process.returncode, log.read_text())
-                assert re.search(r"\d+ bytes|GiB|thread", log.read_text().splitlines()[-1]), (mib, log.read_text())
+            elif "error while loading shared libraries" not in text:  # that is the system's affair
+                assert code in ([3] if " serving " in text else [1, 3]), (mib, code, text)
+                assert re.search(r"\d+ bytes|GiB|thread", text.splitlines()[-1]), (mib, text)
                 refused += 1
         finally:
             process.kill()

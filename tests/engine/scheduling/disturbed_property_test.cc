@@ -272,6 +272,41 @@ TEST_P(HeldUp, ManyAreBelievedBothWays) {
   EXPECT_GT(Ratios().second, 0.5);
 }
 
+// A machine where nearly every step waits for the processor: a server that has just warmed up on it hears nothing but
+// noise, from steps that are all alike. Whatever it makes of them, no step is expected to take longer than the longest.
+TEST(Starved, NothingIsPredictedToTakeLongerThanAnythingDid) {
+  constexpr int kRows = 16;
+  CostParameters truth;
+  truth.dense_ms = truth.exact_ms = truth.predicted_ms = 20.0;
+  truth.row_ms = 3.0;
+  truth.prefill_token_ms = 2.0;
+  truth.context_token_ms = 0.002;
+  const CostModel exact(truth);
+  for (uint64_t seed = 0; seed < 200; ++seed) {
+    std::mt19937_64 random(seed);
+    const auto below = [&](int limit) { return std::uniform_int_distribution<int>(0, limit - 1)(random); };
+    CostModel model;
+    for (int i = 0; i < 3; ++i) {
+      for (const StepShape& shape : {StepShape{Tier::kExact, 1, 0, 0}, StepShape{Tier::kExact, kRows, 0, 120},
+                                     StepShape{Tier::kExact, 1, 32, 0}}) {
+        model.Observe(shape, exact.Predict(shape));
+      }
+    }
+    double longest_ms = 0.0;
+    for (int i = 0; i < 200; ++i) {
+      const int32_t rows = kRows - below(3);
+      const StepShape shape{kAllTiers[1 + below(4)], rows, below(4) == 0 ? 1 + below(8) : 0, rows * int64_t{20 + i}};
+      const double ms = exact.Predict(shape) * (1.0 + below(120) / 10.0);
+      longest_ms = std::max(longest_ms, ms);
+      model.Observe(shape, ms);
+      for (int32_t r = 1; r <= kRows; ++r) {
+        ASSERT_LE(model.Predict({kAllTiers[1], r, 0, r * int64_t{20 + i}}), 1.2 * longest_ms)
+            << "seed " << seed << ", step " << i << ", " << r << " rows";
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Times, HeldUp, ::testing::Values(10.0, 1e3, 1e6));
 
 }  // namespace
