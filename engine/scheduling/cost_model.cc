@@ -114,10 +114,10 @@ void CostModel::Fit(const StepShape& shape, double error) {
   ProjectOntoCosts();
 }
 
-// Nothing costs less than nothing. A weight below zero becomes zero, and the others become what fits best with it there:
-// among steps that are nearly alike noise makes a base of seconds and a row of minus a tenth of that, and without its
-// rows that base would be all that is predicted. An active set (Lawson and Hanson, Solving Least Squares Problems, 23)
-// that only grows.
+// Nothing costs less than nothing. A weight below zero becomes zero, and the others become what fits best with it
+// there: among steps that are nearly alike noise makes a base of seconds and a row of minus a tenth of that, and
+// without its rows that base would be all that is predicted. An active set (Lawson and Hanson, Solving Least Squares
+// Problems, 23) that only grows.
 void CostModel::ProjectOntoCosts() {
   auto rest = covariance_;  // of the weights that are not held at zero
   for (int held = 0; held < kFeatures; ++held) {

@@ -57,7 +57,9 @@ bool Peer::TakeCancel(SteadyTime now, double cancels) {
 
 bool Peer::TakeBrokenMessage(SteadyTime now) {
   MutexLock lock(mutex_);
-  return broken_messages_.Take(now);
+  if (broken_messages_.Take(now)) return true;
+  if (!gateway_) distrusted_until_.store((now + kDistrust).time_since_epoch().count(), std::memory_order_relaxed);
+  return false;
 }
 
 Connection::Connection(std::string name, std::string port, std::shared_ptr<Peer> peer, int fd, SteadyTime now)
@@ -109,7 +111,9 @@ bool Connection::InputIsExplained(SteadyTime now, int64_t message_bytes) {
   unexplained_.store(level, std::memory_order_relaxed);
   // Once a window has grown, messages may have come before anybody has seen their calls begin.
   const int64_t unseen = had_message_.load(std::memory_order_relaxed) ? 2 * message_bytes : 0;
-  const int64_t excess = level - unseen - awaited * (2 * message_bytes + kAwaitedBytes);
+  // Among thousands of streams that are reset there is always one that is not yet.
+  const int64_t under_way = peer_->distrusted(now) ? kAwaitedBytes : awaited * (2 * message_bytes + kAwaitedBytes);
+  const int64_t excess = level - unseen - under_way;
   looks_above_ = excess > kSomeExcess ? looks_above_ + 1 : 0;
   return looks_above_ < (excess > kMuchExcess ? kLooksAtMuch : kLooksAtSome);
 }

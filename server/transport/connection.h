@@ -43,8 +43,11 @@ class Peer {
   bool TakeCancel(SteadyTime now, double cancels);
 
   // A call whose message was begun and never became whole, as one that gRPC finds too large. False: there were too many
-  // to believe that.
+  // to believe that, and for a while nobody believes that messages of this peer are under way.
   bool TakeBrokenMessage(SteadyTime now);
+  bool distrusted(SteadyTime now) const {
+    return now.time_since_epoch().count() < distrusted_until_.load(std::memory_order_relaxed);
+  }
 
   // It has done what nobody should: for a while no connection of it is taken.
   void Ban(SteadyTime now) { banned_until_.store((now + kBan).time_since_epoch().count(), std::memory_order_relaxed); }
@@ -58,11 +61,11 @@ class Peer {
   SteadyTime last_seen;
 
  private:
-  static constexpr std::chrono::seconds kBan{10};
+  static constexpr std::chrono::seconds kBan{10}, kDistrust{2};
 
   const bool gateway_;
   std::atomic<int> calls_{0};
-  std::atomic<SteadyTime::rep> banned_until_{0};
+  std::atomic<SteadyTime::rep> banned_until_{0}, distrusted_until_{0};
 
   Mutex mutex_;
   Allowance cancels_ ABSL_GUARDED_BY(mutex_), broken_messages_ ABSL_GUARDED_BY(mutex_);

@@ -287,7 +287,7 @@ def split_headers(stream, block, end_stream=False):
 
 
 def shared_connection(address, seconds, request=None, kinds=tuple(LARGE_METADATA)):
-    """What a gateway does: strangers' bad calls on the connection of a good stream. `request`: a GenerateRequest in bytes."""
+    """What a gateway does: strangers' bad calls on the connection of good streams. `request`: a GenerateRequest in bytes."""
     end, lost, whole, bad, codes, peer = time.monotonic() + seconds, 0, 0, 0, {}, None
     choose = random.Random(1)
     while time.monotonic() < end:
@@ -296,13 +296,14 @@ def shared_connection(address, seconds, request=None, kinds=tuple(LARGE_METADATA
                 peer = connect(address)
             stream = peer.call(SERVICE + "GenerateStream", request)
             peer.until(lambda: peer.stream(stream).messages or peer.stream(stream).ended)
-            kind = choose.choice(kinds)
-            hurt = peer.next_stream()
-            peer.send(split_headers(hurt, hpack.encode(http2.grpc_headers(SERVICE + "GetModelInfo", BAD_METADATA[kind])), True))
-            bad += 1
-            ended = peer.outcome(hurt, STREAM_PATIENCE_S)
-            answer = f"{kind}: " + (f"code {ended.code}" if ended.code is not None else f"reset {ended.reset}" if ended.ended else "none")
-            codes[answer] = codes.get(answer, 0) + 1
+            while not (peer.stream(stream).ended or peer.closed):
+                kind = choose.choice(kinds)
+                hurt = peer.next_stream()
+                peer.send(split_headers(hurt, hpack.encode(http2.grpc_headers(SERVICE + "GetModelInfo", BAD_METADATA[kind])), True))
+                bad += 1
+                ended = peer.outcome(hurt, STREAM_PATIENCE_S)
+                answer = f"{kind}: " + (f"code {ended.code}" if ended.code is not None else f"reset {ended.reset}" if ended.ended else "none")
+                codes[answer] = codes.get(answer, 0) + 1
             good = peer.outcome(stream, STREAM_PATIENCE_S)
             whole, lost = whole + (good.code == 0), lost + (good.code != 0)
             if peer.closed or peer.goaway:

@@ -105,7 +105,7 @@ class Watch:
         pathlib.Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM begins again
         self.seen = dict(rss_before_mib=resident_mib(pid), fds_peak=0, health_asked=0, health_answered=0,
                          killed=False)
-        self._threads = [threading.Thread(target=work) for work in (self._look, self._ask_health)]
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._look, self._ask_health)]
         for thread in self._threads:
             thread.start()
 
@@ -146,7 +146,12 @@ def under_attack(name, pid, address, request, seconds, quiet_s, count=None):
         time.sleep(quiet_s)
         quiet = client.finish()
     watch, client = Watch(pid, address), GoodClient(address, request)
-    attack = start_attack(name, address, seconds, request if name in TAKES_REQUEST else None, count)
+    longer = None
+    if name in TAKES_REQUEST:  # so that a gap in a hundred is not the first step of one of the attack's own good streams
+        longer = type(request)()
+        longer.CopyFrom(request)
+        longer.stopping.max_new_tokens *= 4
+    attack = start_attack(name, address, seconds, longer, count)
     done = json.loads(attack.communicate(timeout=seconds + 120)[0] or "{}")
     attacked, seen = client.finish(), watch.finish()
     seen["serves_after"] = healthy(address)

@@ -229,6 +229,33 @@ TEST(ConnectionWatch, ClosesAConnectionWhoseBytesNoCallExplains) {
   Port::Drop(server);
 }
 
+// As in a flood of streams that are reset, where one is always about to get its message.
+TEST(ConnectionWatch, ACallUnderWayExplainsLittleAfterManyWithoutAMessage) {
+  Port port;
+  const int client = port.Connect();
+  ASSERT_TRUE(Eventually([&] { return port.served() == 1; }));
+  const int server = port.TakeServed()[0];
+  const std::shared_ptr<Connection> connection = port.table.All()[0];
+  connection->BeginCall(100);
+  const auto distrust = [&] {
+    while (connection->peer().TakeBrokenMessage(std::chrono::steady_clock::now())) {
+    }
+  };
+  distrust();
+  std::vector<char> bytes(1 << 16);
+  for (int i = 0; i < 16; ++i) {  // 1 MiB, less than the message may have
+    if (send(client, bytes.data(), bytes.size(), MSG_NOSIGNAL) < 0) break;
+    while (recv(server, bytes.data(), bytes.size(), MSG_DONTWAIT) > 0) {
+    }
+  }
+  EXPECT_TRUE(Eventually([&] {
+    distrust();  // it is not for ever
+    send(client, bytes.data(), 1, MSG_NOSIGNAL | MSG_DONTWAIT);
+    return port.table.closed(Closed::kUnexplained) == 1;
+  }));
+  Port::Drop(server);
+}
+
 TEST(ConnectionWatch, LeavesAConnectionWhoseCallExplainsItsBytes) {
   Port port;
   const int client = port.Connect();
