@@ -23,6 +23,7 @@ constexpr int kLooksAtSome = 10, kLooksAtMuch = 2;
 constexpr int64_t kUnexplainedPerS = 32 << 10;  // and in the long run
 constexpr int64_t kCallBytes = 1 << 10;         // frames of a call beside its metadata and message
 constexpr int64_t kAwaitedBytes = 64 << 10;     // of a call whose message is under way, beside the message
+constexpr int64_t kGrownBytes = 512 << 10;      // where a message is not believed, but a window may have grown
 
 // What the socket has received, or nothing where the kernel does not say.
 int64_t ReceivedBytes(int fd) {
@@ -110,10 +111,12 @@ bool Connection::InputIsExplained(SteadyTime now, int64_t message_bytes) {
   looked_ = now;
   unexplained_.store(level, std::memory_order_relaxed);
   // Once a window has grown, messages may have come before anybody has seen their calls begin.
-  const int64_t unseen = had_message_.load(std::memory_order_relaxed) ? 2 * message_bytes : 0;
+  const bool grown = had_message_.load(std::memory_order_relaxed);
   // Among thousands of streams that are reset there is always one that is not yet.
-  const int64_t under_way = peer_->distrusted(now) ? kAwaitedBytes : awaited * (2 * message_bytes + kAwaitedBytes);
-  const int64_t excess = level - unseen - under_way;
+  const int64_t under_way = peer_->distrusted(now)
+                                ? (grown ? kGrownBytes : kAwaitedBytes)
+                                : (grown ? 2 * message_bytes : 0) + awaited * (2 * message_bytes + kAwaitedBytes);
+  const int64_t excess = level - under_way;
   looks_above_ = excess > kSomeExcess ? looks_above_ + 1 : 0;
   return looks_above_ < (excess > kMuchExcess ? kLooksAtMuch : kLooksAtSome);
 }
