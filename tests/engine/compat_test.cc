@@ -1,0 +1,174 @@
+// Directories as users have them, and what Transformers makes of each (tests/parity/make_compat.py): they load with the
+// same results here, or are refused with file, field and reason.
+#include <algorithm>
+#include <cctype>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "engine/engine.h"
+#include "engine/formats/checkpoint.h"
+#include "engine/text/tokenizer.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
+#include "tests/engine/serving/collecting_sink.h"
+#include "tests/scratch_directory.h"
+
+namespace dejavu {
+namespace {
+
+using nlohmann::json;
+using testing::HasSubstr;
+
+constexpr float kTolerance = 0.002f;
+
+std::string ReadText(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return std::string(std::istreambuf_iterator<char>(file), {});
+}
+
+std::string CompatPath(const std::string& name) { return absl::StrCat(TESTDATA, "/compat/", name); }
+
+std::vector<std::string> CompatCases() {
+  std::vector<std::string> names;
+  for (const auto& entry : std::filesystem::directory_iterator(CompatPath(""))) {
+    if (exists(entry.path() / "case.json")) names.push_back(entry.path().filename());
+  }
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+class Compat : public testing::TestWithParam<std::string> {
+ protected:
+  void SetUp() override {
+    record_ = json::parse(ReadText(CompatPath(GetParam()) + "/case.json"));
+    const std::string base = CompatPath("base-" + record_["base"].get<std::string>());
+    const auto options = std::filesystem::copy_options::recursive | std::filesystem::copy_options::overwrite_existing;
+    std::filesystem::copy(base, directory_.path(), options);
+    for (const auto& name : record_.value("absent", json::array())) {
+      std::filesystem::remove(directory_.Path(name.get<std::string>()));
+    }
+    const json copies = record_.value("copies", json::object());
+    for (const auto& [name, of] : copies.items()) {
+      std::filesystem::copy(base + "/" + of.get<std::string>(), directory_.Path(name), options);
+    }
+    std::filesystem::copy(CompatPath(GetParam()), directory_.path(), options);
+    std::filesystem::remove(directory_.Path("case.json"));
+  }
+
+  // True where `answer` is a result that is expected here too. What is refused names file, field and reason; where the
+  // reference would load it, the documentation says why.
+  bool ExpectsToLoad(const json& answer, const absl::Status& status) {
+    if (!record_.contains("refused")) {
+      EXPECT_FALSE(answer.contains("error")) << "say with which words it is refused here";
+      EXPECT_TRUE(status.ok()) << status;
+      return status.ok();
+    }
+    EXPECT_THAT(status.code(), testing::AnyOf(absl::StatusCode::kInvalidArgument, absl::StatusCode::kNotFound));
+    for (const auto& words : record_["refused"]) {
+      EXPECT_THAT(std::string(status.message()), HasSubstr(words.get<std::string>()));
+    }
+    if (!answer.contains("error")) {
+      EXPECT_THAT(ReadText(MODELS_PAGE), HasSubstr(record_.value("decision", "a decision")));
+    }
+    return false;
+  }
+
+  const ScratchDirectory directory_;
+  json record_;
+};
+
+absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const std::string& model, int ranks) {
+  EngineOptions options;
+  options.model = model;
+  options.device = "cpu";
+  options.threads = ranks;
+  options.tensor_parallel = ranks;
+  options.pin_threads = false;
+  options.scheduler.max_batch = 2;
+  return Engine::Create(options, 0, nullptr);
+}
+
+std::vector<CollectingSink::HeardToken> Hear(Engine& engine, const Request& request) {
+  const auto sink = std::make_shared<CollectingSink>();
+  const auto id = engine.Submit(request, sink);
+  EXPECT_TRUE(id.ok()) << id.status();
+  if (id.ok()) sink->WaitForFinish();
+  return sink->tokens();
+}
+
+std::vector<int32_t> IdsOf(const std::vector<CollectingSink::HeardToken>& tokens) {
+  std::vector<int32_t> ids;
+  for (const auto& token : tokens) ids.push_back(token.id);
+  return ids;
+}
+
+void ExpectSameModel(Engine& engine, const json& answer) {
+  Request score;
+  score.prompt = answer["prompt"].get<std::vector<int32_t>>();
+  score.score = true;
+  const auto scored = Hear(engine, score);
+  ASSERT_EQ(scored.size(), score.prompt.size());
+  for (size_t i = 1; i < scored.size(); ++i) {
+    EXPECT_NEAR(scored[i].logprob, answer["logprobs"][i - 1].get<float>(), kTolerance) << "token " << i;
+  }
+
+  Request greedy;
+  greedy.prompt = score.prompt;
+  greedy.max_new_tokens = static_cast<int32_t>(answer["greedy"].size());
+  greedy.ignore_eos = true;
+  greedy.logprobs = true;
+  greedy.top_logprobs = static_cast<int32_t>(answer["last"].size());
+  const auto tokens = Hear(engine, greedy);
+  EXPECT_EQ(IdsOf(tokens), answer["greedy"].get<std::vector<int32_t>>());
+  ASSERT_FALSE(tokens.empty());
+  for (const TokenLogprob& of : tokens[0].top) {
+    EXPECT_NEAR(of.logprob, answer["last"][of.id].get<float>(), kTolerance) << "id " << of.id;
+  }
+
+  greedy.ignore_eos = false;
+  EXPECT_EQ(IdsOf(Hear(engine, greedy)), answer["generated"].get<std::vector<int32_t>>());
+  EXPECT_EQ(std::vector<int32_t>{engine.model().eos_token}, answer["end_tokens"].get<std::vector<int32_t>>());
+}
+
+std::vector<std::string> NamesOf(const Checkpoint& checkpoint) {
+  std::vector<std::string> names;
+  for (const auto& [name, tensor] : checkpoint.tensors()) names.push_back(name);
+  return names;
+}
+
+TEST_P(Compat, LoadsWithTheSameResultsOrIsRefusedByName) {
+  if (record_.contains("model")) {
+    for (const int ranks : {1, 2}) {
+      SCOPED_TRACE(testing::Message() << ranks << " ranks");
+      const auto engine = MakeEngine(directory_.path(), ranks);
+      if (ExpectsToLoad(record_["model"], engine.status())) ExpectSameModel(**engine, record_["model"]);
+    }
+  }
+  if (record_.contains("file")) {
+    const auto checkpoint = Checkpoint::Open(directory_.path());
+    if (ExpectsToLoad(record_["file"], checkpoint.status())) {
+      std::vector<std::string> names = NamesOf(*checkpoint);
+      std::sort(names.begin(), names.end());
+      EXPECT_EQ(names, record_["file"]["names"].get<std::vector<std::string>>());
+    }
+  }
+  EXPECT_TRUE(record_.contains("model") || record_.contains("file") || record_.contains("tokenizer"));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Compat, testing::ValuesIn(CompatCases()), [](const auto& info) {
+  std::string name = info.param;
+  std::replace_if(
+      name.begin(), name.end(), [](char c) { return !std::isalnum(static_cast<unsigned char>(c)); }, '_');
+  return name;
+});
+
+}  // namespace
+}  // namespace dejavu

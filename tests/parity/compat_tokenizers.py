@@ -1,0 +1,1 @@
+"""Tokenizer files: the ids of AutoTokenizer."""
