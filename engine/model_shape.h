@@ -2,12 +2,17 @@
 #ifndef ENGINE_MODEL_SHAPE_H_
 #define ENGINE_MODEL_SHAPE_H_
 
+#include <cstddef>
 #include <cstdint>
+#include <optional>
+#include <vector>
 
 namespace dejavu {
 
 // The one family of models that the engine runs, as clients see it.
 inline constexpr char kModelFamily[] = "opt";
+
+inline constexpr size_t kMostEndTokens = 64;
 
 struct ModelShape {
   int32_t hidden = 0;
@@ -16,9 +21,9 @@ struct ModelShape {
   int32_t head_dim = 0;  // hidden / heads
   int32_t ffn = 0;       // neurons of a layer's MLP
   int32_t vocab = 0;
-  int32_t context = 0;  // positions of a sequence, prompt and output
-  int32_t bos_token = 2;
-  int32_t eos_token = 2;
+  int32_t context = 0;                    // positions of a sequence, prompt and output
+  std::optional<int32_t> bos_token = 2;   // nothing: the model names none, as in the next one
+  std::vector<int32_t> eos_tokens = {2};  // each of them ends a text; kMostEndTokens at most
 };
 
 }  // namespace dejavu

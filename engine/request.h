@@ -76,7 +76,7 @@ struct Token {
 enum class FinishReason {
   kLength,     // max_new_tokens
   kTime,       // Request::stop_at passed
-  kEos,        // the model's end token
+  kEos,        // one of the model's end tokens
   kStopToken,  // one of stop_token_ids
   kSink,       // the sink returned false
   kCancelled,  // Cancel()

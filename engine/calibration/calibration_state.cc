@@ -85,11 +85,10 @@ absl::Status SaveState(const CalibrationState& state, const ModelShape& shape, c
 
 absl::StatusOr<CalibrationState> LoadState(const ModelShape& shape, Tap tap, const std::string& settings,
                                            const std::string& path) {
-  std::string text;
-  ASSIGN_OR_RETURN(TensorMap tensors, ReadSafetensorsHeader(path, kStateKey, &text));
-  ASSIGN_OR_RETURN(const nlohmann::json json, ParseJsonObject(text, path));
+  ASSIGN_OR_RETURN(FileTensors file, ReadSafetensorsHeader(path));
+  ASSIGN_OR_RETURN(const nlohmann::json json, ParseJsonObject(file.metadata[kStateKey], path));
   if (json.value("settings", "") != settings) return absl::NotFoundError("the state belongs to other settings");
-  const StateReader reader(std::move(tensors));
+  const StateReader reader(std::move(file.tensors));
   CalibrationState state;
   state.sensitivities.resize(shape.layers);
   state.fits.resize(shape.layers);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <limits>
+#include <map>
 #include <utility>
 
 #include "absl/strings/escaping.h"
@@ -32,54 +33,27 @@ absl::Status RefuseLfsPointer(const std::string& path) {
       absl::StrCat(path, ": a Git LFS pointer, not the weights; fetch them with \"git lfs pull\""));
 }
 
-absl::StatusOr<TensorMap> ReadFile(const std::string& path) {
+absl::StatusOr<FileTensors> ReadFile(const std::string& path) {
   RETURN_IF_ERROR(RefuseLfsPointer(path));
   return absl::EndsWith(path, ".safetensors") ? ReadSafetensorsHeader(path) : ReadTorchArchive(path);
+}
+
+// What `file` holds takes the place of what `all` has of the same names.
+void Merge(FileTensors file, FileTensors* all) {
+  for (auto& [name, tensor] : file.tensors) {
+    all->foreign.erase(name);
+    all->tensors.insert_or_assign(name, std::move(tensor));
+  }
+  for (auto& [name, tensor] : file.foreign) {
+    all->tensors.erase(name);
+    all->foreign.insert_or_assign(name, std::move(tensor));
+  }
 }
 
 // A file beside the index and nothing else: an index must not lead the reader elsewhere.
 bool IsShardName(absl::string_view name, absl::string_view extension) {
   return name.size() <= 255 && absl::EndsWith(name, extension) && !absl::StrContains(name, '/') &&
          !absl::StrContains(name, '\\') && !absl::StrContains(name, "..") && !absl::StrContains(name, '\0');
-}
-
-// The index decides where a tensor is read from; what shards hold beyond it is not part of the model.
-absl::StatusOr<TensorMap> ReadIndexed(const std::string& directory, const std::string& path) {
-  ASSIGN_OR_RETURN(const std::string text, ReadRegularFile(path, kMaxIndexBytes));
-  ASSIGN_OR_RETURN(const nlohmann::json index, ParseJsonObject(text, path));
-  const auto weights = index.find("weight_map");
-  if (weights == index.end() || !weights->is_object() || weights->empty()) {
-    return absl::InvalidArgumentError(absl::StrCat(path, ": no object \"weight_map\" with tensor names"));
-  }
-  const absl::string_view extension = absl::EndsWith(path, ".safetensors.index.json") ? ".safetensors" : ".bin";
-  absl::flat_hash_map<std::string, TensorMap> shards;
-  TensorMap tensors;
-  for (const auto& [name, shard] : weights->items()) {
-    if (!shard.is_string() || !IsShardName(shard.get_ref<const std::string&>(), extension)) {
-      const std::string target = shard.is_string() ? Quoted(shard.get_ref<const std::string&>()) : shard.type_name();
-      return absl::InvalidArgumentError(absl::StrCat(path, ": tensor ", Quoted(name), " is mapped to ", target,
-                                                     ", not to the name of a ", extension,
-                                                     " file in the same directory"));
-    }
-    const std::string shard_path = absl::StrCat(directory, "/", shard.get_ref<const std::string&>());
-    auto [read, is_new] = shards.try_emplace(shard_path);
-    if (is_new) {
-      absl::StatusOr<TensorMap> contents = ReadFile(shard_path);
-      if (!contents.ok()) {
-        return absl::Status(contents.status().code(), absl::StrCat(contents.status().message(), " (shard of tensor ",
-                                                                   Quoted(name), " in ", path, ")"));
-      }
-      read->second = *std::move(contents);
-    }
-    const auto tensor = read->second.find(name);
-    if (tensor == read->second.end()) {
-      return absl::InvalidArgumentError(absl::StrCat(shard_path, ": no tensor ", Quoted(name),
-                                                     " of type float32, float16 or bfloat16, but ", path,
-                                                     " says that it is here"));
-    }
-    tensors.emplace(name, tensor->second);
-  }
-  return tensors;
 }
 
 // True for a dangling link too, so that it is reported and not passed over.
@@ -113,6 +87,39 @@ std::string Quoted(absl::string_view name) {
   return absl::StrCat("\"", shown, name.size() > kMaxShown ? "...\"" : "\"");
 }
 
+absl::Status Checkpoint::ReadIndexed(const std::string& directory) {
+  ASSIGN_OR_RETURN(const std::string text, ReadRegularFile(path_, kMaxIndexBytes));
+  ASSIGN_OR_RETURN(const nlohmann::json index, ParseJsonObject(text, path_, JsonDialect::kPython));
+  const auto weights = index.find("weight_map");
+  if (weights == index.end() || !weights->is_object() || weights->empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(path_, ": no object \"weight_map\" with tensor names"));
+  }
+  const absl::string_view extension = absl::EndsWith(path_, ".safetensors.index.json") ? ".safetensors" : ".bin";
+  std::map<std::string, std::string> shards;  // the first tensor of each, for messages
+  for (const auto& [name, shard] : weights->items()) {
+    if (!shard.is_string() || !IsShardName(shard.get_ref<const std::string&>(), extension)) {
+      const std::string target = shard.is_string() ? Quoted(shard.get_ref<const std::string&>()) : shard.type_name();
+      return absl::InvalidArgumentError(absl::StrCat(path_, ": tensor ", Quoted(name), " is mapped to ", target,
+                                                     ", not to the name of a ", extension,
+                                                     " file in the same directory"));
+    }
+    shards.try_emplace(shard.get<std::string>(), name);
+  }
+  for (const auto& [shard, tensor] : shards) {
+    absl::StatusOr<FileTensors> contents = ReadFile(absl::StrCat(directory, "/", shard));
+    if (!contents.ok()) {
+      return absl::Status(contents.status().code(), absl::StrCat(contents.status().message(), " (shard of tensor ",
+                                                                 Quoted(tensor), " in ", path_, ")"));
+    }
+    Merge(*std::move(contents), &files_);
+  }
+  for (const auto& [name, shard] : weights->items()) {
+    if (files_.tensors.contains(name) || files_.foreign.contains(name)) continue;
+    promised_.emplace(name, absl::StrCat(directory, "/", shard.get_ref<const std::string&>()));
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<Checkpoint> Checkpoint::Open(const std::string& directory) {
   constexpr const char* kNames[] = {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                                     "pytorch_model.bin.index.json"};
@@ -122,19 +129,39 @@ absl::StatusOr<Checkpoint> Checkpoint::Open(const std::string& directory) {
   }
   if (!S_ISDIR(info.st_mode)) return absl::InvalidArgumentError(absl::StrCat(directory, ": not a directory"));
   for (const char* name : kNames) {
-    const std::string path = absl::StrCat(directory, "/", name);
-    if (!Exists(path)) continue;
     Checkpoint checkpoint;
-    ASSIGN_OR_RETURN(checkpoint.tensors_,
-                     absl::EndsWith(path, ".json") ? ReadIndexed(directory, path) : ReadFile(path));
+    checkpoint.path_ = absl::StrCat(directory, "/", name);
+    if (!Exists(checkpoint.path_)) continue;
+    if (absl::EndsWith(name, ".json")) {
+      RETURN_IF_ERROR(checkpoint.ReadIndexed(directory));
+    } else {
+      ASSIGN_OR_RETURN(checkpoint.files_, ReadFile(checkpoint.path_));
+    }
     return checkpoint;
   }
   return absl::NotFoundError(absl::StrCat(directory, ": no weights; looked for ", absl::StrJoin(kNames, ", ")));
 }
 
 const StoredTensor* Checkpoint::Find(const std::string& name) const {
-  const auto found = tensors_.find(name);
-  return found == tensors_.end() ? nullptr : &found->second;
+  const auto found = files_.tensors.find(name);
+  return found == files_.tensors.end() ? nullptr : &found->second;
+}
+
+bool Checkpoint::IsExpected(const std::string& name) const {
+  return files_.foreign.contains(name) || promised_.contains(name);
+}
+
+absl::Status Checkpoint::Missing(const std::string& name) const {
+  if (const auto foreign = files_.foreign.find(name); foreign != files_.foreign.end()) {
+    return absl::InvalidArgumentError(absl::StrCat(foreign->second.path, ": tensor ", name, " is of type ",
+                                                   foreign->second.type,
+                                                   "; weights must be float32, float16 or bfloat16"));
+  }
+  if (const auto promised = promised_.find(name); promised != promised_.end()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(promised->second, ": no tensor ", Quoted(name), ", but ", path_, " says that it is here"));
+  }
+  return absl::InvalidArgumentError(absl::StrCat(path_, ": tensor ", name, " is missing"));
 }
 
 absl::Status Checkpoint::Read(const StoredTensor& tensor, int64_t first, int64_t count, void* target) {

@@ -1,12 +1,14 @@
 // Two passes: the first builds nothing and only looks for what is refused, the second builds the document.
 #include "engine/formats/json_text.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 #include <vector>
 
 #include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "engine/formats/checkpoint.h"
 
@@ -66,9 +68,43 @@ class Inspector : public nlohmann::json_sax<nlohmann::json> {
   std::string problem_;
 };
 
+// `text` with quotation marks around the constants that Python adds to JSON.
+std::string QuoteConstants(absl::string_view text) {
+  std::string quoted;
+  bool in_string = false;
+  while (!text.empty()) {
+    size_t length = 1;
+    if (in_string && text[0] == '\\') {
+      length = std::min<size_t>(2, text.size());
+    } else if (text[0] == '"') {
+      in_string = !in_string;
+    } else if (!in_string) {
+      for (const absl::string_view constant : {"NaN", "Infinity", "-Infinity"}) {
+        if (absl::StartsWith(text, constant)) length = constant.size();
+      }
+    }
+    const absl::string_view piece = text.substr(0, length);
+    length > 2 ? absl::StrAppend(&quoted, "\"", piece, "\"") : absl::StrAppend(&quoted, piece);
+    text.remove_prefix(length);
+  }
+  return quoted;
+}
+
 }  // namespace
 
-absl::StatusOr<nlohmann::json> ParseJsonObject(const std::string& text, const std::string& source) {
+absl::StatusOr<nlohmann::json> ParseJsonObject(const std::string& text, const std::string& source,
+                                               JsonDialect dialect) {
+  // nlohmann::json passes over the one and takes the other for the end.
+  if (absl::StartsWith(text, "\xEF\xBB\xBF")) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(source, ": begins with a byte order mark, which JSON does not have"));
+  }
+  if (const size_t zero = text.find('\0'); zero != std::string::npos) {
+    return absl::InvalidArgumentError(absl::StrCat(source, ": not valid JSON at byte ", zero + 1));
+  }
+  if (dialect == JsonDialect::kPython && (absl::StrContains(text, "NaN") || absl::StrContains(text, "Infinity"))) {
+    return ParseJsonObject(QuoteConstants(text), source);
+  }
   Inspector inspector;
   if (!nlohmann::json::sax_parse(text, &inspector)) {
     return absl::InvalidArgumentError(absl::StrCat(source, ": ", inspector.problem()));

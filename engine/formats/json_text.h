@@ -10,8 +10,13 @@
 
 namespace dejavu {
 
+// What Python's json writes and reads beyond JSON: NaN, Infinity and -Infinity. Here they become strings of those
+// names, which no number is taken for.
+enum class JsonDialect { kStrict, kPython };
+
 // The object that `text` holds. INVALID_ARGUMENT with `source` (a file's path) when it is anything else.
-absl::StatusOr<nlohmann::json> ParseJsonObject(const std::string& text, const std::string& source);
+absl::StatusOr<nlohmann::json> ParseJsonObject(const std::string& text, const std::string& source,
+                                               JsonDialect dialect = JsonDialect::kStrict);
 
 }  // namespace dejavu
 

@@ -98,7 +98,7 @@ absl::StatusOr<StoredTensor> Resolve(const PickledTensor& tensor, const ZipDirec
 
 }  // namespace
 
-absl::StatusOr<TensorMap> ReadTorchArchive(const std::string& path) {
+absl::StatusOr<FileTensors> ReadTorchArchive(const std::string& path) {
   ASSIGN_OR_RETURN(const auto file, RegularFile::Open(path));
   RETURN_IF_ERROR(CheckIsZip(*file));
   ASSIGN_OR_RETURN(const ZipDirectory entries, ReadZipDirectory(*file));
@@ -111,17 +111,20 @@ absl::StatusOr<TensorMap> ReadTorchArchive(const std::string& path) {
   ASSIGN_OR_RETURN(const std::string pickle, file->ReadString(entry.offset, entry.bytes));
   const absl::StatusOr<std::vector<PickledTensor>> pickled = ReadTorchPickle(pickle);
   if (!pickled.ok()) return Refuse(*file, pickled.status().message());
-  TensorMap tensors;
+  FileTensors contents;
   for (const PickledTensor& tensor : *pickled) {
-    if (!tensor.dtype) continue;
+    if (!tensor.dtype) {
+      contents.foreign.emplace(tensor.name, ForeignTensor{tensor.type, path});
+      continue;
+    }
     absl::StatusOr<StoredTensor> stored = Resolve(tensor, entries, folder);
     if (!stored.ok()) {
       return Refuse(*file, absl::StrCat("tensor ", Quoted(tensor.name), " ", stored.status().message()));
     }
     stored->file = file;
-    tensors.emplace(tensor.name, *std::move(stored));
+    contents.tensors.emplace(tensor.name, *std::move(stored));
   }
-  return tensors;
+  return contents;
 }
 
 }  // namespace dejavu

@@ -12,11 +12,13 @@
 namespace dejavu {
 namespace {
 
+constexpr size_t kMaxPickledDimensions = 8;  // a shape may be shared by many tensors
+
 absl::StatusOr<std::vector<int64_t>> Counts(const PickleMachine& machine, PickleRef ref) {
   if (!machine.Is(ref, PickleKind::kTuple)) return machine.Refuse("a shape that is not a tuple");
-  // Before anything is copied: a shape may be shared by many tensors.
-  if (machine.value(ref).items.size() > kMaxDimensions) {
-    return machine.Refuse(absl::StrCat(machine.value(ref).items.size(), " dimensions; the limit is ", kMaxDimensions));
+  const size_t dimensions = machine.value(ref).items.size();
+  if (dimensions > kMaxPickledDimensions) {  // before anything is copied
+    return machine.Refuse(absl::StrCat(dimensions, " dimensions; the limit is ", kMaxPickledDimensions));
   }
   std::vector<int64_t> counts;
   for (const PickleRef item : machine.value(ref).items) {
@@ -31,6 +33,7 @@ absl::StatusOr<PickledTensor> Describe(const PickleMachine& machine, PickleRef r
   const PickleValue& storage = machine.value(items[0]);
   PickledTensor tensor;
   tensor.dtype = storage.type->dtype;
+  tensor.type = std::string(storage.type->name);
   tensor.storage = std::string(storage.text);
   tensor.storage_elements = storage.number;
   ASSIGN_OR_RETURN(tensor.offset, machine.Count(items[1]));

@@ -19,6 +19,7 @@ namespace dejavu {
 struct PickledTensor {
   std::string name;
   std::optional<DType> dtype;  // nothing: a type that the engine does not compute with
+  std::string type;            // of the storage, such as "HalfStorage"
   std::string storage;         // the archive's entry data/<storage>
   int64_t storage_elements = 0;
   int64_t offset = 0;  // of the first element, in elements

@@ -152,8 +152,8 @@ std::string ConfigText(const OptConfig& config, DType dtype, const std::string& 
                      {"init_std", 0.02},
                      {"use_cache", true},
                      {"pad_token_id", 1},
-                     {"bos_token_id", config.bos_token},
-                     {"eos_token_id", config.eos_token}};
+                     {"bos_token_id", *config.bos_token},
+                     {"eos_token_id", config.eos_tokens[0]}};
   return json.dump(2) + "\n";
 }
 

@@ -1,4 +1,4 @@
-// OptConfig: the shape of an OPT model, from its config.json. Plain data; any thread.
+// OptConfig: the shape of an OPT model, from its config.json and generation_config.json. Plain data; any thread.
 //
 // OPT is the one family of models. What knows it is named after it (OptConfig, OptWeights, OptModel), beside the loader
 // of its files (weight_plan.h, weights_hash.h), the synthetic models (engine/load/synthetic) and calibration, which
@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "engine/model_shape.h"
@@ -25,8 +26,13 @@ struct OptConfig : ModelShape {
   bool final_norm = true;    // pre_norm and not _remove_final_layer_norm
   bool biases = true;        // enable_bias
   bool affine_norms = true;  // layer_norm_elementwise_affine
+  bool tied = true;          // tie_word_embeddings; what the weights hold decides (engine/model/weight_names.h)
+  // Of generation_config.json, what has no effect here: how tokens are chosen is for requests to say.
+  std::vector<std::string> unused_settings;
 
-  // INVALID_ARGUMENT with file, field, value and what is supported for anything but an OPT decoder with ReLU.
+  // From config.json, and generation_config.json for the end tokens if there is one, as generate() of Transformers
+  // takes them. INVALID_ARGUMENT with file, field, value and what is supported for anything but an OPT decoder with
+  // ReLU.
   static absl::StatusOr<OptConfig> Load(const std::string& directory);
 };
 

@@ -8,7 +8,6 @@
 // every rank's. There each rank reads the whole matrix and keeps its share.
 #include "engine/model/opt_weights.h"
 
-#include "absl/strings/str_cat.h"
 #include "engine/model/weight_plan.h"
 #include "engine/model/weight_reader.h"
 #include "kernels/base/status_macros.h"
@@ -16,19 +15,14 @@
 
 namespace dejavu {
 
-absl::StatusOr<std::string> WeightPrefix(const Checkpoint& checkpoint) {
-  for (const char* prefix : {"model.decoder.", "decoder.", ""}) {
-    if (checkpoint.Find(absl::StrCat(prefix, "embed_tokens.weight")) != nullptr) return prefix;
-  }
-  return absl::InvalidArgumentError(
-      absl::StrCat("the checkpoint has ", checkpoint.tensors().size(),
-                   " tensors, none of them model.decoder.embed_tokens.weight, decoder.embed_tokens.weight or "
-                   "embed_tokens.weight: not an OPT model"));
+void OptWeights::TieHead() {
+  head.weight = token_embedding.weight;
+  head.scale = token_embedding.scale;
 }
 
 absl::StatusOr<OptWeights> OptWeights::Allocate(const OptConfig& config, const Shard& shard, DType dtype,
                                                 Backend& backend) {
-  CHECK(config.embed == config.hidden && config.final_norm && config.biases) << "not a plain OPT";
+  CHECK(config.embed == config.hidden && config.final_norm && config.biases && config.tied) << "not a plain OPT";
   using Layout = LinearWeights::Layout;
   OptWeights w;
   DeviceLayout layout;
@@ -61,8 +55,7 @@ absl::StatusOr<OptWeights> OptWeights::Allocate(const OptConfig& config, const S
   }
   norm(&w.final_norm);
   ASSIGN_OR_RETURN(w.storage_, layout.Allocate(backend));
-  w.head.weight = w.token_embedding.weight;
-  w.head.scale = w.token_embedding.scale;
+  w.TieHead();
   return w;
 }
 
@@ -82,8 +75,7 @@ absl::StatusOr<OptWeights> OptWeights::Load(const Checkpoint& checkpoint, const 
   RETURN_IF_ERROR(plan.Make(&weights));
   ASSIGN_OR_RETURN(weights.storage_, plan.layout().Allocate(backend));
   RETURN_IF_ERROR(WeightReader(plan, backend, progress).Read());
-  weights.head.weight = weights.token_embedding.weight;
-  weights.head.scale = weights.token_embedding.scale;
+  if (weights.head.weight.empty()) weights.TieHead();
   return weights;
 }
 

@@ -29,9 +29,6 @@ struct LayerWeights {
   MlpWeights mlp;  // both [neurons, hidden]
 };
 
-// What stands before "embed_tokens.weight" and the other names in this checkpoint.
-absl::StatusOr<std::string> WeightPrefix(const Checkpoint& checkpoint);
-
 class OptWeights {
  public:
   // Checks that every tensor is there in its shape before anything large is allocated, then reads what `shard` owns
@@ -46,7 +43,7 @@ class OptWeights {
   static absl::StatusOr<int64_t> Measure(const Checkpoint& checkpoint, const OptConfig& config, const Shard& shard,
                                          std::optional<DType> dtype);
 
-  // The same tensors, all zero, to be filled (engine/load/synthetic). Only for models without project_in.
+  // The same tensors, all zero, to be filled (engine/load/synthetic). Only for tied models without project_in.
   static absl::StatusOr<OptWeights> Allocate(const OptConfig& config, const Shard& shard, DType dtype,
                                              Backend& backend);
 
@@ -56,7 +53,9 @@ class OptWeights {
   LinearWeights project_out;         // kOutputRows [embed, hidden]; likewise
   std::vector<LayerWeights> layers;
   NormWeights final_norm;  // empty without config.final_norm
-  LinearWeights head;      // kOutputRows [tokens, embed]: the token embedding again
+  LinearWeights head;      // kOutputRows [tokens, embed]: the token embedding again, or one of its own
+
+  bool has_own_head() const { return head.weight.data != token_embedding.weight.data; }
 
   int64_t bytes() const { return storage_.bytes(); }
   // All of them, as bytes.
@@ -64,6 +63,8 @@ class OptWeights {
   DType dtype() const { return token_embedding.weight.dtype; }
 
  private:
+  void TieHead();
+
   Buffer storage_;
 };
 

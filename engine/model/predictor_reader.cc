@@ -187,8 +187,9 @@ absl::Status PredictorReader::ReadMetadata(const Json& metadata, PredictorData* 
 }
 
 absl::StatusOr<PredictorData> PredictorReader::Read() {
-  std::string text;
-  ASSIGN_OR_RETURN(tensors_, ReadSafetensorsHeader(path_, kPredictorMetadataKey, &text));
+  ASSIGN_OR_RETURN(FileTensors file, ReadSafetensorsHeader(path_));
+  tensors_ = std::move(file.tensors);
+  const std::string& text = file.metadata[kPredictorMetadataKey];
   if (text.empty()) return Refuse("is no predictor: its metadata has no \"", kPredictorMetadataKey, "\"");
   ASSIGN_OR_RETURN(const Json metadata, ParseJsonObject(text, path_));
   if (Member(metadata, "version") != kPredictorVersion) {

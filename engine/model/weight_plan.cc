@@ -1,7 +1,6 @@
 #include "engine/model/weight_plan.h"
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "kernels/base/status_macros.h"
 
 namespace dejavu {
@@ -12,45 +11,34 @@ int64_t CountOf(const Runs& runs) {
   return count;
 }
 
-absl::StatusOr<const StoredTensor*> WeightPlan::Find(const std::string& name, const std::vector<int64_t>& shape) const {
-  const StoredTensor* tensor = checkpoint_.Find(prefix_ + name);
-  if (tensor == nullptr) {
-    return absl::InvalidArgumentError(absl::StrCat("tensor ", prefix_, name, " is missing from the checkpoint"));
-  }
-  if (tensor->dtype == DType::kInt8) {
-    return absl::InvalidArgumentError(absl::StrCat(tensor->file->path(), ": tensor ", tensor->name,
-                                                   " is int8; weights must be float32, float16 or bfloat16"));
-  }
-  if (tensor->shape != shape) {
-    return absl::InvalidArgumentError(absl::StrCat(tensor->file->path(), ": tensor ", tensor->name, " has shape [",
-                                                   absl::StrJoin(tensor->shape, ", "), "]; config.json implies [",
-                                                   absl::StrJoin(shape, ", "), "]"));
-  }
-  return tensor;
-}
-
 // Without `scale` a matrix cannot be int8.
-DType WeightPlan::TypeFor(const StoredTensor& source, const Tensor* scale) const {
-  if (!dtype_.has_value() || (*dtype_ == DType::kInt8 && scale == nullptr)) return source.dtype;
+DType WeightPlan::TypeFor(DType stored, const Tensor* scale) const {
+  if (!dtype_.has_value() || (*dtype_ == DType::kInt8 && scale == nullptr)) return stored;
   return *dtype_;
 }
 
-// `own`: of the rows as they are laid out here.
 absl::Status WeightPlan::PlanMatrix(const std::string& name, int64_t rows, int64_t cols, const Runs& own,
                                     bool transposed, Tensor* view, Tensor* scale) {
-  ASSIGN_OR_RETURN(const StoredTensor* source, Find(name, {rows, cols}));
-  layout_.Reserve(view, TypeFor(*source, scale), CountOf(own), transposed ? rows : cols);
-  if (view->dtype == DType::kInt8) layout_.Reserve(scale, DType::kFloat32, 1, view->rows);
-  if (view->rows == 0) return absl::OkStatus();
-  placements_.push_back(
-      {source, view, transposed ? All(rows) : own, transposed ? own : All(cols), 0, transposed, 0.0f, scale});
+  ASSIGN_OR_RETURN(const StoredTensor* source, names_.Find(name, {rows, cols}));
+  PlaceMatrix(*source, own, transposed, view, scale);
   return absl::OkStatus();
+}
+
+// `own`: of the rows as they are laid out here.
+void WeightPlan::PlaceMatrix(const StoredTensor& source, const Runs& own, bool transposed, Tensor* view,
+                             Tensor* scale) {
+  const int64_t rows = source.shape[0], cols = source.shape[1];
+  layout_.Reserve(view, TypeFor(source.dtype, scale), CountOf(own), transposed ? rows : cols);
+  if (view->dtype == DType::kInt8) layout_.Reserve(scale, DType::kFloat32, 1, view->rows);
+  if (view->rows == 0) return;
+  placements_.push_back(
+      {&source, view, transposed ? All(rows) : own, transposed ? own : All(cols), 0, transposed, 0.0f, scale});
 }
 
 // The `own` elements, to `view` from `first` on.
 absl::Status WeightPlan::PlanVector(const std::string& name, int64_t elements, const Runs& own, Tensor* view,
                                     int64_t first) {
-  ASSIGN_OR_RETURN(const StoredTensor* source, Find(name, {elements}));
+  ASSIGN_OR_RETURN(const StoredTensor* source, names_.Find(name, {elements}));
   if (CountOf(own) > 0) placements_.push_back({source, view, All(1), own, first});
   return absl::OkStatus();
 }
@@ -75,14 +63,12 @@ absl::Status WeightPlan::PlanQkv(const std::string& attention, LinearWeights* qk
   const StoredTensor* weights[3] = {};
   const char* const names[3] = {"q_proj", "k_proj", "v_proj"};
   for (int i = 0; i < 3; ++i) {
-    ASSIGN_OR_RETURN(weights[i], Find(absl::StrCat(attention, names[i], ".weight"), {hidden, hidden}));
-    if (!dtype_.has_value() && weights[i]->dtype != weights[0]->dtype) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          weights[i]->file->path(), ": tensor ", weights[i]->name, " is ", Name(weights[i]->dtype), " but ",
-          weights[0]->name, " is ", Name(weights[0]->dtype), "; the three projections of a layer must have one type"));
-    }
+    ASSIGN_OR_RETURN(weights[i], names_.Find(absl::StrCat(attention, names[i], ".weight"), {hidden, hidden}));
   }
-  layout_.Reserve(&qkv->weight, TypeFor(*weights[0], &qkv->scale), 3 * features, hidden);
+  // One matrix has one type.
+  const bool alike = weights[1]->dtype == weights[0]->dtype && weights[2]->dtype == weights[0]->dtype;
+  const DType stored = alike ? weights[0]->dtype : DType::kFloat32;
+  layout_.Reserve(&qkv->weight, TypeFor(stored, &qkv->scale), 3 * features, hidden);
   if (qkv->weight.dtype == DType::kInt8) layout_.Reserve(&qkv->scale, DType::kFloat32, 1, 3 * features);
   if (config_.biases) layout_.Reserve(&qkv->bias, DType::kFloat32, 1, 3 * features);
   for (int i = 0; i < 3; ++i) {
@@ -124,17 +110,16 @@ absl::Status WeightPlan::PlanLayer(int32_t l, LayerWeights* layer) {
 }
 
 absl::Status WeightPlan::Make(OptWeights* w) {
-  ASSIGN_OR_RETURN(prefix_, WeightPrefix(checkpoint_));
-  const std::string beyond = absl::StrCat(prefix_, "layers.", config_.layers, ".fc1.weight");
-  if (checkpoint_.Find(beyond) != nullptr) {
-    return absl::InvalidArgumentError(absl::StrCat("the checkpoint has tensor ", beyond,
-                                                   " but config.json says num_hidden_layers = ", config_.layers));
-  }
+  ASSIGN_OR_RETURN(const WeightNames::Ends ends, names_.FindEnds());
+  RETURN_IF_ERROR(names_.CheckLayers());
   const auto whole = [&](const std::string& name, int64_t rows, int64_t cols, Tensor* view, Tensor* scale) {
     return PlanMatrix(name, rows, cols, All(rows), /*transposed=*/false, view, scale);
   };
-  RETURN_IF_ERROR(PlanMatrix("embed_tokens.weight", config_.vocab, config_.embed, {shard_.vocab}, /*transposed=*/false,
-                             &w->token_embedding.weight, &w->token_embedding.scale));
+  PlaceMatrix(*ends.embedding, {shard_.vocab}, /*transposed=*/false, &w->token_embedding.weight,
+              &w->token_embedding.scale);
+  if (ends.head != nullptr) {
+    PlaceMatrix(*ends.head, {shard_.vocab}, /*transposed=*/false, &w->head.weight, &w->head.scale);
+  }
   RETURN_IF_ERROR(whole("embed_positions.weight", config_.context + kPositionOffset, config_.hidden,
                         &w->position_embedding, nullptr));
   if (config_.embed != config_.hidden) {

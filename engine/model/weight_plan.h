@@ -13,6 +13,7 @@
 #include "engine/model/opt_config.h"
 #include "engine/model/opt_weights.h"
 #include "engine/model/shard.h"
+#include "engine/model/weight_names.h"
 #include "kernels/layout.h"
 #include "kernels/tensor.h"
 
@@ -40,7 +41,7 @@ struct WeightPlacement {
 class WeightPlan {
  public:
   WeightPlan(const Checkpoint& checkpoint, const OptConfig& config, const Shard& shard, std::optional<DType> dtype)
-      : checkpoint_(checkpoint), config_(config), shard_(shard), dtype_(dtype) {}
+      : names_(checkpoint, config), config_(config), shard_(shard), dtype_(dtype) {}
 
   // Checks every tensor that the model needs and lays out `w`, which must outlive the plan. Once.
   absl::Status Make(OptWeights* w);
@@ -52,10 +53,10 @@ class WeightPlan {
  private:
   static Runs All(int64_t count) { return {{0, static_cast<int32_t>(count)}}; }
   Runs HeadFeatures() const { return {{shard_.heads.first * config_.head_dim, shard_.heads.count * config_.head_dim}}; }
-  absl::StatusOr<const StoredTensor*> Find(const std::string& name, const std::vector<int64_t>& shape) const;
-  DType TypeFor(const StoredTensor& source, const Tensor* scale) const;
+  DType TypeFor(DType stored, const Tensor* scale) const;
   absl::Status PlanMatrix(const std::string& name, int64_t rows, int64_t cols, const Runs& own, bool transposed,
                           Tensor* view, Tensor* scale);
+  void PlaceMatrix(const StoredTensor& source, const Runs& own, bool transposed, Tensor* view, Tensor* scale);
   absl::Status PlanVector(const std::string& name, int64_t elements, const Runs& own, Tensor* view, int64_t first);
   absl::Status PlanLinear(const std::string& name, int64_t outputs, int64_t inputs, const Runs& own,
                           LinearWeights::Layout layout, LinearWeights* linear);
@@ -63,11 +64,10 @@ class WeightPlan {
   absl::Status PlanNorm(const std::string& name, NormWeights* norm);
   absl::Status PlanLayer(int32_t l, LayerWeights* layer);
 
-  const Checkpoint& checkpoint_;
+  const WeightNames names_;
   const OptConfig& config_;
   const Shard& shard_;
   const std::optional<DType> dtype_;  // nothing: as stored
-  std::string prefix_;
   DeviceLayout layout_;
   std::vector<WeightPlacement> placements_;
   int64_t source_bytes_ = 0;

@@ -9,7 +9,7 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "engine/formats/sha256.h"
-#include "engine/model/opt_weights.h"
+#include "engine/model/weight_names.h"
 #include "kernels/base/float16.h"
 #include "kernels/base/status_macros.h"
 
@@ -40,26 +40,34 @@ absl::StatusOr<std::string> WeightsHash(const Checkpoint& checkpoint, const OptC
   Sha256 hash;
   hash.Add(absl::StrCat("opt ", config.layers, " ", config.hidden, " ", config.heads, " ", config.ffn, " ",
                         config.vocab, " ", config.embed, " ", config.pre_norm, "\n"));
-  ASSIGN_OR_RETURN(const std::string prefix, WeightPrefix(checkpoint));
-  const auto add = [&](const std::string& name) -> absl::Status {
-    const StoredTensor* tensor = checkpoint.Find(prefix + name);
-    if (tensor == nullptr || tensor->shape.size() != 2 || tensor->elements == 0 || tensor->dtype == DType::kInt8) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("tensor ", prefix, name, " is missing from the checkpoint, or no matrix"));
-    }
-    hash.Add(absl::StrCat(name, " ", tensor->shape[0], " ", tensor->shape[1], "\n"));
+  const WeightNames names(checkpoint, config);
+  const auto add = [&](const std::string& name, const StoredTensor& tensor) -> absl::Status {
+    hash.Add(absl::StrCat(name, " ", tensor.shape[0], " ", tensor.shape[1], "\n"));
     for (int64_t i = 0; i < kSampledRows; ++i) {
-      ASSIGN_OR_RETURN(const std::vector<float> row, ReadRow(*tensor, i * (tensor->shape[0] - 1) / (kSampledRows - 1)));
+      ASSIGN_OR_RETURN(const std::vector<float> row, ReadRow(tensor, i * (tensor.shape[0] - 1) / (kSampledRows - 1)));
       hash.Add(row.data(), row.size() * sizeof(float));
     }
     return absl::OkStatus();
   };
-  RETURN_IF_ERROR(add("embed_tokens.weight"));
+  const int64_t hidden = config.hidden, ffn = config.ffn;
+  const struct {
+    const char* name;
+    std::vector<int64_t> shape;
+  } parts[] = {{"self_attn.q_proj", {hidden, hidden}},
+               {"self_attn.v_proj", {hidden, hidden}},
+               {"self_attn.out_proj", {hidden, hidden}},
+               {"fc1", {ffn, hidden}},
+               {"fc2", {hidden, ffn}}};
+  ASSIGN_OR_RETURN(const WeightNames::Ends ends, names.FindEnds());
+  RETURN_IF_ERROR(add("embed_tokens.weight", *ends.embedding));
   for (int32_t l = 0; l < config.layers; ++l) {
-    for (const char* part : {"self_attn.q_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"}) {
-      RETURN_IF_ERROR(add(absl::StrCat("layers.", l, ".", part, ".weight")));
+    for (const auto& part : parts) {
+      const std::string name = absl::StrCat("layers.", l, ".", part.name, ".weight");
+      ASSIGN_OR_RETURN(const StoredTensor* const tensor, names.Find(name, part.shape));
+      RETURN_IF_ERROR(add(name, *tensor));
     }
   }
+  if (ends.head != nullptr) RETURN_IF_ERROR(add("lm_head.weight", *ends.head));
   const auto digest = hash.Digest();
   return absl::StrCat("sha256:", absl::BytesToHexString({reinterpret_cast<const char*>(digest.data()), digest.size()}));
 }

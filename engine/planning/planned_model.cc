@@ -8,8 +8,8 @@
 #include "engine/formats/checkpoint.h"
 #include "engine/load/loaded_model.h"
 #include "engine/load/synthetic/generator.h"
-#include "engine/model/opt_weights.h"
 #include "engine/model/predictor_file.h"
+#include "engine/model/weight_names.h"
 #include "engine/planning/calibrated_reads.h"
 #include "kernels/base/status_macros.h"
 
@@ -45,12 +45,15 @@ absl::StatusOr<SyntheticModel> NamedModel(const std::string& name) {
   return model;
 }
 
-absl::StatusOr<DType> StoredType(const std::string& directory) {
+// The matrices' type, and whether the head is one of its own.
+absl::Status TakeFromWeights(const std::string& directory, PlannedModel* model) {
   const absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Open(directory);
-  if (absl::IsNotFound(checkpoint.status())) return DType::kFloat16;
+  if (absl::IsNotFound(checkpoint.status())) return absl::OkStatus();
   if (!checkpoint.ok()) return checkpoint.status();
-  ASSIGN_OR_RETURN(const std::string prefix, WeightPrefix(*checkpoint));
-  return checkpoint->Find(prefix + "embed_tokens.weight")->dtype;
+  ASSIGN_OR_RETURN(const WeightNames::Ends ends, WeightNames(*checkpoint, model->config).FindEnds());
+  model->stored = ends.embedding->dtype;
+  model->config.tied = ends.head == nullptr;
+  return absl::OkStatus();
 }
 
 absl::Status TakeFromFile(const std::string& path, PlannedModel* model) {
@@ -81,7 +84,7 @@ absl::StatusOr<PlannedModel> DescribeModel(const EngineOptions& options, Tier hi
   if (!IsSynthetic(options.model) && access(options.model.c_str(), F_OK) == 0) {
     model.name = options.model;
     ASSIGN_OR_RETURN(model.config, OptConfig::Load(options.model));
-    ASSIGN_OR_RETURN(model.stored, StoredType(options.model));
+    RETURN_IF_ERROR(TakeFromWeights(options.model, &model));
     predictor = PredictorPath({options.model, options.weights, options.predictor});
     if (predictor.empty()) {
       TakeDense(&model);

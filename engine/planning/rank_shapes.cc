@@ -35,8 +35,12 @@ RankShapes::RankShapes(const OptConfig& config, const Shard& shard, DType dtype,
   w.layers.resize(config.layers);
   for (LayerWeights& layer : w.layers) Layer(config, shard, &layer);
   if (config.final_norm) Norm(&w.final_norm, config.hidden);
-  w.head.weight = w.token_embedding.weight;
-  w.head.scale = w.token_embedding.scale;
+  if (config.tied) {
+    w.head.weight = w.token_embedding.weight;
+    w.head.scale = w.token_embedding.scale;
+  } else {
+    Matrix(&split_, &w.head.weight, &w.head.scale, shard.vocab.count, config.embed);
+  }
 }
 
 void RankShapes::Layer(const OptConfig& config, const Shard& shard, LayerWeights* layer) {

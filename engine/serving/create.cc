@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "engine/load/loaded_model.h"
 #include "engine/planning/memory_plan.h"
 #include "engine/serving/step_engine.h"
@@ -39,6 +40,20 @@ absl::StatusOr<GroupOptions> ForGroup(const EngineOptions& o, const OptConfig& c
   return group;
 }
 
+// What a model's files say that Transformers takes otherwise, or warns of.
+void WarnOf(const std::string& model, const OptConfig& config, const OptWeights& weights) {
+  if (config.tied && weights.has_own_head()) {
+    spdlog::warn(
+        "{}: lm_head.weight differs from embed_tokens.weight and is used, although config.json says that they are one "
+        "(tie_word_embeddings)",
+        model);
+  }
+  if (!config.unused_settings.empty()) {
+    spdlog::warn("{}/generation_config.json: {} without effect: requests say how tokens are chosen", model,
+                 absl::StrJoin(config.unused_settings, ", "));
+  }
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options, int32_t sampled_vocab,
@@ -49,6 +64,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(options.model));
   ASSIGN_OR_RETURN(const GroupOptions group_options, ForGroup(options, config, sampled_vocab));
   ASSIGN_OR_RETURN(std::unique_ptr<ModelGroup> group, ModelGroup::Create(group_options, config, progress));
+  WarnOf(options.model, config, group->loaded().weights);
   auto engine = std::make_unique<StepEngine>(options, config, group_options.candidates, fault, std::move(group));
   engine->SetLoadSeconds(SecondsSince(start));
   engine->Start();

@@ -8,7 +8,7 @@ namespace dejavu {
 
 void AddBanned(const ModelShape& shape, const Request& r, int32_t generated, std::vector<int32_t>* banned) {
   if (generated >= r.min_new_tokens) return;
-  if (!r.ignore_eos) banned->push_back(shape.eos_token);
+  if (!r.ignore_eos) banned->insert(banned->end(), shape.eos_tokens.begin(), shape.eos_tokens.end());
   banned->insert(banned->end(), r.stop_token_ids.begin(), r.stop_token_ids.end());
 }
 

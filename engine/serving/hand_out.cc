@@ -14,7 +14,7 @@ HandOut::HandOut(const ModelShape& shape, int32_t candidates, int32_t slots, Rec
     : shape_(shape), recorder_(recorder), sampler_(shape.vocab, candidates) {
   counts_.reserve(slots);
   for (int32_t i = 0; i < slots; ++i) counts_.emplace_back(shape.vocab);  // copies would lose what is reserved
-  banned_.reserve(64);
+  banned_.reserve(kMostEndTokens + 64);
 }
 
 void HandOut::Begin(const Sequence& s) {
@@ -119,9 +119,9 @@ std::optional<Ending> HandOut::GiveToken(Sequence& s, const StepResults& results
 
 // The end of the text, if `id` is one for that request.
 std::optional<FinishReason> HandOut::StopAt(const Request& r, int32_t id) const {
-  if (id == shape_.eos_token && !r.ignore_eos) return FinishReason::kEos;
-  const auto& stops = r.stop_token_ids;
-  if (std::find(stops.begin(), stops.end(), id) != stops.end()) return FinishReason::kStopToken;
+  const auto has = [&](const std::vector<int32_t>& ids) { return std::find(ids.begin(), ids.end(), id) != ids.end(); };
+  if (!r.ignore_eos && has(shape_.eos_tokens)) return FinishReason::kEos;
+  if (has(r.stop_token_ids)) return FinishReason::kStopToken;
   return std::nullopt;
 }
 

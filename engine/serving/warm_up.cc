@@ -16,10 +16,11 @@ double Step(ModelGroup& group, const ModelShape& shape, int32_t decode_rows, int
   batch.Clear();
   SparsityParams exact;
   exact.tier = Tier::kExact;
-  for (int32_t i = 0; i < decode_rows; ++i) batch.AddDecodeRow(0, i, shape.bos_token, /*wants_logits=*/true, exact);
+  const int32_t token = shape.bos_token.value_or(0);
+  for (int32_t i = 0; i < decode_rows; ++i) batch.AddDecodeRow(0, i, token, /*wants_logits=*/true, exact);
   for (int32_t i = 0; i < prefill_rows; ++i) {
     const bool last = i + 1 == prefill_rows;
-    batch.AddRow(0, (decode_rows == 0 ? i : i + 1) % shape.context, shape.bos_token, last);
+    batch.AddRow(0, (decode_rows == 0 ? i : i + 1) % shape.context, token, last);
   }
   const SteadyTime start = std::chrono::steady_clock::now();
   group.Forward(batch, {logits});

@@ -245,7 +245,8 @@ class InfoCommand : public Command {
             {"weight_bytes", model.weight_bytes()},
             {"has_tokenizer", model.has_tokenizer()},
             {"bos_token_id", model.bos_token_id()},
-            {"eos_token_id", model.eos_token_id()}};
+            {"eos_token_id", model.eos_token_id()},
+            {"eos_token_ids", std::vector<uint32_t>(model.eos_token_ids().begin(), model.eos_token_ids().end())}};
   }
 
   static void PrintFields(const std::string& title, const Json& fields) {

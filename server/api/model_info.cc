@@ -22,8 +22,9 @@ absl::Status GetModelInfo(const ServingState& state, const v1::GetModelInfoReque
   response->set_weight_dtype(engine.weight_type());
   response->set_weight_bytes(static_cast<uint64_t>(engine.weight_bytes()));
   response->set_has_tokenizer(model.tokenizer != nullptr);
-  response->set_bos_token_id(static_cast<uint32_t>(shape.bos_token));
-  response->set_eos_token_id(static_cast<uint32_t>(shape.eos_token));
+  response->set_bos_token_id(static_cast<uint32_t>(shape.bos_token.value_or(0)));
+  response->mutable_eos_token_ids()->Add(shape.eos_tokens.begin(), shape.eos_tokens.end());
+  if (!shape.eos_tokens.empty()) response->set_eos_token_id(response->eos_token_ids(0));
   return absl::OkStatus();
 }
 

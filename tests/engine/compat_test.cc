@@ -11,6 +11,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "engine/engine.h"
 #include "engine/formats/checkpoint.h"
@@ -57,7 +58,9 @@ class Compat : public testing::TestWithParam<std::string> {
     }
     const json copies = record_.value("copies", json::object());
     for (const auto& [name, of] : copies.items()) {
-      std::filesystem::copy(base + "/" + of.get<std::string>(), directory_.Path(name), options);
+      const std::filesystem::path to = directory_.Path(name);
+      std::filesystem::create_directories(to.parent_path());
+      std::filesystem::copy(base + "/" + of.get<std::string>(), to, options);
     }
     std::filesystem::copy(CompatPath(GetParam()), directory_.path(), options);
     std::filesystem::remove(directory_.Path("case.json"));
@@ -75,10 +78,19 @@ class Compat : public testing::TestWithParam<std::string> {
     for (const auto& words : record_["refused"]) {
       EXPECT_THAT(std::string(status.message()), HasSubstr(words.get<std::string>()));
     }
-    if (!answer.contains("error")) {
-      EXPECT_THAT(ReadText(MODELS_PAGE), HasSubstr(record_.value("decision", "a decision")));
-    }
+    if (!answer.contains("error")) ExpectDecided();
     return false;
+  }
+
+  // The documentation says why this is not as in the reference.
+  void ExpectDecided() { EXPECT_THAT(ReadText(MODELS_PAGE), HasSubstr(record_.value("decision", "a decision"))); }
+
+  // What is expected here, where that is not in every field what the reference answers.
+  json Expected(json answer) {
+    if (!record_.contains("here")) return answer;
+    ExpectDecided();
+    answer.update(record_["here"]);
+    return answer;
   }
 
   const ScratchDirectory directory_;
@@ -93,6 +105,7 @@ absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const std::string& model, int
   options.tensor_parallel = ranks;
   options.pin_threads = false;
   options.scheduler.max_batch = 2;
+  options.kv.dtype = "fp32";  // as the reference computes; what fp16 costs is another question
   return Engine::Create(options, 0, nullptr);
 }
 
@@ -135,21 +148,28 @@ void ExpectSameModel(Engine& engine, const json& answer) {
 
   greedy.ignore_eos = false;
   EXPECT_EQ(IdsOf(Hear(engine, greedy)), answer["generated"].get<std::vector<int32_t>>());
-  EXPECT_EQ(std::vector<int32_t>{engine.model().eos_token}, answer["end_tokens"].get<std::vector<int32_t>>());
+  // None of them comes before min_new_tokens.
+  greedy.min_new_tokens = greedy.max_new_tokens;
+  for (const auto& token : Hear(engine, greedy)) {
+    EXPECT_THAT(engine.model().eos_tokens, testing::Not(testing::Contains(token.id)));
+  }
+  EXPECT_EQ(engine.model().eos_tokens, answer["end_tokens"].get<std::vector<int32_t>>());
 }
 
 std::vector<std::string> NamesOf(const Checkpoint& checkpoint) {
   std::vector<std::string> names;
   for (const auto& [name, tensor] : checkpoint.tensors()) names.push_back(name);
+  for (const auto& [name, tensor] : checkpoint.foreign()) names.push_back(name);
   return names;
 }
 
 TEST_P(Compat, LoadsWithTheSameResultsOrIsRefusedByName) {
   if (record_.contains("model")) {
-    for (const int ranks : {1, 2}) {
+    const bool is_of_weights = !absl::StartsWith(GetParam(), "config-") && !absl::StartsWith(GetParam(), "end-");
+    for (int ranks = 1; ranks <= (is_of_weights ? 2 : 1); ++ranks) {
       SCOPED_TRACE(testing::Message() << ranks << " ranks");
       const auto engine = MakeEngine(directory_.path(), ranks);
-      if (ExpectsToLoad(record_["model"], engine.status())) ExpectSameModel(**engine, record_["model"]);
+      if (ExpectsToLoad(record_["model"], engine.status())) ExpectSameModel(**engine, Expected(record_["model"]));
     }
   }
   if (record_.contains("file")) {
@@ -169,6 +189,15 @@ INSTANTIATE_TEST_SUITE_P(All, Compat, testing::ValuesIn(CompatCases()), [](const
       name.begin(), name.end(), [](char c) { return !std::isalnum(static_cast<unsigned char>(c)); }, '_');
   return name;
 });
+
+TEST(CompatCases, AreManyAndSmall) {
+  EXPECT_GE(CompatCases().size(), 60u);
+  uintmax_t bytes = 0;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(CompatPath(""))) {
+    if (entry.is_regular_file()) bytes += entry.file_size();
+  }
+  EXPECT_LT(bytes, 1u << 20);
+}
 
 }  // namespace
 }  // namespace dejavu

@@ -1,6 +1,7 @@
 #include "tests/engine/tiny_checkpoint.h"
 
 #include <random>
+#include <utility>
 
 namespace dejavu {
 
@@ -44,6 +45,16 @@ TinyCheckpoint TinyCheckpoint::Random(uint32_t seed, int hidden, int ffn, int la
   add("final_layer_norm.weight", {hidden});
   add("final_layer_norm.bias", {hidden});
   return checkpoint;
+}
+
+TinyCheckpoint& TinyCheckpoint::Untie(uint32_t seed) {
+  Values head = tensors.at("model.decoder.embed_tokens.weight");
+  std::mt19937 random(seed);
+  std::uniform_real_distribution<float> uniform(-0.3f, 0.3f);
+  for (float& x : head.data) x = uniform(random);
+  tensors["lm_head.weight"] = std::move(head);
+  config["tie_word_embeddings"] = false;
+  return *this;
 }
 
 void TinyCheckpoint::Write(const ScratchDirectory& directory) const {

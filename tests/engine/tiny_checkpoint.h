@@ -23,6 +23,9 @@ struct TinyCheckpoint {
   // Pre-norm, 2 layers, 2 heads, vocabulary 50, context 32; `hidden` even.
   static TinyCheckpoint Random(uint32_t seed, int hidden = 16, int ffn = 40, int layers = 2, int vocab = 50);
 
+  // Gives it a head of its own.
+  TinyCheckpoint& Untie(uint32_t seed);
+
   // Writes config.json and model.safetensors.
   void Write(const ScratchDirectory& directory) const;
 };

@@ -1,5 +1,6 @@
-// config.json: a shape that is accepted can be built.
+// config.json, and behind a separator generation_config.json: a shape that is accepted can be built.
 #include <string>
+#include <vector>
 
 #include "engine/model/opt_config.h"
 #include "tests/fuzz/target.h"
@@ -9,7 +10,9 @@ namespace {
 
 void Run(absl::string_view bytes) {
   static const FuzzFiles& files = *new FuzzFiles;
-  files.Write("config.json", bytes);
+  FuzzInput input(bytes);
+  files.Write("config.json", input.Section());
+  input.empty() ? files.Remove("generation_config.json") : void(files.Write("generation_config.json", input.Rest()));
   const absl::StatusOr<OptConfig> config = OptConfig::Load(files.path());
   CheckAnswer(config.status(), {absl::StatusCode::kInvalidArgument});
   if (!config.ok()) return;
@@ -18,8 +21,10 @@ void Run(absl::string_view bytes) {
     CHECK(size >= 1 && size <= 1 << 20) << size;
   }
   CHECK(config->heads * config->head_dim == config->hidden) << config->heads << " heads of " << config->head_dim;
-  for (const int32_t token : {config->bos_token, config->eos_token})
-    CHECK(token >= 0 && token < config->vocab) << token;
+  CHECK(config->eos_tokens.size() <= kMostEndTokens) << config->eos_tokens.size();
+  std::vector<int32_t> tokens = config->eos_tokens;
+  if (config->bos_token.has_value()) tokens.push_back(*config->bos_token);
+  for (const int32_t token : tokens) CHECK(token >= 0 && token < config->vocab) << token;
   CHECK(config->pre_norm || !config->final_norm) << "a last norm after post-norm layers";
 }
 
@@ -35,7 +40,9 @@ FuzzTarget ModelConfigTarget() {
            R"("num_hidden_layers":24,"vocab_size":50272,"max_position_embeddings":2048})",
            R"({"model_type":"opt","hidden_size":64,"num_attention_heads":4,"ffn_dim":256,"activation_function":"relu",)"
            R"("bos_token_id":1,"eos_token_id":2,"enable_bias":false,"layer_norm_elementwise_affine":false,)"
-           R"("_remove_final_layer_norm":true,"tie_word_embeddings":true,"torch_dtype":"float16","vocab_size":50})"},
+           R"("_remove_final_layer_norm":true,"tie_word_embeddings":true,"torch_dtype":"float16","vocab_size":50})",
+           "{\"model_type\":\"opt\",\"eos_token_id\":[2,-1],\"layerdrop\":NaN}\x1e{\"eos_token_id\":[7,50272],\"top_"
+           "k\":5}"},
           {"\"hidden_size\":",
            "\"num_hidden_layers\":",
            "\"num_attention_heads\":",
@@ -50,6 +57,9 @@ FuzzTarget ModelConfigTarget() {
            "\"relu\"",
            "true",
            "false",
+           "NaN",
+           "-Infinity",
+           "\x1e",
            "null",
            "1e9",
            "-1",

@@ -1,5 +1,6 @@
 // safetensors: a file as it is, a header whose length is right, and a directory of an index with two shards.
 #include <algorithm>
+#include <filesystem>
 #include <string>
 #include <utility>
 #include <vector>
@@ -15,15 +16,21 @@ namespace {
 
 constexpr size_t kDataBytes = 96;
 
-// Tensors of one file share no byte.
-void CheckApart(const TensorMap& tensors) {
+// Tensors of one file share no byte, and where all are known, leave none of the data out.
+void CheckCover(const std::string& path, const FileTensors& file) {
   std::vector<std::pair<int64_t, int64_t>> extents;
-  for (const auto& [name, tensor] : tensors) {
-    if (tensor.elements > 0)
-      extents.emplace_back(tensor.offset, tensor.offset + tensor.elements * SizeOf(tensor.dtype));
+  int64_t bytes = 0;
+  for (const auto& [name, tensor] : file.tensors) {
+    CHECK(!file.foreign.contains(name)) << name;
+    if (tensor.elements == 0) continue;
+    extents.emplace_back(tensor.offset, tensor.offset + tensor.elements * SizeOf(tensor.dtype));
+    bytes += extents.back().second - extents.back().first;
   }
   std::sort(extents.begin(), extents.end());
   for (size_t i = 1; i < extents.size(); ++i) CHECK(extents[i].first >= extents[i - 1].second) << "tensors overlap";
+  const int64_t size = static_cast<int64_t>(std::filesystem::file_size(path));
+  if (!file.foreign.empty() || extents.empty()) return;
+  CHECK(extents.back().second == size && extents.front().first == size - bytes) << "bytes of no tensor";
 }
 
 void Run(absl::string_view bytes) {
@@ -35,12 +42,11 @@ void Run(absl::string_view bytes) {
     const std::string file(input.Rest());
     const std::string path =
         files.Write("one.safetensors", kind % 3 == 0 ? file : Safetensors(file, std::string(kDataBytes, '\1')));
-    std::string metadata;
-    const absl::StatusOr<TensorMap> tensors = ReadSafetensorsHeader(path, "key", &metadata);
-    CheckAnswer(tensors.status(), refusals);
-    if (!tensors.ok()) return;
-    CheckTensors(*tensors);
-    CheckApart(*tensors);
+    const absl::StatusOr<FileTensors> contents = ReadSafetensorsHeader(path);
+    CheckAnswer(contents.status(), refusals);
+    if (!contents.ok()) return;
+    CheckTensors(contents->tensors);
+    CheckCover(path, *contents);
     return;
   }
   static const FuzzFiles& directory = *new FuzzFiles;

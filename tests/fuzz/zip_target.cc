@@ -28,9 +28,9 @@ void Run(absl::string_view bytes) {
   if (kind % 3 < 2) {
     const std::string file(input.Rest());
     const std::string path = files.Write("model.bin", kind % 3 == 0 ? file : Archive(file));
-    const absl::StatusOr<TensorMap> tensors = ReadTorchArchive(path);
-    CheckAnswer(tensors.status(), {absl::StatusCode::kInvalidArgument, absl::StatusCode::kDataLoss});
-    if (tensors.ok()) CheckTensors(*tensors);
+    const absl::StatusOr<FileTensors> file_tensors = ReadTorchArchive(path);
+    CheckAnswer(file_tensors.status(), {absl::StatusCode::kInvalidArgument, absl::StatusCode::kDataLoss});
+    if (file_tensors.ok()) CheckTensors(file_tensors->tensors);
     return;
   }
   static const FuzzFiles& directory = *new FuzzFiles;

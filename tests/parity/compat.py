@@ -22,8 +22,9 @@ class Case:
     references: dict  # what case.json calls the answer ("model", "tokenizer"): function of the directory that gives it
     # Where dejavud refuses: words of its message, each of which must be there: file, field and reason.
     refused: tuple = ()
-    # Where it refuses what the reference loads: words of docs/models.md, which says why.
+    # Where it refuses what the reference loads, or has other results: words of docs/models.md, which says why.
     decision: str = ""
+    here: dict = dataclasses.field(default_factory=dict)  # the results that are others: fields of the answer
 
 
 def base(make):
@@ -32,9 +33,9 @@ def base(make):
     return make
 
 
-def add(name, about, base, edit, references, refused=(), decision=""):
+def add(name, about, base, edit, references, refused=(), decision="", here=None):
     assert all(case.name != name for case in CASES), name
-    CASES.append(Case(name, about, base, edit, references, tuple(refused), decision))
+    CASES.append(Case(name, about, base, edit, references, tuple(refused), decision, here or {}))
 
 
 def change_json(path, changes=(), drop=()):
@@ -80,6 +81,8 @@ def keep(case, base_directory, made, out):
         record[kind] = answer(reference, made)
     if case.refused:
         record["refused"] = list(case.refused)
+    if case.here:
+        record["here"] = case.here
     if case.decision:
         record["decision"] = case.decision
     out.mkdir(parents=True, exist_ok=True)

@@ -94,18 +94,12 @@ def broken_tensors(file, name):
     return found
 
 
-# What is wrong with the checkpoint as a whole: it names no file, but the tensor or the reason.
-UNNAMED = {"nothing in it": "not an OPT model", **dict.fromkeys(("a dtype that there is not", "a dtype of another size", "a tensor missing", "another name"),
-                                                               "layers.0.fc1.weight is missing")}
-
-
 def test_group_11_weights(tmp_path):
     cases = {}
     weights = "model.decoder.layers.0.fc1.weight"
     assert weights in Tensors(TINY / "model.safetensors").header
     for n, (name, content) in enumerate(broken_tensors(TINY / "model.safetensors", weights).items()):
-        words = UNNAMED.get(name, "model.safetensors")
-        cases[f"weights {name}"] = (["--model", folder_with(tmp_path / f"w{n}", TINY, model__safetensors=content)], 1, words)
+        cases[f"weights {name}"] = (["--model", folder_with(tmp_path / f"w{n}", TINY, model__safetensors=content)], 1, "model.safetensors")
     config = json.loads((TINY / "config.json").read_text())
     changes = {
         **{f"{key} of {value!r}"[:60]: {key: value} for key, value in (
@@ -129,7 +123,6 @@ def test_group_11_weights(tmp_path):
             "a path upward": json.dumps({"weight_map": {**good["weight_map"], one: "../model.safetensors"}}).encode(),
             "a path from the root": json.dumps({"weight_map": {**good["weight_map"], one: "/etc/passwd"}}).encode(),
             "a shard that there is not": json.dumps({"weight_map": {**good["weight_map"], one: "model-00009-of-00005.safetensors"}}).encode(),
-            "another shard": json.dumps({"weight_map": {**good["weight_map"], one: sorted(set(good["weight_map"].values()) - {good["weight_map"][one]})[0]}}).encode(),
             "NUL in a name": json.dumps({"weight_map": {**good["weight_map"], one: "a\0b"}}).encode()}.items()):
         cases[f"index {name}"] = (["--model", folder_with(tmp_path / f"i{n}", shard, **index(content))], 1, str(tmp_path / f"i{n}"))
     bin_folder = PARITY / "pre-norm-hd80"

@@ -114,6 +114,9 @@ TEST_F(EndToEnd, DescribesTheModel) {
   EXPECT_EQ(info.context_tokens(), 512u);
   EXPECT_EQ(info.weight_dtype(), "float16");
   EXPECT_TRUE(info.has_tokenizer());
+  EXPECT_EQ(info.eos_token_id(), 2u);
+  ASSERT_EQ(info.eos_token_ids_size(), 1);
+  EXPECT_EQ(info.eos_token_ids(0), 2u);
 }
 
 TEST_F(EndToEnd, RefusesBadRequestsWithTheirField) {

@@ -150,15 +150,29 @@ TEST_F(CheckpointTest, PrefersSafetensors) {
   EXPECT_TRUE(Open().ok());
 }
 
-TEST_F(CheckpointTest, LetsTheIndexDecideBetweenShardsWithTheSameTensor) {
+TEST_F(CheckpointTest, TakesAllTensorsOfTheShardsThatTheIndexNames) {
   directory_.Write("a.safetensors", SmallSafetensors({"x", "y"}, 1));
-  directory_.Write("b.safetensors", SmallSafetensors({"x", "y", "z"}, 2));
+  directory_.Write("b.safetensors", SmallSafetensors({"x", "z"}, 2));
+  directory_.Write("c.safetensors", SmallSafetensors({"v"}, 3));
   WriteIndex(R"({"x": "a.safetensors", "y": "b.safetensors"})");
   const auto checkpoint = Open();
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
-  EXPECT_EQ(checkpoint->tensors().size(), 2);
-  EXPECT_EQ(First<uint16_t>(*checkpoint, "x"), 1);
-  EXPECT_EQ(First<uint16_t>(*checkpoint, "y"), 2);
+  EXPECT_EQ(checkpoint->tensors().size(), 3);
+  EXPECT_EQ(First<uint16_t>(*checkpoint, "x"), 2) << "the last shard has it";
+  EXPECT_EQ(First<uint16_t>(*checkpoint, "y"), 1);
+  EXPECT_EQ(First<uint16_t>(*checkpoint, "z"), 2);
+}
+
+TEST_F(CheckpointTest, NamesTheTypeOfTensorsThatAreNoWeights) {
+  const std::string path =
+      directory_.Write("model.safetensors",
+                       Safetensors(R"({"w":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}})", std::string(8, 'x')));
+  const auto checkpoint = Open();
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  EXPECT_EQ(checkpoint->Find("w"), nullptr);
+  EXPECT_EQ(checkpoint->Missing("w").message(),
+            path + ": tensor w is of type F64; weights must be float32, float16 or bfloat16");
+  EXPECT_EQ(checkpoint->Missing("v").message(), path + ": tensor v is missing");
 }
 
 TEST_F(CheckpointTest, FollowsTheLinksOfAHuggingFaceCache) {
@@ -191,7 +205,12 @@ TEST_F(CheckpointTest, NamesShardsAndTensorsThatAreMissing) {
   directory_.Write("a.safetensors", SmallSafetensors({"w"}, 1));
   ExpectRefused(Open(), {directory_.Path("b.safetensors"), "No such file", "tensor \"x\"", index});
   directory_.Write("b.safetensors", SmallSafetensors({"other"}, 1));
-  ExpectRefused(Open(), {directory_.Path("b.safetensors"), "no tensor \"x\"", index});
+  const auto promised = Open();
+  ASSERT_TRUE(promised.ok()) << promised.status();
+  EXPECT_TRUE(promised->IsExpected("x"));
+  for (const std::string& part : {directory_.Path("b.safetensors"), std::string("no tensor \"x\""), index}) {
+    EXPECT_THAT(std::string(promised->Missing("x").message()), testing::HasSubstr(part));
+  }
   directory_.Write("b.safetensors", "");
   ExpectRefused(Open(), {directory_.Path("b.safetensors"), "0 bytes", "tensor \"x\"", index});
 }

@@ -11,7 +11,9 @@ using testing::ElementsAre;
 class SafetensorsTest : public testing::Test {
  protected:
   absl::StatusOr<TensorMap> ReadBytes(const std::string& bytes) {
-    return ReadSafetensorsHeader(directory_.Write("t.safetensors", bytes));
+    absl::StatusOr<FileTensors> file = ReadSafetensorsHeader(directory_.Write("t.safetensors", bytes));
+    if (!file.ok()) return file.status();
+    return file->tensors;
   }
   absl::StatusOr<TensorMap> ReadHeader(const std::string& header, size_t data_bytes = 16) {
     return ReadBytes(Safetensors(header, std::string(data_bytes, '\x01')));
@@ -54,7 +56,7 @@ TEST_F(SafetensorsTest, RefusesAHeaderLengthBeyondTheFileOrTheLimit) {
   }
   const std::string path = directory_.Write("t.safetensors", Little(uint64_t{101} << 20, 8));
   std::filesystem::resize_file(path, uint64_t{1} << 30);  // sparse
-  ExpectRefused(ReadSafetensorsHeader(path), {path, "the limit here is 104857600"});
+  ExpectRefused(ReadSafetensorsHeader(path), {path, "the limit here is 100000000"});
 }
 
 TEST_F(SafetensorsTest, RefusesAFileCutAnywhere) {
@@ -69,7 +71,7 @@ TEST_F(SafetensorsTest, RefusesWhatIsNotAnObjectOfTensors) {
   ExpectRefused(ReadHeader("{\"\xff\":1}"), {path_, "not valid JSON"});
   ExpectRefused(ReadHeader("{\"w\":1e999}"), {path_, "not valid JSON"});
   ExpectRefused(ReadHeader("{\"w\":7}"), {path_, "\"w\"", "not described by an object"});
-  ExpectRefused(ReadHeader("{\"w\":{}}"), {path_, "\"w\"", "data_offsets"});
+  ExpectRefused(ReadHeader("{\"w\":{}}"), {path_, "\"w\"", "dtype"});
   ExpectRefused(ReadHeader(std::string(100'000, '[')), {path_, "nested deeper"});
   std::string many = "{\"w\":[0";
   for (int i = 0; i < 2'000'000; ++i) many += ",0";
@@ -91,9 +93,11 @@ TEST_F(SafetensorsTest, RefusesOffsetsOutsideTheData) {
 }
 
 TEST_F(SafetensorsTest, RefusesImpossibleShapes) {
-  for (const char* shape :
-       {"[-2]", "[2.0]", "[18446744073709551616]", "[18446744073709551615]", "[4294967296,4294967296]",
-        "[9223372036854775807,2]", "[4611686018427387904,4]", "[1,1,1,1,1,1,1,1,2]", "\"2\"", "null", "[[2]]"}) {
+  for (const char* shape : {"[-2]", "[2.0]", "[18446744073709551616]", "[18446744073709551615]",
+                            "[4294967296,4294967296]", "[9223372036854775807,2]", "[4611686018427387904,4]",
+                            "[1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,"
+                            "1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,2]",
+                            "\"2\"", "null", "[[2]]"}) {
     SCOPED_TRACE(shape);
     ExpectRefused(ReadEntry("\"F16\"", shape, "[0,4]"), {path_, "tensor \"w\""});
     ExpectRefused(ReadEntry("\"U8\"", shape, "[0,4]"), {path_, "tensor \"w\""});
@@ -101,7 +105,7 @@ TEST_F(SafetensorsTest, RefusesImpossibleShapes) {
 }
 
 TEST_F(SafetensorsTest, RefusesASizeThatIsNotThatOfTheShape) {
-  ASSERT_TRUE(ReadEntry("\"F16\"", "[2]", "[0,4]").ok());
+  ASSERT_TRUE(ReadEntry("\"F16\"", "[8]", "[0,16]").ok());
   ExpectRefused(ReadEntry("\"F16\"", "[2]", "[0,6]"), {path_, "tensor \"w\"", "needs 4 bytes", "has 6"});
   ExpectRefused(ReadEntry("\"F32\"", "[2]", "[0,4]"), {path_, "tensor \"w\"", "needs 8 bytes", "has 4"});
   ExpectRefused(ReadEntry("7", "[2]", "[0,4]"), {path_, "tensor \"w\"", "dtype"});
@@ -110,10 +114,10 @@ TEST_F(SafetensorsTest, RefusesASizeThatIsNotThatOfTheShape) {
 TEST_F(SafetensorsTest, RefusesOverlappingTensorsOfAnyType) {
   ExpectRefused(ReadHeader(R"({"a":{"dtype":"F16","shape":[2],"data_offsets":[0,4]},)"
                            R"("b":{"dtype":"F16","shape":[2],"data_offsets":[2,6]}})"),
-                {path_, "\"a\"", "\"b\"", "overlap"});
+                {path_, "\"b\"", "overlap"});
   ExpectRefused(ReadHeader(R"({"a":{"dtype":"F16","shape":[2],"data_offsets":[4,8]},)"
                            R"("b":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}})"),
-                {path_, "\"a\"", "\"b\"", "overlap"});
+                {path_, "\"a\"", "overlap"});
 }
 
 // A mutated file may still be valid; it must only do no harm.

@@ -16,7 +16,9 @@ constexpr int kStorageEntry = 2;
 class TorchArchiveTest : public testing::Test {
  protected:
   absl::StatusOr<TensorMap> ReadBytes(const std::string& bytes) {
-    return ReadTorchArchive(directory_.Write("t.bin", bytes));
+    absl::StatusOr<FileTensors> file = ReadTorchArchive(directory_.Write("t.bin", bytes));
+    if (!file.ok()) return file.status();
+    return file->tensors;
   }
   // With one storage, "0", of the bytes 0, 1, ..., 15.
   static ZipFile Archive(const std::string& pickle, const std::string& order = "little") {

@@ -5,6 +5,8 @@
 namespace dejavu {
 namespace {
 
+using testing::ElementsAre;
+
 class OptConfigTest : public testing::Test {
  protected:
   absl::StatusOr<OptConfig> LoadText(const std::string& text) {
@@ -36,7 +38,9 @@ TEST_F(OptConfigTest, TakesTheDefaultsOfTransformersForWhatIsAbsent) {
   EXPECT_TRUE(config->biases);
   EXPECT_TRUE(config->affine_norms);
   EXPECT_EQ(config->bos_token, 2);
-  EXPECT_EQ(config->eos_token, 2);
+  EXPECT_THAT(config->eos_tokens, ElementsAre(2));
+  EXPECT_TRUE(config->tied);
+  EXPECT_TRUE(config->unused_settings.empty());
   EXPECT_EQ(LoadField(R"("hidden_size": 96)")->embed, 96);
 }
 
@@ -64,7 +68,8 @@ TEST_F(OptConfigTest, ReadsEveryFieldOfTheOtherForms) {
   EXPECT_FALSE(LoadField(R"("_remove_final_layer_norm": true)")->final_norm);
   EXPECT_FALSE(LoadField(R"("enable_bias": false)")->biases);
   EXPECT_FALSE(LoadField(R"("layer_norm_elementwise_affine": false)")->affine_norms);
-  EXPECT_EQ(LoadField(R"("bos_token_id": 0, "eos_token_id": 50271)")->eos_token, 50271);
+  EXPECT_FALSE(LoadField(R"("tie_word_embeddings": false)")->tied);
+  EXPECT_EQ(LoadField(R"("bos_token_id": 0)")->bos_token, 0);
 }
 
 TEST_F(OptConfigTest, AcceptsAnArchitectureInPlaceOfTheModelType) {
@@ -80,7 +85,6 @@ TEST_F(OptConfigTest, AcceptsAnArchitectureInPlaceOfTheModelType) {
 TEST_F(OptConfigTest, RefusesWhatTheModelDoesNotCompute) {
   ExpectRefused(LoadField(R"("activation_function": "gelu")"), {path_, "activation_function is \"gelu\"", "\"relu\""});
   ExpectRefused(LoadField(R"("activation_function": 7)"), {path_, "activation_function is 7"});
-  ExpectRefused(LoadField(R"("tie_word_embeddings": false)"), {path_, "tie_word_embeddings is false", "only true"});
   ExpectRefused(LoadField(R"("quantization_config": {"bits": 4})"), {path_, "quantization_config"});
   ExpectRefused(LoadField(R"("num_attention_heads": 7)"), {path_, "hidden_size is 768", "num_attention_heads, 7"});
 }
@@ -96,16 +100,51 @@ TEST_F(OptConfigTest, NamesFieldValueAndLimitOfWhatIsOutOfRange) {
   ExpectRefused(LoadField(R"("max_position_embeddings": 4294967297)"),
                 {path_, "max_position_embeddings is 4294967297"});
   ExpectRefused(LoadField(R"("word_embed_proj_dim": 0)"), {path_, "word_embed_proj_dim is 0"});
-  ExpectRefused(LoadField(R"("eos_token_id": 50272)"), {path_, "eos_token_id is 50272", "0 to 50271"});
-  ExpectRefused(LoadField(R"("vocab_size": 2)"), {path_, "bos_token_id is 2", "0 to 1"});  // the default
-  ExpectRefused(LoadField(R"("bos_token_id": -1)"), {path_, "bos_token_id is -1"});
+  ExpectRefused(LoadField(R"("pad_token_id": 50272)"), {path_, "pad_token_id is 50272", "-50272 to 50271"});
+}
+
+TEST_F(OptConfigTest, TakesEndTokensThatCanCome) {
+  EXPECT_THAT(LoadField(R"("eos_token_id": [7, -1, 50271, 7, 50272])")->eos_tokens, ElementsAre(7, 50271));
+  for (const char* none : {"null", "[]", "-1", "50272", "9223372036854775807"}) {
+    EXPECT_THAT(LoadField(std::string(R"("eos_token_id": )") + none)->eos_tokens, ElementsAre()) << none;
+  }
+  EXPECT_THAT(LoadField(R"("vocab_size": 2)")->eos_tokens, ElementsAre());  // the default is 2
+  EXPECT_EQ(LoadField(R"("vocab_size": 2)")->bos_token, std::nullopt);
+  EXPECT_EQ(LoadField(R"("bos_token_id": null)")->bos_token, std::nullopt);
+  std::string many = "0";
+  for (int i = 1; i <= 64; ++i) many += "," + std::to_string(i);
+  ExpectRefused(LoadField(R"("eos_token_id": [)" + many + "]"), {path_, "eos_token_id", "65 tokens", "64"});
+}
+
+TEST_F(OptConfigTest, TakesTheEndTokensOfGenerationConfigWhereThereIsOne) {
+  const std::string path = directory_.Write("generation_config.json", R"({"eos_token_id": [5, 3], "bos_token_id": 1})");
+  EXPECT_THAT(LoadField(R"("eos_token_id": 7)")->eos_tokens, ElementsAre(5, 3));
+  EXPECT_TRUE(LoadField(R"("eos_token_id": 7)")->unused_settings.empty());
+  directory_.Write("generation_config.json",
+                   R"({"temperature": NaN, "top_k": 5, "min_length": null, "use_cache": true})");
+  const auto without = LoadField(R"("eos_token_id": 7)");
+  EXPECT_THAT(without->eos_tokens, ElementsAre()) << "it names none";
+  EXPECT_THAT(without->unused_settings, ElementsAre("\"temperature\"", "\"top_k\""));
+  directory_.Write("generation_config.json", R"({"eos_token_id": "7"})");
+  ExpectRefused(LoadField(R"("eos_token_id": 7)"), {path, "eos_token_id is \"7\""});
+  directory_.Write("generation_config.json", "{");
+  ExpectRefused(LoadField(R"("eos_token_id": 7)"), {path, "not valid JSON"});
+}
+
+TEST_F(OptConfigTest, ReadsConstantsThatPythonWrites) {
+  const auto config = LoadField(R"("layerdrop": NaN, "init_std": -Infinity, "x": ["NaN\"", Infinity], "ffn_dim": 8)");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->ffn, 8);
 }
 
 TEST_F(OptConfigTest, RefusesWrongTypes) {
   ExpectRefused(LoadField(R"("hidden_size": "768")"), {path_, "hidden_size is \"768\"", "an integer"});
   ExpectRefused(LoadField(R"("hidden_size": 768.0)"), {path_, "hidden_size is 768.0", "an integer"});
-  ExpectRefused(LoadField(R"("eos_token_id": null)"), {path_, "eos_token_id is null", "an integer"});
-  ExpectRefused(LoadField(R"("eos_token_id": [2, 3])"), {path_, "eos_token_id is array", "an integer"});
+  ExpectRefused(LoadField(R"("eos_token_id": [2, "3"])"), {path_, "eos_token_id is [2,\"3\"]", "a list of integers"});
+  ExpectRefused(LoadField(R"("eos_token_id": 2.0)"), {path_, "eos_token_id is 2.0", "an integer"});
+  ExpectRefused(LoadField(R"("bos_token_id": [2])"), {path_, "bos_token_id is [2]", "an integer or null"});
+  ExpectRefused(LoadField(R"("layerdrop": "0")"), {path_, "layerdrop is \"0\"", "a number"});
+  ExpectRefused(LoadField(R"("ffn_dim": Infinity)"), {path_, "ffn_dim is \"Infinity\"", "an integer"});
   ExpectRefused(LoadField(R"("enable_bias": 1)"), {path_, "enable_bias is 1", "true or false"});
 }
 

@@ -12,6 +12,7 @@
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "nlohmann/json.hpp"
+#include "tests/engine/tiny_checkpoint.h"
 #include "tests/scratch_directory.h"
 
 namespace dejavu {
@@ -220,11 +221,11 @@ TEST(CapacityPlan, ABudgetOfKeysAndValuesIsTakenAsItIs) {
   EXPECT_EQ(Of(two, Tier::kDense).ms[4], std::nullopt);
 }
 
-TEST(CapacityPlan, ADirectoryAgreesWithWhatTheEnginePlans) {
+void ExpectAsTheEnginePlans(const std::string& directory) {
   const auto backend = *CreateCpuBackend({1, /*pin=*/false});
   for (const char* weights : {"stored", "int8", "fp32"}) {
-    const EngineOptions options = Options(EMBEDDED_MODEL, weights);
-    const OptConfig config = *OptConfig::Load(EMBEDDED_MODEL);
+    const EngineOptions options = Options(directory, weights);
+    const OptConfig config = *OptConfig::Load(directory);
     for (int ranks = 1; ranks <= 4; ++ranks) {
       const CapacityPlan plan = Plan(options, Devices(ranks, 4));
       const auto engine = PlanMemory(options, config, *backend, 0, ranks);
@@ -237,6 +238,24 @@ TEST(CapacityPlan, ADirectoryAgreesWithWhatTheEnginePlans) {
       EXPECT_GE(plan.predictor_bytes.total(), 0.8 * static_cast<double>(engine->predictor_bytes)) << ranks << " ranks";
     }
   }
+}
+
+TEST(CapacityPlan, ADirectoryAgreesWithWhatTheEnginePlans) { ExpectAsTheEnginePlans(EMBEDDED_MODEL); }
+
+TEST(CapacityPlan, AHeadOfItsOwnIsCounted) {
+  const ScratchDirectory tied, untied, differs;
+  TinyCheckpoint tiny = TinyCheckpoint::Random(1, /*hidden=*/16, /*ffn=*/40, /*layers=*/2, /*vocab=*/64);
+  tiny.Write(tied);
+  tiny.Untie(2).Write(untied);
+  TinyCheckpoint said_to_be_tied = tiny;
+  said_to_be_tied.config.erase("tie_word_embeddings");
+  said_to_be_tied.Write(differs);
+  const auto bytes = [](const ScratchDirectory& directory) {
+    return Plan(Options(directory.path(), "stored"), Devices(2, 1)).weight_bytes.split;
+  };
+  EXPECT_EQ(bytes(untied), bytes(tied) + int64_t{32} * 16 * 4) << "half of 64 rows of 16 floats";
+  EXPECT_EQ(bytes(differs), bytes(untied));
+  ExpectAsTheEnginePlans(untied.path());
 }
 
 TEST(CapacityPlan, ASyntheticModelAgreesWithWhatTheEnginePlans) {

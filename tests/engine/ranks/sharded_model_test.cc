@@ -78,8 +78,9 @@ void ExpectShare(const OptConfig& config, const Shard& shard, const OptWeights& 
   const Ids tokens = Count(shard.vocab.first, shard.vocab.count);
   ExpectRows(own.token_embedding.weight, whole.token_embedding.weight, tokens, "token embedding");
   ExpectElements(own.token_embedding.scale, whole.token_embedding.scale, tokens, "token embedding scale");
-  EXPECT_EQ(own.head.weight.data, own.token_embedding.weight.data) << "one copy";
-  EXPECT_EQ(own.head.scale.data, own.token_embedding.scale.data) << "one copy";
+  EXPECT_EQ(own.has_own_head(), whole.has_own_head());
+  EXPECT_EQ(own.head.scale.data == own.token_embedding.scale.data, !own.has_own_head() || own.head.scale.empty());
+  ExpectLinear(own.head, whole.head, tokens, {}, "head");
   ExpectRows(own.position_embedding, whole.position_embedding, Count(0, whole.position_embedding.rows), "positions");
   for (const auto& [mine, theirs, name] : {std::tuple(&own.project_in, &whole.project_in, "in"),
                                            std::tuple(&own.project_out, &whole.project_out, "out")}) {
@@ -112,6 +113,7 @@ int64_t BytesOf(const LinearWeights& w) { return w.weight.bytes() + w.scale.byte
 // Of what is divided among the ranks, without the biases that the first one has.
 int64_t SplitBytes(const OptWeights& w) {
   int64_t bytes = w.token_embedding.weight.bytes() + w.token_embedding.scale.bytes();
+  if (w.has_own_head()) bytes += BytesOf(w.head);
   for (const LayerWeights& layer : w.layers) {
     bytes += BytesOf(layer.qkv) + BytesOf(layer.out) + BytesOf(layer.mlp.up) + BytesOf(layer.mlp.down) -
              layer.out.bias.bytes() - layer.mlp.down.bias.bytes();
@@ -119,10 +121,7 @@ int64_t SplitBytes(const OptWeights& w) {
   return bytes;
 }
 
-class ShardedLoad : public testing::TestWithParam<std::string> {};
-
-TEST_P(ShardedLoad, RanksTogetherHaveTheWholeModelBitByBit) {
-  const std::string path = CheckpointPath(GetParam());
+void ExpectRanksTogetherHaveTheWholeModel(const std::string& path) {
   const OptConfig config = *OptConfig::Load(path);
   const Checkpoint checkpoint = *Checkpoint::Open(path);
   const PredictorData frequencies = RandomFrequencies(config, 3);
@@ -146,6 +145,18 @@ TEST_P(ShardedLoad, RanksTogetherHaveTheWholeModelBitByBit) {
     }
   }
   EXPECT_EQ(some_without_heads, config.heads < 5);
+}
+
+class ShardedLoad : public testing::TestWithParam<std::string> {};
+
+TEST_P(ShardedLoad, RanksTogetherHaveTheWholeModelBitByBit) {
+  ExpectRanksTogetherHaveTheWholeModel(CheckpointPath(GetParam()));
+}
+
+TEST(ShardedHead, IsDividedAsTheEmbeddingIs) {
+  const ScratchDirectory directory;
+  TinyCheckpoint::Random(1).Untie(2).Write(directory);
+  ExpectRanksTogetherHaveTheWholeModel(directory.path());
 }
 
 INSTANTIATE_TEST_SUITE_P(EveryForm, ShardedLoad, testing::ValuesIn(GoldenCheckpoints()));

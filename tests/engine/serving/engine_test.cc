@@ -213,12 +213,12 @@ TEST(Engine, StopTokensAndTheEndTokenEndARequestUnlessTooEarly) {
 
   // Make the end token the best one.
   Request ending = Prompt({2, 50, 60}, 12);
-  ending.sampling.logit_bias = {{engine->model().eos_token, 100.0f}};
+  ending.sampling.logit_bias = {{engine->model().eos_tokens[0], 100.0f}};
   EXPECT_EQ(Generate(*engine, ending).finish.reason, FinishReason::kLength);
   ending.ignore_eos = false;
   const Result ended = Generate(*engine, ending);
   EXPECT_EQ(ended.finish.reason, FinishReason::kEos);
-  EXPECT_EQ(ended.ids, std::vector<int32_t>{engine->model().eos_token});
+  EXPECT_EQ(ended.ids, engine->model().eos_tokens);
   ending.min_new_tokens = 4;
   EXPECT_EQ(Generate(*engine, ending).ids.size(), 5u);
 }
