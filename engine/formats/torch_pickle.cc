@@ -1,5 +1,7 @@
 #include "engine/formats/torch_pickle.h"
 
+#include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "absl/container/flat_hash_set.h"
@@ -48,18 +50,20 @@ absl::StatusOr<std::vector<PickledTensor>> StateDictionary(const PickleMachine& 
     return machine.Refuse(absl::StrCat("holds ", machine.KindName(result), ", not a dictionary of tensors"));
   }
   const std::vector<PickleRef>& items = machine.value(result).items;
-  std::vector<PickledTensor> tensors;
+  std::vector<PickledTensor> tensors, others;
   absl::flat_hash_set<absl::string_view> names;
   for (size_t i = 0; i < items.size(); i += 2) {
     if (!machine.Is(items[i], PickleKind::kString)) return machine.Refuse("a key that is not a string");
     const absl::string_view name = machine.value(items[i]).text;
     if (name.size() > kMaxPickleNameBytes) return machine.Refuse(absl::StrCat("a name of ", name.size(), " bytes"));
-    const PickleValue& value = machine.value(items[i + 1]);
-    if (value.kind != PickleKind::kTensor) {
-      return machine.Refuse(absl::StrCat("entry ", Quoted(name), " is ", machine.KindName(items[i + 1]),
-                                         "; the file must hold the state dictionary itself, a dictionary of tensors"));
-    }
     if (!names.insert(name).second) return machine.Refuse(absl::StrCat("tensor ", Quoted(name), " appears twice"));
+    if (!machine.Is(items[i + 1], PickleKind::kTensor)) {
+      PickledTensor other;  // a count of steps, say, which no weight is
+      other.name = std::string(name);
+      other.type = machine.KindName(items[i + 1]);
+      others.push_back(std::move(other));
+      continue;
+    }
     absl::StatusOr<PickledTensor> tensor = Describe(machine, items[i + 1]);
     if (!tensor.ok()) {
       return absl::InvalidArgumentError(absl::StrCat("tensor ", Quoted(name), ": ", tensor.status().message()));
@@ -67,6 +71,11 @@ absl::StatusOr<std::vector<PickledTensor>> StateDictionary(const PickleMachine& 
     tensor->name = std::string(name);
     tensors.push_back(*std::move(tensor));
   }
+  if (tensors.empty() && !others.empty()) {
+    return machine.Refuse(absl::StrCat("entry ", Quoted(others[0].name), " is ", others[0].type,
+                                       "; the file must hold the state dictionary itself, a dictionary of tensors"));
+  }
+  std::move(others.begin(), others.end(), std::back_inserter(tensors));
   return tensors;
 }
 

@@ -19,7 +19,7 @@ namespace dejavu {
 struct PickledTensor {
   std::string name;
   std::optional<DType> dtype;  // nothing: a type that the engine does not compute with
-  std::string type;            // of the storage, such as "HalfStorage"
+  std::string type;            // of the storage, such as "HalfStorage"; of what is no tensor, such as "an integer"
   std::string storage;         // the archive's entry data/<storage>
   int64_t storage_elements = 0;
   int64_t offset = 0;  // of the first element, in elements
@@ -27,7 +27,7 @@ struct PickledTensor {
   std::vector<int64_t> strides;  // in elements, one per dimension
 };
 
-// The state dictionary: a dictionary of tensors at the top level. INVALID_ARGUMENT, without the file's path, for all
+// The state dictionary: a dictionary of tensors, and perhaps of other things, at the top level. INVALID_ARGUMENT, without the file's path, for all
 // else.
 absl::StatusOr<std::vector<PickledTensor>> ReadTorchPickle(absl::string_view pickle);
 

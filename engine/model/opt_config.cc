@@ -147,6 +147,8 @@ absl::StatusOr<OptConfig> OptConfig::Load(const std::string& directory) {
   fields.Only("activation_function", "relu");
   for (const char* name : {"quantization_config", "transformers_weights", "per_layer_config"})
     fields.Only(name, nullptr);
+  fields.Only("is_encoder_decoder", false);
+  fields.Bool("use_cache", true);
   for (const char* name : {"dropout", "attention_dropout", "layerdrop", "init_std"}) fields.Number(name);
 
   OptConfig config;

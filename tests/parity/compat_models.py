@@ -1,5 +1,6 @@
 """Checkpoints and configs: what OPTForCausalLM computes from them, and where its generate() ends."""
 import json
+import math
 import pathlib
 import shutil
 import tempfile
@@ -72,7 +73,7 @@ def reference(directory):
         model._prepare_special_tokens(settings)
         ends = [] if settings._eos_token_tensor is None else settings._eos_token_tensor.flatten().tolist()
         generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(greedy), **PLAIN)[0, ids.shape[1]:]
-    round5 = lambda values: [round(value, 5) for value in values]
+    round5 = lambda values: [None if math.isnan(value) else round(value, 5) for value in values]
     return {
         "prompt": PROMPT,
         "logprobs": round5(given),
@@ -292,6 +293,8 @@ bin_case("float64", "one tensor in float64", lambda t: t | {DECODER + "layers.0.
          refused=["pytorch_model.bin", "layers.0.fc1.weight", "DoubleStorage"], decision=DECIDED)
 bin_case("strided", "a matrix that is a view of its transpose", lambda t: t | {DECODER + "layers.0.fc1.weight": t[DECODER + "layers.0.fc1.weight"].T.contiguous().T},
          refused=["pytorch_model.bin", "layers.0.fc1.weight", "contiguous"], decision="contiguous")
+bin_case("step", "weights beside a count of steps and a note", lambda t: t | {"step": 5, "note": "x", "nothing": None, "more": [1, 2]})
+bin_case("parameters", "parameters in a plain dictionary", lambda t: {k: torch.nn.Parameter(v) for k, v in t.items()})
 bin_case("nested", "a training checkpoint", lambda t: {"model": few(t), "epoch": 3}, refused=["pytorch_model.bin", '"model"', "state dictionary"])
 bin_case("before-1-6", "the format of PyTorch before 1.6", lambda t: t, legacy=True, refused=["pytorch_model.bin", "before 1.6"], decision="1.6")
 
@@ -331,6 +334,15 @@ text_case("nan", "NaN and infinities, as Python writes them", lambda t: t.replac
 text_case("nan-size", "NaN where a size should be", lambda t: t.replace('"ffn_dim": 20', '"ffn_dim": NaN'), refused=["config.json", "ffn_dim is", "NaN"])
 text_case("twice", "a field twice, of which Python takes the last", lambda t: t.replace("{", '{"ffn_dim": 7,', 1), refused=["config.json", '"ffn_dim" appears twice'], decision="twice")
 text_case("byte-order-mark", "a byte order mark", lambda t: "\ufeff" + t, refused=["config.json", "byte order mark"])
+text_case("exponent", "a number beyond all numbers, which Python reads as infinity", lambda t: t.replace("{", '{"x": 1e999,', 1), refused=["config.json", "JSON"],
+          decision="1e999")
+text_case("half-a-character", "half a surrogate, which Python reads", lambda t: t.replace("{", '{"x": "\\ud800",', 1), refused=["config.json", "JSON"],
+          decision="surrogate")
+config_case("config-no-layers", "a model without layers", {"num_hidden_layers": 0}, refused=["config.json", "num_hidden_layers is 0", "1 to 1024"], decision="num_hidden_layers` of 0")
+config_case("config-encoder", "an encoder and a decoder", {"is_encoder_decoder": True}, refused=["config.json", "is_encoder_decoder is true"])
+config_case("config-text-cache", "use_cache as a text", {"use_cache": "no"}, refused=["config.json", "use_cache is"])
+tensors_case("type-nan", "a value that is not a number", lambda t: t | {EMBEDDING: t[EMBEDDING].index_fill(0, torch.tensor([63]), float("nan"))},
+             refused=["model.safetensors", "embed_tokens.weight", "not finite"], decision="not finite")
 text_case("comment", "a comment", lambda t: "// mine\n" + t, refused=["config.json", "JSON"])
 text_case("comma", "a comma too much", lambda t: t.rstrip().rstrip("}") + ",}", refused=["config.json", "JSON"])
 text_case("array", "a list", lambda t: f"[{t}]", refused=["config.json", "object"])

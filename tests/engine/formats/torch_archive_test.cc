@@ -252,7 +252,10 @@ TEST_F(TorchArchiveTest, RefusesAnythingButADictionaryOfTensors) {
   ExpectRefused(ReadPickle("\x80\x02" + tensor + "."), {path_, "a tensor, not a dictionary"});
   const std::string inner = "}(" + PickledString("w") + tensor + "u";
   ExpectRefused(ReadPickle(PickledDict({{"state_dict", inner}})), {path_, "\"state_dict\" is a dictionary"});
-  ExpectRefused(ReadPickle(PickledDict({{"w", tensor}, {"epoch", "K\x03"}})), {path_, "\"epoch\" is an integer"});
+  ExpectRefused(ReadPickle(PickledDict({{"epoch", "K\x03"}})), {path_, "\"epoch\" is an integer", "state dictionary"});
+  const auto beside = ReadPickle(PickledDict({{"w", tensor}, {"epoch", "K\x03"}}));
+  ASSERT_TRUE(beside.ok()) << beside.status();
+  EXPECT_EQ(beside->size(), 1) << "what is no tensor is passed over";
   ExpectRefused(ReadPickle(PickledDict({{"w", tensor}, {"w", tensor}})), {path_, "\"w\"", "twice"});
   ExpectRefused(ReadPickle("\x80\x02}K\x01" + tensor + "s."), {path_, "not a string"});
 }
