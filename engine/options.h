@@ -36,7 +36,9 @@ struct SchedulerOptions {
   double inter_token_target_ms = 0.0;
   double prefill_share = 0.75;
   double ageing_s = 10.0;
-  bool overcommit = false;     // take blocks as sequences grow, and compute the youngest again where none is left
+  // Take blocks as sequences grow, and compute the youngest again where none is left: but for those whose tokens that
+  // would change.
+  bool overcommit = false;
   std::string tenant_weights;  // such as "free=1,paying=3": shares of what tenants are served; 1 for others
 };
 

@@ -253,14 +253,21 @@ size_t Scheduler::Sharable(const Sequence& s) const {
   return std::min<size_t>(s.keys.size(), (s.prompt_tokens() - 1) / pool_.block_tokens());
 }
 
+// Whether it takes blocks as it grows, and may be sent back where none is left. Computed again, what a deterministic
+// one of a predicted tier has generated would get other keys and values, and a score would be told twice.
+bool Scheduler::Grows(const Sequence& s) const {
+  const SparsityParams& sparsity = s.request.sparsity;
+  return options_.overcommit && !s.request.score && !(sparsity.deterministic && IsPredicted(sparsity.tier));
+}
+
 bool Scheduler::TakeBlocks(Sequence& s) {
   const int32_t tokens = static_cast<int32_t>(s.tokens.size());
   // A prompt that is only scored may fill the context: there is no place for a token behind it.
-  const int32_t wanted =
-      pool_.BlocksFor(options_.overcommit ? std::min(tokens + int64_t{1}, s.max_tokens()) : s.max_tokens());
+  const int32_t wanted = pool_.BlocksFor(Grows(s) ? std::min(tokens + int64_t{1}, s.max_tokens()) : s.max_tokens());
   const size_t sharable = Sharable(s);
   // What runs will want to grow before this one has to go again.
-  const int32_t growth = options_.overcommit ? static_cast<int32_t>(running_.size()) : 0;
+  const auto growth =
+      static_cast<int32_t>(std::count_if(running_.begin(), running_.end(), [&](const auto& r) { return Grows(*r); }));
   s.blocks.resize(wanted);
   const int32_t shared = pool_.Share(absl::MakeSpan(s.keys).first(sharable), absl::MakeSpan(s.blocks));
   if (pool_.free() < wanted - shared + growth || !pool_.Take(absl::MakeSpan(s.blocks).subspan(shared))) {
@@ -276,9 +283,10 @@ bool Scheduler::TakeBlocks(Sequence& s) {
   return true;
 }
 
-// A block for the next position of each sequence that decodes. Where none is left the youngest of the least urgent
-// goes, perhaps the one that asks.
+// A block for the next position of each sequence that decodes. Where none is left the youngest of the least urgent of
+// those that grow goes, perhaps the one that asks.
 void Scheduler::GrowAll(Batch& batch) {
+  const auto order = [&](const Sequence& s) { return std::make_tuple(Grows(s), s.request.urgency, s.admission); };
   for (size_t i = 0; i < running_.size();) {
     Sequence& s = *running_[i];
     int32_t block;
@@ -289,9 +297,8 @@ void Scheduler::GrowAll(Batch& batch) {
       SetBlocks(s, batch);
       ++i;
     } else {
-      const auto least = std::max_element(running_.begin(), running_.end(), [](const auto& a, const auto& b) {
-        return std::make_pair(a->request.urgency, a->admission) < std::make_pair(b->request.urgency, b->admission);
-      });
+      const auto least = std::max_element(running_.begin(), running_.end(),
+                                          [&](const auto& a, const auto& b) { return order(*a) < order(*b); });
       Preempt(**least);
       i = 0;  // places have changed; sequences that have their block keep it
     }

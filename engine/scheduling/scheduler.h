@@ -13,7 +13,8 @@
 //
 // By default a sequence is admitted when all the blocks that it can ever need are free, so nothing that runs is ever
 // evicted. With `overcommit` it takes blocks as it grows, and where none is left the youngest of the least urgent goes
-// back to the queue and is computed again.
+// back to the queue and is computed again. Whose answer would change by that takes all its blocks at once even so, and
+// stays (Grows).
 #ifndef ENGINE_SCHEDULING_SCHEDULER_H_
 #define ENGINE_SCHEDULING_SCHEDULER_H_
 
@@ -103,6 +104,7 @@ class Scheduler {
   Tier CostliestRunningTier() const;
   bool Before(const Sequence& a, const Sequence& b, Tier costliest) const;
   bool MayRun(const Sequence& s) const;
+  bool Grows(const Sequence& s) const;
   bool TakeBlocks(Sequence& s);
   size_t Sharable(const Sequence& s) const;
   void GrowAll(Batch& batch);

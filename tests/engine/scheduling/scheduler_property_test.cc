@@ -72,6 +72,8 @@ class World {
     ASSERT_EQ(admission_.waiting(), 0);
   }
 
+  int64_t preemptions() const { return preemptions_; }
+
  private:
   int Draw(int below) { return std::uniform_int_distribution<int>(0, below - 1)(random_); }
 
@@ -85,6 +87,7 @@ class World {
     r.priority = Draw(3);
     r.tenant = std::string(1, static_cast<char>('a' + Draw(3)));
     r.sparsity.tier = kAllTiers[Draw(5)];
+    r.sparsity.deterministic = Draw(2) == 0;
     if (Draw(crowded_ ? 40 : 4) == 0) r.deadline = now_ + std::chrono::milliseconds(1 + Draw(400));
     if (!admission_.Admit(r, now_).ok()) return;
     auto s = std::make_unique<Sequence>(r, nullptr);
@@ -103,6 +106,10 @@ class World {
     CheckAdmissions(before);
     for (Sequence* s : scheduler_.admitted()) admission_.Scheduled(s->request);
     for (Sequence* s : scheduler_.preempted()) {
+      ASSERT_FALSE(s->request.sparsity.deterministic && IsPredicted(s->request.sparsity.tier))
+          << s->id << " would be computed in another tier";
+      ASSERT_FALSE(s->request.score) << s->id << " would be told twice";
+      ++preemptions_;
       admission_.Requeued(s->request);
       old_.erase(s->id);  // it counts anew
     }
@@ -210,13 +217,14 @@ class World {
   Batch batch_;
   SteadyTime now_;
   uint64_t next_id_ = 1;
-  int64_t admissions_ = 0, checks_ = 0;
+  int64_t admissions_ = 0, preemptions_ = 0, checks_ = 0;
   std::set<uint64_t> alive_;
   std::map<uint64_t, int64_t> old_;  // who has waited long, and by which admission it must have been its turn
 };
 
 TEST(SchedulerProperty, HoldsOverAMillionRandomEvents) {
   constexpr int kSeeds = 100, kEvents = 10'000;
+  int64_t preemptions = 0;
   for (int seed = 0; seed < kSeeds; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
     World world(seed, /*overcommit=*/seed % 2 == 1, /*crowded=*/seed % 4 >= 2);
@@ -226,7 +234,9 @@ TEST(SchedulerProperty, HoldsOverAMillionRandomEvents) {
     }
     world.Finish();
     if (testing::Test::HasFatalFailure()) return;
+    preemptions += world.preemptions();
   }
+  EXPECT_GT(preemptions, 1000);
 }
 
 }  // namespace
