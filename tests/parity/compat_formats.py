@@ -14,7 +14,7 @@ def reference(directory):
         names = sorted(file.keys())
         for name in names:
             file.get_slice(name).get_shape()
-        return {"names": names, "metadata": file.metadata() or {}}
+        return {"names": names, "metadata": dict(sorted((file.metadata() or {}).items()))}
 
 
 def raw(header, data, length=None):
@@ -46,6 +46,8 @@ case("scalar-and-nothing", "a scalar, and tensors without elements", raw(entries
 case("foreign-types", "types that are no weights here", raw(entries(*[(name, dtype, [8 * 8 // bits], 8 * i, 8 * i + 8) for i, (name, dtype, bits) in enumerate(
     [("a", "F64", 64), ("b", "I64", 64), ("c", "I32", 32), ("d", "I16", 16), ("e", "U8", 8), ("f", "BOOL", 8), ("g", "F8_E4M3", 8), ("h", "F8_E5M2", 8), ("i", "U16", 16),
      ("j", "U32", 32), ("k", "U64", 64), ("l", "I8", 8)])]), EIGHT * 12))
+case("half-bytes", "types of fewer bits than a byte", raw(entries(("a", "F4", [4], 0, 2), ("b", "F6_E2M3", [4], 2, 5), ("c", "F8_E8M0", [3], 5, 8)), EIGHT))
+case("complex", "a complex number", raw(entries(("w", "C64", [1], 0, 8)), EIGHT))
 case("metadata", "metadata of strings", raw('{"__metadata__":{"format":"pt","note":""},"w":{"dtype":"F16","shape":[2,2],"data_offsets":[0,8]}}', EIGHT))
 case("metadata-null", "metadata that is null", raw('{"__metadata__":null,"w":{"dtype":"F16","shape":[2,2],"data_offsets":[0,8]}}', EIGHT))
 case("more-fields", "an entry with a field that nobody knows", raw('{"w":{"dtype":"F16","shape":[2,2],"data_offsets":[0,8],"more":[1]}}', EIGHT))
@@ -72,6 +74,12 @@ case("foreign-size", "the same for a type that is no weight here", raw(entries((
 case("size-of-nothing", "bytes for no elements", raw(entries(("w", "F16", [0], 0, 8)), EIGHT), '"w"', "0", "8")
 case("overflow", "a shape whose product overflows", raw(entries(("w", "F16", [1 << 32, 1 << 32], 0, 8)), EIGHT), '"w"', "shape")
 case("overflow-to-zero", "one that overflows before it is multiplied with 0", raw(entries(("w", "F16", [1 << 32, 1 << 32, 0], 0, 0)), b""), '"w"', "shape")
+case("half-a-byte", "elements that end within a byte", raw(entries(("w", "F4", [3], 0, 2)), EIGHT[:2]), '"w"', "no bytes")
+case("many-dimensions", "a tensor of 66 dimensions", raw(entries(("w", "F16", [1] * 64 + [2, 2], 0, 8)), EIGHT), '"w"', "66 dimensions", decision="more than 64 dimensions")
+case("entry-as-list", "an entry written as a list", raw('{"w":["F16",[4],[0,8]]}', EIGHT), '"w"', "not described by an object", decision="written as a list")
+case("type-as-object", "a type written as an object", raw('{"w":{"dtype":{"F16":null},"shape":[4],"data_offsets":[0,8]}}', EIGHT), '"w"', "dtype", decision="type as an object")
+case("deep", "a field that is nested deep", raw('{"w":{"dtype":"F16","shape":[4],"data_offsets":[0,8],"more":' + "[" * 60 + "]" * 60 + "}}", EIGHT), "nested deeper than 32",
+     decision="nested deeper than 32")
 case("negative-shape", "a negative dimension", raw(entries(("w", "F16", [-4], 0, 8)), EIGHT), '"w"', "shape")
 case("fraction-in-shape", "a dimension that is no integer", raw(entries(("w", "F16", [4.0], 0, 8)), EIGHT), '"w"', "shape")
 case("reversed-offsets", "an end before the begin", raw(entries(("w", "F16", [0], 8, 0)), EIGHT), '"w"', "8 to 0")
