@@ -90,8 +90,8 @@ struct EngineOptions {
   std::string predictor;
   bool shadow_fallback = true;  // a layer whose shadow checks fail runs EXACT until they pass again
   std::string device = "auto";  // auto | cpu | cuda
-  int threads = 0;              // CPU threads of the step; 0: one per CPU that this process may use
-  bool pin_threads = true;      // one CPU per thread
+  int threads = 0;              // CPU threads of the step; 0: as many as are worth it (kernels/base/processors.h)
+  bool pin_threads = true;      // one CPU per thread, where the threads take all CPUs of the process
   double memory_share = 0.9;    // of the device's free memory: all that the engine takes must fit into it
 
   // Ranks that hold the model: threads of this process, each with its part of the CPUs or a GPU of its own, or the

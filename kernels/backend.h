@@ -127,7 +127,7 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  // For people: "cpu, AVX3, 2 threads".
+  // For people: "cpu, AVX3, 2 threads (all processors)".
   virtual std::string Description() const = 0;
   virtual BackendStats stats() const = 0;
 

@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "grpcpp/security/server_credentials.h"
 #include "kernels/base/clock.h"
+#include "kernels/base/processors.h"
 #include "kernels/base/status_macros.h"
 #include "server/api/generation_service.h"
 #include "server/api/reflection.h"
@@ -39,7 +40,7 @@ std::unique_ptr<TraceExporter> MakeTraceExporter(const ServerOptions& options, c
   return std::make_unique<TraceExporter>(std::move(exporter));
 }
 
-int PoolThreads() { return std::clamp(static_cast<int>(std::thread::hardware_concurrency()) / 4, 1, 4); }
+int PoolThreads() { return std::clamp(DefaultThreads().count / 4, 1, 4); }
 
 // Of the blocks, should all of them be written.
 int64_t KvBytes(const EngineStats& stats, const ModelShape& model, const KvOptions& options) {

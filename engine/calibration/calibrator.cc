@@ -18,6 +18,7 @@
 #include "engine/eval/evaluation.h"
 #include "engine/ranks/model_runner.h"
 #include "kernels/base/mutex.h"
+#include "kernels/base/processors.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "nlohmann/json.hpp"
@@ -166,8 +167,8 @@ int64_t Calibrator::FitBytes() const {
 
 // Fitting side by side may take a third of the memory, samples the rest: reading them again costs more than a thread.
 int Calibrator::Workers() const {
-  const int threads = options_.threads > 0 ? options_.threads : static_cast<int>(std::thread::hardware_concurrency());
-  return static_cast<int>(std::clamp<int64_t>((options_.memory_mib << 20) / 3 / FitBytes(), 1, std::max(threads, 1)));
+  const int threads = options_.threads > 0 ? options_.threads : DefaultThreads().count;
+  return static_cast<int>(std::clamp<int64_t>((options_.memory_mib << 20) / 3 / FitBytes(), 1, threads));
 }
 
 int32_t Calibrator::LayersAtOnce() const {

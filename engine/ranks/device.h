@@ -12,8 +12,8 @@ namespace dejavu {
 
 struct DeviceOptions {
   std::string device = "auto";  // cpu, cuda, or auto: the GPU if there is one, else the CPU, with the reason in the log
-  int threads = 0;              // of the CPU, in all places; 0: one per CPU that this process may use
-  bool pin = true;              // one CPU per thread
+  int threads = 0;              // of the CPU, in all places; 0: as many as are worth it
+  bool pin = true;              // one CPU per thread, where they take all CPUs of the process
   int gpu = 0;                  // its number
   int place = 0, places = 1;    // backends that share this process's CPUs, and which of them this one is
   int sharers = 1;              // backends that share the machine's memory

@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
 #include "kernels/base/clock.h"
+#include "kernels/base/processors.h"
 #include "kernels/base/round.h"
 #include "kernels/check_shapes.h"
 #include "kernels/cpu/kernels.h"
@@ -72,12 +73,14 @@ uint64_t SumWords(const char* bytes, int64_t count) {
 
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(int threads, const CpuBackendOptions& options)
-      : parts_(threads, options.pin, options.first_cpu), sharers_(options.sharers) {}
+  CpuBackend(const Threads& threads, const CpuBackendOptions& options)
+      : parts_(threads.count, options.pin, options.first_cpu),
+        threads_because_(threads.because.empty() ? "" : absl::StrCat(" (", threads.because, ")")),
+        sharers_(options.sharers) {}
 
   std::string Description() const override {
     return absl::StrCat("cpu, ", cpu::TargetName(), ", ", parts_.threads(),
-                        parts_.threads() == 1 ? " thread" : " threads");
+                        parts_.threads() == 1 ? " thread" : " threads", threads_because_);
   }
 
   int64_t FreeBytes() const override { return cpu::FreeBytes(sharers_); }
@@ -127,6 +130,7 @@ class CpuBackend final : public Backend {
 
   cpu::Parts parts_;
   cpu::Products products_{parts_};
+  const std::string threads_because_;
   const int sharers_;
   std::array<SteadyTime, 64> stamps_;
 
@@ -379,12 +383,10 @@ void CpuBackend::GatherRows(Tensor y, Tensor x, Tensor ids) {
 absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const CpuBackendOptions& options) {
   if (options.threads < 0) {
     return absl::InvalidArgumentError(
-        absl::StrCat("threads is ", options.threads, "; it must be 0 (all CPUs) or more"));
+        absl::StrCat("threads is ", options.threads, "; it must be 0 (as many as are worth it) or more"));
   }
-  const int threads = options.threads > 0 ? options.threads : CpuCount();
+  const Threads threads = options.threads > 0 ? Threads{options.threads, options.threads_because} : DefaultThreads();
   return std::make_unique<CpuBackend>(threads, options);
 }
-
-int CpuCount() { return static_cast<int>(ThreadPool::Cpus().size()); }
 
 }  // namespace dejavu

@@ -1,7 +1,7 @@
-// ThreadPool: a fixed set of threads that run one function together and return to waiting. The calling thread is one of
-// them (thread 0). Between runs they spin for some tens of microseconds, the gap between two ops, and then sleep; with
-// more threads than CPUs they sleep at once. One thread at a time may call; a run allocates nothing and costs
-// microseconds.
+// ThreadPool: a fixed set of threads that work on one call together. The calling thread is one of them (thread 0).
+// Between calls they spin for some tens of microseconds, the gap between two ops, and then sleep. A range is worked on
+// by whichever threads are there, as many at once as there are CPUs: nobody waits for one that has no processor, unless
+// it lost it amidst a chunk. One thread at a time may call; a call allocates nothing and costs microseconds.
 #ifndef KERNELS_CPU_THREAD_POOL_H_
 #define KERNELS_CPU_THREAD_POOL_H_
 
@@ -12,15 +12,15 @@
 #include <type_traits>
 #include <vector>
 
+#include "kernels/base/doorbell.h"
+
 namespace dejavu {
 
 class ThreadPool {
  public:
-  // The CPUs that this process could use when a pool was first made, ascending.
-  static const std::vector<int>& Cpus();
-
-  // `pin` gives thread i the i-th of Cpus() after `first_cpu`, as far as they reach. That includes the calling thread,
-  // pinned by its first run: threads which it starts later inherit the pin, so call from a thread that starts none.
+  // `pin` gives thread i the i-th of ProcessCpus() after `first_cpu`, as far as they reach. That includes the calling
+  // thread, pinned by its first run: threads which it starts later inherit the pin, so call from a thread that starts
+  // none.
   ThreadPool(int threads, bool pin, int first_cpu = 0);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -35,8 +35,12 @@ class ThreadPool {
   // function(thread) on every thread; returns when all have returned.
   template <typename Function>
   void Run(Function&& function) {
-    using F = std::remove_reference_t<Function>;
-    RunBody([](void* context, int thread) { (*static_cast<F*>(context))(thread); }, &function);
+    missing_.store(threads_ - 1, std::memory_order_relaxed);
+    auto count_down = [&](int thread) {
+      function(thread);
+      if (thread != 0) missing_.fetch_sub(1, std::memory_order_release);
+    };
+    Call(count_down, threads_ - 1, /*all=*/true);
   }
 
   // function(first, last, thread) over chunks of 0 ... items that start at multiples of `grain`, each taken by
@@ -49,40 +53,56 @@ class ThreadPool {
       return;
     }
     next_.store(0, std::memory_order_relaxed);
-    Run([&](int thread) {
+    auto take = [&](int thread) {
       for (int64_t first; (first = next_.fetch_add(grain, std::memory_order_relaxed)) < items;) {
         function(first, std::min(first + grain, items), thread);
       }
-    });
+    };
+    Call(take, static_cast<int>(std::min<int64_t>(most_helpers_, (items - 1) / grain)), /*all=*/false);
   }
 
  private:
   using Body = void (*)(void* context, int thread);
 
-  void RunBody(Body body, void* context);
+  // body(context, thread) on this thread and, until it is done here, on those that come; up to `helpers` are woken for
+  // it. With `all` until nobody is missing.
+  void CallBody(Body body, void* context, int helpers, bool all);
+  template <typename Function>
+  void Call(Function&& function, int helpers, bool all) {
+    using F = std::remove_reference_t<Function>;
+    CallBody([](void* context, int thread) { (*static_cast<F*>(context))(thread); }, &function, helpers, all);
+  }
+
   void Work(int thread);
+  bool Welcome(uint64_t call, uint64_t last) const;
+  uint64_t ComeIn(uint64_t last);
+  template <typename Done>
+  void AwaitWorkers(const Done& done);
   void Stop();
-  uint32_t AwaitChange(const std::atomic<uint32_t>& value, uint32_t old) const;
 
   // Constant after construction.
   const int threads_;
   const bool pin_;
   const int first_cpu_;
-  const int spins_;
+  const int most_helpers_;  // that work on a range at once
   std::vector<std::thread> workers_;
 
   // The calling thread only.
   int64_t runs_ = 0, wait_ns_ = 0;
+  uint64_t calls_ = 0;
   std::thread::id pinned_caller_;
 
-  // Written by the caller before it raises epoch_, read by the workers after.
+  // Written by the caller before it opens a call, read by the workers that have come in.
   Body body_ = nullptr;
   void* context_ = nullptr;
-  bool stop_ = false;
 
-  alignas(64) std::atomic<uint32_t> epoch_{0};    // one more for each run
-  alignas(64) std::atomic<uint32_t> running_{0};  // workers that have not finished this run
-  alignas(64) std::atomic<int64_t> next_{0};      // first item that no thread has taken
+  // The number of the call, how many workers are in it, and whether others may still come in; see the .cc file.
+  alignas(128) std::atomic<uint64_t> call_{0};
+  std::atomic<bool> stop_{false};
+  Doorbell opened_;                            // rung when a call begins, or the pool ends
+  Doorbell left_;                              // rung when a worker has left a call
+  alignas(128) std::atomic<int64_t> next_{0};  // first item that no thread has taken
+  std::atomic<int> missing_{0};                // workers that have not finished this run
 };
 
 }  // namespace dejavu

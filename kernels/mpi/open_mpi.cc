@@ -4,8 +4,6 @@
 // cores of an EPYC: 2.1 us; MPI_Allreduce 7.7 (3.2 with the module's eager limit), MPI_Iallreduce 13.3.
 #include "kernels/mpi/open_mpi.h"
 
-#include <unistd.h>
-
 #include <sched.h>
 
 #include <algorithm>
@@ -24,8 +22,8 @@
 #include "kernels/base/clock.h"
 #include "kernels/base/load_module.h"
 #include "kernels/base/own_time.h"
+#include "kernels/base/processors.h"
 #include "kernels/base/status_macros.h"
-#include "kernels/cpu/cpu_backend.h"
 #include "kernels/group/ordered_sum.h"
 #include "kernels/mpi/abi.h"
 
@@ -220,7 +218,8 @@ MpirunPlace GetMpirunPlace() {
   MpirunPlace place;
   place.rank = FromEnvironment("OMPI_COMM_WORLD_LOCAL_RANK");
   place.size = std::max(1, FromEnvironment("OMPI_COMM_WORLD_LOCAL_SIZE"));
-  place.bound = CpuCount() < sysconf(_SC_NPROCESSORS_ONLN);
+  const Processors processors = FindProcessors();
+  place.bound = processors.allowed < processors.online;
   return place;
 }
 

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
 #include "kernels/base/clock.h"
+#include "kernels/base/processors.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "tests/bench/probe.cc"
@@ -98,7 +99,7 @@ namespace {
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kChunk = kHugePage;
 
-int CpusOr(int threads) { return threads > 0 ? threads : static_cast<int>(ThreadPool::Cpus().size()); }
+int CpusOr(int threads) { return threads > 0 ? threads : static_cast<int>(ProcessCpus().size()); }
 
 }  // namespace
 

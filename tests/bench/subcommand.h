@@ -29,11 +29,12 @@ AddSubcommand AddAllReduce;
 AddSubcommand AddRanks;
 AddSubcommand AddImbalance;
 AddSubcommand AddCheckpoint;
+AddSubcommand AddBarriers;
 
 // In the order of --help.
-inline constexpr AddSubcommand* kSubcommands[] = {AddBandwidth, AddOps,       AddPrefill,   AddDecode,
-                                                  AddLaunches,  AddServe,     AddSchedule,  AddAllReduce,
-                                                  AddRanks,     AddImbalance, AddCheckpoint};
+inline constexpr AddSubcommand* kSubcommands[] = {AddBandwidth, AddOps,      AddPrefill,   AddDecode,
+                                                  AddBarriers,  AddLaunches, AddServe,     AddSchedule,
+                                                  AddAllReduce, AddRanks,    AddImbalance, AddCheckpoint};
 
 }  // namespace dejavu
 

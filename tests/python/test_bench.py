@@ -43,6 +43,16 @@ def test_bandwidth(tmp_path):
     assert "1 threads" in text and "checksum right" in text
 
 
+def test_barriers(tmp_path):
+    result, text = measure(tmp_path, "barriers", "--model", SYNTHETIC, "--threads", 2, "--neighbours", 1, "--context", 4,
+                           "--seconds", 0.05, "--repeats", 1)
+    rows = result["rows"]
+    assert [row["setting"] for row in rows] == ["alone", "1 busy neighbour", f"{result['processors'] + 1} threads",
+                                                "two processes of this"]
+    assert all(row["ms_per_step"] > 0 and 0 <= row["waiting_share"] <= 1 and row["fair"] >= 1 for row in rows)
+    assert rows[0]["fair"] == rows[0]["over_fair"] == 1 and all(row["setting"] in text for row in rows)
+
+
 @pytest.mark.parametrize("arguments", [("bandwidth",), ("launches", "--model", SYNTHETIC, "--context", 8), ("decode", "--model", SYNTHETIC), ("serve", "--model", SYNTHETIC)])
 def test_says_what_a_gpu_would_need(arguments, monkeypatch):
     monkeypatch.setenv("DEJAVU_CUDA_MODULE", "/nowhere/libdejavu_cuda.so")

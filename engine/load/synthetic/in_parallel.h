@@ -1,4 +1,4 @@
-// InParallel: a loop over all CPUs, for generating weights before any thread pool of the engine runs.
+// InParallel: a loop over the CPUs that are worth it, for generating weights before any thread pool of the engine runs.
 #ifndef ENGINE_LOAD_SYNTHETIC_IN_PARALLEL_H_
 #define ENGINE_LOAD_SYNTHETIC_IN_PARALLEL_H_
 
@@ -7,12 +7,14 @@
 #include <thread>
 #include <vector>
 
+#include "kernels/base/processors.h"
+
 namespace dejavu {
 
-// Calls use(first, last) for parts of 0 ... count on all CPUs.
+// Calls use(first, last) for parts of 0 ... count on DefaultThreads().
 template <typename Use>
 void InParallel(int64_t count, const Use& use) {
-  const int64_t threads = std::clamp<int64_t>(std::thread::hardware_concurrency(), 1, std::max<int64_t>(count, 1));
+  const int64_t threads = std::clamp<int64_t>(DefaultThreads().count, 1, std::max<int64_t>(count, 1));
   std::vector<std::jthread> others;  // joined where one of them cannot be started, too
   for (int64_t t = 1; t < threads; ++t) {
     others.emplace_back([&, t] { use(count * t / threads, count * (t + 1) / threads); });

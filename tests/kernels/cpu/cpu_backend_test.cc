@@ -10,8 +10,8 @@
 #include <numeric>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/processors.h"
 #include "kernels/cpu/cpu_backend.h"
-#include "kernels/cpu/thread_pool.h"
 #include "tests/kernels/cpu/cpu_fixture.h"
 #include "tests/kernels/matrix.h"
 
@@ -387,7 +387,7 @@ TEST(CpuBackend, RefusesANegativeNumberOfThreads) {
 }
 
 TEST(CpuBackend, ZeroThreadsMeansOnePerCpu) {
-  EXPECT_THAT(CreateCpu(0)->Description(), HasSubstr(absl::StrCat(", ", ThreadPool::Cpus().size(), " thread")));
+  EXPECT_THAT(CreateCpu(0)->Description(), HasSubstr(absl::StrCat(", ", DefaultThreads().count, " thread")));
 }
 
 }  // namespace
