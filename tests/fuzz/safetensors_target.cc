@@ -1,4 +1,5 @@
-// safetensors: a file as it is, a header whose length is right, and a directory of an index with two shards.
+// safetensors: a file as it is, a header whose length is right, and a directory of an index with two shards. The first
+// byte says which, and how many bytes of data there are.
 #include <algorithm>
 #include <filesystem>
 #include <string>
@@ -13,8 +14,6 @@
 
 namespace dejavu {
 namespace {
-
-constexpr size_t kDataBytes = 96;
 
 // Tensors of one file share no byte, and where all are known, leave none of the data out.
 void CheckCover(const std::string& path, const FileTensors& file) {
@@ -38,10 +37,11 @@ void Run(absl::string_view bytes) {
   static const FuzzFiles& files = *new FuzzFiles;
   FuzzInput input(bytes);
   const uint8_t kind = input.Byte();
+  const size_t data_bytes = kind / 3;  // which tensors must cover to the last
   if (kind % 3 < 2) {
     const std::string file(input.Rest());
     const std::string path =
-        files.Write("one.safetensors", kind % 3 == 0 ? file : Safetensors(file, std::string(kDataBytes, '\1')));
+        files.Write("one.safetensors", kind % 3 == 0 ? file : Safetensors(file, std::string(data_bytes, '\1')));
     const absl::StatusOr<FileTensors> contents = ReadSafetensorsHeader(path);
     CheckAnswer(contents.status(), refusals);
     if (!contents.ok()) return;
@@ -51,8 +51,8 @@ void Run(absl::string_view bytes) {
   }
   static const FuzzFiles& directory = *new FuzzFiles;
   directory.Write("model.safetensors.index.json", input.Section());
-  directory.Write("a.safetensors", Safetensors(std::string(input.Section()), std::string(kDataBytes, '\1')));
-  directory.Write("b.safetensors", Safetensors(std::string(input.Section()), std::string(kDataBytes, '\2')));
+  directory.Write("a.safetensors", Safetensors(std::string(input.Section()), std::string(data_bytes, '\1')));
+  directory.Write("b.safetensors", Safetensors(std::string(input.Section()), std::string(data_bytes, '\2')));
   const absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Open(directory.path());
   CheckAnswer(checkpoint.status(), {absl::StatusCode::kInvalidArgument, absl::StatusCode::kNotFound});
   if (!checkpoint.ok()) return;
@@ -75,11 +75,17 @@ FuzzTarget SafetensorsTarget() {
                            R"("e":{"dtype":"BF16","shape":[1,1,2],"data_offsets":[32,36]})";
   const std::string header = absl::StrCat(R"({"__metadata__":{"key":"value","format":"pt"},)", f16, ",", more, "}");
   const std::string index = R"({"metadata":{"total_size":12},"weight_map":{"w":"a.safetensors","e":"b.safetensors"}})";
+  // Twelve bytes too, of other tensors.
+  const std::string other = R"("b":{"dtype":"F32","shape":[],"data_offsets":[0,4]},)"
+                            R"("c":{"dtype":"I8","shape":[0,7],"data_offsets":[4,4]},)"
+                            R"("d":{"dtype":"I32","shape":[1],"data_offsets":[4,8]},)"
+                            R"("e":{"dtype":"BF16","shape":[1,1,2],"data_offsets":[8,12]})";
+  const std::string one(1, 3 * 12 + 1), shards(1, 3 * 12 + 2);
   return {"safetensors",
           4096,
           Run,
-          {Raw("\0") + Safetensors(header, std::string(36, '\3')), "\1" + header, "\1{" + f16 + "}", "\1{}",
-           absl::StrCat("\2", index, "\x1e{", f16, "}\x1e{", more, "}"),
+          {Raw("\0") + Safetensors(header, std::string(36, '\3')), one + "{" + f16 + "}", one + "{" + other + "}",
+           "\1{}", absl::StrCat(shards, index, "\x1e{", f16, "}\x1e{", other, "}"),
            absl::StrCat("\2", R"({"weight_map":{"w":"../x.safetensors"}})", "\x1e{}\x1e{}")},
           {"\"dtype\":",
            "\"shape\":",

@@ -17,6 +17,7 @@
 #include "tests/engine/made_predictor.h"
 #include "tests/engine/random_predictor.h"
 #include "tests/engine/serving/collecting_sink.h"
+#include "tests/engine/tiny_checkpoint.h"
 #include "tests/scratch_directory.h"
 
 namespace dejavu {
@@ -50,6 +51,25 @@ TEST_P(ServedModel, DecodesTheGoldensAloneAndInABatch) {
     }
     EXPECT_EQ(together[0], alone[0]) << "batch-mates change nothing";
     EXPECT_EQ(together[3], together[0]);
+  }
+}
+
+// Alone and in a batch of different lengths, with weights as stored and in int8.
+TEST(ServedHead, OfItsOwnGivesWhatItGivesOnTheCpu) {
+  const ScratchDirectory scratch;
+  TinyCheckpoint::Random(11).Untie(12).Write(scratch);
+  for (const char* weights : {"stored", "int8"}) {
+    SCOPED_TRACE(weights);
+    std::vector<std::vector<int32_t>> ids[2];
+    for (const bool on_device : {false, true}) {
+      EngineOptions options = ServedOptions("", on_device ? "cuda" : "cpu", "none");
+      options.model = scratch.path();
+      options.weights = weights;
+      const auto engine = MakeEngine(options);
+      ASSERT_NE(engine, nullptr);
+      ids[on_device] = Generate(*engine, {Greedy({2, 7, 30}, Tier::kDense), Greedy({2, 41}, Tier::kDense)});
+    }
+    EXPECT_EQ(ids[1], ids[0]);
   }
 }
 
