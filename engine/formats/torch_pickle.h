@@ -27,8 +27,8 @@ struct PickledTensor {
   std::vector<int64_t> strides;  // in elements, one per dimension
 };
 
-// The state dictionary: a dictionary of tensors, and perhaps of other things, at the top level. INVALID_ARGUMENT, without the file's path, for all
-// else.
+// The state dictionary: a dictionary of tensors, and perhaps of other things, at the top level. INVALID_ARGUMENT,
+// without the file's path, for all else.
 absl::StatusOr<std::vector<PickledTensor>> ReadTorchPickle(absl::string_view pickle);
 
 }  // namespace dejavu
