@@ -30,6 +30,7 @@ struct SamplingParams {
   float frequency_penalty = 0.0f;   // over the output, subtracted per occurrence
   std::vector<std::pair<int32_t, float>> logit_bias;
   std::vector<int32_t> allowed_token_ids;  // empty: all
+  absl::Span<const int32_t> unused_ids;    // that stand for nothing and are never chosen; the caller keeps them
 };
 
 // Whom to serve first: a class goes before the ones below it, whatever the tenant.

@@ -52,8 +52,8 @@ absl::StatusOr<std::vector<int32_t>> ReadTokens(const std::string& model, const 
   std::vector<int32_t> tokens = (*tokenizer)->EncodePrompt(text);
   if (max_tokens > 0 && max_tokens < static_cast<int64_t>(tokens.size())) tokens.resize(max_tokens);
   if (tokens.size() < 2) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(text_file, ": has ", tokens.size(), " tokens, the leading </s> included; at least 2 are needed"));
+    return absl::InvalidArgumentError(absl::StrCat(text_file, ": has ", tokens.size(),
+                                                   " tokens, with what stands around a prompt; at least 2 are needed"));
   }
   return tokens;
 }

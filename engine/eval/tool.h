@@ -19,7 +19,7 @@ inline constexpr int kExitDone = 0, kExitFailed = 1, kExitUsage = 2, kExitInterr
 void StopOnInterrupt();
 bool Interrupted();
 
-// The tokens of a UTF-8 file, with the leading </s>, at most `max_tokens` of them (0: all). NOT_FOUND where the model's
+// The tokens of a UTF-8 file, as of a prompt, at most `max_tokens` of them (0: all). NOT_FOUND where the model's
 // directory holds no tokenizer, INVALID_ARGUMENT for text that is not UTF-8 or too short.
 absl::StatusOr<std::vector<int32_t>> ReadTokens(const std::string& model, const std::string& text_file,
                                                 int64_t max_tokens);

@@ -7,6 +7,7 @@
 namespace dejavu {
 
 void AddBanned(const ModelShape& shape, const Request& r, int32_t generated, std::vector<int32_t>* banned) {
+  banned->insert(banned->end(), r.sampling.unused_ids.begin(), r.sampling.unused_ids.end());
   if (generated >= r.min_new_tokens) return;
   if (!r.ignore_eos) banned->insert(banned->end(), shape.eos_tokens.begin(), shape.eos_tokens.end());
   banned->insert(banned->end(), r.stop_token_ids.begin(), r.stop_token_ids.end());

@@ -3,92 +3,29 @@
 // Face.
 #include "engine/text/tokenizer_files.h"
 
-#include <filesystem>
+#include <algorithm>
+#include <map>
+#include <tuple>
 #include <utility>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
-#include "absl/strings/escaping.h"
 #include "absl/strings/match.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_split.h"
 #include "absl/strings/string_view.h"
+#include "engine/text/json_file.h"
+#include "engine/text/tokenizer_json.h"
+#include "engine/text/tokenizer_settings.h"
 #include "kernels/base/regular_file.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/base/utf8.h"
-#include "nlohmann/json.hpp"
 
 namespace dejavu {
 namespace {
 
 using nlohmann::json;
 
-constexpr int64_t kMaxFileBytes = 32 << 20;
-constexpr int kMaxJsonDepth = 32;  // the deepest real file has 6
-constexpr int64_t kMaxTokens = 1 << 20;
-
-constexpr const char* kSpecialTokens[] = {"<s>", "<pad>", "</s>", "<unk>"};
-constexpr const char* kSpecialKeys[] = {"bos_token", "eos_token", "unk_token",  "sep_token",
-                                        "pad_token", "cls_token", "mask_token", "additional_special_tokens"};
-
-absl::Status Malformed(const std::string& file, absl::string_view reason) {
-  return absl::InvalidArgumentError(absl::StrCat(file, ": ", reason));
-}
-
-// A text from a file, fit for a message: UTF-8 as it is, other bytes by their numbers.
-std::string Quoted(absl::string_view text) {
-  constexpr size_t kMaxBytes = 80;
-  const absl::string_view start = text.substr(0, kMaxBytes), whole = start.substr(0, ValidUtf8Prefix(start));
-  return absl::StrCat("\"", absl::Utf8SafeCHexEscape(whole), absl::CHexEscape(start.substr(whole.size())),
-                      text.size() > kMaxBytes ? "..." : "", "\"");
-}
-
-bool Exists(const std::string& file) {
-  std::error_code error;
-  return std::filesystem::exists(file, error);
-}
-
-bool NestsTooDeep(absl::string_view text) {
-  int depth = 0;
-  bool in_string = false;
-  for (size_t i = 0; i < text.size(); ++i) {
-    const char c = text[i];
-    if (in_string && c == '\\') {
-      ++i;
-    } else if (c == '"') {
-      in_string = !in_string;
-    } else if (!in_string && (c == '{' || c == '[')) {
-      if (++depth > kMaxJsonDepth) return true;
-    } else if (!in_string && (c == '}' || c == ']')) {
-      --depth;
-    }
-  }
-  return false;
-}
-
-// The file's top-level object.
-absl::StatusOr<json> ReadJson(const std::string& file) {
-  ASSIGN_OR_RETURN(const std::string text, ReadRegularFile(file, kMaxFileBytes));
-  // Before parsing: a nest of 32 million arrays takes gigabytes.
-  if (NestsTooDeep(text)) return Malformed(file, absl::StrCat("JSON is nested deeper than ", kMaxJsonDepth, " levels"));
-  try {
-    json value = json::parse(text);
-    if (!value.is_object()) return Malformed(file, "is not a JSON object");
-    return value;
-  } catch (const json::parse_error& error) {
-    return Malformed(file, absl::StrCat("is not JSON: error at byte ", error.byte));
-  } catch (const json::exception& error) {
-    return Malformed(file, absl::StrCat("is not JSON: ", Quoted(error.what())));
-  }
-}
-
-// `object[key]`, or null where there is no such key.
-const json& Get(const json& object, const char* key) {
-  static const json null;
-  const auto entry = object.find(key);
-  return entry == object.end() ? null : *entry;
-}
+constexpr size_t kMaxAddedBytes = 1 << 20;  // of all added tokens together: a search over them keeps a node for each
 
 std::string ByteSymbol(int byte) {
   static const auto& symbols = *[] {
@@ -105,21 +42,25 @@ std::string ByteSymbol(int byte) {
   return symbols[byte];
 }
 
-std::string BytesOfPiece(absl::string_view piece) {
+// False for a piece with other characters, which stands for itself.
+bool BytesOfPiece(absl::string_view piece, std::string* bytes) {
   static const auto& bytes_of_symbols = *[] {
     auto* table = new absl::flat_hash_map<std::string, char>;
     for (int b = 0; b < 256; ++b) table->emplace(ByteSymbol(b), static_cast<char>(b));
     return table;
   }();
-  std::string bytes;
+  bytes->clear();
   for (absl::string_view rest = piece; !rest.empty();) {
     const absl::string_view symbol = rest.substr(0, FirstUtf8Step(rest).length);
     const auto byte = bytes_of_symbols.find(symbol);
-    if (byte == bytes_of_symbols.end()) return std::string(piece);
-    bytes.push_back(byte->second);
+    if (byte == bytes_of_symbols.end()) {
+      *bytes = std::string(piece);
+      return false;
+    }
+    bytes->push_back(byte->second);
     rest.remove_prefix(symbol.size());
   }
-  return bytes;
+  return true;
 }
 
 class Reader {
@@ -130,229 +71,152 @@ class Reader {
  private:
   std::string Path(const char* name) const { return absl::StrCat(directory_, "/", name); }
 
-  absl::Status ReadVocabAndMerges();
   absl::Status ReadTokenizerJson();
-  absl::Status ReadTokenizerConfig();
-  absl::Status ReadSpecialTokensMap();
-
+  absl::Status ReadVocabAndMerges();
   absl::Status AddVocab(const std::string& file, const json& vocab);
   absl::Status AddToken(const std::string& file, const std::string& piece, int64_t id);
-  absl::Status AddAddedToken(const std::string& file, const json& token, int64_t id);
-  absl::Status MarkSpecialTokens(const std::string& file, const json& config);
-  absl::Status MarkSpecialToken(const std::string& file, const char* key, const json& value);
-  void MarkSpecial(absl::string_view piece);
   absl::Status FindByteTokens();
-  absl::StatusOr<int32_t> FindSpecial(const char* role, const std::string& piece) const;
+  absl::Status ReadMergesText(const std::string& file);
+  absl::Status ReadMerges(const json& merges);
   absl::Status AddMerge(absl::string_view left, absl::string_view right);
   absl::Status AddMergeLine(absl::string_view line);
   absl::Status AddMergeEntry(const json& entry);
+  absl::Status AddTokens(const std::vector<TokenToAdd>& tokens);
+  absl::StatusOr<int32_t> AddedId(const TokenToAdd& token);
+  void FindAddedTokens();
+  absl::Status Surround();
 
   const std::string directory_;
   TokenizerData data_;
+  std::string vocab_file_;
   absl::flat_hash_map<std::string, int32_t> ids_;
-  std::string vocab_file_, merges_file_;
-  std::string bos_, eos_;  // empty until a file names them
+  int32_t vocab_tokens_ = 0;  // before any is added
+  TokenizerSettings settings_;
+  Surroundings surroundings_;
+
+  std::map<int32_t, TokenToAdd> added_;  // by their ids
+  size_t added_bytes_ = 0;
 };
 
 absl::StatusOr<TokenizerData> Reader::Read() {
-  const bool two_files = Exists(Path("vocab.json")) && Exists(Path("merges.txt"));
-  if (!two_files && !Exists(Path("tokenizer.json"))) {
+  const bool has_vocab = FileExists(Path("vocab.json")), has_merges = FileExists(Path("merges.txt"));
+  if (FileExists(Path("tokenizer.json"))) {
+    RETURN_IF_ERROR(ReadTokenizerJson());
+  } else if (has_vocab && has_merges) {
+    RETURN_IF_ERROR(ReadVocabAndMerges());
+  } else if (has_vocab || has_merges) {
+    return Malformed(Path(has_vocab ? "vocab.json" : "merges.txt"),
+                     absl::StrCat("there is no ", has_vocab ? "merges.txt" : "vocab.json", " beside it"));
+  } else {
     return absl::NotFoundError(
         absl::StrCat(directory_, " holds no tokenizer: neither vocab.json and merges.txt nor tokenizer.json"));
   }
-  RETURN_IF_ERROR(two_files ? ReadVocabAndMerges() : ReadTokenizerJson());
-  ASSIGN_OR_RETURN(data_.bos_id, FindSpecial("bos_token", bos_.empty() ? "</s>" : bos_));
-  ASSIGN_OR_RETURN(data_.eos_id, FindSpecial("eos_token", eos_.empty() ? "</s>" : eos_));
-  for (TokenizerData::Token& token : data_.tokens) token.bytes = BytesOfPiece(token.piece);
+  RETURN_IF_ERROR(AddTokens(settings_.tokens_of_json));
+  RETURN_IF_ERROR(AddTokens(settings_.tokens));
+  FindAddedTokens();
+  RETURN_IF_ERROR(Surround());
+  for (TokenizerData::Token& token : data_.tokens) BytesOfPiece(token.piece, &token.bytes);
   return std::move(data_);
 }
 
-// Special tokens come before merges in both forms, because no merge may make one.
+absl::Status Reader::ReadTokenizerJson() {
+  vocab_file_ = Path("tokenizer.json");
+  ASSIGN_OR_RETURN(const json root, ReadJsonFile(vocab_file_, nullptr));
+  RETURN_IF_ERROR(CheckIsBpe(vocab_file_, root));
+  ASSIGN_OR_RETURN(settings_, ReadTokenizerSettings(directory_, &root));
+  TextPipeline pipeline{.add_prefix_space = settings_.add_prefix_space};
+  if (settings_.generic) {
+    ASSIGN_OR_RETURN(pipeline, ReadTextPipeline(vocab_file_, root));
+  }
+  data_.add_prefix_space = pipeline.add_prefix_space;
+  data_.splits_words = pipeline.splits_words;
+  ASSIGN_OR_RETURN(surroundings_, ReadPostProcessor(vocab_file_, root));
+
+  const json& model = Member(root, "model");
+  RETURN_IF_ERROR(AddVocab(vocab_file_, Member(model, "vocab")));
+  if (pipeline.ignore_merges) {
+    std::string bytes;
+    for (const auto& [piece, id] : ids_) {
+      if (BytesOfPiece(piece, &bytes)) data_.words.emplace(bytes, id);
+    }
+  }
+  // Only GPT2Tokenizer takes no merges for none at all.
+  if (!settings_.generic && !model.contains("merges")) return absl::OkStatus();
+  return ReadMerges(Member(model, "merges"));
+}
+
 absl::Status Reader::ReadVocabAndMerges() {
   vocab_file_ = Path("vocab.json");
-  merges_file_ = Path("merges.txt");
-  ASSIGN_OR_RETURN(const json vocab, ReadJson(vocab_file_));
+  ASSIGN_OR_RETURN(settings_, ReadTokenizerSettings(directory_, nullptr));
+  data_.add_prefix_space = settings_.add_prefix_space;
+  ASSIGN_OR_RETURN(const json vocab, ReadJsonFile(vocab_file_, nullptr));
   RETURN_IF_ERROR(AddVocab(vocab_file_, vocab));
-  RETURN_IF_ERROR(ReadTokenizerConfig());
-  RETURN_IF_ERROR(ReadSpecialTokensMap());
-  RETURN_IF_ERROR(FindByteTokens());
-  ASSIGN_OR_RETURN(const std::string merges, ReadRegularFile(merges_file_, kMaxFileBytes));
-  int line_number = 0;
-  for (absl::string_view line : absl::StrSplit(merges, '\n')) {
-    ++line_number;
-    if (absl::EndsWith(line, "\r")) line.remove_suffix(1);
-    if (line.empty() || absl::StartsWith(line, "#version")) continue;
-    const absl::Status status = AddMergeLine(line);
-    if (!status.ok()) return Malformed(merges_file_, absl::StrCat("line ", line_number, ": ", status.message()));
-  }
-  return absl::OkStatus();
-}
-
-// What Hugging Face can put into a tokenizer.json and OPT's does not have.
-absl::Status CheckIsByteLevelBpe(const std::string& file, const json& root, const json& model) {
-  const json& type = Get(model, "type");
-  if (!type.is_null() && type != "BPE") return Malformed(file, "model.type is not \"BPE\"");
-  const auto is_off = [](const json& value) {
-    return value.is_null() || value == false || value == 0 ||
-           (value.is_string() && value.get_ref<const std::string&>().empty());
-  };
-  for (const char* key :
-       {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"}) {
-    if (!is_off(Get(model, key))) return Malformed(file, absl::StrCat("model.", key, " is not supported"));
-  }
-  if (!Get(root, "normalizer").is_null()) return Malformed(file, "normalizer is not supported");
-  if (!root.contains("pre_tokenizer")) return absl::OkStatus();
-  const json& split = root["pre_tokenizer"];
-  if (!split.is_object() || Get(split, "type") != "ByteLevel") {
-    return Malformed(file, "pre_tokenizer.type is not \"ByteLevel\"");
-  }
-  if (!is_off(Get(split, "add_prefix_space"))) {
-    return Malformed(file, "pre_tokenizer.add_prefix_space is not supported");
-  }
-  if (Get(split, "use_regex") == false) return Malformed(file, "pre_tokenizer.use_regex = false is not supported");
-  return absl::OkStatus();
-}
-
-absl::Status Reader::ReadTokenizerJson() {
-  vocab_file_ = merges_file_ = Path("tokenizer.json");
-  ASSIGN_OR_RETURN(const json root, ReadJson(vocab_file_));
-  const json& model = Get(root, "model");
-  if (!model.is_object()) return Malformed(vocab_file_, "model is not an object");
-  RETURN_IF_ERROR(CheckIsByteLevelBpe(vocab_file_, root, model));
-  RETURN_IF_ERROR(AddVocab(vocab_file_, Get(model, "vocab")));
-
-  const json& added = Get(root, "added_tokens");
-  if (!added.is_null() && !added.is_array()) return Malformed(vocab_file_, "added_tokens is not an array");
-  for (const json& token : added) {
-    if (!token.is_object() || !Get(token, "id").is_number_integer()) {
-      return Malformed(vocab_file_, "an entry of added_tokens has no integer \"id\"");
-    }
-    RETURN_IF_ERROR(AddAddedToken(vocab_file_, token, token["id"].get<int64_t>()));
-  }
-  RETURN_IF_ERROR(ReadTokenizerConfig());
-  RETURN_IF_ERROR(ReadSpecialTokensMap());
-  RETURN_IF_ERROR(FindByteTokens());
-
-  const json& merges = Get(model, "merges");
-  if (!merges.is_array()) return Malformed(merges_file_, "model.merges is not an array");
-  for (size_t i = 0; i < merges.size(); ++i) {
-    const absl::Status status = AddMergeEntry(merges[i]);
-    if (!status.ok()) return Malformed(merges_file_, absl::StrCat("model.merges[", i, "]: ", status.message()));
-  }
-  return absl::OkStatus();
-}
-
-absl::Status Reader::ReadTokenizerConfig() {
-  const std::string file = Path("tokenizer_config.json");
-  if (!Exists(file)) return absl::OkStatus();
-  ASSIGN_OR_RETURN(const json config, ReadJson(file));
-  if (Get(config, "add_prefix_space") == true) return Malformed(file, "add_prefix_space is not supported");
-  const json& added = Get(config, "added_tokens_decoder");
-  if (!added.is_null() && !added.is_object()) return Malformed(file, "added_tokens_decoder is not an object");
-  for (const auto& [key, token] : added.items()) {
-    int64_t id;
-    if (!absl::SimpleAtoi(key, &id) || !token.is_object()) {
-      return Malformed(file, absl::StrCat("added_tokens_decoder[", Quoted(key), "] is not a token under its id"));
-    }
-    RETURN_IF_ERROR(AddAddedToken(file, token, id));
-  }
-  return MarkSpecialTokens(file, config);
-}
-
-absl::Status Reader::ReadSpecialTokensMap() {
-  const std::string file = Path("special_tokens_map.json");
-  if (!Exists(file)) return absl::OkStatus();
-  ASSIGN_OR_RETURN(const json map, ReadJson(file));
-  return MarkSpecialTokens(file, map);
+  return ReadMergesText(Path("merges.txt"));
 }
 
 absl::Status Reader::AddVocab(const std::string& file, const json& vocab) {
   if (!vocab.is_object()) return Malformed(file, "the vocabulary is not an object");
   for (const auto& [piece, id] : vocab.items()) {
-    if (!id.is_number_integer())
-      return Malformed(file, absl::StrCat("the id of ", Quoted(piece), " is not an integer"));
+    if (!id.is_number_integer()) {
+      return Malformed(file, absl::StrCat("the id of ", QuotedText(piece), " is not an integer"));
+    }
     RETURN_IF_ERROR(AddToken(file, piece, id.get<int64_t>()));
   }
-  for (const char* piece : kSpecialTokens) MarkSpecial(piece);
-  return absl::OkStatus();
+  vocab_tokens_ = static_cast<int32_t>(vocab.size());
+  return FindByteTokens();
 }
 
 absl::Status Reader::AddToken(const std::string& file, const std::string& piece, int64_t id) {
   if (piece.empty()) return Malformed(file, absl::StrCat("the token with id ", id, " is empty"));
   if (id < 0 || id >= kMaxTokens) {
-    return Malformed(file,
-                     absl::StrCat("the id of ", Quoted(piece), " is ", id, "; the limits are 0 and ", kMaxTokens - 1));
+    return Malformed(
+        file, absl::StrCat("the id of ", QuotedText(piece), " is ", id, "; the limits are 0 and ", kMaxTokens - 1));
   }
   if (static_cast<size_t>(id) >= data_.tokens.size()) data_.tokens.resize(id + 1);
   std::string& holder = data_.tokens[id].piece;
-  if (!holder.empty() && holder != piece) {
-    return Malformed(file, absl::StrCat("id ", id, " belongs to both ", Quoted(holder), " and ", Quoted(piece)));
+  if (!holder.empty()) {
+    return Malformed(file,
+                     absl::StrCat("id ", id, " belongs to both ", QuotedText(holder), " and ", QuotedText(piece)));
   }
-  const int32_t known_id = ids_.try_emplace(piece, id).first->second;
-  if (known_id != id) return Malformed(file, absl::StrCat(Quoted(piece), " has both ids ", known_id, " and ", id));
+  ids_[piece] = static_cast<int32_t>(id);
   holder = piece;
   return absl::OkStatus();
-}
-
-absl::Status Reader::AddAddedToken(const std::string& file, const json& token, int64_t id) {
-  const json& content = Get(token, "content");
-  if (!content.is_string()) return Malformed(file, absl::StrCat("the added token with id ", id, " has no \"content\""));
-  const std::string& piece = content.get_ref<const std::string&>();
-  // Hugging Face would find it in the text before splitting; OPT has none.
-  if (Get(token, "special") != true) {
-    return Malformed(file, absl::StrCat("added token ", Quoted(piece), " is not special, which is not supported"));
-  }
-  RETURN_IF_ERROR(AddToken(file, piece, id));
-  MarkSpecial(piece);
-  return absl::OkStatus();
-}
-
-absl::Status Reader::MarkSpecialTokens(const std::string& file, const json& config) {
-  for (const char* key : kSpecialKeys) {
-    const json& value = Get(config, key);
-    if (value.is_null()) continue;
-    if (!value.is_array()) {
-      RETURN_IF_ERROR(MarkSpecialToken(file, key, value));
-      continue;
-    }
-    for (const json& element : value) RETURN_IF_ERROR(MarkSpecialToken(file, key, element));
-  }
-  return absl::OkStatus();
-}
-
-// `value`: "</s>" or {"content": "</s>", ...}. The file that is read first decides bos and eos.
-absl::Status Reader::MarkSpecialToken(const std::string& file, const char* key, const json& value) {
-  const json& content = value.is_object() ? Get(value, "content") : value;
-  if (!content.is_string()) return Malformed(file, absl::StrCat(key, " does not name a token"));
-  const std::string& piece = content.get_ref<const std::string&>();
-  MarkSpecial(piece);
-  if (absl::string_view(key) == "bos_token" && bos_.empty()) bos_ = piece;
-  if (absl::string_view(key) == "eos_token" && eos_.empty()) eos_ = piece;
-  return absl::OkStatus();
-}
-
-// Names that the vocabulary lacks (a "<mask>" that the model never had) are of no concern.
-void Reader::MarkSpecial(absl::string_view piece) {
-  const auto id = ids_.find(piece);
-  if (id != ids_.end()) data_.tokens[id->second].special = true;
 }
 
 absl::Status Reader::FindByteTokens() {
   for (int byte = 0; byte < 256; ++byte) {
     const auto id = ids_.find(ByteSymbol(byte));
     if (id == ids_.end()) return Malformed(vocab_file_, absl::StrCat("no token for byte 0x", absl::Hex(byte)));
-    if (data_.tokens[id->second].special) {
-      return Malformed(vocab_file_, absl::StrCat("the token for byte 0x", absl::Hex(byte), " is special"));
-    }
     data_.byte_ids[byte] = id->second;
   }
   return absl::OkStatus();
 }
 
-absl::StatusOr<int32_t> Reader::FindSpecial(const char* role, const std::string& piece) const {
-  const auto id = ids_.find(piece);
-  if (id == ids_.end()) return Malformed(vocab_file_, absl::StrCat("has no ", Quoted(piece), ", the ", role));
-  return id->second;
+absl::Status Reader::ReadMergesText(const std::string& file) {
+  ASSIGN_OR_RETURN(const std::string text, ReadRegularFile(file, kMaxTextFileBytes));
+  if (absl::StartsWith(text, "\xEF\xBB\xBF")) return Malformed(file, "begins with a byte order mark");
+  int line_number = 0;
+  absl::string_view rest = text;
+  while (!rest.empty()) {
+    ++line_number;
+    const size_t end = std::min(rest.find('\n'), rest.size());
+    absl::string_view line = rest.substr(0, end);
+    rest.remove_prefix(std::min(end + 1, rest.size()));
+    if (absl::EndsWith(line, "\r")) line.remove_suffix(1);
+    if (absl::StartsWith(line, "#version")) continue;
+    const absl::Status status = AddMergeLine(line);
+    if (!status.ok()) return Malformed(file, absl::StrCat("line ", line_number, ": ", status.message()));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Reader::ReadMerges(const json& merges) {
+  if (!merges.is_array()) return Malformed(vocab_file_, "model.merges is not an array");
+  for (size_t i = 0; i < merges.size(); ++i) {
+    const absl::Status status = AddMergeEntry(merges[i]);
+    if (!status.ok()) return Malformed(vocab_file_, absl::StrCat("model.merges[", i, "]: ", status.message()));
+  }
+  return absl::OkStatus();
 }
 
 absl::Status Reader::AddMerge(absl::string_view left, absl::string_view right) {
@@ -361,18 +225,19 @@ absl::Status Reader::AddMerge(absl::string_view left, absl::string_view right) {
   int32_t* slot = merge;
   for (const absl::string_view piece : {left, right, absl::string_view(result)}) {
     const auto id = ids_.find(piece);
-    if (id == ids_.end()) return absl::InvalidArgumentError(absl::StrCat(Quoted(piece), " is not in the vocabulary"));
+    if (id == ids_.end()) {
+      return absl::InvalidArgumentError(absl::StrCat(QuotedText(piece), " is not in the vocabulary"));
+    }
     *slot++ = id->second;
   }
-  // Special tokens written out in a text are ordinary text.
-  if (!data_.tokens[merge[2]].special) data_.merges.push_back({merge[0], merge[1], merge[2]});
+  data_.merges.push_back({merge[0], merge[1], merge[2]});
   return absl::OkStatus();
 }
 
 absl::Status Reader::AddMergeLine(absl::string_view line) {
   const size_t space = line.find(' ');
   if (space == absl::string_view::npos || line.find(' ', space + 1) != absl::string_view::npos) {
-    return absl::InvalidArgumentError(absl::StrCat(Quoted(line), " is not two tokens with a space between them"));
+    return absl::InvalidArgumentError(absl::StrCat(QuotedText(line), " is not two tokens with a space between them"));
   }
   return AddMerge(line.substr(0, space), line.substr(space + 1));
 }
@@ -383,6 +248,78 @@ absl::Status Reader::AddMergeEntry(const json& entry) {
     return absl::InvalidArgumentError("is neither \"a b\" nor [\"a\", \"b\"]");
   }
   return AddMerge(entry[0].get_ref<const std::string&>(), entry[1].get_ref<const std::string&>());
+}
+
+// AddedVocabulary::add_tokens of Hugging Face's tokenizers: of a token that is added twice the later flags count, but
+// special is special.
+absl::Status Reader::AddTokens(const std::vector<TokenToAdd>& tokens) {
+  for (const TokenToAdd& token : tokens) {
+    if (token.content.empty()) continue;
+    ASSIGN_OR_RETURN(const int32_t id, AddedId(token));
+    data_.tokens[id].special = data_.tokens[id].special || token.special;
+    added_[id] = token;
+    added_bytes_ += token.content.size();
+    if (added_bytes_ > kMaxAddedBytes) {
+      return Malformed(token.file, absl::StrCat("the added tokens have more than ", kMaxAddedBytes, " bytes"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// That of the vocabulary, or the next one behind all, whatever a file says.
+absl::StatusOr<int32_t> Reader::AddedId(const TokenToAdd& token) {
+  constexpr size_t kMostRemarks = 8;
+  const auto known = ids_.find(token.content);
+  const int64_t id =
+      known != ids_.end() ? known->second : std::max(added_.empty() ? 0 : added_.rbegin()->first + 1, vocab_tokens_);
+  if (token.id.value_or(id) != id) {
+    std::string remark = absl::StrCat(token.file, ": the id of the added token ", QuotedText(token.content), " is ",
+                                      *token.id, ", but Transformers gives it ", id, ", and so it is here");
+    auto& remarks = data_.remarks;
+    const bool is_new = std::find(remarks.begin(), remarks.end(), remark) == remarks.end();
+    if (is_new && remarks.size() < kMostRemarks) remarks.push_back(std::move(remark));
+  }
+  if (known == ids_.end()) RETURN_IF_ERROR(AddToken(token.file, token.content, id));
+  return static_cast<int32_t>(id);
+}
+
+void Reader::FindAddedTokens() {
+  for (const auto& [id, token] : added_) {
+    data_.added.push_back({.content = token.content,
+                           .id = id,
+                           .special = data_.tokens[id].special,
+                           .single_word = token.single_word,
+                           .lstrip = token.lstrip,
+                           .rstrip = token.rstrip,
+                           .normalized = token.is_normalized()});
+  }
+}
+
+// Without a tokenizer.json, the settings say what stands around a prompt.
+absl::Status Reader::Surround() {
+  for (const auto& [adds, token, side] : {std::tuple(settings_.add_bos_token, &settings_.bos, &surroundings_.before),
+                                          std::tuple(settings_.add_eos_token, &settings_.eos, &surroundings_.behind)}) {
+    if (!adds || !token->has_value()) continue;
+    const auto id = ids_.find(**token);
+    // Transformers writes it into a template, in which these have a meaning.
+    if (id == ids_.end() || (*token)->find_first_of(" \t\n\v\f\r:$") != std::string::npos) {
+      return Malformed(Path("tokenizer_config.json"),
+                       absl::StrCat("cannot put ", QuotedText(**token), " around a prompt"));
+    }
+    side->push_back(id->second);
+  }
+  const std::pair<const std::vector<int64_t>*, std::vector<int32_t>*> sides[] = {
+      {&surroundings_.before, &data_.before}, {&surroundings_.behind, &data_.behind}};
+  for (const auto& [from, to] : sides) {
+    for (const int64_t id : *from) {
+      if (id < 0 || id >= kMaxTokens) {
+        return Malformed(vocab_file_,
+                         absl::StrCat("post_processor: id ", id, "; the limits are 0 and ", kMaxTokens - 1));
+      }
+      to->push_back(static_cast<int32_t>(id));
+    }
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace

@@ -95,7 +95,7 @@ class ScoreCommand : public Command {
 class TokenizeCommand : public Command {
  public:
   explicit TokenizeCommand(CLI::App* program)
-      : Command(program->add_subcommand("tokenize", "Token ids of a text, as a prompt: with the leading </s>")) {
+      : Command(program->add_subcommand("tokenize", "Token ids of a text, as of a prompt")) {
     AddPromptFlags(app_, &prompt_, false);
     AddJsonFlag();
   }
@@ -105,6 +105,7 @@ class TokenizeCommand : public Command {
   int Run(Connection* connection) override {
     v1::TokenizeRequest request;
     request.set_text(prompt_.text);
+    request.set_parse_special_tokens(prompt_.parse_special);
     v1::TokenizeResponse response;
     const grpc::Status status = connection->Call(
         [&](Attempt* attempt) { return connection->generation().Tokenize(&attempt->context, request, &response); });

@@ -33,6 +33,8 @@ void AddPromptFlags(CLI::App* command, PromptSource* source, bool with_ids) {
   source->text_flag = command->add_option("text,--prompt", source->text, "Prompt; without one, standard input is read");
   CLI::Option* file = command->add_option("--prompt-file", source->file, "File that holds the prompt, taken as it is");
   file->excludes(source->text_flag);
+  command->add_flag("--parse-special", source->parse_special,
+                    "Special tokens such as </s> that are written in the prompt are these tokens");
   if (!with_ids) return;
   source->ids_flag =
       command->add_option("--token-ids", source->ids, "Prompt as token ids, such as 2,5,7; taken as they are");

@@ -17,6 +17,7 @@ struct PromptSource {
   CLI::Option* ids_flag = nullptr;
   std::string text, file;
   std::vector<uint32_t> ids;
+  bool parse_special = false;
 };
 
 // The flags on `command`. `source` must outlive its parsing.
@@ -35,6 +36,7 @@ void SetPrompt(const PromptSource& source, Request* request) {
     request->mutable_token_ids()->mutable_ids()->Add(source.ids.begin(), source.ids.end());
   } else {
     request->set_text(source.text);
+    request->set_parse_special_tokens(source.parse_special);
   }
 }
 

@@ -1,5 +1,6 @@
 #include "server/api/generate_call.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -12,6 +13,10 @@
 
 namespace dejavu {
 namespace {
+
+// Of a prompt's tokens, so many can matter to the text that follows: those that hold bytes of its last character, and
+// special tokens among them.
+constexpr ptrdiff_t kPromptTail = 64;
 
 // Below 2^32, so that every JSON client can hold it.
 uint64_t DrawSeed() { return RandomBits() >> 32; }
@@ -73,7 +78,10 @@ std::vector<std::shared_ptr<ReplySink>> GenerateCall::MakeStreams(CheckedGenerat
   options.prompt.set_tier(ToMessage(request.sparsity.tier));
   options.streaming = streaming_;
   options.tokenizer = state().model().tokenizer;
+  options.prompt_tail.assign(request.prompt.end() - std::min<ptrdiff_t>(kPromptTail, request.prompt.size()),
+                             request.prompt.end());
   options.stop_strings = std::move(checked->stop_strings);
+  options.special_stops = std::move(checked->special_stops);
   options.include_stop_string = checked->include_stop_string;
   options.max_outbox_bytes = state().options().max_outbox_bytes;
   options.arrival = rpc->arrival();

@@ -1,5 +1,6 @@
 #include "server/api/token_stream.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -13,7 +14,10 @@ TokenStream::TokenStream(TokenStreamOptions options, std::function<void()> wake)
     : options_(std::move(options)),
       wake_(std::move(wake)),
       stop_matcher_(options_.stop_strings, options_.include_stop_string) {
-  if (options_.tokenizer != nullptr) detokenizer_.emplace(*options_.tokenizer, /*skip_special_tokens=*/true);
+  if (options_.tokenizer != nullptr) {
+    detokenizer_.emplace(*options_.tokenizer, /*skip_special_tokens=*/true);
+    detokenizer_->Prime(options_.prompt_tail);
+  }
   *pending_.mutable_prompt() = options_.prompt;
   has_pending_ = true;
 }
@@ -57,6 +61,7 @@ void TokenStream::OnFinish(const dejavu::Finish& finish) {
     }
     if (status.ok()) {
       FlushText();
+      MatchStopToken(finish);
       FillFinish(finish);
       has_pending_ = true;
     }
@@ -80,6 +85,16 @@ void TokenStream::FlushText() {
   detokenizer_->Flush(&token_text_);
   matched_stop_ = stop_matcher_.Append(token_text_, pending_.mutable_text());
   if (matched_stop_ < 0) stop_matcher_.Flush(pending_.mutable_text());
+}
+
+// The end token ends a request as it always does, whatever its stop strings are.
+void TokenStream::MatchStopToken(const dejavu::Finish& finish) {
+  if (matched_stop_ >= 0 || finish.reason != FinishReason::kStopToken) return;
+  const auto& stops = options_.special_stops;
+  const auto stop = std::find(stops.begin(), stops.end(), finish.stop_token_id);
+  if (stop == stops.end()) return;
+  matched_stop_ = static_cast<int>(stop - stops.begin());
+  if (options_.include_stop_string) pending_.mutable_text()->append(options_.stop_strings[matched_stop_]);
 }
 
 void TokenStream::FillFinish(const dejavu::Finish& finish) {

@@ -23,7 +23,9 @@ struct TokenStreamOptions {
   uint32_t sample = 0;                   // that all chunks name
   bool streaming = true;                 // false: one reply, at the end
   const Tokenizer* tokenizer = nullptr;  // null: no text
+  std::vector<int32_t> prompt_tail;      // the last ids of the prompt, which the text continues
   std::vector<std::string> stop_strings;
+  std::vector<int32_t> special_stops;  // [stop_strings]: the special token that it is, or -1
   bool include_stop_string = false;
   int64_t max_outbox_bytes = 0;  // of a streaming call
   SteadyTime arrival;
@@ -44,6 +46,7 @@ class TokenStream final : public ReplySink {
 
  private:
   void AppendText(int32_t id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void MatchStopToken(const dejavu::Finish& finish) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void FlushText() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void FillFinish(const dejavu::Finish& finish) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 

@@ -88,6 +88,17 @@ absl::Status CheckTextCanFit(absl::string_view text, const ServedModel& model) {
                                            " bytes fits the model's context of ", model.context, " tokens"));
 }
 
+// A tokenizer may put nothing around a prompt, and may know tokens that the model does not (the log says so at start).
+absl::Status CheckEncoded(const std::vector<int32_t>& ids, const ServedModel& model) {
+  if (ids.empty()) {
+    return InvalidField("text", "is empty, and the model's tokenizer puts nothing before a prompt; give a character");
+  }
+  const auto unknown = std::find_if(ids.begin(), ids.end(), [&](int32_t id) { return id >= model.vocab; });
+  if (unknown == ids.end()) return absl::OkStatus();
+  return InvalidField("text", absl::StrCat("holds ", Printable(std::string(model.tokenizer->Piece(*unknown))),
+                                           ", which has id ", *unknown, "; ids of this model are below ", model.vocab));
+}
+
 // 1 ... context ids.
 template <typename ProtoRequest>
 absl::StatusOr<std::vector<int32_t>> CheckPrompt(const ProtoRequest& request, const ServedModel& model) {
@@ -97,9 +108,9 @@ absl::StatusOr<std::vector<int32_t>> CheckPrompt(const ProtoRequest& request, co
     case ProtoRequest::kText:
       field = "text";
       RETURN_IF_ERROR(CheckTokenizer("a prompt in text", model));
-      if (request.text().empty()) return InvalidField("text", "is empty; a prompt needs at least one character");
       RETURN_IF_ERROR(CheckTextCanFit(request.text(), model));
-      ids = model.tokenizer->EncodePrompt(request.text());
+      ids = model.tokenizer->EncodePrompt(request.text(), request.parse_special_tokens());
+      RETURN_IF_ERROR(CheckEncoded(ids, model));
       break;
     case ProtoRequest::kTokenIds: {
       if (request.token_ids().ids().empty()) {
@@ -161,10 +172,16 @@ absl::Status CheckPenalties(const v1::Penalties& penalties, const ServerOptions&
   ASSIGN_OR_RETURN(allowed, CheckTokenIds("penalties.allowed_token_ids", penalties.allowed_token_ids(), model));
   std::sort(allowed.begin(), allowed.end());
   allowed.erase(std::unique(allowed.begin(), allowed.end()), allowed.end());
-  if (model.tokenizer != nullptr && !allowed.empty() && allowed.front() >= model.tokenizer->vocab_size()) {
+  if (model.tokenizer == nullptr) return absl::OkStatus();
+  params->unused_ids = model.tokenizer->unused_ids();
+  params->unused_ids.remove_suffix(params->unused_ids.end() -
+                                   std::lower_bound(params->unused_ids.begin(), params->unused_ids.end(), model.vocab));
+  const auto is_token = [&](int32_t id) { return !model.tokenizer->Piece(id).empty(); };
+  if (!allowed.empty() && std::none_of(allowed.begin(), allowed.end(), is_token)) {
     return InvalidField("penalties.allowed_token_ids",
                         absl::StrCat("leaves nothing to sample: its smallest id is ", allowed.front(),
-                                     "; the tokenizer knows ids below ", model.tokenizer->vocab_size()));
+                                     "; the tokenizer knows ids below ", model.tokenizer->vocab_size(),
+                                     model.tokenizer->unused_ids().empty() ? "" : ", and not all of these"));
   }
   return absl::OkStatus();
 }
@@ -275,7 +292,13 @@ absl::Status CheckStopping(const v1::Stopping& stopping, const ServerOptions& op
   RETURN_IF_ERROR(CheckCount("stopping.stop_token_ids", stopping.stop_token_ids_size(), options.max_stop_token_ids));
   ASSIGN_OR_RETURN(request.stop_token_ids, CheckTokenIds("stopping.stop_token_ids", stopping.stop_token_ids(), model));
   RETURN_IF_ERROR(CheckStopStrings(stopping, options, model));
-  checked->stop_strings.assign(stopping.stop_strings().begin(), stopping.stop_strings().end());
+  for (const std::string& stop : stopping.stop_strings()) {
+    checked->stop_strings.push_back(stop);
+    // The output's text has no special tokens, so that this one could not be found there.
+    const int32_t id = model.tokenizer->SpecialId(stop);
+    checked->special_stops.push_back(id < model.vocab ? id : -1);
+    if (checked->special_stops.back() >= 0) request.stop_token_ids.push_back(id);
+  }
   checked->include_stop_string = stopping.include_stop_string();
   return absl::OkStatus();
 }
@@ -374,7 +397,7 @@ absl::StatusOr<Request> CheckScore(const v1::ScoreRequest& request, const Server
 absl::StatusOr<std::vector<int32_t>> CheckTokenize(const v1::TokenizeRequest& request, const ServedModel& model) {
   RETURN_IF_ERROR(CheckModelName(request.model(), model));
   RETURN_IF_ERROR(CheckTokenizer("Tokenize", model));
-  return model.tokenizer->EncodePrompt(request.text());
+  return model.tokenizer->EncodePrompt(request.text(), request.parse_special_tokens());
 }
 
 absl::StatusOr<std::string> CheckDetokenize(const v1::DetokenizeRequest& request, const ServedModel& model) {

@@ -23,6 +23,7 @@ inline constexpr int64_t kMaxReplyBytes = 3'500'000;
 struct CheckedGenerate {
   Request request;
   std::vector<std::string> stop_strings;
+  std::vector<int32_t> special_stops;  // [stop_strings]: the special token that it is, or -1
   bool include_stop_string = false;
   int samples = 1;
 };

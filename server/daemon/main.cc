@@ -20,6 +20,7 @@
 #include <utility>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "config/command_line.h"
 #include "engine/engine.h"
@@ -87,6 +88,33 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const EngineOptions& op
 
 int32_t SampledVocab(const Tokenizer* tokenizer) { return tokenizer == nullptr ? 0 : tokenizer->vocab_size(); }
 
+// Transformers loads a tokenizer that knows more tokens than the model, and fails when one of them comes. Here it is
+// said at once; where each prompt would hold one, nothing can be served.
+absl::Status CheckTokensOfModel(const Tokenizer& tokenizer, const EngineOptions& options, int32_t vocab) {
+  for (const auto& around : {tokenizer.before_prompt(), tokenizer.behind_prompt()}) {
+    for (const int32_t id : around) {
+      if (id < vocab) continue;
+      return absl::InvalidArgumentError(absl::StrCat(options.model, ": the tokenizer puts token id ", id,
+                                                     " around each prompt; ids of the model are below ", vocab));
+    }
+  }
+  if (tokenizer.vocab_size() <= vocab) return absl::OkStatus();
+  constexpr int kNamed = 3;
+  int others = -kNamed;
+  std::string named;
+  for (int32_t id = vocab; id < tokenizer.vocab_size(); ++id) {
+    const absl::string_view piece = tokenizer.Piece(id);
+    if (piece.empty() || ++others > 0) continue;
+    absl::StrAppend(&named, named.empty() ? "" : ", ", absl::Utf8SafeCHexEscape(piece), " (", id, ")");
+  }
+  if (others > 0) absl::StrAppend(&named, " and ", others, " others");
+  spdlog::warn(
+      "{}: the tokenizer knows tokens that the model lacks, whose ids are below {}: {}; texts that hold one are "
+      "refused",
+      options.model, vocab, named);
+  return absl::OkStatus();
+}
+
 absl::StatusOr<EngineAndTokenizer> LoadEngineAndTokenizer(const EngineOptions& options, Server* server) {
   EngineAndTokenizer loaded;
   absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer = OrExhausted([&] { return LoadTokenizer(options); });
@@ -98,6 +126,10 @@ absl::StatusOr<EngineAndTokenizer> LoadEngineAndTokenizer(const EngineOptions& o
   ASSIGN_OR_RETURN(loaded.engine, OrExhausted([&] {
                      return Engine::Create(options, SampledVocab(loaded.tokenizer.get()), LogProgress(server));
                    }));
+  if (loaded.tokenizer != nullptr) {
+    for (const std::string& remark : loaded.tokenizer->remarks()) spdlog::warn("{}", remark);
+    RETURN_IF_ERROR(CheckTokensOfModel(*loaded.tokenizer, options, loaded.engine->model().vocab));
+  }
   return loaded;
 }
 

@@ -163,6 +163,20 @@ std::vector<std::string> NamesOf(const Checkpoint& checkpoint) {
   return names;
 }
 
+// Each text's ids, and the texts of ids.
+void ExpectSameTokenizer(const Tokenizer& tokenizer, const json& questions, const json& answer) {
+  for (size_t i = 0; i < questions["texts"].size(); ++i) {
+    const auto text = questions["texts"][i].get<std::string>();
+    EXPECT_EQ(tokenizer.EncodePrompt(text, true), answer["parsed"][i].get<std::vector<int32_t>>()) << text;
+    EXPECT_EQ(tokenizer.EncodePrompt(text, false), answer["text"][i].get<std::vector<int32_t>>()) << text;
+  }
+  for (size_t i = 0; i < questions["ids"].size(); ++i) {
+    const auto ids = questions["ids"][i].get<std::vector<int32_t>>();
+    EXPECT_EQ(tokenizer.Decode(ids, false), answer["kept"][i].get<std::string>()) << questions["ids"][i];
+    EXPECT_EQ(tokenizer.Decode(ids, true), answer["skipped"][i].get<std::string>()) << questions["ids"][i];
+  }
+}
+
 TEST_P(Compat, LoadsWithTheSameResultsOrIsRefusedByName) {
   if (record_.contains("model")) {
     const bool is_of_weights = !absl::StartsWith(GetParam(), "config-") && !absl::StartsWith(GetParam(), "end-");
@@ -178,6 +192,13 @@ TEST_P(Compat, LoadsWithTheSameResultsOrIsRefusedByName) {
       std::vector<std::string> names = NamesOf(*checkpoint);
       std::sort(names.begin(), names.end());
       EXPECT_EQ(names, record_["file"]["names"].get<std::vector<std::string>>());
+    }
+  }
+  if (record_.contains("tokenizer")) {
+    const auto tokenizer = Tokenizer::Load(directory_.path());
+    if (ExpectsToLoad(record_["tokenizer"], tokenizer.status())) {
+      const json questions = json::parse(ReadText(directory_.Path("questions.json")));
+      ExpectSameTokenizer(**tokenizer, questions, record_["tokenizer"]);
     }
   }
   EXPECT_TRUE(record_.contains("model") || record_.contains("file") || record_.contains("tokenizer"));

@@ -1,8 +1,10 @@
-// A tokenizer's files, in both forms. What is accepted must encode any bytes without loss.
+// A tokenizer's files, in both forms. What is accepted must encode any bytes without loss, but for the spaces that
+// added tokens take.
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
 #include "engine/text/tokenizer.h"
@@ -28,22 +30,33 @@ std::string ByteTokens() {
   return members.substr(1, members.size() - 2);
 }
 
+// Spaces beside an added token may be its own, and one may come before a text.
+std::string WithoutSpaces(absl::string_view text) {
+  return absl::StrReplaceAll(text, {{" ", ""}, {"\t", ""}, {"\n", ""}, {"\v", ""}, {"\f", ""}, {"\r", ""}});
+}
+
+// An added token is looked for as it is written, others stand for bytes.
 void CheckTokenizer(const std::string& directory) {
   const absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer = Tokenizer::Load(directory);
   CheckAnswer(tokenizer.status(), {absl::StatusCode::kInvalidArgument});
   if (!tokenizer.ok()) return;
   const Tokenizer& t = **tokenizer;
   CHECK(t.vocab_size() >= 256 && t.vocab_size() <= 1 << 20) << t.vocab_size();
-  for (const int32_t id : {t.bos_id(), t.eos_id()}) CHECK(id >= 0 && id < t.vocab_size()) << id;
+  for (const int32_t id : t.unused_ids()) CHECK(id >= 0 && id < t.vocab_size() && t.Piece(id).empty()) << id;
   for (const int32_t id : {-1, t.vocab_size()}) CHECK(t.Bytes(id).empty() && t.Piece(id).empty()) << id;
   for (const absl::string_view text :
        {"the theme of a cat, a  hat </s>", "\xff\xfe \xE2\x80\x9C\xE2\x80", "aaaaaaab"}) {
-    std::string bytes;
-    for (const int32_t id : t.Encode(text)) {
-      CHECK(id >= 0 && id < t.vocab_size() && !t.IsSpecial(id)) << id;
-      bytes.append(t.Bytes(id).data(), t.Bytes(id).size());
+    for (const bool parse_special : {false, true}) {
+      std::string rest = WithoutSpaces(text);
+      for (const int32_t id : t.Encode(text, parse_special)) {
+        CHECK(id >= 0 && id < t.vocab_size() && !t.Piece(id).empty()) << id;
+        const std::string bytes = WithoutSpaces(t.Bytes(id)), piece = WithoutSpaces(t.Piece(id));
+        const bool as_bytes = absl::StartsWith(rest, bytes);
+        CHECK(as_bytes || absl::StartsWith(rest, piece)) << "token " << id << " is not in the text at: " << rest;
+        rest.erase(0, as_bytes ? bytes.size() : piece.size());
+      }
+      CHECK(rest.empty()) << "not encoded: " << rest;
     }
-    CHECK(bytes == text) << "other bytes come back: " << bytes;
   }
 }
 
@@ -57,7 +70,7 @@ std::string Expanded(absl::string_view text) {
 
 // An empty section is no file.
 void WriteMore(const FuzzFiles& files, FuzzInput* input) {
-  for (const char* name : {"tokenizer_config.json", "special_tokens_map.json"}) {
+  for (const char* name : {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}) {
     const absl::string_view section = input->Section();
     if (section.empty()) {
       files.Remove(name);
@@ -89,6 +102,14 @@ constexpr char kMore[] =
     R"({"add_prefix_space":false,"bos_token":"</s>","added_tokens_decoder":{"1":{"content":"<pad>","special":true}}})"
     "\x1e"
     R"({"eos_token":{"content":"</s>"},"additional_special_tokens":["<mask>"]})";
+// Each kind of added token, in a generic tokenizer.
+constexpr char kAdded[] =
+    "\x1e"
+    R"({"tokenizer_class":"PreTrainedTokenizerFast","mask_token":"the","additional_special_tokens":["a "],)"
+    R"("added_tokens_decoder":{"264":{"content":"hat","single_word":true,"lstrip":true,"special":true},)"
+    R"("265":{"content":" ","rstrip":true,"normalized":false}}})"
+    "\x1e\x1e"
+    R"({"cat":264})";
 
 std::vector<std::string> Words() {
   return {"@",
@@ -96,6 +117,21 @@ std::vector<std::string> Words() {
           "\"<pad>\"",
           "\"content\":",
           "\"special\":true",
+          "\"special\":false",
+          "\"lstrip\":true",
+          "\"rstrip\":true",
+          "\"single_word\":true",
+          "\"normalized\":true",
+          "\"add_prefix_space\":true",
+          "\"use_regex\":false",
+          "\"ignore_merges\":true",
+          "\"tokenizer_class\":\"PreTrainedTokenizerFast\"",
+          "\"post_processor\":",
+          "\"TemplateProcessing\"",
+          "\"RobertaProcessing\"",
+          "\"Sequence\"",
+          "\"single\":",
+          "\"mask_token\":",
           "\"added_tokens\":",
           "\"merges\":",
           "\"vocab\":",
@@ -129,10 +165,17 @@ FuzzTarget TokenizerJsonTarget() {
       absl::StrCat(R"({"added_tokens":[{"id":2,"content":"</s>","special":true}],"normalizer":null,)",
                    R"("pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"use_regex":true},)",
                    R"("model":{"type":"BPE","dropout":null,)", vocab, ",", merges, "}}");
+  const std::string generic = absl::StrCat(
+      R"({"added_tokens":[{"id":2,"content":"</s>","single_word":false,"lstrip":false,"rstrip":true,"normalized":true,)",
+      R"("special":true}],"pre_tokenizer":{"type":"Sequence","pretokenizers":[{"type":"ByteLevel","add_prefix_space":true,)",
+      R"("trim_offsets":true,"use_regex":false}]},"decoder":{"type":"ByteLevel"},"post_processor":{"type":"Sequence",)",
+      R"("processors":[{"type":"TemplateProcessing","single":[{"SpecialToken":{"id":"</s>"}},{"Sequence":{"id":"A"}}],)",
+      R"("special_tokens":{"</s>":{"ids":[2]}}}]},"model":{"type":"BPE","ignore_merges":true,)", vocab, ",", merges,
+      "}}");
   return {"tokenizer_json",
           4096,
           RunTokenizerJson,
-          {file, file + kMore, absl::StrCat(R"({"model":{)", vocab, R"(,"merges":[]}})"),
+          {file, file + kMore, generic + kAdded, absl::StrCat(R"({"model":{)", vocab, R"(,"merges":[]}})"),
            R"({"model":{"vocab":{"</s>":0,@,"ab":300,"abc":1000},"merges":["a b","ab c"]}})"},
           Words()};
 }

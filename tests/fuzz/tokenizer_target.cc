@@ -63,12 +63,25 @@ std::string BytesOf(const Tokenizer& tokenizer, const std::vector<int32_t>& ids)
   return bytes;
 }
 
+// The first half of `ids` is a prompt: what follows it continues its whole characters.
+void CheckBehindAPrompt(const Tokenizer& tokenizer, const std::vector<int32_t>& ids, bool skip_special,
+                        absl::string_view decoded) {
+  const absl::Span<const int32_t> prompt = absl::MakeConstSpan(ids).subspan(0, ids.size() / 2);
+  Detokenizer of_prompt(tokenizer, skip_special), detokenizer(tokenizer, skip_special);
+  std::string text;
+  for (const int32_t id : prompt) of_prompt.Append(id, &text);
+  detokenizer.Prime(prompt);
+  for (size_t i = prompt.size(); i < ids.size(); ++i) detokenizer.Append(ids[i], &text);
+  detokenizer.Flush(&text);
+  CHECK(text == decoded) << "behind a prompt: " << text;
+}
+
 void CheckStream(const Tokenizer& tokenizer, const std::vector<int32_t>& ids, bool skip_special) {
   Detokenizer detokenizer(tokenizer, skip_special);
   std::string text, bytes;
   for (const int32_t id : ids) {
-    const bool written_out = tokenizer.IsSpecial(id) && !skip_special;
-    const absl::string_view of_id = written_out ? tokenizer.Piece(id) : tokenizer.Bytes(id);
+    const bool skipped = tokenizer.IsSpecial(id) && skip_special;
+    const absl::string_view of_id = skipped ? absl::string_view() : tokenizer.Bytes(id);
     bytes.append(of_id.data(), of_id.size());
     const size_t before = text.size();
     detokenizer.Append(id, &text);
@@ -81,6 +94,7 @@ void CheckStream(const Tokenizer& tokenizer, const std::vector<int32_t>& ids, bo
   detokenizer.Flush(&text);
   CHECK(text == Repaired(bytes)) << "streamed: " << text;
   CHECK(text == tokenizer.Decode(ids, skip_special)) << "streamed: " << text;
+  CheckBehindAPrompt(tokenizer, ids, skip_special, text);
 }
 
 void CheckText(const Tokenizer& tokenizer, absl::string_view text) {
@@ -93,7 +107,11 @@ void CheckText(const Tokenizer& tokenizer, absl::string_view text) {
   CHECK(decoded == Repaired(text)) << decoded;
   if (decoded == text) CHECK(tokenizer.Encode(decoded) == ids) << "other ids the second time";
   const std::vector<int32_t> prompt = tokenizer.EncodePrompt(text);
-  CHECK(prompt.size() == ids.size() + 1 && prompt[0] == tokenizer.bos_id()) << prompt[0];
+  CHECK(prompt.size() == ids.size() + 1 && prompt[0] == 2) << prompt[0];
+  const std::vector<int32_t> parsed = tokenizer.Encode(text, /*parse_special_tokens=*/true);
+  CHECK(BytesOf(tokenizer, parsed) == text) << "other bytes come back of what was parsed";
+  const auto is_special = [&](int32_t id) { return tokenizer.IsSpecial(id); };
+  CHECK(std::any_of(parsed.begin(), parsed.end(), is_special) || parsed == ids) << "parsed, though none is special";
 }
 
 const Tokenizer& Loaded(const std::string& directory) {

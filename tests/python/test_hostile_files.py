@@ -168,7 +168,7 @@ def test_group_11_tokenizers_and_predictors(tmp_path):
             ("merges.txt", "a merge of one", merges + b"one\n"), ("merges.txt", "a merge of three", merges + b"a b c\n"),
             ("merges.txt", "a merge of what there is not", merges + b"zzzzq qzzzz\n"), ("merges.txt", "not UTF-8", merges + b"\xff \xfe\n"),
             ("merges.txt", "NUL", merges + b"a\0 b\n"))):
-        cases[f"{file} {name}"] = (["--model", folder_with(tmp_path / f"v{n}", light, **{file.replace(".", "__"): content})], 1, str(tmp_path / f"v{n}"))
+        cases[f"{file} {name}"] = (["--model", folder_with(tmp_path / f"v{n}", light, tokenizer__json=None, **{file.replace(".", "__"): content})], 1, str(tmp_path / f"v{n}"))
     predictor = MODEL / "predictor.safetensors"
     tensor = next(key for key in Tensors(predictor).header if key != "__metadata__")
     for n, (name, content) in enumerate(broken_tensors(predictor, tensor).items()):

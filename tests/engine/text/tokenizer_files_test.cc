@@ -33,8 +33,18 @@ json SmallVocab() {
 }
 
 json SmallTokenizer() {
+  const json byte_level = {
+      {"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", true}};
   return {{"model", {{"type", "BPE"}, {"vocab", SmallVocab()}, {"merges", {"a b", "ab c"}}}},
-          {"pre_tokenizer", {{"type", "ByteLevel"}, {"add_prefix_space", false}}}};
+          {"added_tokens", json::array()},
+          {"pre_tokenizer", byte_level},
+          {"decoder", byte_level}};
+}
+
+// With all its flags, as tokenizer.json has them.
+json Added(int64_t id, const char* content, bool special) {
+  return {{"id", id},        {"content", content},  {"single_word", false}, {"lstrip", false},
+          {"rstrip", false}, {"normalized", false}, {"special", special}};
 }
 
 class TokenizerFiles : public testing::Test {
@@ -53,6 +63,10 @@ class TokenizerFiles : public testing::Test {
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
     EXPECT_THAT(std::string(status.message()), AllOf(HasSubstr(directory_.path() + "/" + file), HasSubstr(reason)));
     EXPECT_LT(status.message().size(), 1000u);
+  }
+  // A tokenizer.json that is obeyed in all it says.
+  void WriteGeneric() {
+    directory_.Write("tokenizer_config.json", R"({"tokenizer_class": "PreTrainedTokenizerFast"})");
   }
   // Loads small files of which `change` has changed the tokenizer.json.
   void ExpectChangeRefused(const std::function<void(json&)>& change, const std::string& reason) {
@@ -79,18 +93,19 @@ TEST_F(TokenizerFiles, AreNotFoundInAnEmptyDirectoryOrNone) {
   EXPECT_EQ(Tokenizer::Load(directory_.path()).status().code(), absl::StatusCode::kNotFound);
   EXPECT_EQ(Tokenizer::Load(directory_.path() + "/none").status().code(), absl::StatusCode::kNotFound);
   directory_.Write("vocab.json", SmallVocab().dump());
-  EXPECT_EQ(Tokenizer::Load(directory_.path()).status().code(), absl::StatusCode::kNotFound);
+  ExpectRefused("vocab.json", "there is no merges.txt beside it");
 }
 
 TEST_F(TokenizerFiles, MergeByRankThenFromTheLeft) {
   WriteSmallFiles();
   const std::unique_ptr<Tokenizer> tokenizer = LoadOrDie();
-  EXPECT_EQ(tokenizer->vocab_size(), 262);
+  EXPECT_EQ(tokenizer->vocab_size(), 263);  // with <|endoftext|>, where no file names an end token
   EXPECT_THAT(tokenizer->Encode("abcab"), ElementsAre(261, 260));
 }
 
-TEST_F(TokenizerFiles, TokenizerJsonServesWhenOneOfTheOthersIsMissing) {
+TEST_F(TokenizerFiles, AreNotReadBesideATokenizerJson) {
   directory_.Write("vocab.json", "not read");
+  directory_.Write("merges.txt", "nor this");
   directory_.Write("tokenizer.json", SmallTokenizer().dump());
   EXPECT_THAT(LoadOrDie()->Encode("abc"), ElementsAre(261));
 }
@@ -101,30 +116,74 @@ TEST_F(TokenizerFiles, MayHaveWindowsLineEnds) {
   EXPECT_THAT(LoadOrDie()->Encode("abc"), ElementsAre(261));
 }
 
-TEST_F(TokenizerFiles, NameTheFirstAndLastTokens) {
+TEST_F(TokenizerFiles, SayWhatStandsAroundAPrompt) {
   WriteSmallFiles();
-  directory_.Write("special_tokens_map.json", R"({"bos_token": {"content": "<pad>"}, "eos_token": "<unk>"})");
-  EXPECT_EQ(LoadOrDie()->bos_id(), 1);
-  EXPECT_EQ(LoadOrDie()->eos_id(), 3);
-  directory_.Write("tokenizer_config.json", R"({"bos_token": "<s>", "eos_token": null})");
-  EXPECT_EQ(LoadOrDie()->bos_id(), 0);
-  EXPECT_EQ(LoadOrDie()->eos_id(), 3);
+  EXPECT_THAT(LoadOrDie()->EncodePrompt("ab"), ElementsAre(260));
+  directory_.Write("tokenizer_config.json", R"({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true})");
+  EXPECT_THAT(LoadOrDie()->EncodePrompt("ab"), ElementsAre(0, 260));
+  EXPECT_THAT(LoadOrDie()->EncodePrompt(""), ElementsAre(0));
+  directory_.Write("special_tokens_map.json", R"({"bos_token": {"content": "<pad>"}})");
+  EXPECT_THAT(LoadOrDie()->EncodePrompt("ab"), ElementsAre(1, 260));
+  directory_.Write("tokenizer_config.json", R"({"eos_token": "</s>", "add_bos_token": false, "add_eos_token": true})");
+  EXPECT_THAT(LoadOrDie()->EncodePrompt("ab"), ElementsAre(260, 2));
 }
 
-TEST_F(TokenizerFiles, MakeTokensSpecialAndNoMergeMakesThem) {
+TEST_F(TokenizerFiles, AddTokensThatAreFoundInTexts) {
   WriteSmallFiles();
-  directory_.Write("special_tokens_map.json", R"({"additional_special_tokens": ["abc", {"content": "absent"}]})");
-  directory_.Write("tokenizer_config.json",
-                   R"({"added_tokens_decoder": {"300": {"content": "<new>", "special": true}}})");
+  directory_.Write("tokenizer_config.json", R"({"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>",
+      "added_tokens_decoder": {"262": {"content": "<new>", "special": true},
+                               "263": {"content": "cab", "special": false, "rstrip": true}}})");
+  const std::unique_ptr<Tokenizer> tokenizer = LoadOrDie();
+  EXPECT_EQ(tokenizer->vocab_size(), 264);
+  EXPECT_TRUE(tokenizer->IsSpecial(262));
+  EXPECT_FALSE(tokenizer->IsSpecial(263));
+  EXPECT_THAT(tokenizer->Encode("abcab  <new>", true), ElementsAre(260, 263, 262));
+  EXPECT_EQ(tokenizer->Encode("<new>").size(), 5u);
+  EXPECT_EQ(tokenizer->Decode({260, 262, 263}, true), "abcab");
+  EXPECT_EQ(tokenizer->Decode({260, 262, 263}, false), "ab<new>cab");
+  EXPECT_EQ(tokenizer->SpecialId("<new>"), 262);
+  EXPECT_EQ(tokenizer->SpecialId("cab"), -1);
+}
+
+TEST_F(TokenizerFiles, MayMakeAnyTokenSpecial) {
+  WriteSmallFiles();
+  directory_.Write("tokenizer_config.json", R"({"pad_token": "abc", "mask_token": "!"})");
   const std::unique_ptr<Tokenizer> tokenizer = LoadOrDie();
   EXPECT_TRUE(tokenizer->IsSpecial(261));
-  EXPECT_TRUE(tokenizer->IsSpecial(300));
-  EXPECT_EQ(tokenizer->vocab_size(), 301);
-  EXPECT_EQ(tokenizer->Piece(299), "");
-  EXPECT_EQ(tokenizer->Bytes(299), "");
-  const std::vector<int32_t> ids = tokenizer->Encode("abc");
-  EXPECT_EQ(ids.size(), 2u);
-  EXPECT_EQ(ids[0], 260);
+  EXPECT_THAT(tokenizer->Encode("abc"), ElementsAre(261));  // by its merges, as ever
+  EXPECT_EQ(tokenizer->Decode(tokenizer->Encode("abc!a"), true), "a");
+}
+
+TEST_F(TokenizerFiles, TellWhichIdsNoTokenHas) {
+  json vocab = SmallVocab();
+  vocab["abcabc"] = 267;
+  WriteSmallFiles();
+  directory_.Write("vocab.json", vocab.dump());
+  directory_.Write("tokenizer_config.json", R"({"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"})");
+  EXPECT_THAT(LoadOrDie()->unused_ids(), ElementsAre(262, 263, 264, 265, 266));
+}
+
+// As Transformers does, whatever the file says, but not in silence.
+TEST_F(TokenizerFiles, GiveAddedTokensTheNextIds) {
+  WriteSmallFiles();
+  directory_.Write("added_tokens.json", R"({"<one>": 262, "<two>": 263})");
+  EXPECT_THAT(LoadOrDie()->Encode("<two><one>"), ElementsAre(263, 262));
+  EXPECT_TRUE(LoadOrDie()->remarks().empty());
+  directory_.Write("added_tokens.json", R"({"<one>": 262, "<two>": 300})");
+  EXPECT_THAT(LoadOrDie()->Encode("<two><one>"), ElementsAre(263, 262));
+  EXPECT_THAT(LoadOrDie()->remarks(),
+              ElementsAre(HasSubstr(R"(the id of the added token "<two>" is 300, but Transformers gives it 263)")));
+}
+
+TEST_F(TokenizerFiles, ForAnotherClassAreRefused) {
+  WriteSmallFiles();
+  directory_.Write("tokenizer_config.json", R"({"tokenizer_class": "RobertaTokenizerFast"})");
+  ExpectRefused("tokenizer_config.json", R"(tokenizer_class is "RobertaTokenizerFast")");
+  directory_.Write("tokenizer_config.json", "{}");
+  directory_.Write("config.json", R"({"tokenizer_class": "LlamaTokenizer", "init_std": 0.02})");
+  ExpectRefused("config.json", R"(tokenizer_class is "LlamaTokenizer")");
+  directory_.Write("config.json", R"({"init_std": NaN})");  // which is for others to judge
+  EXPECT_THAT(LoadOrDie()->Encode("abc"), ElementsAre(261));
 }
 
 TEST_F(TokenizerFiles, APieceThatIsNotByteLevelStandsForItself) {
@@ -154,7 +213,7 @@ TEST_F(TokenizerFiles, AreRefusedWhenTheyAreNestedTooDeep) {
   vocab[std::string(50, '[') + "\\\"" + std::string(50, '{')] = 262;
   WriteSmallFiles();
   directory_.Write("vocab.json", vocab.dump());
-  EXPECT_EQ(LoadOrDie()->vocab_size(), 263);
+  EXPECT_EQ(LoadOrDie()->vocab_size(), 264);
 }
 
 TEST_F(TokenizerFiles, AreRefusedWhenTheyAreTooLarge) {
@@ -189,16 +248,11 @@ TEST_F(TokenizerFiles, AreRefusedForIdsThatAreWrong) {
   ExpectVocabRefused(with(std::string(100000, 'x').c_str(), -1), "...");
 }
 
-TEST_F(TokenizerFiles, AreRefusedWhenAByteOrTheEndTokenIsMissing) {
+TEST_F(TokenizerFiles, AreRefusedWhenAByteIsMissing) {
   json vocab = SmallVocab();
   vocab.erase("a");
   ExpectVocabRefused(vocab.dump(), "no token for byte 0x61");
-  vocab = SmallVocab();
-  vocab.erase("</s>");
-  ExpectVocabRefused(vocab.dump(), R"(has no "</s>", the bos_token)");
   ExpectVocabRefused("{}", "no token for byte 0x0");
-  directory_.Write("special_tokens_map.json", R"({"pad_token": "!"})");
-  ExpectVocabRefused(SmallVocab().dump(), "the token for byte 0x21 is special");
 }
 
 TEST_F(TokenizerFiles, AreRefusedForMergesThatAreWrong) {
@@ -207,7 +261,9 @@ TEST_F(TokenizerFiles, AreRefusedForMergesThatAreWrong) {
   ExpectMergesRefused("a zz\n", R"(line 1: "zz" is not in the vocabulary)");
   ExpectMergesRefused("a c\n", R"(line 1: "ac" is not in the vocabulary)");
   ExpectMergesRefused(" b\n", R"("" is not in the vocabulary)");
+  ExpectMergesRefused("a b\n\nab c\n", R"(line 2: "" is not two tokens)");
   ExpectMergesRefused("\xFF\xFE \x01\n", R"(line 1: )");
+  ExpectMergesRefused("\xEF\xBB\xBF#version: 0.2\na b\n", "begins with a byte order mark");
   ExpectMergesRefused(std::string(1 << 20, 'x'), "line 1");
   ExpectMergesRefused(std::string((32 << 20) + 1, '\n'), "the limit is 33554432");
 }
@@ -234,24 +290,26 @@ TEST_F(TokenizerFiles, AreRefusedForAddedTokensThatAreWrong) {
     return [token](json& root) { root["added_tokens"] = json::array({token}); };
   };
   ExpectChangeRefused(with({{"content", "<x>"}, {"special", true}}), "no integer \"id\"");
-  ExpectChangeRefused(with({{"id", -5}, {"content", "<x>"}, {"special", true}}), "is -5; the limits");
-  ExpectChangeRefused(with({{"id", 5000000000}, {"content", "<x>"}, {"special", true}}), "is 5000000000; the limits");
-  ExpectChangeRefused(with({{"id", 2}, {"content", "<x>"}, {"special", true}}),
-                      R"(id 2 belongs to both "</s>" and "<x>")");
-  ExpectChangeRefused(with({{"id", 262}, {"content", "</s>"}, {"special", true}}), R"("</s>" has both ids 2 and 262)");
-  ExpectChangeRefused(with({{"id", 262}, {"content", "<x>"}, {"special", false}}), R"("<x>" is not special)");
+  ExpectChangeRefused(with(Added(-5, "<x>", true)), R"(the id of "<x>" is -5; the limits are 0 and 1048575)");
+  ExpectChangeRefused(with(Added(5000000000, "<x>", true)), R"("<x>" is 5000000000; the limits)");
+  json token = Added(262, "<x>", true);
+  token["lstrip"] = 1;
+  ExpectChangeRefused(with(token), R"(token "<x>" has "lstrip": "1", which is no flag of a token)");
+  ExpectChangeRefused(with(Added(262, std::string(1 << 20, 'x').append("x").c_str(), true)),
+                      "the added tokens have more than 1048576 bytes");
 }
 
-TEST_F(TokenizerFiles, AreRefusedForWhatOptDoesNotHave) {
+TEST_F(TokenizerFiles, AreRefusedForWhatByteLevelBpeDoesNotHave) {
   ExpectChangeRefused([](json& root) { root["model"]["type"] = "Unigram"; }, "model.type is not \"BPE\"");
+  ExpectChangeRefused([](json& root) { root["post_processor"] = {{"type", "Other"}}; }, "post_processor \"Other\"");
+  WriteGeneric();
   ExpectChangeRefused([](json& root) { root["model"]["dropout"] = 0.1; }, "model.dropout is not supported");
-  ExpectChangeRefused([](json& root) { root["model"]["byte_fallback"] = true; }, "model.byte_fallback");
   ExpectChangeRefused([](json& root) { root["model"]["end_of_word_suffix"] = "</w>"; }, "model.end_of_word_suffix");
-  ExpectChangeRefused([](json& root) { root["normalizer"] = {{"type", "NFC"}}; }, "normalizer");
+  ExpectChangeRefused([](json& root) { root["model"].erase("merges"); }, "model.merges is not an array");
+  ExpectChangeRefused([](json& root) { root["normalizer"] = {{"type", "NFC"}}; }, "normalizer \"NFC\"");
   ExpectChangeRefused([](json& root) { root["pre_tokenizer"] = nullptr; }, "pre_tokenizer.type");
   ExpectChangeRefused([](json& root) { root["pre_tokenizer"]["type"] = "Whitespace"; }, "pre_tokenizer.type");
-  ExpectChangeRefused([](json& root) { root["pre_tokenizer"]["add_prefix_space"] = true; }, "add_prefix_space");
-  ExpectChangeRefused([](json& root) { root["pre_tokenizer"]["use_regex"] = false; }, "use_regex");
+  ExpectChangeRefused([](json& root) { root["decoder"]["type"] = "WordPiece"; }, "decoder.type");
 }
 
 TEST_F(TokenizerFiles, AreRefusedForSpecialTokensThatAreWrong) {
@@ -261,12 +319,13 @@ TEST_F(TokenizerFiles, AreRefusedForSpecialTokensThatAreWrong) {
     directory_.Write("special_tokens_map.json", map);
     ExpectRefused("special_tokens_map.json", "");
   }
-  directory_.Write("special_tokens_map.json", R"({"eos_token": "<absent>"})");
-  ExpectRefused("vocab.json", R"(has no "<absent>", the eos_token)");
   directory_.Write("special_tokens_map.json", "{}");
-  for (const char* config : {R"({"added_tokens_decoder": []})", R"({"added_tokens_decoder": {"x": {}}})",
-                             R"({"added_tokens_decoder": {"7": 7}})", R"({"add_prefix_space": true})",
-                             R"({"added_tokens_decoder": {"-7": {"content": "<x>", "special": true}}})"}) {
+  for (const char* config :
+       {R"({"added_tokens_decoder": []})", R"({"added_tokens_decoder": {"x": {}}})",
+        R"({"added_tokens_decoder": {"7": 7}})", R"({"add_prefix_space": "yes"})",
+        R"({"bos_token": {"content": "</s>"}})", R"({"auto_map": {"AutoTokenizer": ["a.B", null]}})",
+        R"({"bos_token": "a b", "add_bos_token": true})", R"({"extra_special_tokens": {"x_token": "x"}})",
+        R"({"added_tokens_decoder": {"-7": {"content": "<x>", "special": true}}})"}) {
     directory_.Write("tokenizer_config.json", config);
     ExpectRefused("tokenizer_config.json", "");
   }

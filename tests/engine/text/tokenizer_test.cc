@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
@@ -121,8 +122,9 @@ TEST(Tokenizer, PutsTheEndTokenBeforeAPrompt) {
 
 TEST(Tokenizer, KnowsItsVocabulary) {
   EXPECT_EQ(Opt().vocab_size(), 50265);
-  EXPECT_EQ(Opt().bos_id(), 2);
-  EXPECT_EQ(Opt().eos_id(), 2);
+  EXPECT_TRUE(Opt().unused_ids().empty());
+  EXPECT_THAT(Opt().before_prompt(), ElementsAre(2));
+  EXPECT_TRUE(Opt().behind_prompt().empty());
   EXPECT_EQ(Opt().Piece(2), "</s>");
   EXPECT_EQ(Opt().Piece(20920), "ĠHello");
   EXPECT_EQ(Opt().Bytes(20920), " Hello");
@@ -133,13 +135,19 @@ TEST(Tokenizer, KnowsItsVocabulary) {
   }
 }
 
-TEST(Tokenizer, SpecialTokensHaveNoBytesAndAreNeverEncoded) {
-  for (const int32_t id : {0, 1, 2, 3}) {
-    EXPECT_TRUE(Opt().IsSpecial(id));
-    EXPECT_EQ(Opt().Bytes(id), "");
-  }
-  EXPECT_FALSE(Opt().IsSpecial(4));
-  for (const int32_t id : Opt().Encode("<s></s><pad><unk></s>")) EXPECT_FALSE(Opt().IsSpecial(id)) << id;
+// facebook/opt names </s> and <pad>, no others.
+TEST(Tokenizer, SpecialTokensAreTextUnlessTheyAreParsed) {
+  for (const int32_t id : {1, 2}) EXPECT_TRUE(Opt().IsSpecial(id));
+  for (const int32_t id : {0, 3, 4}) EXPECT_FALSE(Opt().IsSpecial(id));
+  const std::string text = "<s></s><pad><unk></s>";
+  for (const int32_t id : Opt().Encode(text)) EXPECT_FALSE(Opt().IsSpecial(id)) << id;
+  const std::vector<int32_t> parsed = Opt().Encode(text, /*parse_special_tokens=*/true);
+  EXPECT_EQ(Opt().Decode(parsed, false), text);
+  EXPECT_EQ(Opt().Decode(parsed, true), "<s><unk>");
+  EXPECT_THAT(Opt().EncodePrompt("</s>", true), ElementsAre(2, 2));
+  EXPECT_EQ(Opt().SpecialId("</s>"), 2);
+  EXPECT_EQ(Opt().SpecialId("<s>"), -1);
+  EXPECT_EQ(Opt().SpecialId("</s"), -1);
 }
 
 TEST(Tokenizer, DecodesSpecialTokensAsWrittenOrNotAtAll) {
@@ -151,6 +159,7 @@ TEST(Tokenizer, BothFormsOfFilesGiveTheSameIds) {
   for (const bool merges_as_pairs : {false, true}) {
     ScratchDirectory directory;
     directory.Write("tokenizer.json", TokenizerJson(kOptTokenizer, merges_as_pairs));
+    directory.Write("tokenizer_config.json", ReadFile(std::string(kOptTokenizer) + "/tokenizer_config.json"));
     const std::unique_ptr<Tokenizer> tokenizer = LoadOrDie(directory.path());
     EXPECT_EQ(tokenizer->vocab_size(), 50266);
     EXPECT_TRUE(tokenizer->IsSpecial(50264));
@@ -162,11 +171,13 @@ TEST(Tokenizer, BothFormsOfFilesGiveTheSameIds) {
 
 TEST(Tokenizer, TheEmbeddedModelsFormsOfFilesAgree) {
   ScratchDirectory directory;
-  directory.Write("tokenizer.json", ReadFile(EMBEDDED_MODEL "/tokenizer.json"));
-  const std::unique_ptr<Tokenizer> from_json = LoadOrDie(directory.path());
-  const std::unique_ptr<Tokenizer> from_files = LoadOrDie(EMBEDDED_MODEL);
+  for (const char* name : {"vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"}) {
+    directory.Write(name, ReadFile(absl::StrCat(EMBEDDED_MODEL, "/", name)));
+  }
+  const std::unique_ptr<Tokenizer> from_files = LoadOrDie(directory.path());
+  const std::unique_ptr<Tokenizer> from_json = LoadOrDie(EMBEDDED_MODEL);
   EXPECT_EQ(from_json->vocab_size(), from_files->vocab_size());
-  EXPECT_EQ(from_json->eos_id(), from_files->eos_id());
+  EXPECT_EQ(from_json->EncodePrompt("It was"), from_files->EncodePrompt("It was"));
   for (const Golden& golden : Goldens()) {
     const std::vector<int32_t> ids = from_files->Encode(golden.text);
     EXPECT_EQ(from_json->Encode(golden.text), ids);
@@ -250,6 +261,76 @@ TEST(Detokenizer, HoldsBackOnlyWhatMayBecomeACharacter) {
     EXPECT_EQ(rest, c.flushed) << testing::PrintToString(std::string(c.bytes));
     detokenizer.Flush(&rest);
     EXPECT_EQ(rest, c.flushed);
+  }
+}
+
+// Tokens that are found in a text: matches that fail late, overlap, or take the spaces beside them.
+TEST(Tokenizer, FindsAddedTokensInLinearTime) {
+  ScratchDirectory directory;
+  for (const char* name : {"vocab.json", "merges.txt"}) {
+    directory.Write(name, ReadFile(absl::StrCat(kOptTokenizer, "/", name)));
+  }
+  json added = json::object();
+  int id = 50265;
+  const auto add = [&](const std::string& content, bool strips) {
+    added[std::to_string(id++)] = {{"content", content}, {"lstrip", strips}, {"rstrip", strips}, {"special", false}};
+  };
+  add(std::string(10000, 'a') + "b", false);
+  add(std::string(5000, 'a') + "c", false);
+  add(" ", true);
+  add("\n", true);
+  directory.Write("tokenizer_config.json", json{{"added_tokens_decoder", added}}.dump());
+  const std::unique_ptr<Tokenizer> tokenizer = LoadOrDie(directory.path());
+  constexpr size_t kSize = 1 << 20;
+  for (const char* unit : {"a", " ", "\n", " \n", "ab"}) {
+    std::string text;
+    while (text.size() < kSize) text += unit;
+    EXPECT_GE(tokenizer->Encode(text).size(), 1u) << unit;
+  }
+  EXPECT_THAT(tokenizer->Encode(std::string(20000, 'a') + "b  \n x"), testing::Contains(50265).Times(1));
+  EXPECT_GT(tokenizer->longest_token_bytes(), kSize);
+}
+
+TEST(Detokenizer, ContinuesACharacterThatThePromptBegins) {
+  const int32_t first = Opt().Encode("\xC3")[0], second = Opt().Encode("\xA9")[0], a = Opt().Encode("a")[0];
+  struct Case {
+    std::vector<int32_t> prompt, output;
+    std::string text;
+  };
+  const Case cases[] = {
+      {{2, a, first}, {second, a}, "\u00E9a"},
+      {{2, a, first, 2}, {second}, "\u00E9"},
+      {{first}, {a}, "\uFFFDa"},
+      {{first, second}, {a}, "a"},
+      {{second}, {second}, "\uFFFD"},
+      {{}, {first, second}, "\u00E9"},
+      {{a, first}, {}, "\uFFFD"},
+  };
+  for (const Case& c : cases) {
+    Detokenizer detokenizer(Opt(), true);
+    detokenizer.Prime(c.prompt);
+    std::string text;
+    for (const int32_t id : c.output) detokenizer.Append(id, &text);
+    detokenizer.Flush(&text);
+    EXPECT_EQ(text, c.text);
+  }
+}
+
+// All ids decoded at once, and cut behind the prompt's last whole character.
+TEST(Detokenizer, WhatFollowsAPromptIsWhatDecodingAllGives) {
+  std::mt19937 random(12);
+  for (int round = 0; round < 500; ++round) {
+    std::vector<int32_t> ids(random() % 24);
+    const std::string bytes = RandomBytes(random, ids.size());
+    for (size_t i = 0; i < ids.size(); ++i) ids[i] = random() % 9 ? Opt().Encode(bytes.substr(i, 1))[0] : 2;
+    const size_t cut = ids.empty() ? 0 : random() % ids.size();
+    Detokenizer whole(Opt(), true), output(Opt(), true);
+    std::string prompt, text;
+    for (size_t i = 0; i < cut; ++i) whole.Append(ids[i], &prompt);
+    output.Prime(absl::MakeConstSpan(ids).subspan(0, cut));
+    for (size_t i = cut; i < ids.size(); ++i) output.Append(ids[i], &text);
+    output.Flush(&text);
+    EXPECT_EQ(prompt + text, Opt().Decode(ids, true));
   }
 }
 

@@ -255,7 +255,7 @@ TEST_F(TokenStreamTest, ReplacesACharacterThatNeverCameToItsEnd) {
 
 TEST_F(TokenStreamTest, KeepsTheEndTokenOutOfTheText) {
   Feed("one");
-  Token end_token = Plain(tokenizer_->eos_id());
+  Token end_token = Plain(2);
   end_token.stop = true;
   Stream().OnToken(end_token);
   End(FinishReason::kEos, end_token.id);
@@ -275,6 +275,33 @@ TEST_F(TokenStreamTest, KeepsAStopTokenOutOfTheText) {
   const v1::GenerateChunk chunk = Take();
   EXPECT_EQ(chunk.text(), "");
   EXPECT_EQ(chunk.finish().reason(), v1::FINISH_REASON_STOP_TOKEN);
+}
+
+TEST_F(TokenStreamTest, AStopStringThatIsASpecialTokenEndsAtIt) {
+  for (const bool include : {false, true}) {
+    options_.stop_strings = {"never", "<pad>"};
+    options_.special_stops = {-1, 1};
+    options_.include_stop_string = include;
+    stream_.reset();
+    Feed("one ne");  // what may become "never" is held back until then
+    Token stop_token = Plain(1);
+    stop_token.stop = true;
+    Stream().OnToken(stop_token);
+    End(FinishReason::kStopToken, 1);
+    const v1::GenerateChunk chunk = Take();
+    EXPECT_EQ(chunk.text(), include ? "one ne<pad>" : "one ne");
+    EXPECT_EQ(chunk.finish().reason(), v1::FINISH_REASON_STOP_STRING);
+    EXPECT_EQ(chunk.finish().stop_string(), "<pad>");
+  }
+}
+
+TEST_F(TokenStreamTest, ContinuesACharacterThatThePromptBegins) {
+  const std::vector<int32_t> emoji = tokenizer_->Encode("\xF0\x9F\x98\x80");
+  ASSERT_GT(emoji.size(), 1u);
+  options_.prompt_tail.assign(emoji.begin(), emoji.end() - 1);
+  Stream().OnToken(Plain(emoji.back()));
+  End(FinishReason::kLength);
+  EXPECT_EQ(Take().text(), "\xF0\x9F\x98\x80");
 }
 
 TEST_F(TokenStreamTest, EndsAStreamThatItsClientDoesNotRead) {

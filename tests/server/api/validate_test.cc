@@ -1,12 +1,16 @@
 #include "server/api/validate.h"
 
 #include <cmath>
+#include <fstream>
 #include <limits>
+#include <memory>
 
 #include "absl/strings/str_cat.h"
 #include "dejavu/rpc/status.pb.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
+#include "tests/scratch_directory.h"
 #include "tests/server/fake_engine.h"
 
 namespace dejavu {
@@ -166,7 +170,7 @@ TEST_F(ValidateTest, RefusesEmptyAndOverlongPrompts) {
   v1::GenerateRequest request;
   ExpectRefused(request, "prompt", "is missing");
   request.set_text("");
-  ExpectRefused(request, "text", "is empty");
+  EXPECT_THAT(Check(request)->request.prompt, ElementsAre(2));  // </s> alone, as the tokenizer makes it
   request.mutable_token_ids();
   ExpectRefused(request, "token_ids.ids", "is empty");
   for (int i = 0; i < 64; ++i) request.mutable_token_ids()->add_ids(2);
@@ -197,7 +201,59 @@ TEST_F(ValidateTest, EncodesTextWithTheLeadingEndToken) {
   v1::GenerateRequest request;
   request.set_text(std::string("a\0b", 3));
   EXPECT_EQ(Check(request)->request.prompt, tokenizer_->EncodePrompt(absl::string_view("a\0b", 3)));
-  EXPECT_EQ(Check(request)->request.prompt.front(), tokenizer_->bos_id());
+  EXPECT_EQ(Check(request)->request.prompt.front(), 2);
+}
+
+TEST_F(ValidateTest, ParsesSpecialTokensOnlyWhereTheRequestAsksForIt) {
+  v1::GenerateRequest request;
+  request.set_text("a</s>");
+  EXPECT_GT(Check(request)->request.prompt.size(), 4u);
+  request.set_parse_special_tokens(true);
+  EXPECT_EQ(Check(request)->request.prompt, tokenizer_->EncodePrompt("a</s>", true));
+  EXPECT_EQ(Check(request)->request.prompt.back(), 2);
+  v1::TokenizeRequest tokenize;
+  tokenize.set_text("a</s>");
+  EXPECT_EQ(CheckTokenize(tokenize, model_)->size(), tokenizer_->EncodePrompt("a</s>").size());
+  tokenize.set_parse_special_tokens(true);
+  EXPECT_EQ(CheckTokenize(tokenize, model_)->back(), 2);
+  v1::ScoreRequest score;
+  score.set_text("a</s>");
+  score.set_parse_special_tokens(true);
+  EXPECT_EQ(CheckScore(score, options_, model_)->prompt.back(), 2);
+}
+
+TEST_F(ValidateTest, AStopStringThatIsASpecialTokenIsAStopToken) {
+  v1::GenerateRequest request = Good();
+  for (const std::string stop : {"</s", "<pad>", "</s>"}) request.mutable_stopping()->add_stop_strings(stop);
+  EXPECT_THAT(Check(request)->special_stops, ElementsAre(-1, 1, 2));
+  EXPECT_THAT(Check(request)->request.stop_token_ids, ElementsAre(1, 2));
+}
+
+// A tokenizer without </s> before a prompt, with a hole in its ids and with more tokens than the model.
+TEST_F(ValidateTest, HoldsTextsAgainstTheModelsOwnIds) {
+  const ScratchDirectory directory;
+  nlohmann::json root = nlohmann::json::parse(std::ifstream(EMBEDDED_MODEL "/tokenizer.json"));
+  root["post_processor"] = nullptr;
+  const int32_t size = static_cast<int32_t>(root["model"]["vocab"].size());
+  root["model"]["vocab"]["far"] = size + 10;
+  directory.Write("tokenizer.json", root.dump());
+  directory.Write("tokenizer_config.json",
+                  R"({"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "far"})");
+  const std::unique_ptr<Tokenizer> tokenizer = Tokenizer::Load(directory.path()).value();
+  model_.tokenizer = tokenizer.get();
+  model_.vocab = size + 2;
+
+  EXPECT_THAT(Check(Good())->request.sampling.unused_ids, ElementsAre(size, size + 1));
+  v1::GenerateRequest request = Good();
+  request.mutable_penalties()->add_allowed_token_ids(static_cast<uint32_t>(size + 1));
+  ExpectRefused(request, "penalties.allowed_token_ids", "leaves nothing to sample");
+  request = Good();
+  request.set_text("");
+  ExpectRefused(request, "text", "puts nothing before a prompt");
+  request.set_text("a far");
+  EXPECT_TRUE(Check(request).ok());
+  request.set_parse_special_tokens(true);
+  ExpectRefused(request, "text", absl::StrCat("which has id ", size + 10, "; ids of this model are below ", size + 2));
 }
 
 TEST_F(ValidateTest, RefusesStopStringsThatAreEmptyLongOrMany) {
