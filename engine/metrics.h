@@ -105,6 +105,9 @@ struct EngineMetrics final : MetricTable {
                        LabelOf<kBlockStates>("state", "used", "free", "cached"), KvBlocks};
   ReadFamily kv_utilization{*this, "kv_utilization_ratio", "Share of the blocks of keys and values that is in use.",
                             MetricLabels(), KvUtilization};
+  CounterFamily<int64_t> kv_saturated_values{
+      *this, "kv_saturated_values_total",
+      "Keys and values beyond the range of the cache's type, stored as its largest number."};
   ReadFamily preemptions{*this, "preemptions_total", "Times that a running request was sent back to the queue.",
                          &EngineStats::preemptions};
 

@@ -93,6 +93,7 @@ struct Finish {
   int32_t generated_tokens = 0;
   int32_t stop_token_id = -1;        // for kEos and kStopToken
   int32_t cached_prompt_tokens = 0;  // whose keys and values were there already
+  int64_t saturated_kv_values = 0;   // keys and values, of prompt and output, beyond the range of the cache's type
   SparsityReport sparsity;
   SteadyTime queued, scheduled, first_token, finished;  // first_token is `finished` when there was none
 };

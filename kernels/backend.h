@@ -113,6 +113,7 @@ struct RowTable {
   Tensor positions;    // int32 [1, rows]
   Tensor sequences;    // int32 [1, rows]
   Tensor block_table;  // int32 [sequences, blocks per sequence]
+  Tensor saturated;  // int32 [1, rows], or empty: WriteKv adds how many numbers of a row were beyond the cache's range
 
   int64_t rows() const { return positions.cols; }
 };

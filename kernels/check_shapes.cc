@@ -62,6 +62,7 @@ void CheckLinear(const Tensor& y, const Tensor& x, const LinearWeights& w, int64
 void CheckWriteKv(const KvLayer& kv, const Tensor& qkv, const RowTable& rows) {
   CheckRows(rows);
   CheckShape("qkv", qkv, DType::kFloat32, rows.rows(), 3 * int64_t{kv.heads} * kv.head_dim);
+  if (!rows.saturated.empty()) CheckShape("saturated of WriteKv", rows.saturated, DType::kInt32, 1, rows.rows());
   CHECK(kv.dtype == DType::kFloat32 || kv.dtype == DType::kFloat16) << "keys and values of type " << Name(kv.dtype);
 }
 

@@ -283,6 +283,8 @@ ENGINE = [
               [(mean("dejavu_step_tokens"), "mean"), (quantile(0.99, "dejavu_step_tokens"), "p99")]),
         lines("Preemptions", "Sequences per minute that gave their blocks back; only with kv.overcommit.",
               [(f"60 * {rate('dejavu_preemptions_total', 'instance')}", "{{instance}}")]),
+        lines("Saturated keys and values", "Numbers per minute beyond the range of kv.dtype; anything but 0 means that texts may be wrong: set kv.dtype to fp32.",
+              [(f"60 * {rate('dejavu_kv_saturated_values_total', 'instance')}", "{{instance}}")]),
         lines("Running and waiting", "Sequences, all replicas.",
               [("sum(dejavu_requests_running)", "running"), ("sum(dejavu_requests_waiting)", "waiting")])),
     Row("Ranks (only where several hold the model)",

@@ -26,13 +26,14 @@ void ForEachCount(StepCounts& counts, const Ints& ints, const Floats& floats) {
   ints(counts.heads.data(), layers * rows);
   ints(counts.union_selected.data(), layers);
   ints(counts.union_heads.data(), layers);
+  ints(counts.saturated.data(), counts.packed_rows);
   floats(counts.audits.data(), layers * counts.audit_rows * kAuditFields);
 }
 
 // Of the largest step.
 size_t WordsOf(const StepCounts& counts) {
   return counts.selected.size() + counts.active.size() + counts.heads.size() + counts.union_selected.size() +
-         counts.union_heads.size() + counts.audits.size();
+         counts.union_heads.size() + counts.saturated.size() + counts.audits.size();
 }
 
 }  // namespace
@@ -71,7 +72,7 @@ absl::Status OptModel::Allocate(const Batch& largest) {
   ints.Reserve(&no_head_, DType::kInt32, 1, width == 0 ? rows : 0);
   ASSIGN_OR_RETURN(floats_, floats.Allocate(dev_));
   ASSIGN_OR_RETURN(ints_, ints.Allocate(dev_));
-  const int64_t input_words = 2 * StepInputs::WordsOf(1, rows) + StepInputs::WordsOf(1, logit_rows) +
+  const int64_t input_words = 3 * StepInputs::WordsOf(1, rows) + StepInputs::WordsOf(1, logit_rows) +
                               StepInputs::WordsOf(logit_rows, kDrawFields) +
                               StepInputs::WordsOf(scratch_.cols, kAdjustFields) + predictor_.input_words();
   ASSIGN_OR_RETURN(inputs_, StepInputs::Create(dev_, largest, input_words));
@@ -123,9 +124,10 @@ uint64_t OptModel::Launch(const Batch& batch, const KvCache& kv, const StepOutpu
   }
   if (out.counts != nullptr) {
     out.counts->skipped_zeros = skip_zeros_;
-    const auto rows = batch.tiers.begin();
-    const bool dense = std::all_of(rows, rows + batch.decode_rows, [](Tier tier) { return tier == Tier::kDense; });
+    const auto first = batch.tiers.begin();
+    const bool dense = std::all_of(first, first + batch.decode_rows, [](Tier tier) { return tier == Tier::kDense; });
     predictor_.EndStep(out.counts, /*wanted=*/!dense || out.counts_dense || !shard_.whole());
+    if (kv.layer(0).dtype != DType::kFloat32) dev_.Download(out.counts->saturated.data(), rows.saturated);
   }
   return dev_.Mark();
 }
@@ -139,7 +141,7 @@ void OptModel::Await(uint64_t mark, const Batch& batch, const StepOutputs& out) 
   } else if (!batch.logit_rows.empty()) {
     GatherLogits(static_cast<int64_t>(batch.logit_rows.size()), out.logits);
   }
-  if (out.counts != nullptr && batch.decode_rows > 0) GatherCounts(out.counts);
+  if (out.counts != nullptr) GatherCounts(out.counts);
 }
 
 // Each rank has drawn the best of its own ids; the best of those is the draw, the lowest id of equals.
@@ -241,7 +243,10 @@ RowTable OptModel::Upload(const Batch& batch) {
   CHECK(batch.draws.empty() || batch.draws.size() == batch.logit_rows.size()) << batch.draws.size() << " draws";
   CHECK(shard_.whole() || (batch.adjustments.empty() && !batch.keeps_logits)) << "more than a group of ranks can draw";
   inputs_->Begin(batch);
-  const RowTable rows{inputs_->Add(batch.positions), inputs_->Add(batch.row_slots), inputs_->block_table()};
+  const Tensor positions = inputs_->Add(batch.positions), slots = inputs_->Add(batch.row_slots);
+  const StepInputs::Array saturated = inputs_->Add(1, n);
+  std::fill_n(saturated.values, n, 0);
+  const RowTable rows{positions, slots, inputs_->block_table(), saturated.on_device};
   logit_rows_ = inputs_->Add(batch.logit_rows);
   if (!batch.draws.empty()) {
     const StepInputs::Array draws = inputs_->Add(static_cast<int64_t>(batch.draws.size()), kDrawFields);

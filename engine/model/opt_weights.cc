@@ -59,6 +59,17 @@ absl::StatusOr<OptWeights> OptWeights::Allocate(const OptConfig& config, const S
   return w;
 }
 
+// Without the biases of the keys, which the softmax takes out again: they add the same to every score of a query. In
+// the cache they would take its range, or its precision.
+void OptWeights::DropKeyBiases(Backend& backend) const {
+  for (const LayerWeights& layer : layers) {
+    const int64_t features = layer.qkv.bias.cols / 3;
+    if (features == 0) continue;
+    backend.Upload(layer.qkv.bias.Cols(features, features), std::vector<float>(features).data());
+  }
+  backend.Synchronize();
+}
+
 absl::StatusOr<int64_t> OptWeights::Measure(const Checkpoint& checkpoint, const OptConfig& config, const Shard& shard,
                                             std::optional<DType> dtype) {
   OptWeights weights;
@@ -75,6 +86,7 @@ absl::StatusOr<OptWeights> OptWeights::Load(const Checkpoint& checkpoint, const 
   RETURN_IF_ERROR(plan.Make(&weights));
   ASSIGN_OR_RETURN(weights.storage_, plan.layout().Allocate(backend));
   RETURN_IF_ERROR(WeightReader(plan, backend, progress).Read());
+  weights.DropKeyBiases(backend);
   if (weights.head.weight.empty()) weights.TieHead();
   return weights;
 }

@@ -23,7 +23,9 @@ namespace dejavu {
 // are everybody's.
 struct LayerWeights {
   NormWeights attention_norm;
-  LinearWeights qkv;  // kOutputRows [3 * heads * head_dim, hidden]: Q of all heads, then K, then V; empty without heads
+  // kOutputRows [3 * heads * head_dim, hidden]: Q of all heads, then K, then V; empty without heads. K's biases are
+  // zero.
+  LinearWeights qkv;
   LinearWeights out;  // kInputRows [heads * head_dim, hidden]: a head is a run of head_dim rows; likewise
   NormWeights mlp_norm;
   MlpWeights mlp;  // both [neurons, hidden]
@@ -64,6 +66,7 @@ class OptWeights {
 
  private:
   void TieHead();
+  void DropKeyBiases(Backend& backend) const;
 
   Buffer storage_;
 };

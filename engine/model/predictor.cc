@@ -387,6 +387,7 @@ StepCounts Predictor::MakeCounts() const {
   counts.audits.resize(layers * max_audits_ * kAuditFields);
   counts.chose_neurons.resize(layers);
   counts.chose_heads.resize(layers);
+  counts.saturated.resize(rows);
   counts.packed.resize(counts_.cols);
   return counts;
 }

@@ -24,6 +24,7 @@ struct StepCounts {
   std::vector<int32_t> union_heads;     // [layers]
   std::vector<float> audits;            // [layers, audit rows, kAuditFields]; of layers with a predictor only
   std::vector<uint8_t> chose_neurons, chose_heads;  // [layers] 0: nothing was selected, which means everything
+  std::vector<int32_t> saturated;  // [rows, of prompts too] keys and values of all layers beyond the cache's range
   // As they come from the device in one copy: the first `words` of `packed`, with counts of that many rows each. 0:
   // none come, for all rows were DENSE.
   std::vector<int32_t> packed;

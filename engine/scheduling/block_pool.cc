@@ -55,6 +55,7 @@ bool BlockPool::Take(absl::Span<int32_t> blocks) {
     block = free_.back();
     free_.pop_back();
     blocks_[block].users = 1;
+    blocks_[block].saturated = 0;
   }
   return true;
 }

@@ -59,6 +59,10 @@ class BlockPool {
   // Now it does hold it.
   void Keep(int32_t block);
 
+  // Of what has been put into a block since it was taken: numbers that were beyond the range of their type.
+  void NoteSaturated(int32_t block, int64_t count) { blocks_[block].saturated += count; }
+  int64_t saturated(int32_t block) const { return blocks_[block].saturated; }
+
   // CHECKs what must always hold. Slow: for tests.
   void CheckConsistent() const;
 
@@ -68,6 +72,7 @@ class BlockPool {
     bool has_key = false;  // the key's entry names this block
     bool kept = false;     // and the contents are there
     BlockKey key;
+    int64_t saturated = 0;
     int32_t older = -1, newer = -1;  // among the cached ones
   };
   void Forget(Block& block);

@@ -276,6 +276,8 @@ bool Scheduler::TakeBlocks(Sequence& s) {
     return false;
   }
   for (size_t i = shared; i < s.keys.size(); ++i) pool_.Promise(s.keys[i], s.blocks[i]);
+  s.finish.saturated_kv_values = 0;
+  for (int32_t i = 0; i < shared; ++i) s.finish.saturated_kv_values += pool_.saturated(s.blocks[i]);
   s.kept_blocks = shared;
   s.computed = shared * pool_.block_tokens();
   s.prefill_tokens = tokens;
@@ -340,6 +342,20 @@ void Scheduler::AddRows(Sequence& s, int32_t rows, Batch& batch) {
     }
     s.step_logits += wants_logits;
   }
+}
+
+int64_t Scheduler::NoteSaturated(const std::vector<int32_t>& of_rows) {
+  int64_t all = 0;
+  for (const auto& s : running_) {
+    for (int32_t i = 0; i < s->step_rows; ++i) {
+      const int32_t count = of_rows[s->first_row + i];
+      if (count == 0) continue;
+      all += count;
+      s->finish.saturated_kv_values += count;
+      pool_.NoteSaturated(s->blocks[(s->computed + i) / pool_.block_tokens()], count);
+    }
+  }
+  return all;
 }
 
 void Scheduler::NoteStep(double ms) {

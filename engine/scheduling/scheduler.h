@@ -56,6 +56,9 @@ class Scheduler {
   const std::vector<Sequence*>& admitted() const { return admitted_; }
   const std::vector<Sequence*>& preempted() const { return preempted_; }
 
+  // Of each row of the planned step, which has been computed, how many of its keys and values were beyond the range of
+  // the cache's type. Returns their sum.
+  int64_t NoteSaturated(const std::vector<int32_t>& of_rows);
   // The planned step has been computed; sequences have their next tokens.
   void NoteStep(double ms);
 

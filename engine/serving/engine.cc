@@ -213,6 +213,7 @@ void StepEngine::Step() {
 
   sparsity_.NoteStep(scheduler_.running(), batch_, flights_.counts(), flights_.logits(), shadow_logits_.data());
   recorder_.CountStep();
+  recorder_.NoteSaturated(scheduler_.NoteSaturated(flights_.counts().saturated));
   const int64_t step = watchdog_.steps_begun();
   HandOutAll(
       {flights_.logits(), drawn ? flights_.drawn() : nullptr, flights_.details(), detail_fields, step, times.done});

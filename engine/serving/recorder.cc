@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "spdlog/spdlog.h"
+
 namespace dejavu {
 
 Recorder::Recorder(const MetricsOptions& options) : options_(options), metrics_(*MetricEdgesFrom(options.edges)) {
@@ -74,6 +76,17 @@ void Recorder::NoteToken(const Sequence& s, SteadyTime now, int64_t step) {
     trace_.NoteToken(s.id, now, s.last_token, static_cast<int32_t>(step - s.last_token_step), before);
   }
   totals_.generated_tokens.Add(1);
+}
+
+void Recorder::NoteSaturated(int64_t count) {
+  if (count == 0) return;
+  metrics_.kv_saturated_values.Add(count);
+  if (std::exchange(warned_of_saturation_, true)) return;
+  spdlog::warn(
+      "{} keys or values of a step were beyond the range of kv.dtype fp16 (65504) and were stored as its largest "
+      "number: texts may differ from the model's, which kv.dtype fp32 prevents; said once, "
+      "dejavu_kv_saturated_values_total counts on",
+      count);
 }
 
 void Recorder::NoteEnd(const Sequence& s, bool waiting) {

@@ -55,6 +55,8 @@ class Recorder {
   void NotePromptTokens(int32_t tokens) { totals_.prompt_tokens.Add(tokens); }
   void NoteAdmission(const Sequence& s) { totals_.cached_prompt_tokens.Add(s.computed); }  // for the first time
   void NotePreemptions(int64_t count) { totals_.preemptions.Add(count); }
+  // So many keys and values of a step were beyond the range of the cache's type. The log says so once.
+  void NoteSaturated(int64_t count);
   // `s` has left, with its Finish filled in.
   void NoteEnd(const Sequence& s, bool waiting);
   // What runs, waits and is free now.
@@ -67,6 +69,7 @@ class Recorder {
   const MetricsOptions options_;
   EngineMetrics metrics_;
   StepTrace trace_;
+  bool warned_of_saturation_ = false;
   struct {
     Counter<int64_t> steps, prompt_tokens, generated_tokens, cached_prompt_tokens, preemptions, cost_steps;
     Counter<int32_t> running, free_blocks, cached_blocks, blocks;

@@ -3,6 +3,7 @@
 // so far. The keys of a block lie transposed, so that the scores of neighbouring positions are computed side by side.
 // Rows of one sequence go through a tile together while it is in the cache.
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "kernels/base/float16.h"
@@ -217,41 +218,53 @@ void Attend(const AttentionJob& job, int64_t first, int64_t last, int64_t head, 
   AttendOf<float>(job, first, last, head, next_head);
 }
 
-void Narrow(const float* from, int64_t n, float* to) { std::copy_n(from, n, to); }
+// Both return how many of the numbers are beyond the range of the type.
+int64_t Narrow(const float* from, int64_t n, float* to) {
+  std::copy_n(from, n, to);
+  return 0;
+}
 
-void Narrow(const float* from, int64_t n, hwy::float16_t* to) {
+int64_t Narrow(const float* from, int64_t n, hwy::float16_t* to) {
   constexpr float kMost = 65504.0f;
-  int64_t i = 0;
+  int64_t i = 0, beyond = 0;
 #if HWY_TARGET <= HWY_AVX2  // Highway's own emulation does not know NaN
   const hn::Rebind<hwy::float16_t, F32> df16;
+  const V most = hn::Set(F32(), kMost);
   for (; i + kLanes <= n; i += kLanes) {
     const V v = hn::LoadU(F32(), from + i);
-    const V clamped = hn::Max(hn::Min(v, hn::Set(F32(), kMost)), hn::Set(F32(), -kMost));
-    hn::StoreU(hn::DemoteTo(df16, hn::IfThenElse(hn::IsNaN(v), v, clamped)), df16, to + i);
+    const auto is_beyond = hn::Gt(hn::Abs(v), most);  // false for NaN, which stays
+    beyond += static_cast<int64_t>(hn::CountTrue(F32(), is_beyond));
+    hn::StoreU(hn::DemoteTo(df16, hn::IfThenElse(is_beyond, hn::CopySign(most, v), v)), df16, to + i);
   }
 #endif
-  for (; i < n; ++i) to[i].bits = Float16FromFloat(std::clamp(from[i], -kMost, kMost));
+  for (; i < n; ++i) {
+    beyond += std::abs(from[i]) > kMost;
+    to[i].bits = Float16FromFloat(std::clamp(from[i], -kMost, kMost));
+  }
+  return beyond;
 }
 
 template <typename T>
-void StoreKvOf(const KvLayer& kv, int64_t block, int64_t place, const float* keys, const float* values) {
+int64_t StoreKvOf(const KvLayer& kv, int64_t block, int64_t place, const float* keys, const float* values) {
   constexpr int64_t kFeatures = 64;
+  int64_t beyond = 0;
   for (int64_t head = 0; head < kv.heads; ++head) {
     const int64_t at = (block * kv.heads + head) * kv.block_tokens * kv.head_dim;
     T* to = static_cast<T*>(kv.keys) + at + place;
     for (int64_t first = 0; first < kv.head_dim; first += kFeatures) {
       const int64_t n = std::min(kFeatures, kv.head_dim - first);
       T narrow[kFeatures];
-      Narrow(keys + head * kv.head_dim + first, n, narrow);
+      beyond += Narrow(keys + head * kv.head_dim + first, n, narrow);
       for (int64_t d = 0; d < n; ++d) to[(first + d) * kv.block_tokens] = narrow[d];
     }
-    Narrow(values + head * kv.head_dim, kv.head_dim, static_cast<T*>(kv.values) + at + place * kv.head_dim);
+    beyond += Narrow(values + head * kv.head_dim, kv.head_dim, static_cast<T*>(kv.values) + at + place * kv.head_dim);
   }
+  return beyond;
 }
 
-void StoreKv(const KvLayer& kv, int64_t block, int64_t place, const float* keys, const float* values) {
+int64_t StoreKv(const KvLayer& kv, int64_t block, int64_t place, const float* keys, const float* values) {
   if (kv.dtype == DType::kFloat16) return StoreKvOf<hwy::float16_t>(kv, block, place, keys, values);
-  StoreKvOf<float>(kv, block, place, keys, values);
+  return StoreKvOf<float>(kv, block, place, keys, values);
 }
 
 }  // namespace dejavu::cpu::HWY_NAMESPACE
@@ -263,8 +276,8 @@ namespace dejavu::cpu {
 HWY_EXPORT(Attend);
 HWY_EXPORT(StoreKv);
 
-void StoreKv(const KvLayer& kv, int64_t block, int64_t place, const float* keys, const float* values) {
-  HWY_DYNAMIC_DISPATCH(StoreKv)(kv, block, place, keys, values);
+int64_t StoreKv(const KvLayer& kv, int64_t block, int64_t place, const float* keys, const float* values) {
+  return HWY_DYNAMIC_DISPATCH(StoreKv)(kv, block, place, keys, values);
 }
 
 void Attend(const AttentionJob& job, int64_t first, int64_t last, int64_t head, int64_t next_head) {

@@ -170,7 +170,8 @@ void CpuBackend::WriteKv(const KvLayer& kv, Tensor qkv, const RowTable& rows) {
       const int32_t block = rows.block_table.row<int32_t>(sequence)[position / kv.block_tokens];
       CHECK(block >= 0 && block < kv.blocks) << "block " << block << " of " << kv.blocks;
       const float* k = qkv.row<float>(r) + width;
-      cpu::StoreKv(kv, block, position % kv.block_tokens, k, k + width);
+      const int64_t beyond = cpu::StoreKv(kv, block, position % kv.block_tokens, k, k + width);
+      if (!rows.saturated.empty()) rows.saturated.row<int32_t>(0)[r] += static_cast<int32_t>(beyond);
     }
   });
 }

@@ -92,8 +92,9 @@ struct SelectJob {
 // The columns `first` ... `last`, multiples of kSelectorPadding, of every row.
 void SelectColumns(const SelectJob& job, int64_t first, int64_t last, float* scratch);
 
-// Puts the keys and values of one position, [heads * head_dim] each, into place `place` of a block.
-void StoreKv(const KvLayer& kv, int64_t block, int64_t place, const float* keys, const float* values);
+// Puts the keys and values of one position, [heads * head_dim] each, into place `place` of a block. Returns how many of
+// them were beyond the range of its type.
+int64_t StoreKv(const KvLayer& kv, int64_t block, int64_t place, const float* keys, const float* values);
 
 struct AttentionJob {
   Tensor context;  // [rows, heads * head_dim]

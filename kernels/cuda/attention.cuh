@@ -9,10 +9,21 @@ namespace dejavu::cuda {
 
 constexpr int kPieceElements = 8;  // that a lane reads at once
 
-DJ_DEVICE void StoreKv(float* to, float value) { *to = value; }
-DJ_DEVICE void StoreKv(Half* to, float value) {
+// Both return whether the value was beyond the range of the type.
+DJ_DEVICE bool StoreKv(float* to, float value) {
+  *to = value;
+  return false;
+}
+DJ_DEVICE bool StoreKv(Half* to, float value) {
   constexpr float kMost = 65504.0f;
-  to->bits = FloatToHalf(value > kMost ? kMost : value < -kMost ? -kMost : value);  // NaN stays
+  const bool above = value > kMost, below = value < -kMost;
+  to->bits = FloatToHalf(above ? kMost : below ? -kMost : value);  // NaN stays
+  return above || below;
+}
+
+// That so many of the row's keys and values were beyond the range. Hardly ever any.
+DJ_DEVICE void CountSaturated(const AttentionParams& p, int row, int count) {
+  if (count > 0 && p.saturated != nullptr) atomicAdd(p.saturated + row, count);
 }
 
 DJ_DEVICE void LoadPiece(const float* from, float (&to)[kPieceElements]) {
@@ -42,11 +53,13 @@ class CacheOf {
   }
 
   DJ_DEVICE void Store(int position) const {
+    int beyond = 0;
     for (int d = Thread(); d < p_.head_dim; d += kBlockThreads) {
       const float key = Own(position, 1)[d], value = Own(position, 2)[d];
-      StoreKv(Key(position) + d * p_.block_tokens, key);
-      StoreKv(Value(position) + d, value);
+      beyond += StoreKv(Key(position) + d * p_.block_tokens, key);
+      beyond += StoreKv(Value(position) + d, value);
     }
+    CountSaturated(p_, row_, beyond);
   }
 
  private:

@@ -80,14 +80,15 @@ struct BFloat16 {
 DJ_DEVICE float WidenElement(const Half* p) { return HalfToFloat(p->bits); }
 DJ_DEVICE float WidenElement(const BFloat16* p) { return BFloat16ToFloat(p->bits); }
 
-// high + low = x, as far as the type goes. What is beyond it keeps its sign and becomes its largest number and the
-// rest.
+// high + low = x, as far as the type goes: beyond it high is its largest number, and low the rest. A finite x that two
+// numbers of float16 cannot hold becomes NaN, so that its row fails: an infinity could end at a ReLU.
 DJ_DEVICE void Split(float x, uint16_t& high, uint16_t& low, Half) {
-  constexpr uint16_t kInfinity = 0x7C00, kMost = 0x7BFF;
+  constexpr uint16_t kInfinity = 0x7C00, kMost = 0x7BFF, kNaN = 0x7E00;
   high = FloatToHalf(x);
   low = 0;
   if ((high & 0x7FFF) == kInfinity && fabsf(x) <= 3e38f) high = static_cast<uint16_t>((high & 0x8000) | kMost);
   if ((high & 0x7FFF) < kInfinity) low = FloatToHalf(x - HalfToFloat(high));
+  if ((low & 0x7FFF) == kInfinity) high = kNaN;
 }
 DJ_DEVICE void Split(float x, uint16_t& high, uint16_t& low, BFloat16) {
   constexpr uint16_t kInfinity = 0x7F80;

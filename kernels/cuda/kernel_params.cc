@@ -72,6 +72,7 @@ AttentionParams AttentionFrom(const KvRows& rows, int64_t first_row) {
   p.positions = VectorFrom<int32_t>(rows.rows.positions) + first_row;
   p.sequences = VectorFrom<int32_t>(rows.rows.sequences) + first_row;
   p.block_table = MatrixFrom<const int32_t>(rows.rows.block_table);
+  if (!rows.rows.saturated.empty()) p.saturated = VectorFrom<int32_t>(rows.rows.saturated) + first_row;
   p.heads = kv.heads;
   p.head_dim = kv.head_dim;
   p.block_tokens = kv.block_tokens;

@@ -250,6 +250,7 @@ struct AttentionParams {
   int32_t splits;         // of the longest context that there can be
   uint32_t* tickets;      // [rows * heads], zero between launches
   int32_t shared_stride;  // of PromptAttention: of rows of Q and of values in shared memory
+  int32_t* saturated;     // [rows] += keys and values that were beyond the range of the cache's type, or nullptr
 };
 constexpr int kDecodeRows = 32;
 constexpr int kDecodeWarpPositions = 16;

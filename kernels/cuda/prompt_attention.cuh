@@ -381,7 +381,8 @@ DJ_KERNEL(WritePromptKv, AttentionParams, kBlockThreads) {
       const int position = p.positions[row];
       const int32_t* const table = Row(p.block_table, p.sequences[row]);
       if (!is_key) {
-        StoreKv(PlaceOf(p, p.values, table, head, position, p.head_dim) + d, Row(p.qkv, row)[column]);
+        Half* const to = PlaceOf(p, p.values, table, head, position, p.head_dim) + d;
+        CountSaturated(p, row, StoreKv(to, Row(p.qkv, row)[column]));
         continue;
       }
       if (!BeginsPiece(p, row, 8)) continue;
@@ -389,7 +390,7 @@ DJ_KERNEL(WritePromptKv, AttentionParams, kBlockThreads) {
       int n = 1;
       while (n < 8 && row + n < p.rows && !BeginsPiece(p, row + n, 8)) ++n;
       if (n < 8) {
-        for (int k = 0; k < n; ++k) StoreKv(to + k, Row(p.qkv, row + k)[column]);
+        for (int k = 0; k < n; ++k) CountSaturated(p, row + k, StoreKv(to + k, Row(p.qkv, row + k)[column]));
         continue;
       }
       float keys[8];
@@ -399,8 +400,8 @@ DJ_KERNEL(WritePromptKv, AttentionParams, kBlockThreads) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         Half pair[2];
-        StoreKv(pair, keys[2 * k]);
-        StoreKv(pair + 1, keys[2 * k + 1]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) CountSaturated(p, row + 2 * k + i, StoreKv(pair + i, keys[2 * k + i]));
         v.w[k] = pair[0].bits | static_cast<uint32_t>(pair[1].bits) << 16;
       }
       *reinterpret_cast<Vector16*>(to) = v;

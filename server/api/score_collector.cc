@@ -27,7 +27,10 @@ void ScoreCollector::OnFinish(const dejavu::Finish& finish) {
     MutexLock lock(mutex_);
     end_ = EndStatus(finish);
     outcome_ = {finish, ReasonName(finish.reason)};
-    if (end_->ok()) FillTimings(finish, arrival_, response_.mutable_timings());
+    if (end_->ok()) {
+      FillTimings(finish, arrival_, response_.mutable_timings());
+      response_.set_saturated_kv_values(static_cast<uint64_t>(finish.saturated_kv_values));
+    }
   }
   wake_();
 }

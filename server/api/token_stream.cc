@@ -104,6 +104,7 @@ void TokenStream::FillFinish(const dejavu::Finish& finish) {
   FillTimings(finish, options_.arrival, message->mutable_timings());
   FillReport(finish.sparsity, message->mutable_sparsity());
   message->set_cached_prompt_tokens(static_cast<uint32_t>(finish.cached_prompt_tokens));
+  message->set_saturated_kv_values(static_cast<uint64_t>(finish.saturated_kv_values));
   if (matched_stop_ >= 0) {
     message->set_reason(v1::FINISH_REASON_STOP_STRING);
     message->set_stop_string(options_.stop_strings[matched_stop_]);

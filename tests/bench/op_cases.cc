@@ -281,17 +281,17 @@ OpCase OpCases::AttentionCase(int context) {
   Tensor table = block_table_.Rows(c, 1);
   table.rows = kv_.blocks / blocks;
   table.cols = table.stride = blocks;
-  return {
-      "attention",
-      batch,
-      1.0,
-      context,
-      8.0 * batch * context * options_.hidden,
-      4.0 * batch * context * options_.hidden,
-      [=, this](int64_t i) {
-        const RowTable rows{positions_.Rows(c, 1).Cols(0, batch), sequences_.Cols(i % groups * batch, batch), table};
-        dev_.Attention(y_.Rows(0, batch), qkv_.Rows(0, batch), kv_, rows, 0.1f, {});
-      }};
+  return {"attention",
+          batch,
+          1.0,
+          context,
+          8.0 * batch * context * options_.hidden,
+          4.0 * batch * context * options_.hidden,
+          [=, this](int64_t i) {
+            const RowTable rows{
+                positions_.Rows(c, 1).Cols(0, batch), sequences_.Cols(i % groups * batch, batch), table, {}};
+            dev_.Attention(y_.Rows(0, batch), qkv_.Rows(0, batch), kv_, rows, 0.1f, {});
+          }};
 }
 
 OpCase OpCases::NormCase() {

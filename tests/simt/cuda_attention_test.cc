@@ -43,7 +43,7 @@ class CudaAttentionTest : public CudaBackendTest {
       std::vector<int32_t> positions(lengths[s]);
       std::iota(positions.begin(), positions.end(), 0);
       const std::vector<int32_t> sequences(positions.size(), static_cast<int32_t>(s));
-      cpu_->WriteKv(kv_, arena_.Put(qkv_[s]), {arena_.PutInts(positions), arena_.PutInts(sequences), table_});
+      cpu_->WriteKv(kv_, arena_.Put(qkv_[s]), {arena_.PutInts(positions), arena_.PutInts(sequences), table_, {}});
     }
   }
   // The first `positions[s]` of each sequence are in the cache of the device, too.
@@ -58,7 +58,7 @@ class CudaAttentionTest : public CudaBackendTest {
     cuda_->Synchronize();
   }
   RowTable Rows(const std::vector<int32_t>& positions, const std::vector<int32_t>& sequences) {
-    return {Device(arena_.PutInts(positions)), Device(arena_.PutInts(sequences)), device_table_};
+    return {Device(arena_.PutInts(positions)), Device(arena_.PutInts(sequences)), device_table_, {}};
   }
   Matrix QkvOf(const std::vector<int32_t>& positions, const std::vector<int32_t>& sequences) const {
     Matrix qkv(static_cast<int64_t>(positions.size()), qkv_[0].cols);
@@ -71,7 +71,7 @@ class CudaAttentionTest : public CudaBackendTest {
                const Selection& heads = {}) {
     const Matrix qkv = QkvOf(positions, sequences);
     const Tensor context = arena_.Put(Matrix(qkv.rows, qkv.cols / 3, 77.0f));
-    const RowTable rows = {arena_.PutInts(positions), arena_.PutInts(sequences), table_};
+    const RowTable rows = {arena_.PutInts(positions), arena_.PutInts(sequences), table_, {}};
     cpu_->Attention(context, arena_.Put(qkv), kv_, rows, kScale, heads);
     return Get(context);
   }
@@ -318,6 +318,36 @@ TEST_P(CudaAttentionTest, KeysAndValuesBeyondHalfPrecisionBecomeItsLargestNumber
     for (int64_t c = 8; c < 12; ++c) qkv_[0].at(0, c) = value;
     EXPECT_EQ(OnDevice({0}, {0}, true).at(0, 0), want);
     EXPECT_EQ(OnDevice({0}, {0}, false).at(0, 0), want);
+  }
+}
+
+// Stored by Attention, and by a launch of its own.
+TEST_P(CudaAttentionTest, CountsTheKeysAndValuesOfARowThatAreBeyondHalfPrecision) {
+  for (const DType dtype : {DType::kFloat16, DType::kFloat32}) {
+    for (const bool attends : {true, false}) {
+      for (const int32_t head_dim : {64, 12}) {
+        Fill({130, 20}, 2, head_dim, 16, dtype);
+        const std::vector<int32_t> positions = {128, 129, 19}, sequences = {0, 0, 1};
+        std::vector<int32_t> want(3, 0);
+        for (int i = 0; i < 3; ++i) {
+          float* const row = &qkv_[sequences[i]].values[positions[i] * int64_t{6} * head_dim];
+          row[3] = 1e6f;  // Q is not stored
+          for (int32_t k = 0; k < 3 * i; ++k) row[2 * head_dim + k * 5] = k % 2 == 0 ? 65505.0f : -1e9f;
+          row[6 * head_dim - 1] = 65504.0f;
+          want[i] = dtype == DType::kFloat16 ? 3 * i : 0;
+        }
+        Cache({128, 19});
+        RowTable rows = Rows(positions, sequences);
+        rows.saturated = Device(arena_.PutInts({0, 0, 0}));
+        const Tensor qkv = Put(QkvOf(positions, sequences)), context = Put(Matrix(3, 2 * head_dim, 77.0f));
+        cuda_->WriteKv(device_kv_, qkv, rows);
+        if (attends) cuda_->Attention(context, qkv, device_kv_, rows, kScale, {});
+        std::vector<int32_t> got(3);
+        cuda_->Download(got.data(), rows.saturated);
+        cuda_->Synchronize();
+        EXPECT_EQ(got, want) << Name(dtype) << ", attends: " << attends << ", " << head_dim;
+      }
+    }
   }
 }
 

@@ -167,6 +167,29 @@ TEST_P(CudaBackendTest, NotANumberAndInfinityStayInTheirRow) {
   }
 }
 
+// What two numbers of float16 cannot hold makes its row fail, whatever the weights' signs are: no ReLU hides it.
+TEST_P(CudaBackendTest, ActivationsBeyondTwoHalvesAreNotFinite) {
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
+    for (const int64_t rows : {2, 40}) {
+      SCOPED_TRACE(testing::Message() << Name(dtype) << ", " << rows << " rows");
+      Matrix x(rows, 48, 1.0f), weights(16, 48, -1.0f);
+      x.at(0, 11) = 130000.0f;
+      x.at(1, 11) = 200000.0f;
+      weights.at(3, 11) = 0.0f;
+      const Matrix y = LinearOn(*cuda_, x, Device(Weights(weights, Layout::kOutputRows, dtype)));
+      for (int64_t o = 0; o < 16; ++o) {
+        const bool meets = o != 3;
+        EXPECT_NEAR(y.at(0, o), meets ? -130047.0f : -47.0f, 40.0f) << o;
+        if (dtype == DType::kFloat16) {
+          EXPECT_TRUE(std::isnan(y.at(1, o))) << o;
+        } else {
+          EXPECT_NEAR(y.at(1, o), meets ? -200047.0f : -47.0f, 40.0f) << o;
+        }
+      }
+    }
+  }
+}
+
 // What the library does, from 33 rows on: halves of x side by side in one product, or in two where rows are many.
 // Shapes that can be read 16 bytes at a time and others, with a bias and without.
 TEST_P(CudaBackendTest, ProductsOfManyRowsAreThoseOfTheCpu) {

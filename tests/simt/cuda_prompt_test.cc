@@ -57,7 +57,7 @@ class CudaPromptTest : public CudaBackendTest {
         sequences.push_back(chunk.sequence);
       }
     }
-    return {Device(arena_.PutInts(positions)), Device(arena_.PutInts(sequences)), table_};
+    return {Device(arena_.PutInts(positions)), Device(arena_.PutInts(sequences)), table_, {}};
   }
   Matrix QkvOf(const Step& step) const {
     Matrix qkv(0, qkv_[0].cols);
@@ -262,6 +262,26 @@ TEST_P(CudaPromptTest, NumbersBeyondHalfPrecisionKeepTheirOrder) {
   const Matrix got = OnDevice({{0, 0, 34}});
   EXPECT_EQ(got.at(33, 0), 65504.0f);
   EXPECT_EQ(got.at(33, 1), -65504.0f);
+}
+
+// Rows that store 8 positions of a feature at once, and others.
+TEST_P(CudaPromptTest, CountsTheKeysAndValuesOfARowThatAreBeyondHalfPrecision) {
+  Fill(1, 60, 2, 32);
+  const Step step = {{0, 3, 50}};
+  WriteBefore(step[0]);
+  std::vector<int32_t> want(50, 0);
+  for (int32_t r = 0; r < 50; ++r) {
+    qkv_[0].at(3 + r, 1) = 1e6f;  // Q is not stored
+    for (int32_t k = 0; k < r % 4; ++k) qkv_[0].at(3 + r, 64 + (k * 37 + r) % 128) = k % 2 == 0 ? 65505.0f : -1e9f;
+    want[r] = r % 4;
+  }
+  RowTable rows = RowsOfStep(step);
+  rows.saturated = Device(arena_.PutInts(std::vector<int32_t>(50, 0)));
+  cuda_->WriteKv(kv_, Put(QkvOf(step)), rows);
+  std::vector<int32_t> got(50);
+  cuda_->Download(got.data(), rows.saturated);
+  cuda_->Synchronize();
+  EXPECT_EQ(got, want);
 }
 
 TEST_P(CudaPromptTest, NotANumberInAKeyReachesTheRowsThatSeeIt) {

@@ -173,6 +173,27 @@ TEST(RunsAhead, WhoComesStopsAndLeavesInBetweenChangesNoToken) {
   EXPECT_EQ(on_device, tokens("cpu"));
 }
 
+// In steps that are recorded and replayed, and run ahead, the count of each begins anew.
+TEST(RecordedStep, CountsTheKeysAndValuesBeyondHalfPrecision) {
+  TinyCheckpoint tiny = TinyCheckpoint::Random(6);
+  for (const int feature : {1, 7, 15}) {
+    tiny.tensors.at("model.decoder.layers.1.self_attn.v_proj.bias").data[feature] = -1e5f;
+  }
+  const ScratchDirectory scratch;
+  tiny.Write(scratch);
+  EngineOptions options = ServedOptions("pre-norm-hd64", "cuda");
+  options.model = scratch.path();
+  const auto engine = MakeEngine(options);
+  ASSERT_NE(engine, nullptr);
+  for (const int tokens : {1, 16, 20}) {
+    const auto sink = std::make_shared<CollectingSink>();
+    Request request = Greedy({2, 7, 9, 11, 13}, Tier::kExact);
+    request.max_new_tokens = tokens;
+    ASSERT_TRUE(engine->Submit(request, sink).ok());
+    EXPECT_EQ(sink->WaitForFinish().saturated_kv_values, 3 * (5 + tokens - 1)) << tokens;
+  }
+}
+
 TEST(RecordedStep, RunsAsItIsWhereThereIsNoMemoryForIt) {
   const std::vector<Golden> goldens = LoadGoldens("pre-norm-hd64");
   simt::GetEmulation().refuse_graphs = true;

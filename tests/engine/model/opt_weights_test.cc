@@ -43,6 +43,7 @@ TEST(OptWeights, PutsEveryTensorInItsPlace) {
       EXPECT_EQ(layer.qkv.weight.row<float>(16 + i)[j], stored("layers.1.self_attn.k_proj.weight")[i * 16 + j]);
       EXPECT_EQ(layer.out.weight.row<float>(j)[i], stored("layers.1.self_attn.out_proj.weight")[i * 16 + j]);
     }
+    EXPECT_EQ(layer.qkv.bias.row<float>(0)[16 + i], 0.0f) << "the softmax takes out a bias of the keys";
     EXPECT_EQ(layer.qkv.bias.row<float>(0)[32 + i], stored("layers.1.self_attn.v_proj.bias")[i]);
     for (int n = 0; n < 40; ++n) {
       EXPECT_EQ(layer.mlp.up.weight.row<float>(n)[i], stored("layers.1.fc1.weight")[n * 16 + i]);

@@ -223,6 +223,31 @@ TEST_P(CpuAttentionTest, KeysAndValuesInHalfPrecision) {
   EXPECT_TRUE(std::isnan(Whole(0).at(0, 0)));
 }
 
+TEST_P(CpuAttentionTest, CountsTheKeysAndValuesOfARowThatAreBeyondHalfPrecision) {
+  constexpr int32_t kHeads = 3, kHeadDim = 20, kWidth = kHeads * kHeadDim;
+  for (const DType dtype : {DType::kFloat16, DType::kFloat32}) {
+    kv_dtype_ = dtype;
+    Fill({40, 40}, kHeads, kHeadDim, 16);
+    Matrix qkv = Random(9, 3 * kWidth, 5);
+    std::vector<int32_t> want(9, 1000);  // it adds
+    const float large[] = {65505.0f, -65520.0f, 1e30f, kInfinity, -kInfinity};
+    const float small[] = {65504.0f, -65504.0f, kNaN, 0.0f};
+    for (int64_t r = 0; r < 9; ++r) {
+      qkv.at(r, 5) = 1e6f;  // Q is not stored
+      for (int64_t i = 0; i < 4 * r; ++i) {
+        const int64_t column = kWidth + (i * 29 + r) % (2 * kWidth);
+        qkv.at(r, column) = i % 2 == 0 ? large[i % 5] : small[i % 4];
+        want[r] += i % 2 == 0 && dtype == DType::kFloat16;
+      }
+    }
+    RowTable rows = Rows({0, 1, 2, 3, 17, 18, 5, 6, 7}, {0, 0, 0, 0, 0, 0, 1, 1, 1});
+    rows.saturated = arena_.PutInts(std::vector<int32_t>(9, 1000));
+    backend_->WriteKv(kv_, arena_.Put(qkv), rows);
+    const int32_t* got = rows.saturated.row<int32_t>(0);
+    EXPECT_EQ(std::vector<int32_t>(got, got + 9), want) << Name(dtype);
+  }
+}
+
 TEST_P(CpuAttentionTest, ARowDependsOnItsSequenceAloneHoweverThePromptIsCut) {
   Fill({140, 90}, 3, 20, 16);
   const Matrix whole = Whole(0);

@@ -68,7 +68,7 @@ class CpuAttentionFixture : public CpuFixture {
  protected:
   void Fill(const std::vector<int32_t>& lengths, int32_t heads, int32_t head_dim, int32_t block_tokens);
   RowTable Rows(const std::vector<int32_t>& positions, const std::vector<int32_t>& sequences) {
-    return {arena_.PutInts(positions), arena_.PutInts(sequences), table_};
+    return {arena_.PutInts(positions), arena_.PutInts(sequences), table_, {}};
   }
   // Rows of the step named by position and sequence. Context that is left untouched is 77.
   Matrix Attention(const std::vector<int32_t>& positions, const std::vector<int32_t>& sequences,
