@@ -4,8 +4,6 @@
 // the step before that may be overwritten.
 #include "kernels/group/thread_group.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -31,9 +29,7 @@ constexpr int64_t kBufferFloats = kBufferBytes / sizeof(float);
 // Pauses of 10 to 40 ns, up to 2 ms in all: CPUs that share a memory differ by a quarter for a millisecond and longer,
 // and a sleeper of a virtual machine takes 50 us to wake (measured: spins of 50 us made 2 ranks 4 % slower).
 constexpr int kLongSpins = 50000;
-// With more ranks than CPUs the one that is waited for may need this one. Three ranks on two CPUs, 30 us between sums:
-// 220 us for each without the yields, 90 with them.
-constexpr int kShortSpins = 50, kYields = 300;
+constexpr int kShortSpins = 50;  // with more ranks than CPUs the one that is waited for may need this one
 constexpr int kNobody = -1;
 constexpr char kAllReduce[] = "AllReduce", kBroadcast[] = "Broadcast", kGather[] = "Gather";  // compared by address
 
@@ -50,7 +46,10 @@ struct alignas(128) Slot {
 
 struct Group {
   Group(int size, const ThreadGroupOptions& options)
-      : size(size), options(options), crowded(size > static_cast<int>(ProcessCpus().size())), slots(new Slot[size]) {
+      : size(size),
+        options(options),
+        spins(size <= static_cast<int>(ProcessCpus().size()) ? kLongSpins : kShortSpins),
+        slots(new Slot[size]) {
     for (int rank = 0; rank < size; ++rank) {
       for (auto& buffer : slots[rank].buffers) buffer.reset(new float[kBufferFloats]);  // first touched by its rank
     }
@@ -59,7 +58,7 @@ struct Group {
   // Constant after construction.
   const int size;
   const ThreadGroupOptions options;
-  const bool crowded;  // there are more ranks than CPUs
+  const int spins;
   const std::unique_ptr<Slot[]> slots;
 
   std::atomic<int> failed_rank{kNobody};  // whose call threw first
@@ -168,14 +167,9 @@ class ThreadGroupCommunicator final : public Communicator {
 
   void Await(const char* call, int peer, int64_t step, double limit_s) {
     const Slot& slot = group_->slots[peer];
-    const int spins = group_->crowded ? kShortSpins : kLongSpins, yields = group_->crowded ? kYields : 0;
-    for (int i = 0; i < spins + yields; ++i) {
+    for (int i = 0; i < group_->spins; ++i) {
       if (slot.announced.load(std::memory_order_acquire) >= step) return;
-      if (i < spins) {
-        Pause();
-      } else {
-        sched_yield();
-      }
+      Pause();
     }
     OwnTime waited(Clock::now());
     while (true) {
@@ -188,8 +182,8 @@ class ThreadGroupCommunicator final : public Communicator {
         Fail(absl::StrCat(call, ": rank ", rank_, " waited for rank ", peer, ", which did not come within ", limit_s,
                           " s"));
       }
-      // Not sched_yield where there is a CPU for each: two ranks that met on one would stay there, while somebody who
-      // wakes up goes to an idle one.
+      // Not sched_yield: two ranks that met on one CPU would stay there, while somebody who wakes up goes to an idle
+      // one.
       const auto something_happened = [&] {
         return slot.announced.load() >= step || slot.left.load() || group_->failed_rank.load() != kNobody;
       };
