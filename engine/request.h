@@ -2,6 +2,7 @@
 #ifndef ENGINE_REQUEST_H_
 #define ENGINE_REQUEST_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -42,8 +43,8 @@ struct Request {
   std::vector<int32_t> prompt;  // 1 ... context ids, each below the vocabulary; taken as they are
   SamplingParams sampling;
   SparsityParams sparsity;     // a scored prompt is prefill: its tier has no effect
-  int32_t max_new_tokens = 0;  // 0 only with `score`; prompt + max_new_tokens must fit the context
-  int32_t min_new_tokens = 0;  // no stop token before that many
+  int32_t max_new_tokens = 0;  // 0 only with `score`; MaxPositions must fit the context
+  int32_t min_new_tokens = 0;  // no stop token before that many; stop strings are the sink's
   std::vector<int32_t> stop_token_ids;
   bool ignore_eos = false;
   bool logprobs = false;     // fill Token::logprob and rank
@@ -59,6 +60,11 @@ struct Request {
   bool prefix_cache = true;            // may use and leave blocks of its prompt
   std::string cache_salt;              // requests of different salts share no blocks
 };
+
+// Of the context that a request takes at most. The last token that it generates is never read, and takes none.
+inline int64_t MaxPositions(const Request& request) {
+  return static_cast<int64_t>(request.prompt.size()) + std::max(0, request.max_new_tokens - 1);
+}
 
 struct TokenLogprob {
   int32_t id = 0;

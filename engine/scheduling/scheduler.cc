@@ -36,7 +36,7 @@ Scheduler::Scheduler(BlockPool& pool, const SchedulerOptions& options, CostModel
 
 void Scheduler::Enqueue(std::unique_ptr<Sequence> sequence) {
   Sequence& s = *sequence;
-  CHECK(pool_.BlocksFor(s.max_tokens()) <= pool_.total()) << s.max_tokens() << " tokens can never fit";
+  CHECK(pool_.BlocksFor(s.max_positions()) <= pool_.total()) << s.max_positions() << " positions can never fit";
   s.turn = ++turns_;
   s.tenant = TenantOf(s);
   Tenant& tenant = tenants_[s.tenant];
@@ -262,8 +262,9 @@ bool Scheduler::Grows(const Sequence& s) const {
 
 bool Scheduler::TakeBlocks(Sequence& s) {
   const int32_t tokens = static_cast<int32_t>(s.tokens.size());
-  // A prompt that is only scored may fill the context: there is no place for a token behind it.
-  const int32_t wanted = pool_.BlocksFor(Grows(s) ? std::min(tokens + int64_t{1}, s.max_tokens()) : s.max_tokens());
+  // A prompt may fill the context: there is no place for a token behind it.
+  const int64_t most = s.max_positions();
+  const int32_t wanted = pool_.BlocksFor(Grows(s) ? std::min(tokens + int64_t{1}, most) : most);
   const size_t sharable = Sharable(s);
   // What runs will want to grow before this one has to go again.
   const auto growth =

@@ -45,7 +45,7 @@ struct Sequence {
   uint64_t turn = 0;  // order of arrival
   int32_t tenant = -1;
   int32_t slot = -1;            // line of the block table; -1 while waiting
-  std::vector<int32_t> blocks;  // of its tokens so far, or of max_tokens()
+  std::vector<int32_t> blocks;  // of its tokens so far, or of max_positions()
   std::vector<BlockKey> keys;   // of the full blocks of the prompt; empty: they are not shared
   int32_t kept_blocks = 0;      // blocks that others may find by their key
   uint64_t admission = 0;       // order of admission
@@ -72,6 +72,8 @@ struct Sequence {
   bool decodes() const { return computed >= prefill_tokens; }
   int32_t uncomputed() const { return static_cast<int32_t>(tokens.size()) - computed; }
   int64_t max_tokens() const { return int64_t{prompt_tokens()} + request.max_new_tokens; }
+  // That have keys and values: the last token is drawn and never read.
+  int64_t max_positions() const { return MaxPositions(request); }
   // Why it has to end now, whatever it has generated; nothing while it may go on.
   std::optional<FinishReason> Overdue(SteadyTime now) const {
     if (request.deadline <= now) return FinishReason::kDeadline;

@@ -28,11 +28,10 @@ absl::Status CheckRequest(const Request& r, const ModelShape& shape) {
     return absl::InvalidArgumentError(
         absl::StrCat("top_logprobs is ", r.top_logprobs, "; it must be in 0 ... ", shape.vocab));
   }
-  const int64_t tokens = static_cast<int64_t>(r.prompt.size()) + r.max_new_tokens;
-  if (tokens > shape.context) {
+  if (MaxPositions(r) > shape.context) {
     return absl::InvalidArgumentError(absl::StrCat("the prompt has ", r.prompt.size(), " tokens and max_new_tokens is ",
-                                                   r.max_new_tokens, "; the model allows ", shape.context,
-                                                   " together"));
+                                                   r.max_new_tokens, "; the model's context has ", shape.context,
+                                                   ", of which the last token takes none"));
   }
   return absl::OkStatus();
 }

@@ -30,7 +30,7 @@ void StopMatcher::Advance(Stop& stop, char c) {
   if (stop.text[stop.matched] == c) ++stop.matched;
 }
 
-int StopMatcher::Append(absl::string_view text, std::string* out) {
+int StopMatcher::Append(absl::string_view text, bool may_end, std::string* out) {
   CHECK(!found_) << "text after a stop string";
   const size_t held_before = held_.size();
   held_.append(text.data(), text.size());
@@ -39,10 +39,13 @@ int StopMatcher::Append(absl::string_view text, std::string* out) {
   for (size_t end = held_before; end < held_.size() && found < 0; ++end) {
     size_t longest_prefix = 0;
     for (size_t i = 0; i < stops_.size(); ++i) {
-      Advance(stops_[i], held_[end]);
-      const size_t matched = stops_[i].matched;
+      Stop& stop = stops_[i];
+      Advance(stop, held_[end]);
+      // One that may not end here goes on as the longest that may end later.
+      if (!may_end && stop.matched == stop.text.size()) stop.matched = stop.borders.back();
+      const size_t matched = stop.matched;
       longest_prefix = std::max(longest_prefix, matched);
-      if (matched == stops_[i].text.size() && (found < 0 || matched > stops_[found].text.size())) {
+      if (matched == stop.text.size() && (found < 0 || matched > stops_[found].text.size())) {
         found = static_cast<int>(i);
       }
     }

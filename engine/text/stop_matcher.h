@@ -17,8 +17,9 @@ class StopMatcher {
   StopMatcher(std::vector<std::string> stops, bool include);
 
   // Adds `text`; appends to `out` what is certain. Returns the index of the stop string that ends first (of several
-  // that end at the same byte, the longest), or -1. After a match nothing more may be added.
-  int Append(absl::string_view text, std::string* out);
+  // that end at the same byte, the longest), or -1. After a match nothing more may be added. Without `may_end` none may
+  // end in this text; one may begin there.
+  int Append(absl::string_view text, bool may_end, std::string* out);
   // The end without a match: what was held back is text.
   void Flush(std::string* out);
 

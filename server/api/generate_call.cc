@@ -83,6 +83,7 @@ std::vector<std::shared_ptr<ReplySink>> GenerateCall::MakeStreams(CheckedGenerat
   options.stop_strings = std::move(checked->stop_strings);
   options.special_stops = std::move(checked->special_stops);
   options.include_stop_string = checked->include_stop_string;
+  options.min_new_tokens = request.min_new_tokens;
   options.max_outbox_bytes = state().options().max_outbox_bytes;
   options.arrival = rpc->arrival();
   std::vector<std::shared_ptr<ReplySink>> streams;

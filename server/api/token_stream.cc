@@ -27,6 +27,7 @@ bool TokenStream::OnToken(const Token& token) {
     MutexLock lock(mutex_);
     const size_t text_before = pending_.text().size();
     pending_.add_token_ids(static_cast<uint32_t>(token.id));
+    ++tokens_;
     if (token.has_logprob) FillLogprobs(token, pending_.add_logprobs());
     if (detokenizer_.has_value() && !token.stop) AppendText(token.id);
     has_pending_ = true;
@@ -75,7 +76,11 @@ void TokenStream::OnFinish(const dejavu::Finish& finish) {
 void TokenStream::AppendText(int32_t id) {
   token_text_.clear();
   detokenizer_->Append(id, &token_text_);
-  matched_stop_ = stop_matcher_.Append(token_text_, pending_.mutable_text());
+  MatchStops();
+}
+
+void TokenStream::MatchStops() {
+  matched_stop_ = stop_matcher_.Append(token_text_, tokens_ > options_.min_new_tokens, pending_.mutable_text());
 }
 
 // Bytes of an unfinished character become U+FFFD, which may still complete a stop string.
@@ -83,7 +88,7 @@ void TokenStream::FlushText() {
   if (!detokenizer_.has_value() || matched_stop_ >= 0) return;
   token_text_.clear();
   detokenizer_->Flush(&token_text_);
-  matched_stop_ = stop_matcher_.Append(token_text_, pending_.mutable_text());
+  MatchStops();
   if (matched_stop_ < 0) stop_matcher_.Flush(pending_.mutable_text());
 }
 

@@ -27,6 +27,7 @@ struct TokenStreamOptions {
   std::vector<std::string> stop_strings;
   std::vector<int32_t> special_stops;  // [stop_strings]: the special token that it is, or -1
   bool include_stop_string = false;
+  int32_t min_new_tokens = 0;    // no stop string ends before that many
   int64_t max_outbox_bytes = 0;  // of a streaming call
   SteadyTime arrival;
 };
@@ -47,6 +48,7 @@ class TokenStream final : public ReplySink {
  private:
   void AppendText(int32_t id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void MatchStopToken(const dejavu::Finish& finish) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void MatchStops() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);  // token_text_ becomes text
   void FlushText() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void FillFinish(const dejavu::Finish& finish) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
@@ -61,6 +63,7 @@ class TokenStream final : public ReplySink {
   std::optional<absl::Status> end_ ABSL_GUARDED_BY(mutex_);
   bool overflowed_ ABSL_GUARDED_BY(mutex_) = false;
   int matched_stop_ ABSL_GUARDED_BY(mutex_) = -1;  // index into stop_strings
+  int32_t tokens_ ABSL_GUARDED_BY(mutex_) = 0;
   std::optional<Detokenizer> detokenizer_ ABSL_GUARDED_BY(mutex_);
   StopMatcher stop_matcher_ ABSL_GUARDED_BY(mutex_);
   std::string token_text_ ABSL_GUARDED_BY(mutex_);  // reused from token to token

@@ -123,8 +123,7 @@ absl::StatusOr<std::vector<int32_t>> CheckPrompt(const ProtoRequest& request, co
       return InvalidField("prompt", "is missing; give text or token_ids");
   }
   if (ids.size() > static_cast<size_t>(model.context)) {
-    return InvalidField(
-        field, absl::StrCat("has ", ids.size(), " tokens; the model allows ", model.context, " of prompt and output"));
+    return InvalidField(field, absl::StrCat("has ", ids.size(), " tokens; the model allows ", model.context));
   }
   return ids;
 }
@@ -265,11 +264,7 @@ absl::Status CheckStopping(const v1::Stopping& stopping, const ServerOptions& op
     request.stop_at = std::chrono::steady_clock::now() + Lasting(seconds);
   }
   const int64_t prompt_tokens = static_cast<int64_t>(request.prompt.size());
-  const int64_t room = model.context - prompt_tokens;
-  if (room == 0) {
-    return InvalidField("prompt", absl::StrCat("has ", prompt_tokens, " tokens; the model allows ", model.context,
-                                               " of prompt and output, so that none could be generated"));
-  }
+  const int64_t room = model.context - prompt_tokens + 1;  // the last token is never read
   int64_t max_new_tokens = std::min<int64_t>(options.default_max_new_tokens, room);
   if (stopping.has_max_new_tokens()) {
     max_new_tokens = stopping.max_new_tokens();
@@ -278,7 +273,7 @@ absl::Status CheckStopping(const v1::Stopping& stopping, const ServerOptions& op
     if (max_new_tokens > room) {
       return InvalidField("stopping.max_new_tokens",
                           absl::StrCat("is ", max_new_tokens, " after a prompt of ", prompt_tokens,
-                                       " tokens; the model allows ", model.context, " of both together"));
+                                       " tokens; the model's context of ", model.context, " leaves ", room));
     }
   }
   if (stopping.min_new_tokens() > max_new_tokens) {

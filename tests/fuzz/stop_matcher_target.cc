@@ -15,9 +15,10 @@ struct Found {
   size_t end = 0;  // of the text that was looked at
 };
 
-// The stop string that ends first; of several that end there the longest, of equal ones the first.
-Found Search(const std::vector<std::string>& stops, const std::string& text) {
-  for (size_t end = 1; end <= text.size(); ++end) {
+// The stop string that ends first behind `barred` bytes; of several that end there the longest, of equal ones the
+// first.
+Found Search(const std::vector<std::string>& stops, const std::string& text, size_t barred) {
+  for (size_t end = barred + 1; end <= text.size(); ++end) {
     int found = -1;
     for (size_t i = 0; i < stops.size(); ++i) {
       const bool here = absl::EndsWith(absl::string_view(text).substr(0, end), stops[i]);
@@ -43,6 +44,7 @@ void Run(absl::string_view bytes) {
   FuzzInput input(bytes);
   const uint8_t kind = input.Byte();
   const bool include = (kind & 1) != 0, few_letters = (kind & 2) != 0;
+  const size_t barred_pieces = kind >> 2 & 7;
   const auto letters = [&](absl::string_view raw) {
     std::string text(raw);
     if (few_letters) {
@@ -57,17 +59,22 @@ void Run(absl::string_view bytes) {
   }
   const std::string cuts(input.Take(input.Below(32)));
   const std::string text = letters(input.Rest());
-  const Found wanted = Search(stops, text);
+  const auto length_of = [&](size_t piece) {
+    const size_t length = cuts.empty() ? text.size() : static_cast<uint8_t>(cuts[piece % cuts.size()]) % 9;
+    return std::max<size_t>(length, 1);
+  };
+  size_t barred = 0;
+  for (size_t piece = 0; piece < barred_pieces; ++piece) barred = std::min(text.size(), barred + length_of(piece));
+  const Found wanted = Search(stops, text, barred);
 
   StopMatcher matcher(stops, include);
   std::string out;
   int found = -1;
   size_t at = 0;
   for (size_t piece = 0; at < text.size() && found < 0; ++piece) {
-    const size_t length = cuts.empty() ? text.size() : static_cast<uint8_t>(cuts[piece % cuts.size()]) % 9;
-    const absl::string_view part = absl::string_view(text).substr(at, std::max<size_t>(length, 1));
+    const absl::string_view part = absl::string_view(text).substr(at, length_of(piece));
     at += part.size();
-    found = matcher.Append(part, &out);
+    found = matcher.Append(part, /*may_end=*/piece >= barred_pieces, &out);
     if (found < 0) {
       const absl::string_view seen = absl::string_view(text).substr(0, at);
       CHECK(out == seen.substr(0, at - Undecided(stops, seen))) << out.size() << " bytes came out of " << at;
@@ -89,6 +96,8 @@ FuzzTarget StopMatcherTarget() {
           {zero + zero + zero + "\n" + zero + "a line\nand another",
            Raw("\x01\x02\x03stop\x04Human\x01\n\n\x02\x01\x03") + "so it went on. Hum, said he. Human: stop",
            Raw("\x03\x02\x04\x01\x01\x01\x01\x01\x02\x01\x01\x01\x01\x01\x00\x01\x01\x01") +
+               Raw("\x02\x01\x02\x01\x00\x00\x01\x00\x01\x01\x01\x00\x01\x01\x01\x01"),
+           Raw("\x0a\x02\x04\x01\x01\x01\x01\x01\x02\x01\x01\x01\x01\x01\x00\x01\x01\x01") +
                Raw("\x02\x01\x02\x01\x00\x00\x01\x00\x01\x01\x01\x00\x01\x01\x01\x01"),
            Raw("\x02\x07\x01\x00\x01\x01\x01\x02\x01\x01\x00\x02\x02\x01\x01\x01") + "abaababbabaabbab"},
           {"\n\n", "ab", "aab", "aaaa", "abab"}};

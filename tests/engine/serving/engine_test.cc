@@ -251,12 +251,37 @@ TEST(Engine, RefusesRequestsThatCanNeverRun) {
   EXPECT_EQ(code(Prompt({vocab}, 1)), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(code(Prompt({-1}, 1)), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(code(Prompt({2}, 0)), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(code(Prompt(std::vector<int32_t>(context, 5), 1)), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(code(Prompt(std::vector<int32_t>(context + 1, 5), 1)), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(code(Prompt(std::vector<int32_t>(context, 5), 2)), absl::StatusCode::kInvalidArgument);
   Request outside = Prompt({2}, 1);
   outside.sampling.allowed_token_ids = {vocab};
   EXPECT_EQ(code(outside), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(Generate(*engine, Prompt(std::vector<int32_t>(context - 1, 5), 1)).finish.reason, FinishReason::kLength);
   ExpectIdle(*engine);
+}
+
+// Every position of the context may be read; what it says comes next takes none.
+TEST(Engine, FillsTheContextAndSaysWhatComesNext) {
+  EngineOptions options;
+  for (const bool overcommit : {false, true}) {
+    options.scheduler.overcommit = overcommit;
+    const auto engine = MakeEngine(EMBEDDED_MODEL, options);
+    const int context = engine->model().context;
+    std::vector<int32_t> prompt;
+    for (int i = 0; i < context; ++i) prompt.push_back(5 + i % 700);
+    const auto full = Generate(*engine, Prompt(prompt, 1));
+    EXPECT_EQ(full.finish.reason, FinishReason::kLength);
+    ASSERT_EQ(full.ids.size(), 1u);
+    Request score = Prompt(prompt, 0);
+    score.score = true;
+    score.top_logprobs = 1;
+    auto scored = std::make_shared<CollectingSink>();
+    ASSERT_TRUE(engine->Submit(score, scored).ok());
+    scored->WaitForFinish();
+    EXPECT_EQ(full.ids[0], scored->tokens().back().top[0].id);
+    prompt.resize(static_cast<size_t>(context) - 20);
+    EXPECT_EQ(Generate(*engine, Prompt(prompt, 21)).ids.size(), 21u);
+    ExpectIdle(*engine);
+  }
 }
 
 TEST(Engine, RefusesBeyondItsQueueAndWhileDraining) {

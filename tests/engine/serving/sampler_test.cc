@@ -106,6 +106,73 @@ TEST(Sampler, NeverChoosesPaddingBeyondTheTokenizersVocabulary) {
     EXPECT_LT(sampler.Sample(logits.data(), hot, TokenCounts(4), {}, step, false).id, 3);
 }
 
+// Probabilities by the processors of Transformers 5.24 in the order of its generate(): SequenceBias, RepetitionPenalty,
+// then presence and frequency as vLLM's apply_penalties subtracts them, SuppressTokens, Temperature, TopK, TopP, MinP.
+TEST(Sampler, DrawsWhatTransformersWould) {
+  constexpr int kVocab = 8, kDraws = 40000;
+  const std::vector<float> logits = {2.0f, 1.5f, 1.5f, 0.25f, -0.5f, 3.0f, -1.0f, 0.75f};
+  TokenCounts counts(kVocab);
+  for (const int32_t id : {5, 0, 4}) counts.AddPrompt(id);
+  for (const int32_t id : {1, 1, 4, 6}) counts.AddOutput(id);
+  struct Case {
+    SamplingParams params;
+    std::vector<int32_t> banned;
+    std::array<double, kVocab> probabilities;
+  };
+  const auto with = [](auto change) {
+    SamplingParams params;
+    params.temperature = 1.0f;
+    params.seed = 3;
+    change(params);
+    return params;
+  };
+  const Case cases[] = {
+      {with([](SamplingParams& p) { p.temperature = 0.7f, p.top_k = 4; }),
+       {},
+       {0.162554, 0.079577, 0.079577, 0.0, 0.0, 0.678293, 0.0, 0.0}},
+      {with([](SamplingParams& p) { p.temperature = 1.3f, p.top_p = 0.8f; }),
+       {},
+       {0.221262, 0.150616, 0.150616, 0.0, 0.0, 0.477507, 0.0, 0.0}},
+      {with([](SamplingParams& p) { p.temperature = 1.3f, p.top_k = 5, p.top_p = 0.9f; }),
+       {},
+       {0.221262, 0.150616, 0.150616, 0.0, 0.0, 0.477507, 0.0, 0.0}},
+      {with([](SamplingParams& p) { p.temperature = 2.0f, p.min_p = 0.3f; }),
+       {},
+       {0.2109, 0.164249, 0.164249, 0.0, 0.0, 0.347715, 0.0, 0.112887}},
+      {with([](SamplingParams& p) { p.temperature = 1.5f, p.top_p = 0.95f, p.min_p = 0.25f; }),
+       {},
+       {0.228269, 0.163562, 0.163562, 0.0, 0.0, 0.444607, 0.0, 0.0}},
+      {with([](SamplingParams& p) { p.repetition_penalty = 1.8f; }),
+       {},
+       {0.159145, 0.120547, 0.234794, 0.067269, 0.0213, 0.277376, 0.00866, 0.110909}},
+      {with([](SamplingParams& p) { p.presence_penalty = 0.5f, p.frequency_penalty = 0.4f; }),
+       {},
+       {0.19984, 0.033033, 0.121209, 0.034727, 0.006669, 0.543221, 0.004045, 0.057255}},
+      {with([](SamplingParams& p) {
+         p.logit_bias = {{3, 2.5f}, {4, 1.5f}, {5, -2.0f}};
+         p.repetition_penalty = 1.5f, p.presence_penalty = 0.3f, p.frequency_penalty = 0.2f;
+         p.temperature = 0.8f, p.top_k = 6, p.top_p = 0.9f, p.min_p = 0.05f;
+       }),
+       {},
+       {0.116419, 0.0, 0.143384, 0.684047, 0.0, 0.0, 0.0, 0.05615}},
+      {with([](SamplingParams& p) { p.temperature = 0.9f, p.top_k = 3; }),
+       {5, 0},
+       {0.0, 0.410745, 0.410745, 0.0, 0.0, 0.0, 0.0, 0.178509}},
+  };
+  Sampler sampler(kVocab, kVocab);
+  for (const Case& expected : cases) {
+    std::array<int, kVocab> drawn = {};
+    for (int step = 0; step < kDraws; ++step) {
+      ++drawn[sampler.Sample(logits.data(), expected.params, counts, expected.banned, step, false).id];
+    }
+    for (int id = 0; id < kVocab; ++id) {
+      const double p = expected.probabilities[id];
+      const double share = drawn[id] / static_cast<double>(kDraws);
+      EXPECT_NEAR(share, p, 5 * std::sqrt(p * (1 - p) / kDraws)) << "case " << &expected - cases << ", id " << id;
+    }
+  }
+}
+
 TEST(Sampler, DrawsFollowTheSoftmaxAtTheTemperature) {
   const std::vector<float> logits = {0.0f, 1.0f, -1.0f, 2.0f};
   SamplingParams params;

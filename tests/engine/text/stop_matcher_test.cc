@@ -13,11 +13,11 @@ namespace {
 TEST(StopMatcher, FindsAStopStringAcrossPieces) {
   StopMatcher matcher({"END"}, /*include=*/false);
   std::string out;
-  EXPECT_EQ(matcher.Append("text E", &out), -1);
+  EXPECT_EQ(matcher.Append("text E", /*may_end=*/true, &out), -1);
   EXPECT_EQ(out, "text ");
-  EXPECT_EQ(matcher.Append("N", &out), -1);
+  EXPECT_EQ(matcher.Append("N", /*may_end=*/true, &out), -1);
   EXPECT_EQ(out, "text ");
-  EXPECT_EQ(matcher.Append("D and more", &out), 0);
+  EXPECT_EQ(matcher.Append("D and more", /*may_end=*/true, &out), 0);
   EXPECT_EQ(out, "text ");
   matcher.Flush(&out);
   EXPECT_EQ(out, "text ");
@@ -26,28 +26,28 @@ TEST(StopMatcher, FindsAStopStringAcrossPieces) {
 TEST(StopMatcher, KeepsTheStopStringInTheTextWhenAsked) {
   StopMatcher matcher({"END"}, /*include=*/true);
   std::string out;
-  EXPECT_EQ(matcher.Append("text E", &out), -1);
-  EXPECT_EQ(matcher.Append("ND and more", &out), 0);
+  EXPECT_EQ(matcher.Append("text E", /*may_end=*/true, &out), -1);
+  EXPECT_EQ(matcher.Append("ND and more", /*may_end=*/true, &out), 0);
   EXPECT_EQ(out, "text END");
 }
 
 TEST(StopMatcher, LetsHeldTextGoOnceItCannotBeAStopString) {
   StopMatcher matcher({"aab"}, false);
   std::string out;
-  EXPECT_EQ(matcher.Append("aa", &out), -1);
+  EXPECT_EQ(matcher.Append("aa", /*may_end=*/true, &out), -1);
   EXPECT_EQ(out, "");
-  EXPECT_EQ(matcher.Append("a", &out), -1);
+  EXPECT_EQ(matcher.Append("a", /*may_end=*/true, &out), -1);
   EXPECT_EQ(out, "a");
-  EXPECT_EQ(matcher.Append("c", &out), -1);
+  EXPECT_EQ(matcher.Append("c", /*may_end=*/true, &out), -1);
   EXPECT_EQ(out, "aaac");
 }
 
 TEST(StopMatcher, FlushGivesBackWhatWasHeld) {
   StopMatcher matcher({"a stop string longer than everything that comes"}, false);
   std::string out;
-  EXPECT_EQ(matcher.Append("a stop string ", &out), -1);
+  EXPECT_EQ(matcher.Append("a stop string ", /*may_end=*/true, &out), -1);
   EXPECT_EQ(out, "");
-  EXPECT_EQ(matcher.Append("longer", &out), -1);
+  EXPECT_EQ(matcher.Append("longer", /*may_end=*/true, &out), -1);
   EXPECT_EQ(out, "");
   matcher.Flush(&out);
   EXPECT_EQ(out, "a stop string longer");
@@ -56,33 +56,45 @@ TEST(StopMatcher, FlushGivesBackWhatWasHeld) {
 TEST(StopMatcher, TheStopStringThatEndsFirstWins) {
   StopMatcher matcher({"abcd", "bc"}, false);
   std::string out;
-  EXPECT_EQ(matcher.Append("xabcd", &out), 1);
+  EXPECT_EQ(matcher.Append("xabcd", /*may_end=*/true, &out), 1);
   EXPECT_EQ(out, "xa");
 }
 
 TEST(StopMatcher, OfTwoThatEndTogetherTheLongestWins) {
   StopMatcher matcher({"bc", "abc", "c"}, false);
   std::string out;
-  EXPECT_EQ(matcher.Append("xabc", &out), 1);
+  EXPECT_EQ(matcher.Append("xabc", /*may_end=*/true, &out), 1);
   EXPECT_EQ(out, "x");
 }
 
 TEST(StopMatcher, WithoutStopStringsNothingIsHeldBack) {
   StopMatcher matcher({}, false);
   std::string out;
-  EXPECT_EQ(matcher.Append("text", &out), -1);
+  EXPECT_EQ(matcher.Append("text", /*may_end=*/true, &out), -1);
   EXPECT_EQ(out, "text");
 }
 
 TEST(StopMatcher, HoldsBackWholeCharacters) {
   StopMatcher matcher({"é!"}, false);
   std::string out;
-  EXPECT_EQ(matcher.Append("è", &out), -1);  // shares its lead byte with é
+  EXPECT_EQ(matcher.Append("è", /*may_end=*/true, &out), -1);  // shares its lead byte with é
   EXPECT_EQ(out, "è");
-  EXPECT_EQ(matcher.Append("aé", &out), -1);
+  EXPECT_EQ(matcher.Append("aé", /*may_end=*/true, &out), -1);
   EXPECT_EQ(out, "èa");
-  EXPECT_EQ(matcher.Append("!", &out), 0);
+  EXPECT_EQ(matcher.Append("!", /*may_end=*/true, &out), 0);
   EXPECT_EQ(out, "èa");
+}
+
+TEST(StopMatcher, OneThatMayNotEndYetIsTextAndMayBeginAnother) {
+  StopMatcher matcher({"aa"}, false);
+  std::string out;
+  EXPECT_EQ(matcher.Append("xaa", /*may_end=*/false, &out), -1);
+  EXPECT_EQ(out, "xa");
+  EXPECT_EQ(matcher.Append("b", /*may_end=*/true, &out), -1);
+  EXPECT_EQ(out, "xaab");
+  EXPECT_EQ(matcher.Append("a", /*may_end=*/false, &out), -1);
+  EXPECT_EQ(matcher.Append("a", /*may_end=*/true, &out), 0);
+  EXPECT_EQ(out, "xaab");
 }
 
 // What the contract says, looked up the slow way in the whole text so far.
@@ -91,9 +103,10 @@ struct NaiveMatch {
   size_t certain = 0;
 };
 
-NaiveMatch NaiveSearch(const std::string& text, const std::vector<std::string>& stops, bool include) {
+// None ends within the first `barred` bytes.
+NaiveMatch NaiveSearch(const std::string& text, const std::vector<std::string>& stops, bool include, size_t barred) {
   NaiveMatch match;
-  for (size_t end = 1; end <= text.size(); ++end) {
+  for (size_t end = barred + 1; end <= text.size(); ++end) {
     for (size_t i = 0; i < stops.size(); ++i) {
       if (end < stops[i].size() || text.compare(end - stops[i].size(), stops[i].size(), stops[i]) != 0) continue;
       if (match.stop < 0 || stops[i].size() > stops[match.stop].size()) match.stop = static_cast<int>(i);
@@ -127,14 +140,17 @@ TEST(StopMatcher, AgreesWithANaiveSearchOnRandomTextsAndSplits) {
     std::vector<std::string> stops(below(5));
     for (std::string& stop : stops) stop = random_text(1 + below(7), alphabet);
     const bool include = below(2);
+    const int barred_pieces = below(4);
     StopMatcher matcher(stops, include);
     std::string seen, out;
+    size_t barred = 0;
     int found = -1;
     for (int piece = 0; piece < 12 && found < 0; ++piece) {
       const std::string text = random_text(below(5), alphabet);
       seen += text;
-      found = matcher.Append(text, &out);
-      const NaiveMatch expected = NaiveSearch(seen, stops, include);
+      if (piece < barred_pieces) barred = seen.size();
+      found = matcher.Append(text, /*may_end=*/piece >= barred_pieces, &out);
+      const NaiveMatch expected = NaiveSearch(seen, stops, include, barred);
       ASSERT_EQ(found, expected.stop) << seen;
       ASSERT_EQ(out, seen.substr(0, expected.certain)) << seen;
     }
@@ -152,9 +168,9 @@ TEST(StopMatcher, TakesManySmallPiecesOfAlmostAMatch) {
   for (int i = 0; i < 8; ++i) stops.push_back(std::string(255, 'a') + static_cast<char>('b' + i));
   StopMatcher matcher(stops, false);
   std::string out;
-  for (int i = 0; i < 200000; ++i) ASSERT_EQ(matcher.Append("a", &out), -1);
+  for (int i = 0; i < 200000; ++i) ASSERT_EQ(matcher.Append("a", /*may_end=*/true, &out), -1);
   EXPECT_EQ(out.size(), 200000 - 255);
-  EXPECT_EQ(matcher.Append("i", &out), 7);
+  EXPECT_EQ(matcher.Append("i", /*may_end=*/true, &out), 7);
   EXPECT_EQ(out.size(), 200000 - 255);
 }
 

@@ -232,6 +232,42 @@ TEST_F(TokenStreamTest, LeavesAStopStringInTheTextIfAsked) {
   EXPECT_EQ(Take().text(), "one two th");
 }
 
+// As vLLM has it: a stop string may begin in the first tokens and end with a later one.
+TEST_F(TokenStreamTest, NoStopStringEndsWithinTheFirstTokensThatAreWanted) {
+  const std::vector<int32_t> ids = tokenizer_->Encode("one two three two three");
+  ASSERT_EQ(ids.size(), 5u);  // a word each
+  options_.stop_strings = {"two thr"};
+  struct Case {
+    int32_t min_new_tokens;
+    int taken;
+    const char* text;
+  };
+  for (const Case& expected : {Case{2, 3, "one "}, Case{3, 5, "one two three "}, Case{4, 5, "one two three "},
+                               Case{5, 5, "one two three two three"}}) {
+    stream_.reset();
+    options_.min_new_tokens = expected.min_new_tokens;
+    EXPECT_EQ(Feed("one two three two three"), expected.taken) << expected.min_new_tokens;
+    const bool stopped = expected.min_new_tokens < 5;
+    End(stopped ? FinishReason::kSink : FinishReason::kLength);
+    const v1::GenerateChunk chunk = Take();
+    EXPECT_EQ(chunk.text(), expected.text) << expected.min_new_tokens;
+    EXPECT_EQ(chunk.finish().reason(), stopped ? v1::FINISH_REASON_STOP_STRING : v1::FINISH_REASON_LENGTH);
+  }
+}
+
+// A character that never came to its end is text of the last token, which may be one of those that are wanted.
+TEST_F(TokenStreamTest, NorDoesWhatIsLeftOfACharacter) {
+  const std::vector<int32_t> ids = tokenizer_->Encode("\xF0\x9F\x98\x80");
+  options_.stop_strings = {"\xEF\xBF\xBD"};
+  for (const int32_t min_new_tokens : {0, 1}) {
+    stream_.reset();
+    options_.min_new_tokens = min_new_tokens;
+    ASSERT_TRUE(Stream().OnToken(Plain(ids[0])));
+    End(FinishReason::kLength);
+    EXPECT_EQ(Take().finish().reason(), min_new_tokens == 0 ? v1::FINISH_REASON_STOP_STRING : v1::FINISH_REASON_LENGTH);
+  }
+}
+
 TEST_F(TokenStreamTest, SendsIdsAtOnceAndTextWhenItIsDecided) {
   options_.stop_strings = {" two four"};
   Take();

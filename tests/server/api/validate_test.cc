@@ -53,7 +53,7 @@ const Tokenizer* ValidateTest::tokenizer_ = nullptr;
 TEST_F(ValidateTest, FillsInTheDefaults) {
   const CheckedGenerate checked = Check(Good()).value();
   EXPECT_THAT(checked.request.prompt, ElementsAre(2, 5, 7));
-  EXPECT_EQ(checked.request.max_new_tokens, 64 - 3);  // less than the server's default of 128
+  EXPECT_EQ(checked.request.max_new_tokens, 64 - 3 + 1);  // less than the server's default of 128
   EXPECT_EQ(checked.request.sampling.seed, kDrawnSeed);
   EXPECT_EQ(checked.request.sampling.temperature, 0.0f);
   EXPECT_EQ(checked.request.sampling.top_p, 1.0f);
@@ -124,7 +124,7 @@ TEST_F(ValidateTest, NamesTheValueWithAllItsDigits) {
 }
 
 TEST_F(ValidateTest, RefusesCountsOutOfRange) {
-  for (uint32_t bad : {0u, 62u, 1u << 31, ~0u}) {
+  for (uint32_t bad : {0u, 63u, 1u << 31, ~0u}) {
     v1::GenerateRequest request = Good();
     request.mutable_stopping()->set_max_new_tokens(bad);
     ExpectRefused(request, "stopping.max_new_tokens", std::to_string(bad));
@@ -135,11 +135,14 @@ TEST_F(ValidateTest, RefusesCountsOutOfRange) {
     ExpectRefused(request, "output.top_logprobs", "at most 100");
   }
   v1::GenerateRequest request = Good();
-  request.mutable_stopping()->set_max_new_tokens(61);  // 3 + 61 = 64
-  EXPECT_EQ(Check(request)->request.max_new_tokens, 61);
+  request.mutable_stopping()->set_max_new_tokens(63);
+  ExpectRefused(request, "stopping.max_new_tokens",
+                "is 63 after a prompt of 3 tokens; the model's context of 64 leaves 62");
+  request.mutable_stopping()->set_max_new_tokens(62);  // 3 + 62 = 65, of which the last is never read
+  EXPECT_EQ(Check(request)->request.max_new_tokens, 62);
+  request.mutable_stopping()->set_min_new_tokens(63);
+  ExpectRefused(request, "stopping.min_new_tokens", "is 63; max_new_tokens is 62");
   request.mutable_stopping()->set_min_new_tokens(62);
-  ExpectRefused(request, "stopping.min_new_tokens", "is 62; max_new_tokens is 61");
-  request.mutable_stopping()->set_min_new_tokens(61);
   request.mutable_sampling()->set_top_k(~0u);  // all there are
   EXPECT_EQ(Check(request)->request.sampling.top_k, model_.vocab);
 }
@@ -174,7 +177,7 @@ TEST_F(ValidateTest, RefusesEmptyAndOverlongPrompts) {
   request.mutable_token_ids();
   ExpectRefused(request, "token_ids.ids", "is empty");
   for (int i = 0; i < 64; ++i) request.mutable_token_ids()->add_ids(2);
-  ExpectRefused(request, "prompt", "has 64 tokens; the model allows 64");
+  EXPECT_EQ(Check(request)->request.max_new_tokens, 1);  // the context is full, and says what comes next
   request.mutable_token_ids()->add_ids(2);
   ExpectRefused(request, "token_ids", "has 65 tokens; the model allows 64");
   std::string words;
