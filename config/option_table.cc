@@ -328,8 +328,8 @@ std::vector<Option> OptionTable(Config* config) {
       {.key = "transport.gateways",
        .group = "Transport",
        .help =
-           "addresses of proxies, such as 127.0.0.1,10.0.0.0/8, to which the limits of one client do not apply; empty: "
-           "none",
+           "addresses of proxies, such as 127.0.0.1,10.0.0.0/8: limits of one client are not for them, and the log has "
+           "the client that their x-forwarded-for names; empty: none",
        .target = &s.transport_gateways},
       {.key = "transport.request_timeout_s",
        .group = "Transport",

@@ -16,6 +16,7 @@
 #include "engine/metrics.h"
 #include "engine/model_shape.h"
 #include "engine/options.h"
+#include "engine/refusal.h"
 #include "engine/request.h"
 #include "engine/sparsity.h"
 #include "engine/stats.h"
@@ -53,6 +54,9 @@ class Engine {
   // So many samples of one prompt, all or none: sample i draws with the request's seed + i and has the id that is
   // returned + i. They share the blocks of the prompt, which the first of them computes.
   virtual absl::StatusOr<uint64_t> SubmitSamples(Request request, std::vector<std::shared_ptr<TokenSink>> sinks) = 0;
+
+  // A request that was refused in front of the engine counts as one of its own refusals.
+  virtual void CountRefused(Refusal reason, int samples) = 0;
 
   // Ends a request at the next step, wherever it is; unknown and finished ids are ignored.
   virtual void Cancel(uint64_t id) = 0;

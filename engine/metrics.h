@@ -71,8 +71,8 @@ struct EngineMetrics final : MetricTable {
   }
 
   // Requests and tokens.
-  ReadFamily requests_rejected{*this, "requests_rejected_total", "Requests that were refused at the door, by reason.",
-                               ReasonLabel(),
+  ReadFamily requests_rejected{*this, "requests_rejected_total",
+                               "Requests that were refused before they waited, by reason.", ReasonLabel(),
                                [](const EngineView& e, size_t reason) { return e.stats.account.refused[reason]; }};
   ReadFamily requests_running{*this, "requests_running", "Requests in the running batch.", &EngineStats::running};
   ReadFamily requests_waiting{*this, "requests_waiting", "Requests in the queue.", PriorityLabel(),
@@ -112,8 +112,7 @@ struct EngineMetrics final : MetricTable {
                          &EngineStats::preemptions};
 
   // How requests and the start went.
-  CounterFamily<int64_t> cancelled{*this, "cancelled_total",
-                                   "Requests that their client gave up, by how far they were.",
+  CounterFamily<int64_t> cancelled{*this, "cancelled_total", "Requests that were cancelled, by how far they were.",
                                    LabelOf<kRequestStages>("stage", "queued", "prefill", "decode")};
   CounterFamily<int64_t> deadline_exceeded{*this, "deadline_exceeded_total",
                                            "Requests whose deadline passed, by how far they were.",
@@ -152,9 +151,10 @@ struct EngineMetrics final : MetricTable {
   HistogramFamily time_per_output_token{*this, "time_per_output_token_seconds",
                                         "Per request: mean time of its tokens after the first.", RequestLabels(),
                                         metric_edges::kInterToken};
-  HistogramFamily duration{*this, "request_duration_seconds", "From arrival to the end.", RequestLabels(),
+  HistogramFamily duration{*this, "request_duration_seconds",
+                           "From arrival to the end, of requests that ran and did not fail.", RequestLabels(),
                            metric_edges::kRequest};
-  HistogramFamily queue{*this, "queue_time_seconds", "From arrival to admission.", RequestLabels(),
+  HistogramFamily queue{*this, "queue_time_seconds", "From arrival to the first step, likewise.", RequestLabels(),
                         metric_edges::kRequest};
   HistogramFamily prefill{*this, "prefill_time_seconds", "From admission to the first token.", RequestLabels(),
                           metric_edges::kRequest};

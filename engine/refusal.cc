@@ -36,6 +36,8 @@ const char* Name(Refusal refusal) {
       return "DRAINING";
     case Refusal::kFailed:
       return "FAILED";
+    case Refusal::kQuotaExceeded:
+      return "QUOTA_EXCEEDED";
   }
   return "?";
 }

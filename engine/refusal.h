@@ -18,8 +18,9 @@ enum class Refusal {
   kDeadlineInfeasible,  // DEADLINE_EXCEEDED
   kDraining,            // UNAVAILABLE, as the next
   kFailed,
+  kQuotaExceeded,  // RESOURCE_EXHAUSTED: its tenant's; by the server
 };
-inline constexpr int kRefusals = 8;
+inline constexpr int kRefusals = 9;
 const char* Name(Refusal refusal);  // "QUEUE_FULL"
 
 // What the status of a refused request says beside its message.

@@ -10,6 +10,7 @@
 
 namespace dejavu {
 
+// Of requests that were handed over, or refused in front of the engine once they had been read, each sample by itself:
 // received = finished + refused + cancelled + failed + live, always.
 struct Account {
   int64_t received = 0;

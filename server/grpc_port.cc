@@ -28,11 +28,11 @@ void OnGrpcLog(gpr_log_func_args* args) {
 int WholeMilliseconds(double seconds) { return std::max(1, static_cast<int>(seconds * 1000)); }
 
 void Configure(const ServerOptions& options, grpc::ServerBuilder* builder) {
-  builder->SetMaxReceiveMessageSize(static_cast<int>(options.max_message_bytes));
+  // gRPC looks at a message's size when it has all of it, and tells us of one that is too large as of a client that has
+  // gone. It looks at what is decompressed when that is done. Rpc does both.
+  builder->SetMaxReceiveMessageSize(-1);
+  builder->AddChannelArgument(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0);
   builder->SetMaxSendMessageSize(-1);  // replies are bounded before they are made
-  // A few megabytes of gzip may unfold to gigabytes before gRPC looks at their size.
-  builder->SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_DEFLATE, false);
-  builder->SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_GZIP, false);
   builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, options.max_concurrent_streams);
   builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, kTransportMetadataBytes);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveTimeMs);

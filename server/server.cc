@@ -153,9 +153,9 @@ void Server::AddTransportMetrics() {
   const WorkPool* const pool = &pool_;
   metrics_.AddGauge("large_requests_waiting_bytes", "Bytes of large requests that wait to be read.",
                     [pool] { return pool->waiting_bytes(); });
-  metrics_.AddCounter("large_requests_total", "Large requests that the pool was given.",
+  metrics_.AddCounter("large_requests_total", "Requests above 8 KiB or compressed, which a pool reads.",
                       [pool] { return pool->requests(); });
-  metrics_.AddCounter("large_requests_refused_total", "Large requests for which it had no room.",
+  metrics_.AddCounter("large_requests_refused_total", "Those of them for which it had no room.",
                       [pool] { return pool->refused(); });
   const ConnectionWatch* const watch = &watch_;
   metrics_.AddGauge("memory_bound_bytes", "Memory beside mapped files at which the worst connections are closed.",
@@ -250,6 +250,7 @@ void Server::Stop() {
   if (!public_port_.listens()) return;
   lifecycle_.Advance(Phase::kStopped);  // ends Watch calls
   admin_.Stop();
+  calls_.EndReading(ServerStopped());
   state_.live_requests().StopAll(StoppedBeforeDone());
   if (goaway_.valid()) {
     if (goaway_.wait_for(kLastWords) != std::future_status::ready) public_port_.CancelCalls();

@@ -21,9 +21,13 @@ absl::Status CannotMeet(const Request& request, double needed_ms, double left_ms
 
 absl::Status Admission::Refuse(Refusal refusal, absl::Status status, std::chrono::milliseconds retry_after,
                                int samples) {
+  CountRefused(refusal, samples);
+  return WithRefusal(std::move(status), {refusal, retry_after});
+}
+
+void Admission::CountRefused(Refusal refusal, int samples) {
   account_.received += samples;
   account_.refused[static_cast<int>(refusal)] += samples;
-  return WithRefusal(std::move(status), {refusal, retry_after});
 }
 
 absl::Status Admission::Admit(const Request& request, SteadyTime now, Expectation* expected, int samples) {

@@ -38,6 +38,7 @@ class Admission {
   // Several samples of one prompt come in together or not at all.
   absl::Status Admit(const Request& request, SteadyTime now, Expectation* expected = nullptr, int samples = 1);
   absl::Status Refuse(Refusal refusal, absl::Status status, std::chrono::milliseconds retry_after, int samples = 1);
+  void CountRefused(Refusal refusal, int samples);
 
   // It left the queue to run; it came back; it ended, from the queue or not.
   void Scheduled(const Request& request);

@@ -283,7 +283,9 @@ void StepEngine::EndCancelled(uint64_t id) {
   for (const auto* sequences : {&scheduler_.running(), &scheduler_.waiting()}) {
     const auto found = std::find_if(sequences->begin(), sequences->end(), [&](const auto& s) { return s->id == id; });
     if (found == sequences->end()) continue;
-    End(**found, {FinishReason::kCancelled, absl::OkStatus()});
+    // gRPC may see a deadline pass before the next step does, and cancels then.
+    const bool late = (*found)->request.deadline <= std::chrono::steady_clock::now();
+    End(**found, {late ? FinishReason::kDeadline : FinishReason::kCancelled, absl::OkStatus()});
     return;
   }
 }

@@ -14,6 +14,11 @@ absl::Status Inbox::RefuseInvalid(absl::Status status, int samples) {
   return admission_.Refuse(Refusal::kInvalid, std::move(status), std::chrono::milliseconds(0), samples);
 }
 
+void Inbox::CountRefused(Refusal reason, int samples) {
+  MutexLock lock(mutex_);
+  admission_.CountRefused(reason, samples);
+}
+
 absl::StatusOr<uint64_t> Inbox::Submit(std::vector<std::unique_ptr<Sequence>> sequences) {
   constexpr std::chrono::milliseconds kElsewhere(1000);  // another server, or this one after its restart
   const auto samples = static_cast<int>(sequences.size());

@@ -34,6 +34,7 @@ class Inbox {
 
   // Counts requests that can never run; gives `status` back as their refusal.
   absl::Status RefuseInvalid(absl::Status status, int samples);
+  void CountRefused(Refusal reason, int samples);
   // All of them, which share one prompt, or none. The id of the first; the others follow it.
   absl::StatusOr<uint64_t> Submit(std::vector<std::unique_ptr<Sequence>> sequences);
   void Cancel(uint64_t id);

@@ -95,7 +95,6 @@ void Recorder::NoteEnd(const Sequence& s, bool waiting) {
   const RequestStage stage = waiting && tokens == 0 ? kQueuedStage : tokens == 0 ? kPrefillStage : kDecodeStage;
   if (f.reason == FinishReason::kCancelled) metrics_.cancelled[stage].Add(1);
   if (f.reason == FinishReason::kDeadline) metrics_.deadline_exceeded[stage].Add(1);
-  metrics_.prefix_query_tokens.Add(s.keys.empty() || stage == kQueuedStage ? 0 : f.prompt_tokens);
   if (f.reason == FinishReason::kError || f.reason == FinishReason::kShutdown || stage == kQueuedStage) return;
   const size_t series = EngineMetrics::SeriesOf(s.request.sparsity.tier, s.request.urgency);
   metrics_.duration[series].Observe(Seconds(f.queued, f.finished));

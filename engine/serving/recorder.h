@@ -53,7 +53,11 @@ class Recorder {
   // `s` gets a token at `now`, in that step; its fields are those of the token before.
   void NoteToken(const Sequence& s, SteadyTime now, int64_t step);
   void NotePromptTokens(int32_t tokens) { totals_.prompt_tokens.Add(tokens); }
-  void NoteAdmission(const Sequence& s) { totals_.cached_prompt_tokens.Add(s.computed); }  // for the first time
+  // For the first time: its prompt's prefix was looked for, and so much of it was there.
+  void NoteAdmission(const Sequence& s) {
+    metrics_.prefix_query_tokens.Add(s.keys.empty() ? 0 : s.prompt_tokens());
+    totals_.cached_prompt_tokens.Add(s.computed);
+  }
   void NotePreemptions(int64_t count) { totals_.preemptions.Add(count); }
   // So many keys and values of a step were beyond the range of the cache's type. The log says so once.
   void NoteSaturated(int64_t count);

@@ -47,6 +47,7 @@ class StepEngine final : public Engine {
   const std::string& synthetic() const override { return group_->loaded().synthetic; }
   absl::Status CheckTier(Tier tier) const override { return dejavu::CheckTier(tier, predictor_info_); }
   absl::StatusOr<uint64_t> SubmitSamples(Request request, std::vector<std::shared_ptr<TokenSink>> sinks) override;
+  void CountRefused(Refusal reason, int samples) override { inbox_.CountRefused(reason, samples); }
   void Cancel(uint64_t id) override { inbox_.Cancel(id); }
   void Drain(bool refuse_waiting) override { inbox_.Drain(refuse_waiting); }
   bool WaitIdle(SteadyTime deadline) override { return inbox_.WaitIdle(deadline); }

@@ -1,9 +1,11 @@
 #include "server/api/engine_call.h"
 
+#include <algorithm>
 #include <chrono>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/refusal.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/base/utf8.h"
 #include "server/api/validate.h"
@@ -35,6 +37,21 @@ EngineCall::~EngineCall() {
   state_.live_requests().Done();
 }
 
+absl::Status EngineCall::OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) {
+  const absl::Status status = Read(rpc, bytes);
+  if (!status.ok()) CountRefused(status);
+  return status;
+}
+
+void EngineCall::CountRefused(const absl::Status& status) {
+  const std::optional<RefusalInfo> refusal = RefusalOf(status);
+  if (refusal.has_value() && refusal->reason.has_value()) return;  // the engine's
+  const Refusal reason = asked().over_quota            ? Refusal::kQuotaExceeded
+                         : absl::IsUnavailable(status) ? Refusal::kDraining
+                                                       : Refusal::kInvalid;
+  state_.model().engine->CountRefused(reason, std::max(1, asked().samples));
+}
+
 void EngineCall::OnCancel() {
   StopEngine();
   if (entered_) Release();  // else HandOver sees that it was stopped
@@ -43,7 +60,10 @@ void EngineCall::OnCancel() {
 const google::protobuf::MessageLite* EngineCall::NextReply(std::optional<absl::Status>* end) {
   if (waiting_.has_value()) {
     const absl::StatusOr<bool> goes_on = EndWaiting();
-    if (!goes_on.ok()) *end = goes_on.status();
+    if (!goes_on.ok()) {
+      CountRefused(goes_on.status());
+      *end = goes_on.status();
+    }
     if (!goes_on.ok() || !*goes_on) return nullptr;
   }
   const google::protobuf::MessageLite* reply = nullptr;
@@ -70,6 +90,7 @@ void EngineCall::ReleaseReply() {
 }
 
 void EngineCall::Stop(const absl::Status& reason) {
+  if (absl::IsUnavailable(reason)) record_->stopped = true;
   for (const auto& sink : sinks_) sink->SetCancelReason(reason);
   StopEngine();
 }

@@ -32,6 +32,8 @@ class EngineCall : public RpcHandler, public LiveRequest {
   explicit EngineCall(ServingState* state) : state_(*state) {}
   ~EngineCall() override;
 
+  absl::Status OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) final;
+
   // What any sink has to say. The call ends with the last of them, or with the first that fails.
   const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
 
@@ -44,13 +46,16 @@ class EngineCall : public RpcHandler, public LiveRequest {
   void Stop(const absl::Status& reason) override;
 
  protected:
+  // The method's part of OnRequest, which ends with Submit.
+  virtual absl::Status Read(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) = 0;
+
   // Of a request that has been parsed: its id, or one that is drawn. The checks come after it.
   template <typename ProtoRequest>
   void Note(const ProtoRequest& request) {
     NoteAsked(request.request_id(), request.text());
   }
 
-  // The last that OnRequest does. A sink for each sample; their first reply may be pulled as soon as this has returned
+  // The last that Read does. A sink for each sample; their first reply may be pulled as soon as this has returned
   // OK. The refusals of the engine are passed on as they are. `most_tokens`: what it may take of the tenant's quota.
   absl::Status Submit(Request request, int64_t most_tokens, std::vector<std::shared_ptr<ReplySink>> sinks,
                       const std::shared_ptr<Rpc>& rpc);
@@ -68,6 +73,8 @@ class EngineCall : public RpcHandler, public LiveRequest {
     grpc::Alarm alarm;  // at `until`
   };
 
+  // The call ends with that before the engine has it: counts it, unless the engine has.
+  void CountRefused(const absl::Status& status);
   void NoteAsked(const std::string& request_id, absl::string_view text);
   absl::Status TakeId(const std::shared_ptr<Rpc>& rpc);
   absl::Status TakeQuota();

@@ -57,7 +57,7 @@ bool EngineRecord::Fill(RequestRecord* record) {
   // The engine was told no more than to cancel; the call's own end says why.
   if (record->finish_reason == "cancelled") {
     if (record->code == grpc::StatusCode::DEADLINE_EXCEEDED) record->finish_reason = "deadline";
-    if (record->code == grpc::StatusCode::UNAVAILABLE) record->finish_reason = "shutdown";
+    if (stopped) record->finish_reason = "shutdown";
   }
   return true;
 }

@@ -3,6 +3,7 @@
 #ifndef SERVER_API_ENGINE_RECORD_H_
 #define SERVER_API_ENGINE_RECORD_H_
 
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -18,6 +19,7 @@ class EngineRecord final : public RecordSource {
   RequestAsked asked;
   std::vector<std::shared_ptr<ReplySink>> sinks;  // that the engine has taken
   std::unique_ptr<QuotaLease> lease;              // of its tenant's quotas; null: it has none
+  std::atomic<bool> stopped{false};               // by the end of the server; from any thread
 
   // Settles the lease if the engine is done. True: it is.
   bool Settle();

@@ -38,7 +38,7 @@ int64_t MostTokens(const CheckedGenerate& checked) {
 
 }  // namespace
 
-absl::Status GenerateCall::OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) {
+absl::Status GenerateCall::Read(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) {
   v1::GenerateRequest request;
   RETURN_IF_ERROR(ParseMessage(bytes, &request));
   Note(request);

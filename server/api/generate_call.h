@@ -17,11 +17,11 @@ class GenerateCall final : public EngineCall {
  public:
   GenerateCall(ServingState* state, bool streaming) : EngineCall(state), streaming_(streaming) {}
 
-  absl::Status OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) override;
   const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
   void ReleaseReply() override;
 
  private:
+  absl::Status Read(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) override;
   void NoteChecked(const CheckedGenerate& checked);
   std::vector<std::shared_ptr<ReplySink>> MakeStreams(CheckedGenerate* checked, const std::shared_ptr<Rpc>& rpc);
 

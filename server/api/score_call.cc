@@ -10,7 +10,7 @@
 
 namespace dejavu {
 
-absl::Status ScoreCall::OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) {
+absl::Status ScoreCall::Read(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) {
   v1::ScoreRequest request;
   RETURN_IF_ERROR(ParseMessage(bytes, &request));
   Note(request);

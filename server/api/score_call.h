@@ -14,7 +14,8 @@ class ScoreCall final : public EngineCall {
 
   bool large_replies() const override { return true; }
 
-  absl::Status OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) override;
+ private:
+  absl::Status Read(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) override;
 };
 
 }  // namespace dejavu

@@ -3,6 +3,7 @@
 #include <chrono>
 
 #include "absl/strings/str_cat.h"
+#include "server/rpc/compression.h"
 #include "server/rpc/error_details.h"
 
 namespace dejavu {
@@ -66,9 +67,13 @@ absl::Status CallSlot::Check() const {
   return absl::OkStatus();
 }
 
-void CallSlot::TakeMessage(size_t bytes) {
-  if (has_message_.exchange(true)) return;  // a stream of requests: only its first one is awaited
+absl::Status CallSlot::TakeMessage(size_t bytes) {
+  if (static_cast<int64_t>(bytes) > max_message_bytes()) {
+    return MessageTooLarge(absl::StrCat("has ", bytes, " bytes"), max_message_bytes());
+  }
+  if (has_message_.exchange(true)) return absl::OkStatus();  // a stream of requests: only its first one is awaited
   if (connection_ != nullptr) connection_->TakeMessage(bytes);
+  return absl::OkStatus();
 }
 
 absl::Status CallSlot::Hold(int64_t bytes) {

@@ -23,8 +23,15 @@ class CallSlot {
   // RESOURCE_EXHAUSTED: too many calls are open; this one, already counted, must end at once.
   absl::Status Check() const;
 
-  // A request message of so many bytes has come.
-  void TakeMessage(size_t bytes);
+  // A request message of so many bytes has come. RESOURCE_EXHAUSTED: they are more than max_message_bytes().
+  absl::Status TakeMessage(size_t bytes);
+  int64_t max_message_bytes() const { return table_->limits().message_bytes; }
+
+  // The connection was closed from here, and its client hears UNAVAILABLE.
+  bool closed_here() const { return connection_ != nullptr && connection_->closed(); }
+
+  // Others stand behind the connection's other end, and it may say which of them calls.
+  bool through_gateway() const { return connection_ != nullptr && connection_->peer().gateway(); }
 
   // gRPC gets a reply of so many bytes, and has sent it. RESOURCE_EXHAUSTED: it is large, and clients have left too
   // much unread already.

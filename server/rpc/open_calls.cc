@@ -25,6 +25,14 @@ void OpenCalls::Remove(const Rpc* rpc) {
 }
 
 void OpenCalls::Sweep(SteadyTime now) {
+  for (const std::shared_ptr<Rpc>& rpc : All()) rpc->EndIfWaiting(now, timeouts_);
+}
+
+void OpenCalls::EndReading(const absl::Status& status) {
+  for (const std::shared_ptr<Rpc>& rpc : All()) rpc->EndIfReading(status);
+}
+
+std::vector<std::shared_ptr<Rpc>> OpenCalls::All() const {
   std::vector<std::shared_ptr<Rpc>> calls;
   {
     MutexLock lock(mutex_);
@@ -33,7 +41,7 @@ void OpenCalls::Sweep(SteadyTime now) {
       if (std::shared_ptr<Rpc> rpc = weak.lock()) calls.push_back(std::move(rpc));
     }
   }
-  for (const std::shared_ptr<Rpc>& rpc : calls) rpc->EndIfWaiting(now, timeouts_);
+  return calls;
 }
 
 }  // namespace dejavu

@@ -3,8 +3,10 @@
 #define SERVER_RPC_OPEN_CALLS_H_
 
 #include <memory>
+#include <vector>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
 #include "kernels/base/clock.h"
 #include "kernels/base/mutex.h"
 #include "server/options.h"
@@ -28,11 +30,15 @@ class OpenCalls {
 
   // Ends those that have waited too long for their client.
   void Sweep(SteadyTime now);
+  // Ends those that wait for a request.
+  void EndReading(const absl::Status& status);
 
  private:
+  std::vector<std::shared_ptr<Rpc>> All() const;
+
   const CallTimeouts timeouts_;
 
-  Mutex mutex_;
+  mutable Mutex mutex_;
   absl::flat_hash_map<const Rpc*, std::weak_ptr<Rpc>> calls_ ABSL_GUARDED_BY(mutex_);
 };
 

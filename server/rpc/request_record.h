@@ -34,7 +34,7 @@ struct RequestRecord : RequestAsked {
   std::string service;  // "dejavu.v1.GenerationService"; empty: no such method
   std::string method;   // "GenerateStream"; "unknown": no such method. One of a small fixed set
   std::string tenant;   // metadata x-tenant
-  std::string peer;     // "ipv4:127.0.0.1:4711"
+  std::string peer;     // "ipv4:127.0.0.1:4711"; behind a gateway "ipv4:203.0.113.7", as it says
   TraceContext trace;
   grpc::StatusCode code = grpc::StatusCode::OK;
 

@@ -11,12 +11,16 @@
 #include "engine/refusal.h"
 #include "grpc/grpc.h"
 #include "grpc/support/time.h"
+#include "kernels/base/status_macros.h"
+#include "server/rpc/compression.h"
 #include "server/rpc/error_details.h"
 
 namespace dejavu {
 namespace {
 
 constexpr std::chrono::milliseconds kMoment(50);
+// What compressed text becomes, for the order of work and for what may wait.
+constexpr int64_t kUsualInflation = 8;
 
 // A request up to that size is handled by the thread that has read it: about a millisecond of tokenising.
 constexpr int64_t kSmallRequestBytes = 8 << 10;
@@ -214,13 +218,27 @@ void Rpc::EndIfWaiting(SteadyTime now, const CallTimeouts& timeouts) {
     stalled = writing_since_ != SteadyTime() && now - writing_since_ > timeouts.stall;
   }
   if (stalled) {
+    constexpr char kWords[] = "the client takes nothing";
+    {
+      MutexLock lock(mutex_);
+      forced_end_ = absl::ResourceExhaustedError(kWords);  // what the client hears, for the report
+      code_ = grpc::StatusCode::RESOURCE_EXHAUSTED;        // also where its end stood behind the reply
+    }
     // Only so does gRPC give up a write.
-    grpc_call_cancel_with_status(call_, GRPC_STATUS_RESOURCE_EXHAUSTED, "the client takes nothing", nullptr);
+    grpc_call_cancel_with_status(call_, GRPC_STATUS_RESOURCE_EXHAUSTED, kWords, nullptr);
   } else if (no_request) {
     End(absl::DeadlineExceededError(
         absl::StrCat("no request message came within transport.request_timeout_s, ",
                      std::chrono::duration_cast<std::chrono::milliseconds>(timeouts.request).count(), " ms")));
   }
+}
+
+void Rpc::EndIfReading(const absl::Status& status) {
+  {
+    MutexLock lock(mutex_);
+    if (reading_since_ == SteadyTime()) return;
+  }
+  End(status);
 }
 
 void Rpc::End(absl::Status status) {
@@ -232,9 +250,13 @@ void Rpc::End(absl::Status status) {
 }
 
 absl::Status Rpc::HasGone() const {
-  return std::chrono::steady_clock::now() >= deadline_ ? absl::DeadlineExceededError("the deadline passed")
-                                                       : absl::CancelledError("the client has gone");
+  if (AtDeadline()) return absl::DeadlineExceededError("the deadline passed");
+  if (slot_->closed_here()) return absl::UnavailableError("the connection was closed by the server");
+  return absl::CancelledError("the client has gone");
 }
+
+// A client whose clock runs out first gives up a moment before we see the deadline pass.
+bool Rpc::AtDeadline() const { return deadline_ - std::chrono::steady_clock::now() < kMoment; }
 
 void Rpc::OnReadDone(bool ok) {
   {
@@ -242,14 +264,19 @@ void Rpc::OnReadDone(bool ok) {
     reading_since_ = SteadyTime();
   }
   if (!ok) {
+    reads_ended_ = true;
     End(handler_->streams_requests() ? absl::OkStatus()
                                      : absl::InvalidArgumentError("the call holds no request message"));
     return;
   }
-  had_request_ = true;
-  const auto bytes = static_cast<int64_t>(request_.Length());
-  slot_->TakeMessage(request_.Length());
-  if (bytes <= kSmallRequestBytes) return HandleRequest();
+  auto bytes = static_cast<int64_t>(request_.Length());
+  if (const absl::Status taken = slot_->TakeMessage(request_.Length()); !taken.ok()) {
+    request_.Clear();
+    return End(taken);
+  }
+  compressed_ = IsCompressed(request_);
+  if (!compressed_ && bytes <= kSmallRequestBytes) return HandleRequest();
+  if (compressed_) bytes *= kUsualInflation;
   {
     MutexLock lock(mutex_);
     request_in_pool_ = InPool::kWaits;
@@ -284,13 +311,18 @@ void Rpc::HandleRequestInPool() {
 }
 
 void Rpc::HandleRequest() {
-  const absl::Status status = handler_->OnRequest(shared_from_this(), request_);
+  const absl::Status status = compressed_ ? HandleDecompressed() : handler_->OnRequest(shared_from_this(), request_);
   request_.Clear();
   if (status.ok()) {
     Pump();
   } else {
     End(status);
   }
+}
+
+absl::Status Rpc::HandleDecompressed() {
+  ASSIGN_OR_RETURN(const grpc::ByteBuffer whole, Decompress(request_, slot_->max_message_bytes()));
+  return handler_->OnRequest(shared_from_this(), whole);
 }
 
 void Rpc::OnWriteDone(bool ok) {
@@ -311,8 +343,7 @@ void Rpc::OnWriteDone(bool ok) {
 
 void Rpc::OnCancel() {
   handler_->OnCancel();
-  // A client that gives up at its deadline may say so a moment before we see it pass.
-  slot_->NoteEnd(/*by_deadline=*/deadline_ - std::chrono::steady_clock::now() < kMoment);
+  slot_->NoteEnd(AtDeadline());
   End(HasGone());
 }
 
@@ -337,9 +368,8 @@ void Rpc::Complete() {
     code = code_;
     stall = stall_;
   }
-  // Only a client that has half-closed hears that its message is missing. Else it has gone, or gRPC has refused a
-  // message that is too large; which of them, it does not tell.
-  if (!had_request_ && context_->IsCancelled()) code = static_cast<grpc::StatusCode>(HasGone().code());
+  // A client that has half-closed hears why the call ended; else it has gone, which gRPC may tell a moment later.
+  if (reads_ended_ && context_->IsCancelled()) code = static_cast<grpc::StatusCode>(HasGone().code());
   report_->EndCall(code, stall, std::move(source));
   self_.reset();
 }

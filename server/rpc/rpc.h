@@ -85,6 +85,8 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
 
   // Ends the call where its client keeps it waiting, with its request or by taking no reply.
   void EndIfWaiting(SteadyTime now, const CallTimeouts& timeouts);
+  // With `status`, where it waits for a request.
+  void EndIfReading(const absl::Status& status);
 
   SteadyTime arrival() const { return report_->arrival(); }
   SteadyTime deadline() const { return deadline_; }  // SteadyTime::max(): none
@@ -101,8 +103,9 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   void OnDone() override;
   void RunInWriter() override;
 
-  // The request that has been read, by the handler.
+  // The request that has been read, by the handler; decompressed first, if need be.
   void HandleRequest();
+  absl::Status HandleDecompressed();
   void HandleRequestInPool();
   // After the last callback of gRPC, and of the pool.
   void Complete();
@@ -118,6 +121,7 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   // Ends the call with `status` as soon as no write is outstanding.
   void End(absl::Status status);
   absl::Status HasGone() const;  // what a call ends with that its client waits for no longer
+  bool AtDeadline() const;
 
   grpc::CallbackServerContext* const context_;  // until OnDone
   grpc_call* const call_;                       // counted, so that it can be cancelled at any time
@@ -128,7 +132,8 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   std::unique_ptr<RpcHandler> handler_;
   const bool large_replies_;
   std::shared_ptr<Rpc> self_;  // until OnDone
-  bool had_request_ = false;   // set by reads, asked for when all is over
+  bool compressed_ = false;    // request_ is
+  bool reads_ended_ = false;   // set by reads, asked for when all is over: no request came any more
   grpc::ByteBuffer request_;   // of the read that is outstanding
   grpc::ByteBuffer reply_;     // of the write that is outstanding
 

@@ -24,6 +24,7 @@ WorkPool::~WorkPool() { Stop(); }
 
 absl::Status WorkPool::PostRequest(int64_t bytes, std::function<void()> work) {
   MutexLock lock(mutex_);
+  ++requests_;
   if (waiting_bytes_ + bytes > max_waiting_bytes_) {
     ++refused_;
     return QuotaExceeded("transport.max_waiting_mib",
@@ -31,7 +32,6 @@ absl::Status WorkPool::PostRequest(int64_t bytes, std::function<void()> work) {
                                       " bytes of others; at most ", max_waiting_bytes_, " may"),
                          std::chrono::seconds(1));
   }
-  ++requests_;
   Push(bytes, {std::move(work), bytes});
   return absl::OkStatus();
 }

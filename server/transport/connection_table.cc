@@ -110,7 +110,8 @@ void ConnectionTable::Close(Connection& connection, Closed reason) {
   connection.peer().Ban(std::chrono::steady_clock::now());
   MutexLock lock(mutex_);
   for (const auto& [name, other] : connections_) {
-    if (&other->peer() == &connection.peer() && other->port() == connection.port()) other->Close();
+    if (&other->peer() != &connection.peer() || other->port() != connection.port()) continue;
+    if (other->Close()) Count(closed_[static_cast<size_t>(reason)]);
   }
 }
 

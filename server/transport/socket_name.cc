@@ -56,6 +56,10 @@ Parts PartsOf(const sockaddr_storage& storage) {
   return parts;
 }
 
+std::string HostName(const Parts& parts) {
+  return parts.v6 ? absl::StrCat("ipv6:%5B", parts.host, "%5D") : absl::StrCat("ipv4:", parts.host);
+}
+
 // As a range holds it.
 std::array<uint8_t, 16> BytesOf(const sockaddr_storage& storage) {
   std::array<uint8_t, 16> bytes = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff};
@@ -99,8 +103,25 @@ bool Begins(const std::array<uint8_t, 16>& address, const AddressRange& range) {
 
 std::string SocketName(const sockaddr_storage& address) {
   const Parts parts = PartsOf(address);
-  if (parts.v6) return absl::StrCat("ipv6:%5B", parts.host, "%5D:", parts.port);
-  return absl::StrCat("ipv4:", parts.host, ":", parts.port);
+  return absl::StrCat(HostName(parts), ":", parts.port);
+}
+
+std::string AddressName(absl::string_view text) {
+  if (text.size() >= INET6_ADDRSTRLEN || text.find('\0') != text.npos) return "";
+  const std::string host(text);
+  sockaddr_storage storage = {};
+  sockaddr_in v4 = {};
+  sockaddr_in6 v6 = {};
+  if (inet_pton(AF_INET, host.c_str(), &v4.sin_addr) == 1) {
+    v4.sin_family = AF_INET;
+    std::memcpy(&storage, &v4, sizeof(v4));
+  } else if (inet_pton(AF_INET6, host.c_str(), &v6.sin6_addr) == 1) {
+    v6.sin6_family = AF_INET6;
+    std::memcpy(&storage, &v6, sizeof(v6));
+  } else {
+    return "";
+  }
+  return HostName(PartsOf(storage));
 }
 
 std::string PeerName(const sockaddr_storage& address) {

@@ -17,6 +17,9 @@ namespace dejavu {
 // As gRPC names a call's peer: "ipv4:127.0.0.1:4711", "ipv6:%5B::1%5D:4711".
 std::string SocketName(const sockaddr_storage& address);
 
+// The same of an IP address in text, without a port: "ipv4:203.0.113.7". Empty where it is none.
+std::string AddressName(absl::string_view text);
+
 // Whose connections are counted together: the IPv4 address, or the first 64 bits of the IPv6 address, which is what one
 // customer of a provider has at least.
 std::string PeerName(const sockaddr_storage& address);

@@ -21,6 +21,7 @@ import http2
 from certificates import Authority
 from conftest import BIN, PATIENCE_S, ROOT, Daemon, until
 from hardening import MOST_GROWTH_MIB, resident_mib, start_attack
+from log_lines import lines_of, poll
 from proxy import Proxy
 from test_security import TENANTS, bearer, metric, secret, shown_certificate, token_lines
 
@@ -118,6 +119,16 @@ def test_health_passes_and_probes_ask_through_the_daemons_own_port(front):
             watch.cancel()
     with grpc.insecure_channel(front.proxy.health_address) as channel:
         assert refusal(lambda: channel.unary_unary(SERVICE + "GetModelInfo")(b"", timeout=PATIENCE_S))[0] == Code.UNIMPLEMENTED
+
+
+def test_the_daemons_log_names_the_client(front):
+    """By the proxy's word: what the client says of itself is dropped."""
+    before = len(lines_of(front.daemon))
+    with http2.Connection(front.address, source="127.0.0.2") as peer:
+        told = [("x-forwarded-for", "203.0.113.7"), ("x-forwarded-for", "203.0.113.8"), ("forwarded", "for=203.0.113.9")]
+        assert peer.outcome(peer.call(SERVICE + "GetModelInfo", b"", told)).code == 0
+    line = poll(lambda: [line for line in lines_of(front.daemon)[before:] if line.get("method") == "GetModelInfo"], front.daemon.log)[0]
+    assert line["peer"] == "ipv4:127.0.0.2"
 
 
 def test_deadlines_reach_the_daemon(front):

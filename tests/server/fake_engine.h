@@ -3,6 +3,7 @@
 #define TESTS_SERVER_FAKE_ENGINE_H_
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <string>
 #include <utility>
@@ -32,6 +33,7 @@ class FakeEngine final : public Engine {
   StepTrace steps;
   // What it heard.
   Request request;
+  std::array<int, kRefusals> refused = {};
 
   const ModelShape& model() const override { return config; }
   std::string backend_description() const override { return "fake"; }
@@ -49,6 +51,7 @@ class FakeEngine final : public Engine {
     for (const auto& sink : sinks) sink->OnFinish(finish);
     return 1;
   }
+  void CountRefused(Refusal reason, int samples) override { refused[static_cast<size_t>(reason)] += samples; }
   void Cancel(uint64_t /*id*/) override {}
   void Drain(bool /*refuse_waiting*/) override {}
   bool WaitIdle(SteadyTime /*deadline*/) override { return true; }

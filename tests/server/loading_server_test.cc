@@ -145,16 +145,20 @@ TEST_F(LoadingServer, CallsACallWithoutAMessageInvalid) {
 TEST_F(LoadingServer, RefusesMessagesThatAreTooLarge) {
   const grpc::Status status = RawCall(channel_, std::string("/") + kService + "/Abort", std::string(5 << 20, 'x'));
   EXPECT_EQ(status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_EQ(status.error_message(),
+            "the request has 5242880 bytes; at most 4194304 are taken (transport.max_message_bytes)");
+  EXPECT_TRUE(HasDetail(status, "ErrorInfo"));
 }
 
-TEST_F(LoadingServer, RefusesCompressedMessages) {
+TEST_F(LoadingServer, ReadsCompressedMessages) {
   grpc::ClientContext context;
   context.set_compression_algorithm(GRPC_COMPRESS_GZIP);
   v1::AbortRequest request;
-  request.set_request_id(std::string(100'000, 'x'));
+  request.set_request_id(std::string(120, 'x'));
   v1::AbortResponse response;
-  EXPECT_EQ(v1::GenerationService::NewStub(channel_)->Abort(&context, request, &response).error_code(),
-            grpc::StatusCode::UNIMPLEMENTED);
+  const grpc::Status status = v1::GenerationService::NewStub(channel_)->Abort(&context, request, &response);
+  EXPECT_TRUE(status.ok()) << status.error_message();
+  EXPECT_FALSE(response.found());
 }
 
 TEST_F(LoadingServer, FindsNoRequestToAbort) {

@@ -36,6 +36,22 @@ TEST(SocketName, IsWhatGrpcCallsAPeer) {
   EXPECT_EQ(SocketName(V6("::ffff:10.1.2.3", 4711)), "ipv4:10.1.2.3:4711");
 }
 
+TEST(AddressName, IsTheSameWithoutAPort) {
+  EXPECT_EQ(AddressName("10.1.2.3"), "ipv4:10.1.2.3");
+  EXPECT_EQ(AddressName("2001:DB8:0::7"), "ipv6:%5B2001:db8::7%5D");
+  EXPECT_EQ(AddressName("::ffff:10.1.2.3"), "ipv4:10.1.2.3");
+}
+
+TEST(AddressName, IsEmptyForWhatIsNoAddress) {
+  for (const std::string& text :
+       {std::string(), std::string("unknown"), std::string("10.1.2.3:80"), std::string("10.1.2"),
+        std::string("10.1.2.256"), std::string("[::1]"), std::string("fe80::1%eth0"), std::string(" 10.1.2.3"),
+        std::string("10.1.2.3\n"), std::string("10.1.2.3\0", 9), std::string("::ffff:10.1.2.3/96"),
+        std::string(5000, '1')}) {
+    EXPECT_EQ(AddressName(text), "") << text;
+  }
+}
+
 TEST(PeerName, PutsTheAddressesOfOneSiteTogether) {
   EXPECT_EQ(PeerName(V4("10.1.2.3", 1)), PeerName(V4("10.1.2.3", 2)));
   EXPECT_NE(PeerName(V4("10.1.2.3", 1)), PeerName(V4("10.1.2.4", 1)));
