@@ -33,8 +33,10 @@ constexpr int kWindow = 12;
 constexpr int kUpRow = (kHidden + 1) * kFloat, kDownRow = kHidden * kFloat, kDownBias = kHidden * kFloat;
 constexpr int kDenseMlp = kFfn * (kUpRow + kDownRow) + kDownBias;
 
-std::unique_ptr<ModelRunner> RunnerFor(const std::string& model, int slots, int max_rows, int window) {
+std::unique_ptr<ModelRunner> RunnerFor(const std::string& model, int slots, int max_rows, int window,
+                                       const std::string& kv_dtype = "fp16") {
   ModelRunner::Options options;
+  options.kv_dtype = kv_dtype;
   options.model = model;
   options.threads = 1;
   options.slots = slots;
@@ -112,12 +114,12 @@ TEST(Evaluation, PerplexityIsThatOfTransformers) {
         for (size_t v = 0; v < vocab; ++v) sum += std::exp(double{logits[v]});
         loss += std::log(sum) - logits[golden.prompt[i + 1]];
       }
-      const auto runner = RunnerFor(CheckpointPath(name), 1, 5, tokens);
+      const auto runner = RunnerFor(CheckpointPath(name), 1, 5, tokens, "fp32");
       const auto evaluation = Evaluate(*runner, nullptr, golden.prompt, {{Tier::kDense}, false}, nullptr);
       ASSERT_TRUE(evaluation.ok()) << evaluation.status();
       EXPECT_EQ(evaluation->tokens, tokens - 1);
       const double expected = std::exp(loss / (tokens - 1));
-      EXPECT_NEAR(evaluation->tiers[0].perplexity, expected, 2e-4 * expected) << name << ", " << tokens << " tokens";
+      EXPECT_NEAR(evaluation->tiers[0].perplexity, expected, 2e-5 * expected) << name << ", " << tokens << " tokens";
     }
   }
 }
