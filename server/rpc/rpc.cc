@@ -279,14 +279,14 @@ void Rpc::OnReadDone(bool ok) {
   if (compressed_) bytes *= kUsualInflation;
   {
     MutexLock lock(mutex_);
-    request_in_pool_ = InPool::kWaits;
+    waits_for_pool_ = true;
   }
   const absl::Status posted =
       workers_.pool->PostRequest(bytes, [self = shared_from_this()] { self->HandleRequestInPool(); });
   if (posted.ok()) return;
   {
     MutexLock lock(mutex_);
-    request_in_pool_ = InPool::kNo;
+    waits_for_pool_ = false;
   }
   End(posted);
 }
@@ -294,20 +294,16 @@ void Rpc::OnReadDone(bool ok) {
 void Rpc::HandleRequestInPool() {
   {
     MutexLock lock(mutex_);
-    if (request_in_pool_ != InPool::kWaits || finished_ || forced_end_.has_value()) {
-      request_in_pool_ = InPool::kNo;
-      return;
-    }
-    request_in_pool_ = InPool::kRuns;
+    if (!std::exchange(waits_for_pool_, false) || finished_ || forced_end_.has_value()) return;
+    ++in_pool_;
   }
   HandleRequest();
-  bool done = false;
+  bool last = false;
   {
     MutexLock lock(mutex_);
-    request_in_pool_ = InPool::kNo;
-    done = done_;
+    last = --in_pool_ == 0 && done_;
   }
-  if (done) Complete();
+  if (last) Complete();
 }
 
 void Rpc::HandleRequest() {
@@ -351,8 +347,9 @@ void Rpc::OnDone() {
   {
     MutexLock lock(mutex_);
     done_ = true;
-    if (request_in_pool_ == InPool::kRuns) return;  // the pool's thread completes the call
-    request_in_pool_ = InPool::kNo;                 // what waits there will find nothing to do
+    cancelled_ = context_->IsCancelled();
+    waits_for_pool_ = false;   // what waits there will find nothing to do
+    if (in_pool_ > 0) return;  // the pool's last thread completes the call
   }
   Complete();
 }
@@ -363,13 +360,15 @@ void Rpc::Complete() {
   handler_.reset();
   grpc::StatusCode code = grpc::StatusCode::UNKNOWN;
   SteadyTime::duration stall = {};
+  bool cancelled = false;
   {
     MutexLock lock(mutex_);
+    cancelled = cancelled_;
     code = code_;
     stall = stall_;
   }
   // A client that has half-closed hears why the call ended; else it has gone, which gRPC may tell a moment later.
-  if (reads_ended_ && context_->IsCancelled()) code = static_cast<grpc::StatusCode>(HasGone().code());
+  if (reads_ended_ && cancelled) code = static_cast<grpc::StatusCode>(HasGone().code());
   report_->EndCall(code, stall, std::move(source));
   self_.reset();
 }

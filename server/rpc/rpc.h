@@ -138,13 +138,15 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   grpc::ByteBuffer reply_;     // of the write that is outstanding
 
   Mutex mutex_;
-  bool busy_ ABSL_GUARDED_BY(mutex_) = false;    // a write is outstanding, or a thread is in Pump
-  bool again_ ABSL_GUARDED_BY(mutex_) = false;   // the thread in Pump shall ask the handler once more
-  bool queued_ ABSL_GUARDED_BY(mutex_) = false;  // in the writer's or the pool's queue
-  enum class InPool { kNo, kWaits, kRuns };
-  InPool request_in_pool_ ABSL_GUARDED_BY(mutex_) = InPool::kNo;
-  bool done_ ABSL_GUARDED_BY(mutex_) = false;      // OnDone has come
-  bool finished_ ABSL_GUARDED_BY(mutex_) = false;  // gRPC has been told the end: it may call OnDone at any moment
+  bool busy_ ABSL_GUARDED_BY(mutex_) = false;            // a write is outstanding, or a thread is in Pump
+  bool again_ ABSL_GUARDED_BY(mutex_) = false;           // the thread in Pump shall ask the handler once more
+  bool queued_ ABSL_GUARDED_BY(mutex_) = false;          // in the writer's or the pool's queue
+  bool waits_for_pool_ ABSL_GUARDED_BY(mutex_) = false;  // a request does
+  // Of its threads, in HandleRequest: a stream's reply may bring the next request before the last one's thread is out.
+  int in_pool_ ABSL_GUARDED_BY(mutex_) = 0;
+  bool done_ ABSL_GUARDED_BY(mutex_) = false;       // OnDone has come: context_ may be gone
+  bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;  // as context_ said then
+  bool finished_ ABSL_GUARDED_BY(mutex_) = false;   // gRPC has been told the end: it may call OnDone at any moment
   std::optional<absl::Status> forced_end_ ABSL_GUARDED_BY(mutex_);
   grpc::StatusCode code_ ABSL_GUARDED_BY(mutex_) = grpc::StatusCode::UNKNOWN;  // that gRPC has been told
   SteadyTime stalled_since_ ABSL_GUARDED_BY(mutex_);  // a reply is ready and a write outstanding; SteadyTime(): not so

@@ -228,7 +228,6 @@ def test_unknown_methods_and_services_are_unimplemented(daemon):
     (lambda r: r.token_ids.ids.append(8192), "token_ids", "8192"),
     (lambda r: r.token_ids.ids.extend([5] * 10000), "token_ids", "512"),
     (lambda r: r.ClearField("token_ids"), "prompt", ""),
-    (lambda r: setattr(r, "text", ""), "text", ""),
 ])
 def test_a_bad_field_is_named_with_its_value_or_limit(daemon, change, field, part):
     request = daemon.request([2, 100], 5)

@@ -361,6 +361,18 @@ def test_group_9_encodings(daemon, api):
     daemon.expect_idle()
 
 
+def test_group_10_streams_of_large_requests(daemon):
+    """Each goes through the pool, whose thread may still be at one when the client has its reply, sends the next, or ends."""
+    large = part(4, "x" * 20_000)  # an unknown symbol
+    rounds, streams = 40, 8
+    with grpc.insecure_channel(daemon.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        call = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+        for _ in range(rounds):
+            for replies in [call(iter([large] * 3), timeout=PATIENCE_S) for _ in range(streams)]:
+                assert len(list(replies)) == 3
+    daemon.expect_idle()
+
+
 def test_group_10_the_other_methods(daemon):
     """In the place of KServe's protocol, which is not spoken: its methods are unknown, and those that we have get nonsense."""
     oip = "/inference.GRPCInferenceService/"
