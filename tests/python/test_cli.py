@@ -229,6 +229,8 @@ def test_tokens_go_to_text_and_back(daemon):
     flag = ",".join(map(str, ids))
     assert json.loads(succeed(daemon, "detokenize", "--token-ids", flag, "--json")) == {"text": "Hello, wörld"}
     assert succeed(daemon, "detokenize", "--token-ids", flag, "--keep-special") == "</s>Hello, wörld\n"
+    ids_of = lambda *flags: json.loads(succeed(daemon, "tokenize", "--prompt", "one</s>two", "--json", *flags))["token_ids"]  # noqa: E731
+    assert ids_of().count(ids[0]) == 1 and ids_of("--parse-special").count(ids[0]) == 2
 
 
 def test_info_tells_of_server_and_model(daemon):
