@@ -68,12 +68,15 @@ absl::Status CallSlot::Check() const {
 }
 
 absl::Status CallSlot::TakeMessage(size_t bytes) {
-  if (static_cast<int64_t>(bytes) > max_message_bytes()) {
-    return MessageTooLarge(absl::StrCat("has ", bytes, " bytes"), max_message_bytes());
-  }
-  if (has_message_.exchange(true)) return absl::OkStatus();  // a stream of requests: only its first one is awaited
-  if (connection_ != nullptr) connection_->TakeMessage(bytes);
-  return absl::OkStatus();
+  const bool too_large = static_cast<int64_t>(bytes) > max_message_bytes();
+  // One that is too large has come like any other, or its connection would be closed for its bytes, with all that runs
+  // on it; but not from those who send nothing else.
+  const bool believed =
+      !too_large || connection_ == nullptr || connection_->peer().TakeBrokenMessage(std::chrono::steady_clock::now());
+  // Of a stream of requests only the first one is awaited.
+  if (believed && !has_message_.exchange(true) && connection_ != nullptr) connection_->TakeMessage(bytes);
+  if (!too_large) return absl::OkStatus();
+  return MessageTooLarge(absl::StrCat("has ", bytes, " bytes"), max_message_bytes());
 }
 
 absl::Status CallSlot::Hold(int64_t bytes) {
