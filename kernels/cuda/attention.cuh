@@ -53,13 +53,12 @@ class CacheOf {
   }
 
   DJ_DEVICE void Store(int position) const {
-    int beyond = 0;
+#pragma unroll 1
     for (int d = Thread(); d < p_.head_dim; d += kBlockThreads) {
       const float key = Own(position, 1)[d], value = Own(position, 2)[d];
-      beyond += StoreKv(Key(position) + d * p_.block_tokens, key);
-      beyond += StoreKv(Value(position) + d, value);
+      const int beyond = StoreKv(Key(position) + d * p_.block_tokens, key) + StoreKv(Value(position) + d, value);
+      CountSaturated(p_, row_, beyond);
     }
-    CountSaturated(p_, row_, beyond);
   }
 
  private:
