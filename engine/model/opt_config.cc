@@ -65,6 +65,7 @@ class Fields {
     const auto add = [&](const json& id) {
       if (!id.is_number_integer() || (id.is_number_unsigned() && id.get<uint64_t>() > INT64_MAX)) return false;
       const auto token = id.get<int64_t>();
+      if (tokens.size() > kMostEndTokens) return true;  // there are too many, and each is looked for among all
       const bool is_new = std::find(tokens.begin(), tokens.end(), token) == tokens.end();
       if (token >= 0 && token < vocab && is_new) tokens.push_back(static_cast<int32_t>(token));
       return true;
@@ -74,7 +75,7 @@ class Fields {
     if (!field.is_array() || !std::all_of(field.begin(), field.end(), add)) {
       Refuse(name, field, "an integer, a list of integers or null is needed");
     } else if (tokens.size() > kMostEndTokens) {
-      Refuse(name, field, absl::StrCat("a list of ", tokens.size(), " tokens; ", kMostEndTokens, " are supported"));
+      Refuse(name, field, absl::StrCat("a list of more than ", kMostEndTokens, " tokens, the most that are supported"));
     }
     return tokens;
   }

@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/types/span.h"
 #include "engine/load/loaded_model.h"
 #include "engine/planning/memory_plan.h"
 #include "engine/serving/step_engine.h"
@@ -49,8 +50,12 @@ void WarnOf(const std::string& model, const OptConfig& config, const OptWeights&
         model);
   }
   if (!config.unused_settings.empty()) {
-    spdlog::warn("{}/generation_config.json: {} without effect: requests say how tokens are chosen", model,
-                 absl::StrJoin(config.unused_settings, ", "));
+    constexpr size_t kShown = 16;
+    const auto& names = config.unused_settings;
+    const auto shown = absl::MakeConstSpan(names).first(std::min(names.size(), kShown));
+    spdlog::warn("{}/generation_config.json: {}{} without effect: requests say how tokens are chosen", model,
+                 absl::StrJoin(shown, ", "),
+                 names.size() > kShown ? absl::StrCat(" and ", names.size() - kShown, " more") : "");
   }
 }
 

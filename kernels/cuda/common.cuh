@@ -86,7 +86,9 @@ DJ_DEVICE void Split(float x, uint16_t& high, uint16_t& low, Half) {
   constexpr uint16_t kInfinity = 0x7C00, kMost = 0x7BFF, kNaN = 0x7E00;
   high = FloatToHalf(x);
   low = 0;
-  if ((high & 0x7FFF) == kInfinity && fabsf(x) <= 3e38f) high = static_cast<uint16_t>((high & 0x8000) | kMost);
+  if ((high & 0x7FFF) == kInfinity && fabsf(x) <= 3.402823466e38f) {
+    high = static_cast<uint16_t>((high & 0x8000) | kMost);
+  }
   if ((high & 0x7FFF) < kInfinity) low = FloatToHalf(x - HalfToFloat(high));
   if ((low & 0x7FFF) == kInfinity) high = kNaN;
 }

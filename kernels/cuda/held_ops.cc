@@ -124,7 +124,8 @@ bool HeldOps::TakeWriteKv(const KvRows& rows) {
                     write_kv_->kv.values == rows.kv.values && SameView(write_kv_->qkv, rows.qkv) &&
                     SameView(write_kv_->rows.positions, rows.rows.positions) &&
                     SameView(write_kv_->rows.sequences, rows.rows.sequences) &&
-                    SameView(write_kv_->rows.block_table, rows.rows.block_table);
+                    SameView(write_kv_->rows.block_table, rows.rows.block_table) &&
+                    SameView(write_kv_->rows.saturated, rows.rows.saturated);
   if (held) write_kv_.reset();
   return held;
 }

@@ -70,9 +70,9 @@ absl::Status CallSlot::Check() const {
 absl::Status CallSlot::TakeMessage(size_t bytes) {
   const bool too_large = static_cast<int64_t>(bytes) > max_message_bytes();
   // One that is too large has come like any other, or its connection would be closed for its bytes, with all that runs
-  // on it; but not from those who send nothing else.
-  const bool believed =
-      !too_large || connection_ == nullptr || connection_->peer().TakeBrokenMessage(std::chrono::steady_clock::now());
+  // on it; but of one peer not too many, unless others stand behind it.
+  const bool believed = !too_large || connection_ == nullptr || connection_->peer().gateway() ||
+                        connection_->peer().TakeBrokenMessage(std::chrono::steady_clock::now());
   // Of a stream of requests only the first one is awaited.
   if (believed && !has_message_.exchange(true) && connection_ != nullptr) connection_->TakeMessage(bytes);
   if (!too_large) return absl::OkStatus();

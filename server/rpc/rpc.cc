@@ -211,21 +211,20 @@ bool Rpc::TakeReply(std::optional<absl::Status>* end) {
 }
 
 void Rpc::EndIfWaiting(SteadyTime now, const CallTimeouts& timeouts) {
+  constexpr char kStalled[] = "the client takes nothing";
   bool no_request = false, stalled = false;
   {
     MutexLock lock(mutex_);
     no_request = reading_since_ != SteadyTime() && now - reading_since_ > timeouts.request;
-    stalled = writing_since_ != SteadyTime() && now - writing_since_ > timeouts.stall;
+    stalled = !done_ && writing_since_ != SteadyTime() && now - writing_since_ > timeouts.stall;
+    if (stalled) {
+      forced_end_ = absl::ResourceExhaustedError(kStalled);  // what the client hears, for the report
+      code_ = grpc::StatusCode::RESOURCE_EXHAUSTED;          // also where its end stood behind the reply
+    }
   }
   if (stalled) {
-    constexpr char kWords[] = "the client takes nothing";
-    {
-      MutexLock lock(mutex_);
-      forced_end_ = absl::ResourceExhaustedError(kWords);  // what the client hears, for the report
-      code_ = grpc::StatusCode::RESOURCE_EXHAUSTED;        // also where its end stood behind the reply
-    }
     // Only so does gRPC give up a write.
-    grpc_call_cancel_with_status(call_, GRPC_STATUS_RESOURCE_EXHAUSTED, kWords, nullptr);
+    grpc_call_cancel_with_status(call_, GRPC_STATUS_RESOURCE_EXHAUSTED, kStalled, nullptr);
   } else if (no_request) {
     End(absl::DeadlineExceededError(
         absl::StrCat("no request message came within transport.request_timeout_s, ",
@@ -276,7 +275,10 @@ void Rpc::OnReadDone(bool ok) {
   }
   compressed_ = IsCompressed(request_);
   if (!compressed_ && bytes <= kSmallRequestBytes) return HandleRequest();
-  if (compressed_) bytes *= kUsualInflation;
+  // After what is small and after replies, whatever it says that it is.
+  if (compressed_) {
+    bytes = std::max({bytes, std::min(bytes * kUsualInflation, slot_->max_message_bytes()), kReplyRank + 1});
+  }
   {
     MutexLock lock(mutex_);
     waits_for_pool_ = true;
@@ -307,8 +309,11 @@ void Rpc::HandleRequestInPool() {
 }
 
 void Rpc::HandleRequest() {
-  const absl::Status status = compressed_ ? HandleDecompressed() : handler_->OnRequest(shared_from_this(), request_);
-  request_.Clear();
+  // Once the handler has a reply, the next read may begin.
+  grpc::ByteBuffer bytes;
+  bytes.Swap(&request_);
+  const absl::Status status = compressed_ ? HandleDecompressed(bytes) : handler_->OnRequest(shared_from_this(), bytes);
+  bytes.Clear();
   if (status.ok()) {
     Pump();
   } else {
@@ -316,8 +321,8 @@ void Rpc::HandleRequest() {
   }
 }
 
-absl::Status Rpc::HandleDecompressed() {
-  ASSIGN_OR_RETURN(const grpc::ByteBuffer whole, Decompress(request_, slot_->max_message_bytes()));
+absl::Status Rpc::HandleDecompressed(const grpc::ByteBuffer& bytes) {
+  ASSIGN_OR_RETURN(const grpc::ByteBuffer whole, Decompress(bytes, slot_->max_message_bytes()));
   return handler_->OnRequest(shared_from_this(), whole);
 }
 

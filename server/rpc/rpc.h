@@ -105,7 +105,7 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
 
   // The request that has been read, by the handler; decompressed first, if need be.
   void HandleRequest();
-  absl::Status HandleDecompressed();
+  absl::Status HandleDecompressed(const grpc::ByteBuffer& bytes);
   void HandleRequestInPool();
   // After the last callback of gRPC, and of the pool.
   void Complete();

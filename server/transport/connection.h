@@ -42,7 +42,7 @@ class Peer {
   // anybody needs.
   bool TakeCancel(SteadyTime now, double cancels);
 
-  // A call whose message was begun and never became whole, as one that gRPC finds too large. False: there were too many
+  // A call whose message was begun and never became whole, or was too large. False: there were too many
   // to believe that, and for a while nobody believes that messages of this peer are under way.
   bool TakeBrokenMessage(SteadyTime now);
   bool distrusted(SteadyTime now) const {

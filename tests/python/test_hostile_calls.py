@@ -100,7 +100,7 @@ def test_group_8_headers(gateway):
     digits = lambda version, trace, span, flags: f"{version}-{trace * 32}-{span * 16}-{flags}"  # noqa: E731
     table = {
         # Units are H, M, S, m, u and n, after at most eight digits. gRPC takes what it cannot read for no deadline.
-        "DEADLINE_EXCEEDED": {f"timeout {text!r}": call(timeout=text) for text in ("0n", "1n", "0S", "0H", "00000000u")},
+        "DEADLINE_EXCEEDED": {f"timeout {text!r}": call(timeout=text) for text in ("0n", "0S", "0H", "00000000u")},
         "OK": {
             **{f"timeout {text!r}": call(timeout=text) for text in (
                 "1H", "99999999H", "99999999M", "99999999S", "60000000u", "30S", "60000m", " 60S", "-1S", "1x", "S", "1.5S", "999999999999S",

@@ -14,7 +14,8 @@ namespace dejavu {
 // Calls use(first, last) for parts of 0 ... count on DefaultThreads().
 template <typename Use>
 void InParallel(int64_t count, const Use& use) {
-  const int64_t threads = std::clamp<int64_t>(DefaultThreads().count, 1, std::max<int64_t>(count, 1));
+  static const int64_t worth_it = DefaultThreads().count;  // which reads files
+  const int64_t threads = std::clamp<int64_t>(worth_it, 1, std::max<int64_t>(count, 1));
   std::vector<std::jthread> others;  // joined where one of them cannot be started, too
   for (int64_t t = 1; t < threads; ++t) {
     others.emplace_back([&, t] { use(count * t / threads, count * (t + 1) / threads); });
