@@ -73,8 +73,10 @@ absl::Status CallSlot::TakeMessage(size_t bytes) {
   // on it; but of one peer not too many, unless others stand behind it.
   const bool believed = !too_large || connection_ == nullptr || connection_->peer().gateway() ||
                         connection_->peer().TakeBrokenMessage(std::chrono::steady_clock::now());
-  // Of a stream of requests only the first one is awaited.
-  if (believed && !has_message_.exchange(true) && connection_ != nullptr) connection_->TakeMessage(bytes);
+  if (believed) {
+    const bool first = !has_message_.exchange(true);
+    if (connection_ != nullptr) connection_->TakeMessage(bytes, /*awaited=*/first);
+  }
   if (!too_large) return absl::OkStatus();
   return MessageTooLarge(absl::StrCat("has ", bytes, " bytes"), max_message_bytes());
 }

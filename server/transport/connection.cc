@@ -80,10 +80,10 @@ void Connection::BeginCall(size_t metadata_bytes) {
   explained_.fetch_add(kCallBytes + 2 * static_cast<int64_t>(metadata_bytes), std::memory_order_relaxed);
 }
 
-void Connection::TakeMessage(size_t bytes) {
+void Connection::TakeMessage(size_t bytes, bool awaited) {
   // TLS and HTTP/2 put 29 and 9 bytes around every frame, which may be as small as the client likes.
   explained_.fetch_add(2 * static_cast<int64_t>(bytes), std::memory_order_release);
-  awaiting_.fetch_sub(1, std::memory_order_release);
+  if (awaited) awaiting_.fetch_sub(1, std::memory_order_release);
   had_message_.store(true, std::memory_order_relaxed);
 }
 

@@ -83,9 +83,10 @@ class Connection {
   Peer& peer() const { return *peer_; }
   int fd() const { return fd_; }
 
-  // A call with so many bytes of metadata has begun, its message has come, it is over.
+  // A call with so many bytes of metadata has begun, its message has come, it is over. Of a stream of requests only the
+  // first one was awaited.
   void BeginCall(size_t metadata_bytes);
-  void TakeMessage(size_t bytes);
+  void TakeMessage(size_t bytes, bool awaited = true);
   // Without a message the bytes of one that was too large are explained, if the peer does not do that often.
   void EndCall(bool had_message, int64_t message_bytes, SteadyTime now);
   int open_calls() const { return open_calls_.load(std::memory_order_relaxed); }
