@@ -13,7 +13,7 @@ namespace {
 
 constexpr std::chrono::seconds kPeerMemory(60);
 // Of a peer while memory is short: who has done nothing gets in.
-constexpr int kConnectionsInNeed = 2;
+constexpr int kConnectionsInNeed = 4;
 
 }  // namespace
 
