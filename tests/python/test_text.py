@@ -5,22 +5,15 @@ import grpc
 import pytest
 
 from conftest import MODEL, PATIENCE_S
+from test_hostile_files import folder_with
 from test_lifecycle import run_daemon
 
 END = 2  # </s>
 
 
-def folder_with(folder, **files):
-    """The embedded model with other files: `tokenizer_config__json` is tokenizer_config.json, None removes one."""
-    folder.mkdir()
-    files = {name.replace("__", "."): content for name, content in files.items()}
-    for path in MODEL.iterdir():
-        if path.name not in files:
-            (folder / path.name).symlink_to(path)
-    for name, content in files.items():
-        if content is not None:
-            (folder / name).write_text(json.dumps(content))
-    return folder
+def model_with(folder, **files):
+    """The embedded model with other files, as JSON."""
+    return folder_with(folder, MODEL, **{name: json.dumps(content).encode() for name, content in files.items()})
 
 
 def forced(request, *ids):
@@ -80,7 +73,7 @@ def test_the_output_continues_a_character_that_the_prompt_begins(daemon, api):
 
 def test_a_tokenizer_that_is_larger_than_the_model_is_named_at_start(start, api, tmp_path):
     config = json.loads((MODEL / "tokenizer_config.json").read_text())
-    model = folder_with(tmp_path / "larger", tokenizer_config__json=config | {"mask_token": "<mask>"})
+    model = model_with(tmp_path / "larger", tokenizer_config__json=config | {"mask_token": "<mask>"})
     daemon = start(model=model)
     assert "tokens that the model lacks, whose ids are below 8192: <mask> (8192);" in daemon.log()
     request = api.pb.GenerateRequest(text="a <mask>")
@@ -94,7 +87,7 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_named_at_start(start, api,
 
     tokenizer = json.loads((MODEL / "tokenizer.json").read_text())
     tokenizer["post_processor"]["special_tokens"]["</s>"]["ids"] = [8192]
-    broken = folder_with(tmp_path / "broken", tokenizer__json=tokenizer)
+    broken = model_with(tmp_path / "broken", tokenizer__json=tokenizer)
     done = run_daemon("--model", str(broken), "--listen", "127.0.0.1:0")
     assert done.returncode == 1 and "puts token id 8192 around each prompt" in done.stderr, done
 
@@ -103,7 +96,7 @@ def test_ids_that_no_token_has_are_never_sampled(start, api, tmp_path):
     tokenizer = json.loads((MODEL / "tokenizer.json").read_text())
     kept = {token: i for token, i in tokenizer["model"]["vocab"].items() if i < 300 or i == 8191}
     tokenizer["model"] |= {"vocab": kept, "merges": []}
-    daemon = start(model=folder_with(tmp_path / "holes", tokenizer__json=tokenizer))
+    daemon = start(model=model_with(tmp_path / "holes", tokenizer__json=tokenizer))
     request = daemon.request([2, 100, 200], 100)
     request.stopping.ignore_eos = True
     ids = daemon.stub.Generate(request, timeout=PATIENCE_S).token_ids
