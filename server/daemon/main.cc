@@ -39,6 +39,7 @@ namespace dejavu {
 namespace {
 
 constexpr int kEngineCheckMs = 500;
+constexpr unsigned kEndS = 10;
 constexpr size_t kMaxTerminationBytes = 4000;  // Kubernetes reads 4096
 
 enum ExitCode { kDrained = 0, kCannotStart = 1, kEngineFailed = 3, kCutOff = 4 };
@@ -193,6 +194,16 @@ int Follow(const Config& config) {
   _exit(kEngineFailed);  // MPI cannot be ended without the others
 }
 
+// What is left is to take the server down, and gRPC 1.51 waits there for good for a thread that the system refused to
+// start. A signal needs neither memory nor a thread.
+int EndSoon(int exit_code) {
+  static volatile sig_atomic_t code;
+  code = exit_code;
+  signal(SIGALRM, [](int) { _exit(code); });
+  alarm(kEndS);
+  return exit_code;
+}
+
 class Daemon {
  public:
   explicit Daemon(Config config) : config_(std::move(config)) {}
@@ -206,6 +217,7 @@ class Daemon {
   };
   Woken WaitFor(const Event& event, int timeout_ms, Server* server);
 
+  int LoadAndServe(Server* server);
   std::optional<int> Load(Server* server);
   int Serve(Server* server);
   int Drain(Server* server);
@@ -237,8 +249,12 @@ int Daemon::Run() {
   if ((*server)->admin_port() != 0) {
     spdlog::info("operators are listened to on {} (port {})", config_.server.admin_listen, (*server)->admin_port());
   }
-  if (const std::optional<int> exit_code = Load(server->get())) return *exit_code;
-  return Serve(server->get());
+  return EndSoon(LoadAndServe(server->get()));
+}
+
+int Daemon::LoadAndServe(Server* server) {
+  const std::optional<int> exit_code = Load(server);
+  return exit_code.has_value() ? *exit_code : Serve(server);
 }
 
 Daemon::Woken Daemon::WaitFor(const Event& event, int timeout_ms, Server* server) {
