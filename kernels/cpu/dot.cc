@@ -26,23 +26,24 @@ static_assert(kGroupOutputs * kBlockRows * kLanes * int64_t{sizeof(float)} <= kS
 // with its rows of x and one vector of weights: 32 with AVX-512, else 16.
 constexpr int kTileRows = HWY_TARGET <= HWY_AVX3 ? 4 : 3;
 template <int kRows>
-constexpr int kOutputsOf = HWY_TARGET <= HWY_AVX3 ? (kRows == 4 ? 6 : 8)
+constexpr int kOutputsOf = HWY_TARGET <= HWY_AVX3 ? (kRows == 4 ? 4 : 8)
                                                   : (kRows == 1   ? 8
                                                      : kRows == 4 ? 2
                                                                   : 4);
 
-// A single row of x, long: it comes from memory, which gives fewer streams more.
-constexpr int64_t kLongInputs = 1024;
-constexpr int kLongOutputs = 4;
+// How many outputs further weights are fetched: the next tile's, and for one output what lies kStreamBytes ahead.
+template <int kOutputs>
+HWY_INLINE int64_t OutputsAhead(int64_t row_bytes) {
+  if (kOutputs > 1) return kOutputs;
+  return std::clamp<int64_t>((kStreamBytes + row_bytes - 1) / std::max<int64_t>(row_bytes, 1), 1, kGroupOutputs);
+}
 
-// Calls group.Outputs<kRows, n>(r, i) for tiles of n of the group's outputs.
-template <int kRows, typename Group>
+// Calls group.Outputs<kRows, n>(r, i) for tiles of n of the group's outputs. Up to kStreamRows of x meet one output
+// after the other: memory gives a single stream the most.
+template <int kRows, int kStreamRows, typename Group>
 HWY_INLINE void ForOutputTiles(const Group& group, int64_t r) {
+  constexpr int kOutputs = kRows <= kStreamRows ? 1 : kOutputsOf<kRows>;
   int64_t i = 0;
-  if (kRows == 1 && group.job.x.cols >= kLongInputs) {
-    for (; i + kLongOutputs <= group.count; i += kLongOutputs) group.template Outputs<kRows, kLongOutputs>(r, i);
-  }
-  constexpr int kOutputs = kOutputsOf<kRows>;
   for (; i + kOutputs <= group.count; i += kOutputs) group.template Outputs<kRows, kOutputs>(r, i);
   for (; i < group.count; ++i) group.template Outputs<kRows, 1>(r, i);
 }
@@ -63,7 +64,7 @@ struct DotBlock {
 
   template <int kRows>
   void Tile(int64_t r) const {
-    ForOutputTiles<kRows>(*this, r);
+    ForOutputTiles<kRows, 1>(*this, r);
   }
 
   template <int kRows, int kOutputs>
@@ -79,7 +80,8 @@ struct DotBlock {
         sum[a][o] = input == 0 ? hn::Zero(F32()) : hn::Load(F32(), kept + (o * kBlockRows + a) * kLanes);
       }
     }
-    DotTile<W, kRows, kOutputs>(w + i, r == 0 ? w + i + kOutputs : nullptr, x, inputs, sum);
+    const int64_t ahead = OutputsAhead<kOutputs>(inputs * static_cast<int64_t>(sizeof(W)));
+    DotTile<W, kRows, kOutputs>(w + i, r == 0 ? w + i + ahead : nullptr, x, inputs, sum);
     if (last) return Finish<kRows, kOutputs>(sum, row + r, i);
 #pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o) {
@@ -152,14 +154,15 @@ struct IntegerDot {
   const DotJob& job;
   int64_t first;  // the group's outputs in the list
   int64_t count;
+  int64_t last;  // of the list, for this thread
 
   const int8_t* Weights(int64_t i) const {
-    return job.w->weight.row<int8_t>(Output(job, first + std::min(i, count - 1)));
+    return job.w->weight.row<int8_t>(Output(job, std::min(first + i, last - 1)));
   }
 
   template <int kRows>
   void Tile(int64_t r) const {
-    ForOutputTiles<kRows>(*this, r);
+    ForOutputTiles<kRows, 2>(*this, r);
   }
 
   template <int kRows, int kOutputs>
@@ -168,7 +171,7 @@ struct IntegerDot {
     const int8_t* next[kOutputs];
     for (int o = 0; o < kOutputs; ++o) {
       w[o] = Weights(i + o);
-      next[o] = Weights(i + kOutputs + o);
+      next[o] = Weights(i + OutputsAhead<kOutputs>(job.x.cols) + o);
     }
     const int16_t* x[kRows];
     for (int a = 0; a < kRows; ++a) x[a] = job.quantized.q + (r + a) * job.quantized.stride;
@@ -190,7 +193,7 @@ struct IntegerDot {
 
 void IntegerDotProducts(const DotJob& job, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i += kGroupOutputs) {
-    ForRowTiles<kTileRows>(job.x.rows, IntegerDot{job, i, std::min(kGroupOutputs, last - i)});
+    ForRowTiles<kTileRows>(job.x.rows, IntegerDot{job, i, std::min(kGroupOutputs, last - i), last});
   }
 }
 

@@ -16,8 +16,7 @@
 HWY_BEFORE_NAMESPACE();
 namespace dejavu::cpu::HWY_NAMESPACE {
 
-constexpr int64_t kStreamInputs = 8;    // rows of weights that are read side by side, for few rows of x
-constexpr int64_t kStreamRows = 2;      // so few that memory binds; more spare visits to their accumulators
+constexpr int64_t kStreamRows = 2;      // so few that memory binds, which gives one row of weights after the other most
 constexpr int64_t kChunkInputs = 32;    // read side by side at most: even
 constexpr int64_t kBlockColumns = 256;  // of a block where the rows are several tiles
 constexpr int64_t kBlockRows = 64;      // rows of x whose accumulators for a block fit L2
@@ -148,7 +147,7 @@ struct SumBlock {
     constexpr int kUnits = std::max<int>(1, kVectorsOf<kRows> * kLanes / kUnit);
     int64_t c = first;
     for (; c + kUnits * kUnit <= last; c += kUnits * kUnit) {
-      if (r == 0) Fetch(c, kUnits * kUnit);
+      if (r == 0) Fetch<kRows <= kStreamRows>(c, kUnits * kUnit);
       Terms::template Tile<kRows, kUnits>(w, c, kUnit, x + r * kChunkInputs, inputs, sums + r * stride + c - first,
                                           stride);
     }
@@ -159,6 +158,7 @@ struct SumBlock {
   }
 
   // What will be read when `n` columns from `c` on have been.
+  template <bool kStream>
   HWY_INLINE void Fetch(int64_t c, int64_t n) const {
     if (next != nullptr) {
       const auto place = [&](int64_t column) { return (column - first) * next_bytes / (last - first); };
@@ -169,13 +169,19 @@ struct SumBlock {
     }
     using W = typename Terms::Weight;
     constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(W));
-    const int64_t ahead = std::min<int64_t>(kPrefetchBytes / sizeof(W), last - first);
+    const int64_t ahead = std::min<int64_t>((kStream ? kStreamBytes : kPrefetchBytes) / sizeof(W), last - first);
     const bool same = c + ahead < last;
     const int64_t at = same ? c + ahead : c + ahead - (last - first);
     const W* const* rows = same ? w : w + inputs;
     if (n < kLine && c % kLine != 0) return;
     for (int64_t i = 0; i < inputs; ++i) {
-      for (int64_t k = 0; k < n; k += kLine) Prefetch(rows[i] + at + k);
+      for (int64_t k = 0; k < n; k += kLine) {
+        if constexpr (kStream) {
+          PrefetchNear(rows[i] + at + k);
+        } else {
+          Prefetch(rows[i] + at + k);
+        }
+      }
     }
   }
 };
@@ -197,7 +203,7 @@ class SumRun {
   void Segment(int64_t first, int64_t last, int64_t c0, int64_t c1, int64_t r0, int64_t rows, float* sums,
                int64_t stride) {
     for (int64_t r = 0; r < rows; ++r) std::fill_n(sums + r * stride, Padded(c1 - c0), 0.0f);
-    const int64_t chunk = rows <= kStreamRows ? kStreamInputs : kChunkInputs;
+    const int64_t chunk = rows <= kStreamRows ? (kFloats ? 1 : 2) : kChunkInputs;
     const int64_t block = rows <= kTileRows ? c1 - c0 : kBlockColumns;
     for (int64_t i = first; i < last; i += chunk) {
       const int64_t n = std::min(chunk, last - i), even = n + n % 2;

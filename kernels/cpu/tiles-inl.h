@@ -21,6 +21,7 @@ using F32 = hn::ScalableTag<float>;
 using V = hn::Vec<F32>;
 constexpr int64_t kLanes = hn::MaxLanes(F32());
 constexpr int64_t kPrefetchBytes = 2048;
+constexpr int64_t kStreamBytes = 4096;  // ahead of a single row of x, for which weights are read one row after the other
 constexpr int64_t kLineBytes = 64;
 
 constexpr int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -54,6 +55,21 @@ HWY_INLINE float SumLanes(D /*d*/, hn::Vec<D> v) {
 // Into L2 only: rows lie a power of two apart and share the sets of L1, where what is fetched early would be lost
 // again.
 HWY_INLINE void Prefetch(const void* p) { __builtin_prefetch(p, /*write=*/0, /*locality=*/2); }
+
+// Into L1 as well: of a single stream little is lost there.
+HWY_INLINE void PrefetchNear(const void* p) { __builtin_prefetch(p, /*write=*/0, /*locality=*/3); }
+
+// What lies `ahead` of a place in a tile's weights; a tile of one output is a stream.
+template <int kOutputs>
+HWY_INLINE void PrefetchWeights(const void* p) {
+  if constexpr (kOutputs == 1) {
+    PrefetchNear(p);
+  } else {
+    Prefetch(p);
+  }
+}
+template <int kOutputs>
+constexpr int64_t kAheadBytes = kOutputs == 1 ? kStreamBytes : kPrefetchBytes;
 
 HWY_INLINE V Widen(const float* p) { return hn::LoadU(F32(), p); }
 
@@ -140,13 +156,15 @@ template <typename W, int kRows, int kOutputs>
 HWY_INLINE void DotTile(const W* const* w_list, const W* const* next, const float* const (&x)[kRows], int64_t n,
                         V (&sum)[kRows][kOutputs]) {
   constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(W));
-  const int64_t ahead = HWY_MIN(kPrefetchBytes / static_cast<int64_t>(sizeof(W)), n);
+  const int64_t ahead = HWY_MIN(kAheadBytes<kOutputs> / static_cast<int64_t>(sizeof(W)), n);
   const W* w[kOutputs];
   for (int o = 0; o < kOutputs; ++o) w[o] = w_list[o];
   int64_t k = 0;
   for (; k + kLine <= n; k += kLine) {
     if (next != nullptr) {
-      for (int o = 0; o < kOutputs; ++o) Prefetch(k + ahead < n ? w[o] + k + ahead : next[o] + (k + ahead - n));
+      for (int o = 0; o < kOutputs; ++o) {
+        PrefetchWeights<kOutputs>(k + ahead < n ? w[o] + k + ahead : next[o] + (k + ahead - n));
+      }
     }
     for (int64_t i = 0; i < kLine; i += kLanes) DotStep(w, x, k + i, sum);
   }
@@ -222,7 +240,7 @@ template <int kRows, int kOutputs>
 HWY_INLINE void IntegerDotTile(const int8_t* const (&w)[kOutputs], const int8_t* const* next,
                                const int16_t* const (&x)[kRows], int64_t first, int64_t n, int64_t inputs,
                                int32_t (&y)[kRows][kOutputs]) {
-  const int64_t ahead = HWY_MIN(kPrefetchBytes, inputs), end = first + n;
+  const int64_t ahead = HWY_MIN(kAheadBytes<kOutputs>, inputs), end = first + n;
   VI32 sum[kRows][kOutputs];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -238,7 +256,7 @@ HWY_INLINE void IntegerDotTile(const int8_t* const (&w)[kOutputs], const int8_t*
   for (; k + kLineBytes <= end; k += kLineBytes) {
     if (next != nullptr) {
       for (int o = 0; o < kOutputs; ++o) {
-        Prefetch(k + ahead < inputs ? w[o] + k + ahead : next[o] + (k + ahead - inputs));
+        PrefetchWeights<kOutputs>(k + ahead < inputs ? w[o] + k + ahead : next[o] + (k + ahead - inputs));
       }
     }
     for (int64_t i = 0; i < kLineBytes; i += kPairLanes) step(k + i);
