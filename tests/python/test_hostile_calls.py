@@ -356,23 +356,26 @@ def test_group_9_encodings(daemon, api):
     cases += [Case(name, method, message, code) for name, (message, code) in known.items() for method in ("Generate", "GenerateStream")]
     groups.run(daemon, 9, cases, at_least=130)
     # Each of those with a turned bit has an answer that is about the request, and none is our fault.
+    watched, seen = groups.Watched(daemon), {}
     for name, message in inputs.items():
         if name.startswith("bit"):
             code, words = groups.send(daemon, Case(name, "Generate", message, ""))
+            seen[code] = seen.get(code, 0) + 1
             assert code in ("OK", INVALID, "NOT_FOUND", "FAILED_PRECONDITION") and (code != "OK" or code_of(message) == "OK"), (name, code, words)
-    daemon.expect_idle()
+    watched.expect_sound(seen)
 
 
 def test_group_10_streams_of_large_requests(daemon):
     """Each goes through the pool, whose thread may still be at one when the client has its reply, sends the next, or ends."""
     large = part(4, "x" * 20_000)  # an unknown symbol
     rounds, streams = 40, 8
+    watched = groups.Watched(daemon)
     with grpc.insecure_channel(daemon.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
         call = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
         for _ in range(rounds):
             for replies in [call(iter([large] * 3), timeout=PATIENCE_S) for _ in range(streams)]:
                 assert len(list(replies)) == 3
-    daemon.expect_idle()
+    watched.expect_sound({"OK": rounds * streams})
 
 
 def test_group_10_the_other_methods(daemon):
