@@ -39,7 +39,7 @@ std::map<std::string, std::string> ProcessEnvironment() {
 
 struct Flags {
   std::string config_path;
-  bool check = false, print = false, version = false, help = false;
+  bool check = false, print = false, version = false, verbose = false, help = false;
   std::optional<PlanOptions> plan;
   std::map<std::string, std::string> values;  // by key
 };
@@ -52,7 +52,8 @@ absl::StatusOr<Flags> ParseFlags(int argc, const char* const* argv) {
   app.add_option("--config", flags.config_path);
   app.add_flag("--check-config", flags.check);
   app.add_flag("--print-config", flags.print);
-  app.add_flag("--version", flags.version);
+  CLI::Option* const version = app.add_flag("--version", flags.version);
+  app.add_flag("--verbose", flags.verbose)->needs(version);
   app.add_flag("-h,--help", flags.help);
   PlanFlags plan;
   plan.AddTo(&app);
@@ -86,7 +87,7 @@ absl::StatusOr<Flags> ParseFlags(int argc, const char* const* argv) {
   return flags;
 }
 
-ParsedCommandLine Exit(int code) { return {code, {}, {}}; }
+ParsedCommandLine Exit(int code) { return {code, {}, {}, false}; }
 
 ParsedCommandLine ExitWith(int code, absl::string_view message) {
   std::fprintf(stderr, "dejavud: %s\n", std::string(message).c_str());
@@ -104,6 +105,7 @@ ParsedCommandLine ParseCommandLine(int argc, const char* const* argv) {
   }
   if (flags->version) {
     std::puts("dejavud " DEJAVU_VERSION);
+    if (flags->verbose) return {std::nullopt, {}, {}, /*describe_build=*/true};
     return Exit(kExitDone);
   }
   ConfigSources sources{
@@ -126,7 +128,7 @@ ParsedCommandLine ParseCommandLine(int argc, const char* const* argv) {
   if (config->engine.model.empty()) {
     return ExitWith(kExitUsage, "no model: give --model DIR, DEJAVUD_MODEL or the key model (see --help)");
   }
-  return {std::nullopt, *config, flags->plan};
+  return {std::nullopt, *config, flags->plan, false};
 }
 
 }  // namespace dejavu

@@ -13,6 +13,7 @@ struct ParsedCommandLine {
   std::optional<int> exit_code;  // set: everything was said; exit with it (0 done, 1 configuration, 2 usage)
   Config config;
   std::optional<PlanOptions> plan;  // set: nothing is to be served, only calculated (--plan)
+  bool describe_build = false;  // nothing is to be served: what this build knows of the machine (--version --verbose)
 };
 
 // With the process's environment. Prints help, version and errors itself.

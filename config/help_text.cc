@@ -71,7 +71,8 @@ std::string HelpText() {
       "  --plan[=json]       calculate memory and latencies on devices that need not be there (see Planning) and "
       "exit;\n"
       "                      0 if the model fits, 1 if not\n"
-      "  --version           write the version and exit\n"
+      "  --version           write the version and exit; with --verbose also the CPU kernels that are used here, and "
+      "why\n"
       "  --help              write this and exit\n";
   absl::StrAppend(&text, OptionsText(), PlanningText());
   absl::StrAppend(

@@ -78,6 +78,12 @@ std::vector<Option> OptionTable(Config* config) {
        .help = "CPU threads of a step; 0: one per CPU that affinity and the cgroup's CPU quota allow",
        .target = &e.threads,
        .limits = EngineOptions::kThreads},
+      {.key = "cpu_target",
+       .group = "Compute",
+       .help = "instruction set of the CPU's kernels, such as avx2; empty: the best that the processor has (dejavud "
+               "--version "
+               "--verbose)",
+       .target = &e.cpu_target},
       {.key = "pin_threads",
        .group = "Compute",
        .help = "keep each thread on a CPU of its own, where every CPU that the process may use gets one",

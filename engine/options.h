@@ -91,6 +91,7 @@ struct EngineOptions {
   bool shadow_fallback = true;  // a layer whose shadow checks fail runs EXACT until they pass again
   std::string device = "auto";  // auto | cpu | cuda
   int threads = 0;              // CPU threads of the step; 0: as many as are worth it (kernels/base/processors.h)
+  std::string cpu_target;       // instruction set of the CPU's kernels (kernels/cpu/target.h); empty: the best
   bool pin_threads = true;      // one CPU per thread, where the threads take all CPUs of the process
   double memory_share = 0.9;    // of the device's free memory: all that the engine takes must fit into it
 

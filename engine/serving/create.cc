@@ -11,6 +11,7 @@
 #include "engine/planning/memory_plan.h"
 #include "engine/serving/step_engine.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/cpu/target.h"
 #include "kernels/mpi/open_mpi.h"
 #include "spdlog/spdlog.h"
 
@@ -18,6 +19,7 @@ namespace dejavu {
 namespace {
 
 absl::StatusOr<GroupOptions> ForGroup(const EngineOptions& o, const OptConfig& config, int32_t sampled_vocab) {
+  if (!o.cpu_target.empty()) RETURN_IF_ERROR(cpu::LimitTarget(o.cpu_target));
   GroupOptions group;
   group.model = {o.model, o.weights, o.predictor};
   group.device = o.device;

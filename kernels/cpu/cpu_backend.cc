@@ -20,6 +20,7 @@
 #include "kernels/cpu/parts.h"
 #include "kernels/cpu/products.h"
 #include "kernels/cpu/selected.h"
+#include "kernels/cpu/target.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/host_draw.h"
 

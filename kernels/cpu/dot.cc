@@ -150,6 +150,7 @@ class DotRun {
 
 // int8 weights by int16 activations. Sums of kQuantizedBlock products fit int32, and those of all blocks int64: nothing
 // is rounded, so the order does not matter.
+template <bool kVnni>
 struct IntegerDot {
   const DotJob& job;
   int64_t first;  // the group's outputs in the list
@@ -179,7 +180,7 @@ struct IntegerDot {
     for (int64_t input = 0; input < job.x.cols; input += kQuantizedBlock) {
       const int64_t n = std::min(kQuantizedBlock, job.x.cols - input);
       int32_t part[kRows][kOutputs];
-      IntegerDotTile<kRows, kOutputs>(w, r == 0 ? next : nullptr, x, input, n, job.x.cols, part);
+      IntegerDotTile<kVnni, kRows, kOutputs>(w, r == 0 ? next : nullptr, x, input, n, job.x.cols, part);
       for (int a = 0; a < kRows; ++a) {
         for (int o = 0; o < kOutputs; ++o) sum[a][o] += part[a][o];
       }
@@ -191,9 +192,10 @@ struct IntegerDot {
   }
 };
 
+template <bool kVnni>
 void IntegerDotProducts(const DotJob& job, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i += kGroupOutputs) {
-    ForRowTiles<kTileRows>(job.x.rows, IntegerDot{job, i, std::min(kGroupOutputs, last - i), last});
+    ForRowTiles<kTileRows>(job.x.rows, IntegerDot<kVnni>{job, i, std::min(kGroupOutputs, last - i), last});
   }
 }
 
@@ -206,7 +208,7 @@ void DotProducts(const DotJob& job, int64_t first, int64_t last, float* scratch)
     case DType::kBFloat16:
       return DotRun<hwy::bfloat16_t>(job, first, last, scratch).Run();
     case DType::kInt8:
-      return IntegerDotProducts(job, first, last);
+      return WithVnni([&]<bool kVnni>() HWY_ATTR { IntegerDotProducts<kVnni>(job, first, last); });
     default:
       CHECK(false) << "weights of type " << Name(job.w->weight.dtype);
   }

@@ -14,8 +14,6 @@
 HWY_BEFORE_NAMESPACE();
 namespace dejavu::cpu::HWY_NAMESPACE {
 
-const char* Target() { return hwy::TargetName(HWY_TARGET); }
-
 template <typename W>
 void EmbedRow(float* y, const W* row, float scale, int64_t n, bool accumulate) {
   const V factor = hn::Set(F32(), scale);
@@ -154,13 +152,10 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace dejavu::cpu {
 
-HWY_EXPORT(Target);
 HWY_EXPORT(Embed);
 HWY_EXPORT(LayerNorm);
 HWY_EXPORT(Quantize);
 HWY_EXPORT(Add);
-
-const char* TargetName() { return HWY_DYNAMIC_DISPATCH(Target)(); }
 
 void Embed(const Tensor& y, const Tensor& ids, const EmbeddingWeights& table, int64_t offset, bool accumulate,
            int64_t first, int64_t last) {

@@ -17,8 +17,6 @@
 
 namespace dejavu::cpu {
 
-const char* TargetName();
-
 // A thread's own memory for a call, 64-byte aligned.
 constexpr int64_t kScratchBytes = 320 << 10;
 

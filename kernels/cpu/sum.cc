@@ -74,6 +74,7 @@ struct PairOfPairs {
 
 // int8 weights of two inputs, interleaved, by pairs of int16 activations. In the accumulators the columns of a unit lie
 // as the interleaving leaves them; Store puts them in order.
+template <bool kVnni>
 struct IntegerTerms {
   using Weight = int8_t;
   static constexpr int64_t kUnit = kPairLanes;
@@ -103,8 +104,8 @@ struct IntegerTerms {
             return PairOfPairs{InterleavePairLower(wa, wb), InterleavePairUpper(wa, wb)};
           },
           [&](int r, int v, VI16 xi, const PairOfPairs& wv) HWY_ATTR {
-            sum[r][v][0] = AddPairProducts(xi, wv.low, sum[r][v][0]);
-            sum[r][v][1] = AddPairProducts(xi, wv.high, sum[r][v][1]);
+            sum[r][v][0] = AddPairProducts<kVnni>(xi, wv.low, sum[r][v][0]);
+            sum[r][v][1] = AddPairProducts<kVnni>(xi, wv.high, sum[r][v][1]);
           });
     }
 #pragma GCC unroll 8
@@ -332,7 +333,7 @@ void WithTerms(const SumJob& job, const Function& function) {
     case DType::kBFloat16:
       return function.template operator()<FloatTerms<hwy::bfloat16_t>>();
     case DType::kInt8:
-      return function.template operator()<IntegerTerms>();
+      return WithVnni([&]<bool kVnni>() HWY_ATTR { function.template operator()<IntegerTerms<kVnni>>(); });
     default:
       CHECK(false) << "weights of type " << Name(job.w->weight.dtype);
   }

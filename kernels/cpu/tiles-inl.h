@@ -4,6 +4,7 @@
 
 #include "hwy/highway.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/target.h"
 
 #if defined(KERNELS_CPU_TILES_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef KERNELS_CPU_TILES_INL_H_
@@ -21,7 +22,8 @@ using F32 = hn::ScalableTag<float>;
 using V = hn::Vec<F32>;
 constexpr int64_t kLanes = hn::MaxLanes(F32());
 constexpr int64_t kPrefetchBytes = 2048;
-constexpr int64_t kStreamBytes = 4096;  // ahead of a single row of x, for which weights are read one row after the other
+constexpr int64_t kStreamBytes =
+    4096;  // ahead of a single row of x, for which weights are read one row after the other
 constexpr int64_t kLineBytes = 64;
 
 constexpr int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -206,6 +208,7 @@ HWY_INLINE VI16 LoadPair(const int16_t* p) { return {*p, 0}; }
 HWY_INLINE VI16 SetPair(int32_t pair) { return {static_cast<int16_t>(pair), static_cast<int16_t>(pair >> 16)}; }
 HWY_INLINE VI16 InterleavePairLower(VI16 a, VI16 b) { return {a.a, b.a}; }
 HWY_INLINE VI16 InterleavePairUpper(VI16 /*a*/, VI16 /*b*/) { return {0, 0}; }
+template <bool kVnni>
 HWY_INLINE VI32 AddPairProducts(VI16 a, VI16 b, VI32 sum) {
   return hn::Add(sum, hn::Set(I32(), int32_t{a.a} * b.a + int32_t{a.b} * b.b));
 }
@@ -224,7 +227,20 @@ HWY_INLINE VI16 LoadPair(const int16_t* p) { return hn::LoadU(I16(), p); }
 HWY_INLINE VI16 SetPair(int32_t pair) { return hn::BitCast(I16(), hn::Set(I32(), pair)); }
 HWY_INLINE VI16 InterleavePairLower(VI16 a, VI16 b) { return hn::InterleaveLower(I16(), a, b); }
 HWY_INLINE VI16 InterleavePairUpper(VI16 a, VI16 b) { return hn::InterleaveUpper(I16(), a, b); }
+// With VNNI in one instruction. It is written out because Highway's target for it asks for more than it needs.
+template <bool kVnni>
 HWY_INLINE VI32 AddPairProducts(VI16 a, VI16 b, VI32 sum) {
+#if HWY_TARGET == HWY_AVX3
+  if constexpr (kVnni) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "v"(b.raw));
+    return sum;
+  }
+#elif HWY_TARGET == HWY_AVX2
+  if constexpr (kVnni) {
+    asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum.raw) : "x"(a.raw), "x"(b.raw));
+    return sum;
+  }
+#endif
   VI32 unused = hn::Zero(I32());
   VI32 total = hn::ReorderWidenMulAccumulate(I32(), a, b, sum, unused);
   Pin(total);
@@ -235,8 +251,17 @@ HWY_INLINE VI32 AddPairProducts(VI16 a, VI16 b, VI32 sum) {
 constexpr int64_t PairPlace(int64_t column) { return column / 8 * 4 + column % 4 + (column % 8 >= 4 ? kLanes : 0); }
 #endif
 
+// function.operator()<whether VNNI is there>().
+template <typename Function>
+HWY_INLINE void WithVnni(const Function& function) {
+#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX2
+  if (HasVnni(HWY_TARGET)) return function.template operator()<true>();
+#endif
+  function.template operator()<false>();
+}
+
 // y[r][o] = x[r] . w[o] over `n` <= kQuantizedBlock of the `inputs` from `first` on. x is padded with zeros, w is not.
-template <int kRows, int kOutputs>
+template <bool kVnni, int kRows, int kOutputs>
 HWY_INLINE void IntegerDotTile(const int8_t* const (&w)[kOutputs], const int8_t* const* next,
                                const int16_t* const (&x)[kRows], int64_t first, int64_t n, int64_t inputs,
                                int32_t (&y)[kRows][kOutputs]) {
@@ -250,7 +275,7 @@ HWY_INLINE void IntegerDotTile(const int8_t* const (&w)[kOutputs], const int8_t*
   const auto step = [&](int64_t k) HWY_ATTR {
     OuterProduct<kRows, kOutputs>(
         [&](int r) HWY_ATTR { return LoadPair(x[r] + k); }, [&](int o) HWY_ATTR { return WidenPair(w[o] + k); },
-        [&](int r, int o, VI16 xk, VI16 wk) HWY_ATTR { sum[r][o] = AddPairProducts(xk, wk, sum[r][o]); });
+        [&](int r, int o, VI16 xk, VI16 wk) HWY_ATTR { sum[r][o] = AddPairProducts<kVnni>(xk, wk, sum[r][o]); });
   };
   int64_t k = first;
   for (; k + kLineBytes <= end; k += kLineBytes) {
@@ -266,7 +291,7 @@ HWY_INLINE void IntegerDotTile(const int8_t* const (&w)[kOutputs], const int8_t*
     OuterProduct<kRows, kOutputs>([&](int r) HWY_ATTR { return LoadPair(x[r] + k); },
                                   [&](int o) HWY_ATTR { return WidenPairPart(w[o] + k, end - k); },
                                   [&](int r, int o, VI16 xk, VI16 wk)
-                                      HWY_ATTR { sum[r][o] = AddPairProducts(xk, wk, sum[r][o]); });
+                                      HWY_ATTR { sum[r][o] = AddPairProducts<kVnni>(xk, wk, sum[r][o]); });
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {

@@ -31,6 +31,7 @@
 #include "kernels/base/end_output.h"
 #include "kernels/base/exhaustion.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/cpu/target.h"
 #include "server/observe/logging.h"
 #include "server/server.h"
 #include "spdlog/spdlog.h"
@@ -372,6 +373,10 @@ int main(int argc, char** argv) {
   dejavu::ExitOnExhaustion("dejavud", dejavu::kCannotStart);
   const dejavu::ParsedCommandLine command_line = dejavu::ParseCommandLine(argc, argv);
   if (command_line.exit_code.has_value()) return dejavu::EndOutput("dejavud", *command_line.exit_code);
+  if (command_line.describe_build) {
+    std::printf("CPU kernels: %s\n", dejavu::cpu::DescribeTarget().c_str());
+    return dejavu::EndOutput("dejavud", dejavu::kDrained);
+  }
   if (command_line.plan.has_value()) {
     return dejavu::EndOutput("dejavud", dejavu::PrintPlan(command_line.config, *command_line.plan));
   }

@@ -1,6 +1,9 @@
 #include "tests/bench/flags.h"
 
+#include <string>
+
 #include "absl/strings/str_cat.h"
+#include "kernels/cpu/target.h"
 
 namespace dejavu {
 
@@ -25,6 +28,13 @@ EngineOptions EngineOptionsOf(const ModelFlags& flags) {
 
 void AddThreads(CLI::App* command, int& threads) {
   command->add_option("--threads", threads, "CPU threads; 0: all")->check(CLI::Range(0, 1024));
+  command->add_option_function<std::string>(
+      "--cpu-target",
+      [](const std::string& name) {
+        const absl::Status limited = cpu::LimitTarget(name);
+        if (!limited.ok()) throw CLI::ValidationError("--cpu-target", std::string(limited.message()));
+      },
+      "Instruction set of the CPU's kernels, such as avx2; default: the best that the processor has");
 }
 
 void AddRepeats(CLI::App* command, int& repeats) {

@@ -266,6 +266,20 @@ def test_output_that_does_not_arrive_is_a_failure():
             assert ("cannot write to standard output" in done.stderr) == (code == 1), (command, done)
 
 
+def test_cpu_target_names_what_there_is(start):
+    """Of the kernels that this processor has each serves, and any other is refused by the names of those."""
+    done = run_daemon("--version", "--verbose")
+    assert done.returncode == 0, done
+    used, names = re.fullmatch(r"dejavud \S+\nCPU kernels: (\S+), the best of (.+)\n", done.stdout).groups()
+    names = names.split(", ")
+    assert names[0] == used
+    worst = start("--cpu-target", names[-1])
+    assert f"CPU kernels: {names[-1]}, as cpu_target asks" in worst.log()
+    done = run_daemon("--model", str(MODEL), "--listen", "127.0.0.1:0", "--device", "cpu", "--cpu-target", "pdp11")
+    assert done.returncode == 1 and f'cpu_target is "pdp11"; what this processor has and this build knows: {", ".join(names)}' in done.stderr, done
+    assert run_daemon("--verbose").returncode == 2
+
+
 @pytest.mark.parametrize("resource_name", ["RLIMIT_AS", "RLIMIT_DATA"])
 def test_memory_that_is_refused_ends_the_start_with_a_message(tmp_path, resource_name):
     """At some of the limits it serves, at the others it says what it lacks: with 1 where it could not start, with 3 where it could

@@ -9,9 +9,11 @@
 #include <cstring>
 #include <numeric>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/processors.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/target.h"
 #include "tests/kernels/cpu/cpu_fixture.h"
 #include "tests/kernels/matrix.h"
 
@@ -25,8 +27,25 @@ INSTANTIATE_TEST_SUITE_P(Targets, CpuBackendTest, EveryTargetAndThreads(), Targe
 
 TEST_P(CpuBackendTest, NamesItsTargetAndThreads) {
   const auto [target, threads] = GetParam();
-  EXPECT_EQ(backend_->Description(), std::string("cpu, ") + hwy::TargetName(target) + ", " + std::to_string(threads) +
-                                         (threads == 1 ? " thread" : " threads"));
+  std::string name = target == HWY_AVX3 ? "avx512" : absl::AsciiStrToLower(hwy::TargetName(target));
+  if (cpu::HasVnni(target)) name += "-vnni";
+  EXPECT_EQ(backend_->Description(),
+            "cpu, " + name + ", " + std::to_string(threads) + (threads == 1 ? " thread" : " threads"));
+}
+
+// Integers are exact: the instruction changes no bit.
+TEST_P(CpuBackendTest, VnniChangesNoBit) {
+  if (!cpu::HasVnni(std::get<0>(GetParam()))) GTEST_SKIP() << "this processor has no VNNI for the target";
+  for (const Layout layout : {Layout::kOutputRows, Layout::kInputRows}) {
+    const LinearWeights w = Weights(Random(77, 301, 2), layout, DType::kInt8);
+    for (const int64_t rows : {1, 2, 3, 4, 5, 16, 17}) {
+      const Matrix x = Random(rows, 301, 1);
+      cpu::AllowVnni(false);
+      const Matrix without = Linear(x, w);
+      cpu::AllowVnni(true);
+      EXPECT_TRUE(SameBits(Linear(x, w), without)) << rows << " rows";
+    }
+  }
 }
 
 struct Shape {
