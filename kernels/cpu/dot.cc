@@ -1,7 +1,6 @@
 // Products where an output is a row of the weight. A group of outputs passes a block of inputs at a time: the block of
 // x stays in L1 while all rows of weights of the group meet it, so memory is read once however many rows x has. Between
-// blocks the accumulators of a group wait in the thread's scratch. Where rows are many, rows_in_lanes.cc does the same
-// with rows of x side by side.
+// blocks the accumulators of a group wait in the thread's scratch.
 #include <algorithm>
 
 #include "kernels/cpu/kernels.h"
@@ -17,19 +16,15 @@ HWY_BEFORE_NAMESPACE();
 namespace dejavu::cpu::HWY_NAMESPACE {
 
 constexpr int64_t kGroupOutputs = 48;
-constexpr int64_t kBlockRows = 96;      // rows of x whose accumulators, for a group, fit L2
-constexpr int64_t kBlockInputs = 256;   // inputs of a block where the rows are several tiles
-constexpr int64_t kL1Bytes = 16 << 10;  // what a block of x may take of L1
+constexpr int64_t kBlockRows = 96;       // rows of x whose accumulators, for a group, fit L2
+constexpr int64_t kL1Bytes = 16 << 10;   // what a block of x may take of L1, of few rows
+constexpr int64_t kL2Bytes = 256 << 10;  // and of L2, of many
 static_assert(kGroupOutputs * kBlockRows * kLanes * int64_t{sizeof(float)} <= kScratchBytes);
 
 // A tile has accumulators enough to hide the latency of a multiply-add and no more than the registers hold together
 // with its rows of x and one vector of weights: 32 with AVX-512, else 16.
-constexpr int kTileRows = HWY_TARGET <= HWY_AVX3 ? 4 : 3;
-template <int kRows>
-constexpr int kOutputsOf = HWY_TARGET <= HWY_AVX3 ? (kRows == 4 ? 4 : 8)
-                                                  : (kRows == 1   ? 8
-                                                     : kRows == 4 ? 2
-                                                                  : 4);
+constexpr int kTileRows = 4;
+constexpr int kTileOutputs = HWY_TARGET <= HWY_AVX3 ? 6 : 3;
 
 // How many outputs further weights are fetched: the next tile's, and for one output what lies kStreamBytes ahead.
 template <int kOutputs>
@@ -38,15 +33,34 @@ HWY_INLINE int64_t OutputsAhead(int64_t row_bytes) {
   return std::clamp<int64_t>((kStreamBytes + row_bytes - 1) / std::max<int64_t>(row_bytes, 1), 1, kGroupOutputs);
 }
 
-// Calls group.Outputs<kRows, n>(r, i) for tiles of n of the group's outputs. Up to kStreamRows of x meet one output
-// after the other: memory gives a single stream the most.
-template <int kRows, int kStreamRows, typename Group>
-HWY_INLINE void ForOutputTiles(const Group& group, int64_t r) {
-  constexpr int kOutputs = kRows <= kStreamRows ? 1 : kOutputsOf<kRows>;
+// Calls group.Outputs<n>(i) for tiles of n of the group's outputs. Up to kStreamRows of x meet one output after the
+// other: memory gives a single stream the most.
+template <int kStreamRows, typename Group>
+HWY_INLINE void ForOutputTiles(const Group& group, int64_t rows) {
   int64_t i = 0;
-  for (; i + kOutputs <= group.count; i += kOutputs) group.template Outputs<kRows, kOutputs>(r, i);
-  for (; i < group.count; ++i) group.template Outputs<kRows, 1>(r, i);
+  const auto tiles = [&]<int kOutputs>() HWY_ATTR {
+    for (; i + kOutputs <= group.count; i += kOutputs) group.template Outputs<kOutputs>(i);
+  };
+  if (rows > kStreamRows) {
+    if (rows == 2 && kTileOutputs == 6) tiles.template operator()<8>();
+    tiles.template operator()<kTileOutputs>();
+  }
+  tiles.template operator()<1>();
 }
+
+// A tile of outputs by tiles of rows, one after the other.
+template <int kOutputs, typename Group>
+struct OutputTile {
+  const Group& group;
+  int64_t i;
+  int64_t rows;
+
+  template <int kRows>
+  void Tile(int64_t r) const {
+    const int64_t turns = (rows + kTileRows - 1) / kTileRows;
+    group.template Tile<kRows, kOutputs>(r, i, Turn{r * turns / rows, turns});
+  }
+};
 
 // One block of inputs of one group of outputs.
 template <typename W>
@@ -62,13 +76,13 @@ struct DotBlock {
   const W* const* w;  // [2 * kGroupOutputs] the outputs' weights at `input`; then what will be read after them
   float* sums;        // [kGroupOutputs][kBlockRows][kLanes]
 
-  template <int kRows>
-  void Tile(int64_t r) const {
-    ForOutputTiles<kRows, 1>(*this, r);
+  template <int kOutputs>
+  void Outputs(int64_t i) const {
+    ForRowTiles<kTileRows>(rows, OutputTile<kOutputs, DotBlock>{*this, i, rows});
   }
 
   template <int kRows, int kOutputs>
-  HWY_INLINE void Outputs(int64_t r, int64_t i) const {
+  HWY_INLINE void Tile(int64_t r, int64_t i, Turn turn) const {
     const float* x[kRows];
     for (int a = 0; a < kRows; ++a) x[a] = job.x.row<float>(row + r + a) + input;
     V sum[kRows][kOutputs];
@@ -81,7 +95,7 @@ struct DotBlock {
       }
     }
     const int64_t ahead = OutputsAhead<kOutputs>(inputs * static_cast<int64_t>(sizeof(W)));
-    DotTile<W, kRows, kOutputs>(w + i, r == 0 ? w + i + ahead : nullptr, x, inputs, sum);
+    DotTile<W, kRows, kOutputs>(w + i, w + i + ahead, turn, x, inputs, sum);
     if (last) return Finish<kRows, kOutputs>(sum, row + r, i);
 #pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o) {
@@ -114,11 +128,11 @@ class DotRun {
  private:
   const W* Weights(int64_t i) const { return job_.w->weight.template row<W>(Output(job_, i)); }
 
-  // A single row of x passes whole rows of weights; a few rows what of them fits L1.
+  // A single row of x passes whole rows of weights; a few rows what of them fits L1, many what fits L2.
   static int64_t BlockInputs(int64_t rows, int64_t inputs) {
     if (rows == 1) return inputs;
-    if (rows > 4) return kBlockInputs;
-    return kL1Bytes / static_cast<int64_t>(sizeof(float)) / rows / kLineBytes * kLineBytes;
+    const int64_t bytes = rows > 4 ? kL2Bytes : kL1Bytes;
+    return bytes / static_cast<int64_t>(sizeof(float)) / rows / kLineBytes * kLineBytes;
   }
 
   void Rows(int64_t row, int64_t rows) {
@@ -134,11 +148,7 @@ class DotRun {
           w[count + i] = last ? Weights(std::min(first + count + i, last_ - 1)) : w[std::min(i, count - 1)] + n;
         }
         const DotBlock<W> group{job_, first, count, input, n, last, row, rows, w, sums_};
-        if (rows == 4) {
-          group.template Tile<4>(0);
-        } else {
-          ForRowTiles<kTileRows>(rows, group);
-        }
+        ForOutputTiles<1>(group, rows);
       }
     }
   }
@@ -148,8 +158,7 @@ class DotRun {
   float* const sums_;  // [kGroupOutputs][kBlockRows][kLanes]
 };
 
-// int8 weights by int16 activations. Sums of kQuantizedBlock products fit int32, and those of all blocks int64: nothing
-// is rounded, so the order does not matter.
+// int8 weights by int16 activations. Nothing is rounded, so the order does not matter.
 template <bool kVnni>
 struct IntegerDot {
   const DotJob& job;
@@ -161,13 +170,13 @@ struct IntegerDot {
     return job.w->weight.row<int8_t>(Output(job, std::min(first + i, last - 1)));
   }
 
-  template <int kRows>
-  void Tile(int64_t r) const {
-    ForOutputTiles<kRows, 2>(*this, r);
+  template <int kOutputs>
+  void Outputs(int64_t i) const {
+    ForRowTiles<kTileRows>(job.x.rows, OutputTile<kOutputs, IntegerDot>{*this, i, job.x.rows});
   }
 
   template <int kRows, int kOutputs>
-  HWY_INLINE void Outputs(int64_t r, int64_t i) const {
+  HWY_INLINE void Tile(int64_t r, int64_t i, Turn turn) const {
     const int8_t* w[kOutputs];
     const int8_t* next[kOutputs];
     for (int o = 0; o < kOutputs; ++o) {
@@ -177,10 +186,10 @@ struct IntegerDot {
     const int16_t* x[kRows];
     for (int a = 0; a < kRows; ++a) x[a] = job.quantized.q + (r + a) * job.quantized.stride;
     int64_t sum[kRows][kOutputs] = {};
-    for (int64_t input = 0; input < job.x.cols; input += kQuantizedBlock) {
-      const int64_t n = std::min(kQuantizedBlock, job.x.cols - input);
-      int32_t part[kRows][kOutputs];
-      IntegerDotTile<kVnni, kRows, kOutputs>(w, r == 0 ? next : nullptr, x, input, n, job.x.cols, part);
+    for (int64_t input = 0; input < job.x.cols; input += kIntegerBlock) {
+      const int64_t n = std::min(kIntegerBlock, job.x.cols - input);
+      int64_t part[kRows][kOutputs];
+      IntegerDotTile<kVnni>(w, next, turn, x, input, n, job.x.cols, part);
       for (int a = 0; a < kRows; ++a) {
         for (int o = 0; o < kOutputs; ++o) sum[a][o] += part[a][o];
       }
@@ -195,8 +204,26 @@ struct IntegerDot {
 template <bool kVnni>
 void IntegerDotProducts(const DotJob& job, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i += kGroupOutputs) {
-    ForRowTiles<kTileRows>(job.x.rows, IntegerDot<kVnni>{job, i, std::min(kGroupOutputs, last - i), last});
+    ForOutputTiles<2>(IntegerDot<kVnni>{job, i, std::min(kGroupOutputs, last - i), last}, job.x.rows);
   }
+}
+
+int64_t DotStepInputs(DType weights) { return weights == DType::kBFloat16 ? kStepInputs<hwy::bfloat16_t> : 1; }
+
+void PutInSteps(const float* x, int64_t inputs, float* to) {
+  constexpr int64_t kStep = 2 * kLanes;
+  int64_t i = 0;
+  const auto put = [](const float* from, float* step) HWY_ATTR {
+    for (int64_t l = 0; l < kLanes; ++l) {
+      step[l] = from[2 * l];
+      step[kLanes + l] = from[2 * l + 1];
+    }
+  };
+  for (; i + kStep <= inputs; i += kStep) put(x + i, to + i);
+  if (i == inputs) return;
+  float rest[kStep] = {};
+  std::copy(x + i, x + inputs, rest);
+  put(rest, to + i);
 }
 
 void DotProducts(const DotJob& job, int64_t first, int64_t last, float* scratch) {
@@ -221,9 +248,14 @@ HWY_AFTER_NAMESPACE();
 namespace dejavu::cpu {
 
 HWY_EXPORT(DotProducts);
+HWY_EXPORT(DotStepInputs);
+HWY_EXPORT(PutInSteps);
+
+int64_t DotStepInputs(DType weights) { return HWY_DYNAMIC_DISPATCH(DotStepInputs)(weights); }
+
+void PutInSteps(const float* x, int64_t inputs, float* to) { HWY_DYNAMIC_DISPATCH(PutInSteps)(x, inputs, to); }
 
 void DotProducts(const DotJob& job, int64_t first, int64_t last, float* scratch) {
-  if (job.in_lanes != nullptr) return LaneProducts(job, first, last, scratch);
   HWY_DYNAMIC_DISPATCH(DotProducts)(job, first, last, scratch);
 }
 

@@ -35,27 +35,23 @@ struct Quantized {
 // Row r of x, element list[i] (nullptr: i) times factor (nullptr: 1) of the same number, to q[i] for i < count.
 void Quantize(const float* x, const float* factor, const int32_t* list, int64_t count, int16_t* q, float* scale);
 
+// bfloat16 weights are widened two vectors at a time, the even ones of a step first: the lanes of a vector times two.
+// Inputs per step for kOutputRows; 1: x stays as it is.
+int64_t DotStepInputs(DType weights);
+// A row of x in that order, padded with zeros to whole steps.
+void PutInSteps(const float* x, int64_t inputs, float* to);
+
 // y = W x + b for kOutputRows, then ReLU if asked for.
 struct DotJob {
   Tensor y;                // [rows, outputs of w]
-  Tensor x;                // [rows, inputs]
+  Tensor x;                // [rows, inputs], in steps
   const LinearWeights* w;  // [outputs, inputs]
   const int32_t* outputs;  // which outputs; nullptr: all
   bool relu;
-  Quantized quantized;    // x, for int8
-  const float* in_lanes;  // x, its rows in lanes (see below), or nullptr
+  Quantized quantized;  // x, for int8
 };
 // The outputs at `first` ... `last` of the list. NaN passes ReLU.
 void DotProducts(const DotJob& job, int64_t first, int64_t last, float* scratch);
-
-// The rows of x can lie in the lanes of a vector, one input of several rows side by side, and a weight is broadcast to
-// them: nothing is added across lanes, and weights, which are floats, are widened once for all rows. Blocks of
-// kLaneInputs inputs follow each other. 0 floats: the rows are too few, or too many lanes would idle.
-constexpr int64_t kLaneInputs = 256;
-int64_t LaneFloats(int64_t rows, int64_t inputs);
-// Blocks `first` ... `last` of x to `to`, which has LaneFloats and is 64-byte aligned.
-void PutInLanes(const Tensor& x, int64_t first, int64_t last, float* to);
-void LaneProducts(const DotJob& job, int64_t first, int64_t last, float* scratch);  // DotProducts with job.in_lanes
 
 // y = W x + b for kInputRows over a list of inputs.
 struct SumJob {

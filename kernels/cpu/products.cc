@@ -11,6 +11,15 @@ namespace dejavu::cpu {
 namespace {
 
 constexpr int64_t kSelectColumns = 512;  // at least, or the rows are read in pieces too short
+constexpr int64_t kLineFloats = 16;      // of a cache line
+
+// So many floats of the vector, which grows where it has less, from the start of a cache line on.
+float* Aligned(std::vector<float>* memory, int64_t floats) {
+  memory->resize(std::max<size_t>(memory->size(), floats + kLineFloats));
+  void* start = memory->data();
+  size_t space = memory->size() * sizeof(float);
+  return static_cast<float*>(std::align(kLineFloats * sizeof(float), floats * sizeof(float), start, space));
+}
 
 }  // namespace
 
@@ -34,18 +43,13 @@ void Products::Linear(Tensor y, Tensor x, const LinearWeights& w, const Selectio
     return;
   }
   const DotJob job = Prepare(y, x, w, list, false);
-  DotJob riding = {};
+  DotJob riding = job;
   int64_t total = count;
   if (ride.w != nullptr) {
-    riding = (ride.w->weight.dtype == DType::kInt8) == (w.weight.dtype == DType::kInt8)
-                 ? DotJob{.y = ride.y,
-                          .x = x,
-                          .w = ride.w,
-                          .outputs = nullptr,
-                          .relu = false,
-                          .quantized = job.quantized,
-                          .in_lanes = job.in_lanes}
-                 : Prepare(ride.y, x, *ride.w, nullptr, false);
+    if (ride.w->weight.dtype != w.weight.dtype) riding = Prepare(ride.y, x, *ride.w, nullptr, false, &riding_in_steps_);
+    riding.y = ride.y;
+    riding.w = ride.w;
+    riding.outputs = nullptr;
     total += ride.w->outputs();
   }
   parts_.For(total, parts_.OutputGrain(total, w.inputs() * x.rows), [&](int64_t first, int64_t last, int thread) {
@@ -55,22 +59,19 @@ void Products::Linear(Tensor y, Tensor x, const LinearWeights& w, const Selectio
 }
 
 // The job, with x as its kernel wants it.
-DotJob Products::Prepare(Tensor y, Tensor x, const LinearWeights& w, const int32_t* outputs, bool relu) {
-  DotJob job = {.y = y, .x = x, .w = &w, .outputs = outputs, .relu = relu, .quantized = {}, .in_lanes = nullptr};
+DotJob Products::Prepare(Tensor y, Tensor x, const LinearWeights& w, const int32_t* outputs, bool relu,
+                         std::vector<float>* in_steps) {
+  DotJob job = {.y = y, .x = x, .w = &w, .outputs = outputs, .relu = relu, .quantized = {}};
   if (w.weight.dtype == DType::kInt8) {
     job.quantized = QuantizeRows(x, nullptr, nullptr, x.cols);
-    return job;
+  } else if (const int64_t step = DotStepInputs(w.weight.dtype); step > 1) {
+    job.x.stride =
+        RoundUp(x.cols, step) + kLineFloats;  // a power of two apart, rows would share the sets of the caches
+    job.x.data = Aligned(in_steps, x.rows * job.x.stride);
+    parts_.ForRows(x.rows, x.cols, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) PutInSteps(x.row<float>(r), x.cols, job.x.row<float>(r));
+    });
   }
-  const int64_t floats = LaneFloats(x.rows, x.cols);
-  if (floats == 0) return job;
-  constexpr size_t kLine = 64;
-  in_lanes_.resize(std::max<size_t>(in_lanes_.size(), floats + kLine / sizeof(float)));
-  void* start = in_lanes_.data();
-  size_t space = in_lanes_.size() * sizeof(float);
-  auto* const in_lanes = static_cast<float*>(std::align(kLine, floats * sizeof(float), start, space));
-  parts_.For(DivideUp(x.cols, kLaneInputs), DivideUp(kSmallWork, x.rows * kLaneInputs),
-             [&](int64_t first, int64_t last, int) { PutInLanes(x, first, last, in_lanes); });
-  job.in_lanes = in_lanes;
   return job;
 }
 

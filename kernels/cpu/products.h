@@ -25,7 +25,9 @@ class Products {
   void Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& selected, int64_t group, const Ride& ride);
 
   // The job of dot products y = w x + b, with x as its kernel wants it. It is good until the next product.
-  DotJob Prepare(Tensor y, Tensor x, const LinearWeights& w, const int32_t* outputs, bool relu);
+  DotJob Prepare(Tensor y, Tensor x, const LinearWeights& w, const int32_t* outputs, bool relu) {
+    return Prepare(y, x, w, outputs, relu, &in_steps_);
+  }
   // Its first `count` outputs, in parts of `grain`, and right after each part function(first, last).
   void Dots(const DotJob& job, int64_t count, int64_t grain,
             absl::FunctionRef<void(int64_t first, int64_t last)> function);
@@ -37,6 +39,8 @@ class Products {
   void SelectRows(Tensor masks, Tensor a, const SelectorWeights& w, const int32_t* points, int64_t most_rank);
 
  private:
+  DotJob Prepare(Tensor y, Tensor x, const LinearWeights& w, const int32_t* outputs, bool relu,
+                 std::vector<float>* in_steps);
   const int32_t* Members(const Selection& selected, int64_t rows, int64_t group, int64_t* count);
   Quantized QuantizeRows(Tensor x, const float* factor, const int32_t* list, int64_t count);
 
@@ -45,11 +49,11 @@ class Products {
   // Scratch that grows to the largest size seen and then stays.
   std::vector<int16_t> quantized_;  // activations for int8 weights, and their factors
   std::vector<float> quantized_scale_;
-  std::vector<float> in_lanes_;     // activations, the rows in lanes
-  std::vector<int64_t> bounds_;     // where each segment of a sum begins
-  std::vector<float> sums_;         // and the segments' sums
-  std::vector<float> select_sums_;  // [rows, outputs] of a selector
-  std::vector<int32_t> members_;    // weight rows of the selected groups
+  std::vector<float> in_steps_, riding_in_steps_;  // activations in steps (kernels.h)
+  std::vector<int64_t> bounds_;                    // where each segment of a sum begins
+  std::vector<float> sums_;                        // and the segments' sums
+  std::vector<float> select_sums_;                 // [rows, outputs] of a selector
+  std::vector<int32_t> members_;                   // weight rows of the selected groups
 };
 
 }  // namespace dejavu::cpu

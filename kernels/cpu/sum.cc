@@ -1,7 +1,6 @@
 // Products where an input is a row of the weight: sums of rows, in segments of inputs that are fixed by their number
 // (SegmentInputs), so that threads can share the inputs, each reading whole rows, and no bit depends on who read what.
-// A few inputs at a time pass all columns; accumulators of few rows of x stay in registers for a tile of columns. When
-// the rows of x are many, a part of the weights is widened once for all of them.
+// A few inputs at a time pass all columns; accumulators of few rows of x stay in registers for a tile of columns.
 #include <algorithm>
 
 #include "kernels/cpu/kernels.h"
@@ -16,16 +15,13 @@
 HWY_BEFORE_NAMESPACE();
 namespace dejavu::cpu::HWY_NAMESPACE {
 
-constexpr int64_t kStreamRows = 2;      // so few that memory binds, which gives one row of weights after the other most
-constexpr int64_t kChunkInputs = 32;    // read side by side at most: even
+constexpr int64_t kStreamRows = 2;  // so few that memory binds, which gives one row of weights after the other most
+constexpr int64_t kFewInputs = 8;   // read side by side for the rows of one tile, which must not wait for memory often
+constexpr int64_t kChunkInputs = 64;    // and for more rows, which spares visits to their accumulators: even
 constexpr int64_t kBlockColumns = 256;  // of a block where the rows are several tiles
 constexpr int64_t kBlockRows = 64;      // rows of x whose accumulators for a block fit L2
 constexpr int64_t kBlockFloats = kBlockRows * kBlockColumns;
-constexpr int64_t kPanelStride = kBlockColumns + 16;  // rows of a panel would otherwise share the sets of L1
-static_assert((2 * kBlockFloats + kChunkInputs * (kPanelStride + kBlockRows)) * int64_t{sizeof(float)} <=
-              kScratchBytes);
-
-constexpr int64_t kPackRows = 12;  // from more rows of x on, weights are widened once for all of them
+static_assert((2 * kBlockFloats + kChunkInputs * kBlockRows) * int64_t{sizeof(float)} <= kScratchBytes);
 
 // Vectors of a tile: accumulators enough to hide the latency of a multiply-add and no more than the registers hold.
 constexpr int kTileRows = 6;
@@ -34,38 +30,56 @@ constexpr int kVectorsOf = kRows == 1                             ? 8
                            : kRows <= 3 || HWY_TARGET <= HWY_AVX3 ? 4
                                                                   : 2;
 
-// Floats: one multiply-add after the other for each input.
+// Floats: one multiply-add after the other for each input. A unit is a step (kStepVectors): in the accumulators its
+// even columns lie before the odd ones.
 template <typename W>
 struct FloatTerms {
   using Weight = W;
-  static constexpr int64_t kUnit = kLanes;  // columns are a multiple of it, but for the last
+  static constexpr int kVectors = kStepVectors<W>;
+  static constexpr int64_t kUnit = kStepInputs<W>;  // columns are a multiple of it, but for the last
+
+  // Vector number v, of column `from` on; of a single unit the first n columns.
+  template <bool kSingle>
+  static HWY_INLINE V Weights(const W* from, int v, int64_t n) {
+    if (kSingle && n < kUnit) return v % kVectors == 0 ? WidenOfPart<0>(from, n) : WidenOfPart<kVectors - 1>(from, n);
+    const W* unit = from + v / kVectors * kUnit;
+    return v % kVectors == 0 ? WidenOfStep<0>(unit) : WidenOfStep<kVectors - 1>(unit);
+  }
 
   // a[r][c] += sum over the inputs of x[r][i] * w[i][c]; `n` columns, at most kUnits * kUnit.
   template <int kRows, int kUnits>
   static HWY_INLINE void Tile(const W* const* w, int64_t column, int64_t n, const float* x, int64_t inputs, float* sums,
                               int64_t stride) {
-    V sum[kRows][kUnits];
+    constexpr int kAll = kUnits * kVectors;
+    V sum[kRows][kAll];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kUnits; ++v) sum[r][v] = hn::LoadU(F32(), sums + r * stride + v * kLanes);
+      for (int v = 0; v < kAll; ++v) sum[r][v] = hn::LoadU(F32(), sums + r * stride + v * kLanes);
     }
     for (int64_t i = 0; i < inputs; ++i) {
       const W* from = w[i] + column;
-      OuterProduct<kRows, kUnits>(
-          [&](int r) HWY_ATTR { return hn::Set(F32(), x[r * kChunkInputs + i]); },
-          [&](int v) HWY_ATTR { return kUnits > 1 || n == kUnit ? Widen(from + v * kLanes) : WidenPart(from, n); },
-          [&](int r, int v, V xi, V wv) HWY_ATTR { sum[r][v] = hn::MulAdd(xi, wv, sum[r][v]); });
+      OuterProduct<kRows, kAll>([&](int r) HWY_ATTR { return hn::Set(F32(), x[r * kChunkInputs + i]); },
+                                [&](int v) HWY_ATTR { return Weights<kUnits == 1>(from, v, n); },
+                                [&](int r, int v, V xi, V wv) HWY_ATTR { sum[r][v] = hn::MulAdd(xi, wv, sum[r][v]); });
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kUnits; ++v) hn::StoreU(sum[r][v], F32(), sums + r * stride + v * kLanes);
+      for (int v = 0; v < kAll; ++v) hn::StoreU(sum[r][v], F32(), sums + r * stride + v * kLanes);
     }
   }
 
   static V Total(const float* sums) { return hn::LoadU(F32(), sums); }
-  static void Store(const V* total, float* y, int64_t n) { StoreFirst(*total, y, n); }
+  static void Store(const V* total, float* y, int64_t n) {
+    if constexpr (kVectors == 1) return StoreFirst(*total, y, n);
+#if HWY_TARGET != HWY_SCALAR
+    if (n == kUnit) return hn::StoreInterleaved2(total[0], total[1], F32(), y);
+    alignas(64) float unit[kUnit];
+    hn::StoreInterleaved2(total[0], total[1], F32(), unit);
+    std::copy_n(unit, n, y);
+#endif
+  }
 };
 
 struct PairOfPairs {
@@ -139,8 +153,7 @@ struct SumBlock {
   int64_t last;
   float* sums;  // [rows][stride], of column `first`
   int64_t stride;
-  const char* const* next = nullptr;  // packed weights: where, of each input, `next_bytes` are read after these
-  int64_t next_bytes = 0;
+  int64_t all_rows;
 
   template <int kRows>
   void Tile(int64_t r) const {
@@ -148,7 +161,7 @@ struct SumBlock {
     constexpr int kUnits = std::max<int>(1, kVectorsOf<kRows> * kLanes / kUnit);
     int64_t c = first;
     for (; c + kUnits * kUnit <= last; c += kUnits * kUnit) {
-      if (r == 0) Fetch<kRows <= kStreamRows>(c, kUnits * kUnit);
+      Fetch<kRows <= kStreamRows>(r, c, kUnits * kUnit);
       Terms::template Tile<kRows, kUnits>(w, c, kUnit, x + r * kChunkInputs, inputs, sums + r * stride + c - first,
                                           stride);
     }
@@ -160,14 +173,8 @@ struct SumBlock {
 
   // What will be read when `n` columns from `c` on have been.
   template <bool kStream>
-  HWY_INLINE void Fetch(int64_t c, int64_t n) const {
-    if (next != nullptr) {
-      const auto place = [&](int64_t column) { return (column - first) * next_bytes / (last - first); };
-      for (int64_t at = RoundUp(place(c), kLineBytes); at < place(c + n); at += kLineBytes) {
-        for (int64_t i = 0; i < inputs; ++i) Prefetch(next[i] + at);
-      }
-      return;
-    }
+  HWY_INLINE void Fetch(int64_t r, int64_t c, int64_t n) const {
+    const int64_t turns = (all_rows + kTileRows - 1) / kTileRows, turn = r * turns / all_rows;
     using W = typename Terms::Weight;
     constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(W));
     const int64_t ahead = std::min<int64_t>((kStream ? kStreamBytes : kPrefetchBytes) / sizeof(W), last - first);
@@ -175,7 +182,7 @@ struct SumBlock {
     const int64_t at = same ? c + ahead : c + ahead - (last - first);
     const W* const* rows = same ? w : w + inputs;
     if (n < kLine && c % kLine != 0) return;
-    for (int64_t i = 0; i < inputs; ++i) {
+    for (int64_t i = turn; i < inputs; i += turns) {
       for (int64_t k = 0; k < n; k += kLine) {
         if constexpr (kStream) {
           PrefetchNear(rows[i] + at + k);
@@ -194,17 +201,13 @@ class SumRun {
 
  public:
   SumRun(const SumJob& job, float* scratch)
-      : job_(job),
-        x_(scratch),
-        panel_(x_ + kChunkInputs * kBlockRows),
-        sums_(panel_ + kChunkInputs * kPanelStride),
-        totals_(sums_ + kBlockFloats) {}
+      : job_(job), x_(scratch), sums_(x_ + kChunkInputs * kBlockRows), totals_(sums_ + kBlockFloats) {}
 
   // sums = the terms of the inputs first ... last of the list, columns c0 ... c1 of rows r0 ... r0 + rows.
   void Segment(int64_t first, int64_t last, int64_t c0, int64_t c1, int64_t r0, int64_t rows, float* sums,
                int64_t stride) {
     for (int64_t r = 0; r < rows; ++r) std::fill_n(sums + r * stride, Padded(c1 - c0), 0.0f);
-    const int64_t chunk = rows <= kStreamRows ? (kFloats ? 1 : 2) : kChunkInputs;
+    const int64_t chunk = rows <= kStreamRows ? (kFloats ? 1 : 2) : rows <= kTileRows ? kFewInputs : kChunkInputs;
     const int64_t block = rows <= kTileRows ? c1 - c0 : kBlockColumns;
     for (int64_t i = first; i < last; i += chunk) {
       const int64_t n = std::min(chunk, last - i), even = n + n % 2;
@@ -217,19 +220,7 @@ class SumRun {
       for (int64_t c = c0; c < c1; c += block) {
         const int64_t end = std::min(c + block, c1);
         float* const to = sums + c - c0;
-        if (!kFloats || rows <= kPackRows || std::is_same_v<W, float>) {
-          ForRowTiles<kTileRows>(rows, SumBlock<Terms>{w, x_, inputs, c, end, to, stride});
-        } else {
-          const float* packed[kChunkInputs];
-          const char* next[kChunkInputs];
-          for (int64_t k = 0; k < n; ++k) {
-            Pack(w[k] + c, end - c, panel_ + k * kPanelStride);
-            next[k] = reinterpret_cast<const char*>(w[inputs + k] + c);
-            packed[k] = panel_ + k * kPanelStride - c;
-          }
-          const int64_t bytes = (end - c) * static_cast<int64_t>(sizeof(W));
-          ForRowTiles<kTileRows>(rows, SumBlock<FloatTerms<float>>{packed, x_, n, c, end, to, stride, next, bytes});
-        }
+        ForRowTiles<kTileRows>(rows, SumBlock<Terms>{w, x_, inputs, c, end, to, stride, rows});
       }
     }
   }
@@ -286,13 +277,6 @@ class SumRun {
     }
   }
 
-  static void Pack(const W* from, int64_t n, float* to) {
-    int64_t k = 0;
-#pragma GCC unroll 4
-    for (; k + kLanes <= n; k += kLanes) hn::Store(Widen(from + k), F32(), to + k);
-    if (k < n) StorePart(WidenPart(from + k, n - k), to + k, n - k);
-  }
-
   static void AddTo(float* total, const float* sums, int64_t n) {
     for (int64_t k = 0; k < n; k += kLanes) {
       hn::StoreU(hn::Add(hn::LoadU(F32(), total + k), Terms::Total(sums + k)), F32(), total + k);
@@ -317,7 +301,6 @@ class SumRun {
 
   const SumJob& job_;
   float* const x_;       // [kBlockRows][kChunkInputs]
-  float* const panel_;   // [kChunkInputs][kPanelStride]
   float* const sums_;    // [kBlockRows][kBlockColumns]
   float* const totals_;  // [kBlockRows][kBlockColumns]
 };

@@ -1,6 +1,7 @@
 // Loads that widen to float32 and the two register tiles that all products are made of, for the target being compiled.
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/kernels.h"
@@ -70,6 +71,13 @@ HWY_INLINE void PrefetchWeights(const void* p) {
     Prefetch(p);
   }
 }
+// Tiles of several rows pass the same weights: each fetches every `turns`-th line of what comes after them, from its
+// turn on, so that memory is never asked for all at once.
+struct Turn {
+  int64_t turn = 0;
+  int64_t turns = 1;
+};
+
 template <int kOutputs>
 constexpr int64_t kAheadBytes = kOutputs == 1 ? kStreamBytes : kPrefetchBytes;
 
@@ -144,39 +152,72 @@ HWY_INLINE void OuterProduct(const Left& left, const Right& right, const Term& t
   }
 }
 
-template <typename W, int kRows, int kOutputs>
-HWY_INLINE void DotStep(const W* const (&w)[kOutputs], const float* const (&x)[kRows], int64_t k,
-                        V (&sum)[kRows][kOutputs]) {
-  OuterProduct<kRows, kOutputs>([&](int r) HWY_ATTR { return Widen(x[r] + k); },
-                                [&](int o) HWY_ATTR { return Widen(w[o] + k); },
-                                [&](int r, int o, V xk, V wk) HWY_ATTR { sum[r][o] = hn::MulAdd(xk, wk, sum[r][o]); });
+// Two vectors of bfloat16 are widened without a shuffle where the even ones come before the odd ones. What meets them
+// lies in the same order (see EvenOdd in kernels.h).
+template <typename W>
+constexpr int kStepVectors = std::is_same_v<W, hwy::bfloat16_t>&& kLanes > 1 ? 2 : 1;
+template <typename W>
+constexpr int64_t kStepInputs = kStepVectors<W>* kLanes;
+
+// Vector number `kVector` of the step at `from`.
+template <int kVector, typename W>
+HWY_INLINE V WidenOfStep(const W* from) {
+  if constexpr (kStepVectors<W> == 2) {
+    const hn::RebindToUnsigned<F32> du32;
+    const auto pairs = hn::LoadU(du32, reinterpret_cast<const uint32_t*>(from));
+    return hn::BitCast(F32(), kVector == 0 ? hn::ShiftLeft<16>(pairs) : hn::And(pairs, hn::Set(du32, 0xFFFF0000u)));
+  } else {
+    return Widen(from);
+  }
 }
 
-// sum[r][o] += x[r] . w[o] over n inputs. With `next`, the rows that will be read after w, it fetches ahead and into
-// those.
-template <typename W, int kRows, int kOutputs>
-HWY_INLINE void DotTile(const W* const* w_list, const W* const* next, const float* const (&x)[kRows], int64_t n,
+// The same of a step of which the first n are there; zeros follow, and nothing further is read.
+template <int kVector, typename W>
+HWY_INLINE V WidenOfPart(const W* from, int64_t n) {
+  alignas(64) W part[kStepInputs<W>] = {};
+  std::memcpy(part, from, n % kStepInputs<W> * sizeof(W));  // the compiler sees the bound
+  return WidenOfStep<kVector>(part);
+}
+
+// sum[r][o] += x[r] . w[o] for vector number kVector of the step at k; but for bfloat16, whose x is padded to whole
+// steps, x has n inputs as w has.
+template <bool kWhole, int kVector, typename W, int kRows, int kOutputs>
+HWY_INLINE void DotVector(const W* const (&w)[kOutputs], const float* const (&x)[kRows], int64_t k, int64_t n,
+                          V (&sum)[kRows][kOutputs]) {
+  constexpr bool kPadded = kWhole || kStepVectors < W >> 1;
+  OuterProduct<kRows, kOutputs>(
+      [&](int r) HWY_ATTR { return kPadded ? Widen(x[r] + k + kVector * kLanes) : WidenPart(x[r] + k, n); },
+      [&](int o) HWY_ATTR { return kWhole ? WidenOfStep<kVector>(w[o] + k) : WidenOfPart<kVector>(w[o] + k, n); },
+      [&](int r, int o, V xk, V wk) HWY_ATTR { sum[r][o] = hn::MulAdd(xk, wk, sum[r][o]); });
+}
+
+template <bool kWhole, typename W, int kRows, int kOutputs>
+HWY_INLINE void DotStep(const W* const (&w)[kOutputs], const float* const (&x)[kRows], int64_t k, int64_t n,
                         V (&sum)[kRows][kOutputs]) {
+  DotVector<kWhole, 0>(w, x, k, n, sum);
+  if constexpr (kStepVectors < W >> 1) DotVector<kWhole, 1>(w, x, k, n, sum);
+}
+
+// sum[r][o] += x[r] . w[o] over n inputs. It fetches ahead, and then into `next`, the rows that will be read after w.
+template <typename W, int kRows, int kOutputs>
+HWY_INLINE void DotTile(const W* const* w_list, const W* const* next, Turn turn, const float* const (&x)[kRows],
+                        int64_t n, V (&sum)[kRows][kOutputs]) {
   constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(W));
   const int64_t ahead = HWY_MIN(kAheadBytes<kOutputs> / static_cast<int64_t>(sizeof(W)), n);
   const W* w[kOutputs];
   for (int o = 0; o < kOutputs; ++o) w[o] = w_list[o];
-  int64_t k = 0;
+  int64_t k = 0, until_mine = turn.turn;
   for (; k + kLine <= n; k += kLine) {
-    if (next != nullptr) {
+    if (until_mine-- == 0) {
+      until_mine = turn.turns - 1;
       for (int o = 0; o < kOutputs; ++o) {
         PrefetchWeights<kOutputs>(k + ahead < n ? w[o] + k + ahead : next[o] + (k + ahead - n));
       }
     }
-    for (int64_t i = 0; i < kLine; i += kLanes) DotStep(w, x, k + i, sum);
+    for (int64_t i = 0; i < kLine; i += kStepInputs<W>) DotStep<true>(w, x, k + i, kStepInputs<W>, sum);
   }
-  for (; k + kLanes <= n; k += kLanes) DotStep(w, x, k, sum);
-  if (k < n) {
-    OuterProduct<kRows, kOutputs>([&](int r) HWY_ATTR { return WidenPart(x[r] + k, n - k); },
-                                  [&](int o) HWY_ATTR { return WidenPart(w[o] + k, n - k); },
-                                  [&](int r, int o, V xk, V wk)
-                                      HWY_ATTR { sum[r][o] = hn::MulAdd(xk, wk, sum[r][o]); });
-  }
+  for (; k + kStepInputs<W> <= n; k += kStepInputs<W>) DotStep<true>(w, x, k, kStepInputs<W>, sum);
+  if (k < n) DotStep<false>(w, x, k, n - k, sum);
 }
 
 // The products of a DotJob.
@@ -260,11 +301,26 @@ HWY_INLINE void WithVnni(const Function& function) {
   function.template operator()<false>();
 }
 
-// y[r][o] = x[r] . w[o] over `n` <= kQuantizedBlock of the `inputs` from `first` on. x is padded with zeros, w is not.
+#if HWY_TARGET == HWY_SCALAR
+HWY_INLINE int64_t SumLanes64(VI32 v) { return hn::GetLane(v); }
+#else
+HWY_INLINE int64_t SumLanes64(VI32 v) {
+  const hn::Half<I32> half;
+  const hn::Repartition<int64_t, I32> wide;
+  return hn::GetLane(hn::SumOfLanes(
+      wide, hn::Add(hn::PromoteTo(wide, hn::LowerHalf(half, v)), hn::PromoteTo(wide, hn::UpperHalf(half, v)))));
+}
+#endif
+
+// A lane's sum of so many inputs fits int32.
+constexpr int64_t kIntegerBlock = kQuantizedBlock * kLanes;
+
+// y[r][o] = x[r] . w[o] over `n` <= kIntegerBlock of the `inputs` from `first` on. x is padded with zeros, w is not. It
+// fetches ahead, and then into `next`, the rows that will be read after w.
 template <bool kVnni, int kRows, int kOutputs>
-HWY_INLINE void IntegerDotTile(const int8_t* const (&w)[kOutputs], const int8_t* const* next,
+HWY_INLINE void IntegerDotTile(const int8_t* const (&w)[kOutputs], const int8_t* const (&next)[kOutputs], Turn turn,
                                const int16_t* const (&x)[kRows], int64_t first, int64_t n, int64_t inputs,
-                               int32_t (&y)[kRows][kOutputs]) {
+                               int64_t (&y)[kRows][kOutputs]) {
   const int64_t ahead = HWY_MIN(kAheadBytes<kOutputs>, inputs), end = first + n;
   VI32 sum[kRows][kOutputs];
 #pragma GCC unroll 8
@@ -277,9 +333,10 @@ HWY_INLINE void IntegerDotTile(const int8_t* const (&w)[kOutputs], const int8_t*
         [&](int r) HWY_ATTR { return LoadPair(x[r] + k); }, [&](int o) HWY_ATTR { return WidenPair(w[o] + k); },
         [&](int r, int o, VI16 xk, VI16 wk) HWY_ATTR { sum[r][o] = AddPairProducts<kVnni>(xk, wk, sum[r][o]); });
   };
-  int64_t k = first;
+  int64_t k = first, until_mine = turn.turn;
   for (; k + kLineBytes <= end; k += kLineBytes) {
-    if (next != nullptr) {
+    if (until_mine-- == 0) {
+      until_mine = turn.turns - 1;
       for (int o = 0; o < kOutputs; ++o) {
         PrefetchWeights<kOutputs>(k + ahead < inputs ? w[o] + k + ahead : next[o] + (k + ahead - inputs));
       }
@@ -296,7 +353,7 @@ HWY_INLINE void IntegerDotTile(const int8_t* const (&w)[kOutputs], const int8_t*
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int o = 0; o < kOutputs; ++o) y[r][o] = hn::GetLane(hn::SumOfLanes(I32(), sum[r][o]));
+    for (int o = 0; o < kOutputs; ++o) y[r][o] = SumLanes64(sum[r][o]);
   }
 }
 
