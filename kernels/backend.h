@@ -135,6 +135,9 @@ class Backend {
   // Memory of the device that nobody has taken, as far as can be known.
   virtual int64_t FreeBytes() const = 0;
 
+  // Whether ops read tensors wherever they lie in this machine's memory, such as a mapped file.
+  virtual bool ReadsHostMemory() const { return false; }
+
   // RESOURCE_EXHAUSTED with the size asked for when the device has not that much.
   virtual absl::StatusOr<Buffer> Allocate(int64_t bytes) = 0;
 

@@ -4,10 +4,14 @@
 
 namespace dejavu {
 
-void DeviceLayout::Reserve(Tensor* view, DType dtype, int64_t rows, int64_t cols) {
+int64_t DeviceLayout::StrideOf(DType dtype, int64_t rows, int64_t cols) {
   const int64_t row_bytes = cols * SizeOf(dtype);
   const bool pad = rows > 1 && row_bytes % kLineBytes == 0 && row_bytes >= kPaddedRowBytes;
-  *view = Tensor{nullptr, dtype, rows, cols, pad ? cols + kLineBytes / SizeOf(dtype) : cols};
+  return pad ? cols + kLineBytes / SizeOf(dtype) : cols;
+}
+
+void DeviceLayout::Reserve(Tensor* view, DType dtype, int64_t rows, int64_t cols) {
+  *view = Tensor{nullptr, dtype, rows, cols, StrideOf(dtype, rows, cols)};
   if (rows * cols == 0) return;
   regions_.push_back({view, bytes_});
   bytes_ += (rows * view->stride * SizeOf(dtype) + kAlignmentBytes - 1) / kAlignmentBytes * kAlignmentBytes;

@@ -18,10 +18,13 @@ class DeviceLayout {
   void Reserve(Tensor* view, DType dtype, int64_t rows, int64_t cols);
   int64_t bytes() const { return bytes_; }
 
+  // Elements from one of such rows to the next, and what the distance of a place from the first one is a multiple of.
+  static int64_t StrideOf(DType dtype, int64_t rows, int64_t cols);
+  static constexpr int64_t kAlignmentBytes = 256;
+
   absl::StatusOr<Buffer> Allocate(Backend& backend);
 
  private:
-  static constexpr int64_t kAlignmentBytes = 256;
   static constexpr int64_t kLineBytes = 64;
   static constexpr int64_t kPaddedRowBytes = 512;
   struct Region {

@@ -9,10 +9,34 @@
 #include <fstream>
 
 #include "absl/strings/str_cat.h"
-#include "kernels/base/check.h"
 #include "kernels/base/float16.h"
+#include "kernels/base/round.h"
 
 namespace dejavu {
+
+std::string SafetensorsHeader(std::string json, int64_t alignment) {
+  constexpr size_t kLengthBytes = 8;
+  json.resize(RoundUp(kLengthBytes + json.size(), alignment) - kLengthBytes, ' ');
+  std::string length(kLengthBytes, '\0');
+  for (size_t i = 0; i < kLengthBytes; ++i) length[i] = static_cast<char>(uint64_t{json.size()} >> (8 * i));
+  return length + json;
+}
+
+const char* SafetensorsName(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return "F32";
+    case DType::kFloat16:
+      return "F16";
+    case DType::kBFloat16:
+      return "BF16";
+    case DType::kInt32:
+      return "I32";
+    case DType::kInt8:
+      return "I8";
+  }
+  return "?";
+}
 
 void SafetensorsWriter::AddBytes(const std::string& name, const char* dtype, const std::vector<int64_t>& shape,
                                  const void* data, size_t bytes) {
@@ -40,14 +64,9 @@ void SafetensorsWriter::AddAsFloat16(const std::string& name, const std::vector<
 absl::Status SafetensorsWriter::Write(const std::string& metadata_key, const std::string& metadata,
                                       const std::string& path) {
   header_["__metadata__"] = {{metadata_key, metadata}};
-  std::string header = header_.dump();
-  header.resize((header.size() + 7) / 8 * 8, ' ');
-  uint8_t length[8];
-  for (int i = 0; i < 8; ++i) length[i] = static_cast<uint8_t>(uint64_t{header.size()} >> (8 * i));
   const std::string temporary = absl::StrCat(path, ".", getpid(), ".tmp");
   std::ofstream file(temporary, std::ios::binary);
-  file.write(reinterpret_cast<const char*>(length), sizeof length);
-  file << header << data_;
+  file << SafetensorsHeader(header_.dump()) << data_;
   file.close();
   if (file && std::rename(temporary.c_str(), path.c_str()) == 0) return absl::OkStatus();
   const std::string reason = std::strerror(errno);

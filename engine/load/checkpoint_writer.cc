@@ -15,6 +15,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/formats/checkpoint.h"
+#include "engine/formats/safetensors_writer.h"
 #include "engine/load/loaded_model.h"
 #include "engine/load/synthetic/synthetic_model.h"
 #include "engine/model/predictor_file.h"
@@ -77,10 +78,6 @@ std::vector<Entry> EntriesOf(const OptWeights& w, const OptConfig& config) {
   return entries;
 }
 
-const char* SafetensorsName(DType dtype) {
-  return dtype == DType::kFloat32 ? "F32" : dtype == DType::kFloat16 ? "F16" : "BF16";
-}
-
 // What comes before the tensors (engine/formats/safetensors.cc tells the format).
 std::string HeaderOf(const std::vector<Entry>& entries) {
   Json header = {{"__metadata__", {{"format", "pt"}}}};  // Transformers insists on it
@@ -91,11 +88,7 @@ std::string HeaderOf(const std::vector<Entry>& entries) {
                           {"data_offsets", {offset, offset + entry.view.bytes()}}};
     offset += entry.view.bytes();
   }
-  std::string text = header.dump();
-  text.resize((text.size() + 7) / 8 * 8, ' ');
-  std::string length(8, '\0');
-  for (int i = 0; i < 8; ++i) length[i] = static_cast<char>(uint64_t{text.size()} >> (8 * i));
-  return length + text;
+  return SafetensorsHeader(header.dump());
 }
 
 // Calls write(data, bytes) with the tensor as the file holds it, stripe by stripe.

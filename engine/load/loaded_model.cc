@@ -10,6 +10,7 @@
 #include "engine/formats/checkpoint.h"
 #include "engine/load/synthetic/generator.h"
 #include "engine/model/predictor_file.h"
+#include "engine/model/weights_file.h"
 #include "engine/model/weights_hash.h"
 #include "kernels/base/status_macros.h"
 
@@ -61,8 +62,13 @@ absl::StatusOr<ModelBytes> MeasureModel(const ModelOptions& options, const OptCo
       predictor.clear();
     }
   } else {
-    ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(options.model));
-    ASSIGN_OR_RETURN(bytes.weights, OptWeights::Measure(checkpoint, config, shard, dtype));
+    ASSIGN_OR_RETURN(const std::optional<WeightsFile> converted, WeightsFile::Open(options.model, config));
+    if (converted.has_value()) {
+      ASSIGN_OR_RETURN(bytes.weights, converted->Measure(shard, dtype));
+    } else {
+      ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(options.model));
+      ASSIGN_OR_RETURN(bytes.weights, OptWeights::Measure(checkpoint, config, shard, dtype));
+    }
   }
   std::error_code error;
   const auto size = predictor.empty() ? 0 : std::filesystem::file_size(predictor, error);
@@ -74,6 +80,7 @@ absl::StatusOr<LoadedModel> LoadModel(const ModelOptions& options, const OptConf
                                       const LoadProgress& progress) {
   ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseWeights(options.weights));
   std::optional<SyntheticModel> synthetic;
+  std::optional<WeightsFile> converted;
   std::optional<Checkpoint> checkpoint;
   LoadedModel model;
   if (IsSynthetic(options.model)) {
@@ -81,8 +88,13 @@ absl::StatusOr<LoadedModel> LoadModel(const ModelOptions& options, const OptConf
     model.synthetic = synthetic->Description();
     model.weights_hash = synthetic->Fingerprint();
   } else {
-    ASSIGN_OR_RETURN(checkpoint, Checkpoint::Open(options.model));
-    ASSIGN_OR_RETURN(model.weights_hash, WeightsHash(*checkpoint, config));
+    ASSIGN_OR_RETURN(converted, WeightsFile::Open(options.model, config));
+    if (converted.has_value()) {
+      model.weights_hash = converted->weights_hash();
+    } else {
+      ASSIGN_OR_RETURN(checkpoint, Checkpoint::Open(options.model));
+      ASSIGN_OR_RETURN(model.weights_hash, WeightsHash(*checkpoint, config));
+    }
   }
   const bool generated = synthetic.has_value() && options.predictor.empty();
   model.predictor_path = generated ? kGeneratedPredictor : PredictorPath(options);
@@ -96,6 +108,8 @@ absl::StatusOr<LoadedModel> LoadModel(const ModelOptions& options, const OptConf
   if (synthetic.has_value()) {
     ASSIGN_OR_RETURN(model.weights, GenerateModel(*synthetic, model.shard, dtype.value_or(DType::kBFloat16), backend,
                                                   progress, generated ? &*model.predictor : nullptr));
+  } else if (converted.has_value()) {
+    ASSIGN_OR_RETURN(model.weights, converted->Load(model.shard, backend, progress, dtype));
   } else {
     ASSIGN_OR_RETURN(model.weights, OptWeights::Load(*checkpoint, config, model.shard, backend, progress, dtype));
   }

@@ -10,6 +10,7 @@
 
 #include "engine/model/weight_plan.h"
 #include "engine/model/weight_reader.h"
+#include "engine/model/weight_tensors.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/layout.h"
 
@@ -23,37 +24,14 @@ void OptWeights::TieHead() {
 absl::StatusOr<OptWeights> OptWeights::Allocate(const OptConfig& config, const Shard& shard, DType dtype,
                                                 Backend& backend) {
   CHECK(config.embed == config.hidden && config.final_norm && config.biases && config.tied) << "not a plain OPT";
-  using Layout = LinearWeights::Layout;
   OptWeights w;
   DeviceLayout layout;
-  const auto vector = [&](Tensor* view, int64_t count) { layout.Reserve(view, DType::kFloat32, 1, count); };
-  const auto matrix = [&](Tensor* weight, Tensor* scale, int64_t rows, int64_t cols) {
-    layout.Reserve(weight, dtype, rows, cols);
-    if (dtype == DType::kInt8) vector(scale, rows);
-  };
-  const auto norm = [&](NormWeights* n) {
-    vector(&n->weight, config.hidden);
-    vector(&n->bias, config.hidden);
-  };
-  const auto linear = [&](LinearWeights* to, Layout in, int64_t rows) {
-    to->layout = in;
-    matrix(&to->weight, &to->scale, rows, config.hidden);
-    vector(&to->bias, in == Layout::kOutputRows ? rows : shard.first() ? config.hidden : 0);
-  };
-  const int64_t features = int64_t{shard.heads.count} * config.head_dim;
-  matrix(&w.token_embedding.weight, &w.token_embedding.scale, shard.vocab.count, config.embed);
-  layout.Reserve(&w.position_embedding, dtype == DType::kInt8 ? DType::kBFloat16 : dtype,
-                 config.context + kPositionOffset, config.hidden);
-  w.layers.resize(config.layers);
-  for (LayerWeights& layer : w.layers) {
-    norm(&layer.attention_norm);
-    linear(&layer.qkv, Layout::kOutputRows, 3 * features);
-    linear(&layer.out, Layout::kInputRows, features);
-    norm(&layer.mlp_norm);
-    linear(&layer.mlp.up, Layout::kOutputRows, shard.neuron_count);
-    linear(&layer.mlp.down, Layout::kInputRows, shard.neuron_count);
+  for (const WeightTensor& tensor : TensorsOf(config, shard, /*has_own_head=*/false, &w)) {
+    const bool stays = tensor.scale == nullptr && dtype == DType::kInt8;
+    const DType type = tensor.is_vector ? DType::kFloat32 : stays ? DType::kBFloat16 : dtype;
+    layout.Reserve(tensor.view, type, tensor.own_rows(), tensor.own_cols());
+    if (type == DType::kInt8) layout.Reserve(tensor.scale, DType::kFloat32, 1, tensor.own_rows());
   }
-  norm(&w.final_norm);
   ASSIGN_OR_RETURN(w.storage_, layout.Allocate(backend));
   w.TieHead();
   return w;

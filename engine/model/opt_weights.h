@@ -65,6 +65,7 @@ class OptWeights {
   DType dtype() const { return token_embedding.weight.dtype; }
 
  private:
+  friend class WeightsFile;  // which fills them in another way
   void TieHead();
   void DropKeyBiases(Backend& backend) const;
 

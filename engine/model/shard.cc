@@ -53,6 +53,12 @@ std::vector<Shard::Range> Shard::NeuronRuns(int32_t layer) const {
   return runs;
 }
 
+int64_t CountOf(const Runs& runs) {
+  int64_t count = 0;
+  for (const Shard::Range& run : runs) count += run.count;
+  return count;
+}
+
 absl::StatusOr<Shard> MakeShard(const ModelShape& shape, const PredictorData* predictor, int rank, int ranks) {
   if (ranks < 1 || rank < 0 || rank >= ranks) {
     return absl::InvalidArgumentError(absl::StrCat("rank ", rank, " of ", ranks, " ranks"));

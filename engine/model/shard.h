@@ -39,6 +39,11 @@ struct Shard {
   bool first() const { return rank == 0; }
 };
 
+// Rows or columns of a matrix, or elements of a vector, ascending.
+using Runs = std::vector<Shard::Range>;
+
+int64_t CountOf(const Runs& runs);
+
 // How rank `rank` of `ranks` divides up `config`. Heads and vocabulary go in runs whose lengths differ by at most one,
 // the longer first. Neurons are dealt by `predictor`'s frequencies, so that each rank expects to compute as many as the
 // others: from the most frequent on, to the rank that has least. Without a predictor (nullptr), or for layers where it

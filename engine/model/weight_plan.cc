@@ -5,12 +5,6 @@
 
 namespace dejavu {
 
-int64_t CountOf(const Runs& runs) {
-  int64_t count = 0;
-  for (const Shard::Range& run : runs) count += run.count;
-  return count;
-}
-
 // Without `scale` a matrix cannot be int8.
 DType WeightPlan::TypeFor(DType stored, const Tensor* scale) const {
   if (!dtype_.has_value() || (*dtype_ == DType::kInt8 && scale == nullptr)) return stored;

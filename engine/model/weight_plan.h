@@ -19,11 +19,6 @@
 
 namespace dejavu {
 
-// Rows or columns of a stored matrix, or elements of a stored vector, ascending.
-using Runs = std::vector<Shard::Range>;
-
-int64_t CountOf(const Runs& runs);
-
 // Where the own part of one stored tensor goes: to the rows of a region from `first_row` on, or, transposed, to all
 // of it. A vector is a row, and `first_row` counts its elements.
 struct WeightPlacement {

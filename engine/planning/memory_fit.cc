@@ -33,7 +33,7 @@ absl::StatusOr<MemoryFit> MeasureFit(const PlannedModel& model, const EngineOpti
     return absl::InvalidArgumentError(absl::StrCat(devices.devices, " devices for ", config.ffn, " neurons and ",
                                                    config.vocab, " tokens: each needs one of both"));
   }
-  fit.weights = dtype.value_or(model.stored);
+  fit.weights = dtype.value_or(model.converted.value_or(model.stored));
   fit.shard = FirstShard(config, devices.devices);
   fit.weight_bytes = RankShapes(config, fit.shard, fit.weights, model.stored).bytes();
   if (model.predictor.has_value()) fit.predictor_bytes = PredictorBytes(*model.predictor, config, fit.shard);

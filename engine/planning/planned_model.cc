@@ -10,6 +10,7 @@
 #include "engine/load/synthetic/generator.h"
 #include "engine/model/predictor_file.h"
 #include "engine/model/weight_names.h"
+#include "engine/model/weights_file.h"
 #include "engine/planning/calibrated_reads.h"
 #include "kernels/base/status_macros.h"
 
@@ -46,7 +47,15 @@ absl::StatusOr<SyntheticModel> NamedModel(const std::string& name) {
 }
 
 // The matrices' type, and whether the head is one of its own.
-absl::Status TakeFromWeights(const std::string& directory, PlannedModel* model) {
+absl::Status TakeFromWeights(const std::string& directory, std::optional<DType> dtype, PlannedModel* model) {
+  ASSIGN_OR_RETURN(const std::optional<WeightsFile> converted, WeightsFile::Open(directory, model->config));
+  if (converted.has_value()) {
+    RETURN_IF_ERROR(converted->CheckType(dtype));
+    model->converted = converted->dtype();
+    model->stored = converted->position_dtype();
+    model->config.tied = !converted->has_own_head();
+    return absl::OkStatus();
+  }
   const absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Open(directory);
   if (absl::IsNotFound(checkpoint.status())) return absl::OkStatus();
   if (!checkpoint.ok()) return checkpoint.status();
@@ -84,7 +93,8 @@ absl::StatusOr<PlannedModel> DescribeModel(const EngineOptions& options, Tier hi
   if (!IsSynthetic(options.model) && access(options.model.c_str(), F_OK) == 0) {
     model.name = options.model;
     ASSIGN_OR_RETURN(model.config, OptConfig::Load(options.model));
-    RETURN_IF_ERROR(TakeFromWeights(options.model, &model));
+    ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseWeights(options.weights));
+    RETURN_IF_ERROR(TakeFromWeights(options.model, dtype, &model));
     predictor = PredictorPath({options.model, options.weights, options.predictor});
     if (predictor.empty()) {
       TakeDense(&model);

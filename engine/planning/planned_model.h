@@ -23,6 +23,7 @@ struct PlannedModel {
   bool synthetic = false;  // they are another model's
   OptConfig config;
   DType stored = DType::kFloat16;          // type of its matrices, where they are not converted
+  std::optional<DType> converted;          // of a converted model theirs; `stored` is what int8 has left
   std::optional<PredictorData> predictor;  // without matrices and thresholds
   std::vector<Tier> tiers;                 // those whose reads are known, by falling quality
   std::vector<int> batches;

@@ -28,6 +28,7 @@ class RegularFile {
 
   const std::string& path() const { return path_; }
   int64_t size() const { return size_; }
+  int descriptor() const { return fd_; }
 
  private:
   RegularFile(int fd, std::string path, int64_t size) : fd_(fd), path_(std::move(path)), size_(size) {}

@@ -85,6 +85,7 @@ class CpuBackend final : public Backend {
   }
 
   int64_t FreeBytes() const override { return cpu::FreeBytes(sharers_); }
+  bool ReadsHostMemory() const override { return true; }
   absl::StatusOr<Buffer> Allocate(int64_t bytes) override { return cpu::Allocate(bytes); }
 
   void Upload(Tensor target, const void* source) override {

@@ -68,7 +68,8 @@ int64_t FreeBytes(int sharers) {
   const int64_t machine = NumberIn("/proc/meminfo", "MemAvailable:", PhysicalBytes() >> 10) << 10;
   const int64_t limit = NumberIn("/sys/fs/cgroup/memory.max", "", machine);  // "max": none
   const int64_t used = NumberIn("/sys/fs/cgroup/memory.current", "", 0) -
-                       NumberIn("/sys/fs/cgroup/memory.stat", "inactive_file", 0);  // the kernel gives these up
+                       NumberIn("/sys/fs/cgroup/memory.stat", "inactive_file", 0) -  // the kernel gives these up,
+                       NumberIn("/sys/fs/cgroup/memory.stat", "active_file", 0);     // and weights that lie in them
   const std::optional<AddressSpace> space = LimitedAddressSpace();
   const int64_t most = space.has_value() ? std::min(machine, std::max<int64_t>(0, space->left_bytes())) : machine;
   return std::clamp<int64_t>(limit - used, 0, most) / sharers;

@@ -44,6 +44,7 @@ class TimedBackend final : public Backend {
   std::string Description() const override { return timed_->Description(); }
   BackendStats stats() const override { return timed_->stats(); }
   int64_t FreeBytes() const override { return timed_->FreeBytes(); }
+  bool ReadsHostMemory() const override { return timed_->ReadsHostMemory(); }
   absl::StatusOr<Buffer> Allocate(int64_t bytes) override { return timed_->Allocate(bytes); }
   void Upload(Tensor target, const void* source) override;
   void Download(void* target, Tensor source) override;

@@ -20,7 +20,7 @@ from documents import commands, page, pages
 from manifests import dejavud
 from monitoring import documented_metrics, family
 
-PROGRAMS = ("dejavud", "dejavu-cli", "dejavu-loadtest", "dejavu-eval", "dejavu-calibrate", "dejavu-sim")
+PROGRAMS = ("dejavud", "dejavu-cli", "dejavu-loadtest", "dejavu-eval", "dejavu-calibrate", "dejavu-convert", "dejavu-sim")
 KUBERNETES_KEYS = {"limits.cpu", "limits.memory"}  # these look like settings
 # What a page's commands must say on standard error, besides ending well.
 SAID = {"docs/operations/security.md": "the token is not known here"}

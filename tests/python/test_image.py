@@ -77,7 +77,7 @@ def test_the_runtime_packages_are_those_that_the_programs_load():
     listed = set(re.search(r"--no-install-recommends\s+(.*?)&&", run_line)[1].split())
     files = set()
     others = ("libc.", "libm.", "libgcc_s.", "ld-")  # every image has these
-    for program in ("dejavud", "dejavu-cli"):
+    for program in ("dejavud", "dejavu-cli", "dejavu-convert"):
         # The direct ones; what these load is their packages' affair.
         headers = subprocess.run(["objdump", "-p", BIN / program], capture_output=True, text=True, check=True).stdout
         loaded = subprocess.run(["ldd", BIN / program], capture_output=True, text=True, check=True).stdout
@@ -95,7 +95,7 @@ def test_the_runtime_packages_are_those_that_the_programs_load():
 
 def test_the_image_holds_only_what_runs():
     assert [rest for word, rest in stages()["runtime"] if word == "COPY"] == [
-        "--from=build /src/build/image/bin/dejavud /src/build/image/bin/dejavu-cli /usr/local/bin/",
+        "--from=build /src/build/image/bin/dejavud /src/build/image/bin/dejavu-cli /src/build/image/bin/dejavu-convert /usr/local/bin/",
         "--from=model /models /usr/share/dejavu/models"]
     for target in ("cuda", "multi-host"):
         module, = (rest for word, rest in stages()[target] if word == "COPY" and "--from=build" in rest)

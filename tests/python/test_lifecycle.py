@@ -254,8 +254,9 @@ def test_output_that_does_not_arrive_is_a_failure():
     plan = ("--model", MODEL, "--plan", "--plan-memory-gib", "4", "--plan-bandwidth-gbs", "10")
     for command in [("dejavud", "--help"), ("dejavud", "--version"), ("dejavud", "--print-config"), ("dejavud", *plan),
                     ("dejavu-cli", "--help"), ("dejavu-cli", "--version"), ("dejavu-loadtest", "--help"),
-                    ("dejavu-calibrate", "--help"), ("dejavu-eval", "--version"), ("dejavu-sim", "--help"),
-                    ("dejavu-sim", "--rate", "1", "--seconds", "1"), ("dejavu-bench", "--help")]:
+                    ("dejavu-calibrate", "--help"), ("dejavu-convert", "--help"), ("dejavu-eval", "--version"),
+                    ("dejavu-sim", "--help"), ("dejavu-sim", "--rate", "1", "--seconds", "1"),
+                    ("dejavu-bench", "--help")]:
         if not (BIN / command[0]).exists():  # an image has fewer
             continue
         for target, code in [("/dev/full", 1), ("/dev/null", 0)]:

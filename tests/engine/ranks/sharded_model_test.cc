@@ -15,6 +15,7 @@
 #include "engine/model/kv_cache.h"
 #include "engine/model/opt_weights.h"
 #include "engine/model/shard.h"
+#include "engine/model/weights_file.h"
 #include "engine/planning/memory_plan.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -128,7 +129,10 @@ void ExpectRanksTogetherHaveTheWholeModel(const std::string& path) {
   bool some_without_heads = false;
   for (const std::optional<DType> dtype :
        {std::optional<DType>(), std::optional(DType::kBFloat16), std::optional(DType::kInt8)}) {
-    const OptWeights whole = *OptWeights::Load(checkpoint, config, Shard::Whole(config), Cpu(), nullptr, dtype);
+    OptWeights whole = *OptWeights::Load(checkpoint, config, Shard::Whole(config), Cpu(), nullptr, dtype);
+    const ScratchDirectory converted;
+    ASSERT_TRUE(WeightsFile::Write(whole, config, "hash", converted.Path(WeightsFile::kName), nullptr).ok());
+    const std::optional<WeightsFile> file = *WeightsFile::Open(converted.path(), config);
     for (int ranks = 1; ranks <= 5; ++ranks) {
       int64_t split = 0;
       for (int rank = 0; rank < ranks; ++rank) {
@@ -138,6 +142,10 @@ void ExpectRanksTogetherHaveTheWholeModel(const std::string& path) {
         const OptWeights own = *OptWeights::Load(checkpoint, config, shard, Cpu(), nullptr, dtype);
         ExpectShare(config, shard, own, whole);
         EXPECT_EQ(OptWeights::Measure(checkpoint, config, shard, dtype).value(), own.bytes());
+        const OptWeights again = *file->Load(shard, Cpu(), nullptr, dtype);
+        ExpectShare(config, shard, again, whole);
+        EXPECT_EQ(file->Measure(shard, dtype).value(), again.bytes());
+        EXPECT_EQ(again.bytes(), own.bytes());
         some_without_heads |= shard.heads.count == 0;
         split += SplitBytes(own);
       }
