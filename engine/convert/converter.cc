@@ -42,6 +42,7 @@ std::string WithoutSlashes(std::string path) {
 }
 
 absl::Status CheckTarget(const std::string& out, bool force) {
+  if (out.empty()) return absl::InvalidArgumentError("--out is empty; it must name a directory");
   struct stat info;
   if (lstat(out.c_str(), &info) != 0) {
     return errno == ENOENT ? absl::OkStatus() : CannotWrite(out, errno);
@@ -54,7 +55,7 @@ absl::Status CheckTarget(const std::string& out, bool force) {
       absl::StrCat(out, ": is there and holds no ", WeightsFile::kName, "; --force replaces only converted models"));
 }
 
-// `sync`: waits for what a file holds, or which files a directory has, to be on the disk.
+// Waits until what a file holds, or which files a directory has, is on the disk.
 absl::Status Sync(const std::string& path) {
   const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) return CannotWrite(path, errno);

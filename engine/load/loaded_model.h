@@ -16,8 +16,7 @@
 namespace dejavu {
 
 struct ModelOptions {
-  std::string
-      model;  // directory in Hugging Face layout, or a name such as "synthetic:opt-6.7b" (engine/load/synthetic)
+  std::string model;  // directory in Hugging Face layout or of dejavu-convert, or a name such as "synthetic:opt-6.7b"
   // Type of the matrices in memory: stored, fp32, fp16, bf16 or int8. A synthetic model is stored in bf16.
   std::string weights = "stored";
   // File; empty: predictor.safetensors in the model's directory, if there, or a synthetic model's own; "none": none.

@@ -4,11 +4,12 @@ import os
 import pathlib
 import resource
 import shutil
+import signal
 import subprocess
 
 import pytest
 
-from conftest import BIN, MODEL, PARITY, PATIENCE_S, ROOT, run_daemon
+from conftest import BIN, MODEL, PARITY, PATIENCE_S, ROOT, until
 
 TEXT = ROOT / "tests/testdata/text/evaluation-excerpt.txt"
 FILE = "dejavu.safetensors"
@@ -22,6 +23,11 @@ def converted(folder, model=MODEL, weights="int8"):
     done = convert("--model", model, "--weights", weights, "--out", folder)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def dejavud(model, *arguments):
+    """Its end, where it does not serve."""
+    return subprocess.run([BIN / "dejavud", "--model", model, *arguments], capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def expect_failure(done, code, *reasons):
@@ -42,7 +48,7 @@ def answers(daemon):
     said = []
     for tier in tiers(daemon):
         for temperature in (0.0, 1.0):
-            request = daemon.request([2, 100, 200, 300], 24)
+            request = daemon.request([2, 10, 20, 30], 24)
             request.sparsity.tier = tier
             request.sampling.temperature = temperature
             request.sampling.seed = 7
@@ -50,7 +56,7 @@ def answers(daemon):
             reply = daemon.stub.Generate(request, timeout=PATIENCE_S)
             said.append((tier, list(reply.token_ids), [str(token) for token in reply.logprobs]))
     score = pb.ScoreRequest(top_logprobs=1)
-    score.token_ids.ids.extend([2, 7, 9, 100, 5])
+    score.token_ids.ids.extend([2, 7, 9, 40, 5])
     return said, str(daemon.stub.Score(score, timeout=PATIENCE_S).tokens)
 
 
@@ -83,10 +89,18 @@ def test_the_tools_take_it(tmp_path):
         assert done.returncode == 0, done.stderr
         reports.append(json.loads((tmp_path / "report.json").read_text()))
     assert reports[0] == reports[1]
-    plans = [run_daemon("--model", str(path), *more, "--plan", "--plan-memory-gib", "4", "--plan-bandwidth-gbs", "10").stdout
-             for path, more in ((MODEL, ["--weights", "bf16"]), (model, []))]
-    assert "bfloat16" in plans[0] or "bf16" in plans[0]
-    assert plans[0].replace(str(MODEL), "MODEL") == plans[1].replace(str(model), "MODEL")
+
+
+def test_a_plan_of_it_is_the_checkpoints(tmp_path):
+    plan = lambda path, *more: dejavud(path, *more, "--plan", "--plan-memory-gib", "4", "--plan-bandwidth-gbs", "10")
+    for weights, name in (("bf16", "bfloat16"), ("int8", "int8")):
+        model = converted(tmp_path / weights, weights=weights)
+        original, own = plan(MODEL, "--weights", weights).stdout, plan(model).stdout
+        assert f"{name} weights" in original
+        assert own.replace(str(model), "MODEL") == original.replace(str(MODEL), "MODEL")
+        for other in {"bf16", "int8", "fp32"} - {weights}:
+            refused = plan(model, "--weights", other)
+            assert refused.returncode == 1 and f"{model / FILE}: holds tensor" in refused.stderr, refused
 
 
 def test_it_writes_all_that_a_model_needs_and_nothing_else(tmp_path):
@@ -134,6 +148,7 @@ def test_a_failure_says_why_and_leaves_nothing(tmp_path):
     expect_failure(convert("--model", tmp_path / "none", "--out", out), 1, str(tmp_path / "none/config.json"))
     expect_failure(convert("--model", "synthetic:opt-tiny", "--out", out), 1, "synthetic:opt-tiny", "dejavu-bench checkpoint")
     expect_failure(convert("--model", MODEL, "--out", tmp_path / "no/where"), 1, "no/where", "cannot be written")
+    expect_failure(convert("--model", MODEL, "--out", ""), 1, "--out is empty")
     cut = shutil.copytree(MODEL, tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((MODEL / "model.safetensors").read_bytes()[:-1])
     expect_failure(convert("--model", cut, "--out", out), 1, str(cut / "model.safetensors"))
@@ -141,6 +156,14 @@ def test_a_failure_says_why_and_leaves_nothing(tmp_path):
     shutil.copy(MODEL / "predictor.safetensors", misfit)
     expect_failure(convert("--model", misfit, "--out", out), 1, str(misfit / "predictor.safetensors"))
     assert sorted(os.listdir(tmp_path)) == ["cut", "misfit"]
+
+
+def test_ctrl_c_leaves_all_or_nothing(tmp_path):
+    process = subprocess.Popen([BIN / "dejavu-convert", "--model", MODEL, "--weights", "int8", "--out", tmp_path / "out"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until(lambda: process.poll() is not None or os.listdir(tmp_path))
+    process.send_signal(signal.SIGINT)
+    assert (process.wait(timeout=PATIENCE_S), os.listdir(tmp_path)) in ((130, []), (0, ["out"]))
 
 
 @pytest.mark.parametrize("arguments", [["--model", MODEL], ["--out", "x"], ["--model", MODEL, "--out", "x", "--weights", "int4"],
@@ -159,7 +182,7 @@ def test_a_daemon_refuses_a_damaged_file_and_another_type_by_name(tmp_path):
     model = converted(tmp_path / "model")
     path = model / FILE
     whole = path.read_bytes()
-    refused = lambda *flags: run_daemon("--model", str(model), "--listen", "127.0.0.1:0", "--metrics-listen", "", *flags)
+    refused = lambda *flags: dejavud(model, "--listen", "127.0.0.1:0", "--metrics-listen", "", *flags)
     for contents, reason in ((whole[:-1], "claims bytes"), (whole[:4000], "claims a header"), (b"", "too few"),
                              (whole.replace(b"layers.0.up.bias", b"layers.0.up.bia5", 1), "header is damaged"),
                              (whole.replace(b'"version":"1"', b'"version":"9"', 1), "convert the model again")):
