@@ -1,232 +1,364 @@
 """dejavud and its peers side by side, on the same checkpoint, prompt and threads; `./run compare` starts it.
 
-Everything runs in processes of its own, one at a time, in rounds, so that what neighbours do to the machine meets all.
-Figures are medians over all rounds. Weights are random: dense work is compared, never text.
+One system computes at a time. Cell by cell, the memory's bandwidth is probed before and after; a ratio is formed only of two
+sides that met the same. The lines of the table are measured in the order of their use, in rounds, until the time is up. What
+was measured is kept: another start goes on there. Weights are random: dense work is compared, never text.
 """
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import pathlib
-import shutil
-import statistics
-import subprocess
 import sys
+import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-PEERS = [("transformers", "bf16"), ("transformers", "fp32"), ("openvino", "bf16"), ("openvino", "int8"),
-         ("ctranslate2", "bf16"), ("ctranslate2", "int8"), ("ctranslate2", "fp32")]
-NAMES = {"transformers": "Transformers", "openvino": "OpenVINO", "ctranslate2": "CTranslate2"}
+import report
+import systems
+from samples import Cell, Line, Samples, compare, unreadable_ms
+from systems import Failed, TookTooLong
+
 OURS = "dejavud"
-SAMPLE_S = 20  # what takes a peer longer is measured less often
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+# Most useful first: where the time does not suffice, the last ones are missing. The first ones are what others are set against.
+LINES = [Line("shape", OURS, "bf16"), Line("shape", OURS, "int8"), Line("shape", "transformers", "bf16"),
+         Line("shape", "ctranslate2", "int8"), Line("shape", OURS, "int8", "balanced"), Line("shape", "ctranslate2", "bf16"),
+         Line("shape", "openvino", "int8"), Line("shape", "openvino", "bf16"), Line("shape", OURS, "bf16", "balanced"),
+         Line("embedded", OURS, "fp16"), Line("embedded", "transformers", "bf16"), Line("shape", OURS, "int8", "exact"),
+         Line("shape", OURS, "bf16", "exact"), Line("shape", "ctranslate2", "fp32"), Line("shape", "transformers", "fp32"),
+         Line("embedded", "transformers", "fp32")]
+SHOWN = [OURS, "transformers", "openvino", "ctranslate2"]  # the order of the table
+ROW_S, ROW_SHARE = 150, 0.1  # what a line gets in a round, loading too: so long, or that share of the time if it is more
+REPEATS = 2                  # of a pair that met different bandwidths, in each round
+LEAST_S = 5                  # no measurement is begun with less time left
 
 
 def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-class Table:
-    """Samples in ms by (system, version, dtype, tier, synthetic, phase, batch)."""
+def cells(line):
+    """Batch 16 comes last: it may take a peer so long that the process has to be stopped."""
+    decode = [Cell("decode", 1), Cell("decode", 4), Cell("decode", 16)]
+    if line.model == "embedded":
+        return decode[:1]
+    return [*decode[:2], Cell("prefill", 1), decode[2]] if line.tier == "dense" else decode
 
-    def __init__(self):
-        self.samples, self.notes = {}, []
 
-    def add(self, key, samples):
-        self.samples.setdefault(key, []).extend(samples)
+def counterpart(line):
+    """Ours of the same width, or of the widest."""
+    ours = [each for each in LINES if (each.model, each.system, each.tier) == (line.model, OURS, "dense")]
+    same = [each for each in ours if WIDTH[each.dtype] == WIDTH[line.dtype]]
+    return same[0] if same else max(ours, key=lambda each: WIDTH[each.dtype])
 
-    def note(self, text):
-        if text not in self.notes:
-            self.notes.append(text)
 
-    def rows(self):
-        keys = ("system", "version", "dtype", "tier", "synthetic", "phase", "batch")
-        return [dict(zip(keys, key), ms=statistics.median(samples), ms_least=min(samples), ms_most=max(samples),
-                     samples=len(samples)) for key, samples in self.samples.items()]
+class TimeIsUp(Exception):
+    pass
 
 
 class Comparison:
-    def __init__(self, arguments):
-        self.bench, self.threads, self.work = arguments.bin / "dejavu-bench", arguments.threads, arguments.work
-        self.rounds, self.repeats, self.tokens = (1, 2, 16) if arguments.quick else (arguments.rounds, 2, arguments.tokens)
-        self.environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads),
-                            "OMP_PROC_BIND": "true", "OMP_PLACES": "cores", "HF_HUB_OFFLINE": "1",
-                            "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-        self.version = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True,
-                                      text=True).stdout.strip() or "?"
+    """`open_session(line, timeout_s)` and `bandwidth(fresh)` are systems.py's, or a test's. `weight_bytes(line)`: what a dense
+    step reads. `show(line)` is called when a line may have new figures, `save()` after each measurement."""
 
-    def run(self, command, **options):
-        cpus = sorted(os.sched_getaffinity(0))[:self.threads]
-        return subprocess.run([str(part) for part in command], env=self.environment, text=True,
-                              preexec_fn=lambda: os.sched_setaffinity(0, cpus), **options)
+    def __init__(self, lines, samples, rounds, budget_s, open_session, bandwidth, weight_bytes, show, save,
+                 clock=time.monotonic):
+        self.lines, self.samples, self.rounds = list(lines), samples, rounds
+        self.open_session, self.bandwidth, self.weight_bytes = open_session, bandwidth, weight_bytes
+        self.show, self.save, self.clock = show, save, clock
+        self.row_budget_s, self.until = max(ROW_S, ROW_SHARE * budget_s), clock() + budget_s
+        self.row_until = self.until
+        self.reasons, self.too_slow = {}, set()  # by (line, cell); the cell is None where the line is missing
 
-    def write_checkpoint(self, model):
-        """The checkpoint that everybody reads. Written once: its name is the last thing that it gets."""
-        target = self.work / model.replace(":", "-")
-        if not target.exists():
-            aside = target.with_suffix(".tmp")
-            shutil.rmtree(aside, ignore_errors=True)
-            self.run([self.bench, "checkpoint", "--model", model, "--dtype", "bf16", "--out", aside], check=True)
-            aside.rename(target)
-        return target
+    # --- what is known
 
-    def peer(self, action, system, dtype, checkpoint, work, *settings):
-        command = [sys.executable, ROOT / "tests/compare/peer.py", action, system, dtype, checkpoint, work, *settings]
-        done = self.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        if done.returncode == 0:
-            return done.stdout, None
-        return None, (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    def result(self, line, cell):
+        ours = self.samples.of(counterpart(line), cell)
+        return compare(ours if line == counterpart(line) else self.samples.of(line, cell), ours)
 
-    def prepare(self, peers, checkpoint, work, table):
-        """Those of the peers that can run here."""
-        work.mkdir(parents=True, exist_ok=True)
-        versions = (ROOT / "tests/compare/requirements.txt").read_text()
-        able = []
-        for system, dtype in peers:
-            stamp = work / f"{system}-{dtype}.ready"
-            if not stamp.exists() or stamp.read_text() != versions:
-                say(f"preparing {NAMES[system]} {dtype}")
-                _, error = self.peer("prepare", system, dtype, checkpoint, work)
-                if error is not None:
-                    table.note(f"{NAMES[system]} {dtype}: left out: {error}")
-                    continue
-                stamp.write_text(versions)
-            able.append((system, dtype))
-        return able
+    def notes(self):
+        """What peers say of themselves, and why something is missing."""
+        said = {f"{label(line)}: {text}": None for line in LINES for each in self.samples.of(line) for text in each["notes"]}
+        reasons = [f"{label(line)}: {what(cell)}{text}" for (line, cell), text in self.reasons.items()
+                   if not self.samples.of(line, cell)]
+        missing = [f"{label(line)}: {', '.join(map(name, untried))}" for line in self.lines if (untried := [
+            cell for cell in cells(line) if not self.samples.of(line, cell) and (line, cell) not in self.reasons])]
+        return list(said) + reasons + ([f"Not measured in the time: {'; '.join(missing)}"] if missing else [])
 
-    def measure_peer(self, system, dtype, checkpoint, work, batches, prefill, table):
-        vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
-        settings = {"threads": self.threads, "batches": batches, "prompt": 64, "tokens": self.tokens, "prefill": prefill,
-                    "repeats": self.repeats, "vocabulary": vocabulary, "sample_s": SAMPLE_S}
-        out, error = self.peer("measure", system, dtype, checkpoint, work, json.dumps(settings))
-        if error is not None:
-            table.note(f"{NAMES[system]} {dtype}: left out: {error}")
+    def expected_s(self, line, cell):
+        """Of a measurement: what it took before, or at least what the prompt of a single row says."""
+        before = self.samples.of(line, cell)
+        if before:
+            return before[-1]["cost_s"]
+        single = [each["first_ms"] for each in self.samples.of(line, Cell("decode", 1)) if "first_ms" in each]
+        if not single or cell == Cell("decode", 1):
+            return LEAST_S
+        rows = cell.batch if cell.phase == "decode" else systems.PREFILL_TOKENS / systems.PROMPT_TOKENS
+        return max(LEAST_S, 1e-3 * single[-1] * rows)
+
+    def tries_left(self, line, cell, turn):
+        return max(0, REPEATS * turn - len(self.samples.of(line, cell, 0))) if self.result(line, cell).words else 0
+
+    # --- measuring
+
+    def check_time(self):
+        if self.until - self.clock() < LEAST_S:
+            raise TimeIsUp
+
+    def measure(self, session, line, cell, turn):
+        """Whether there is a new sample."""
+        self.check_time()
+        if not self.fits(line, cell):
+            return False
+        row_s, before, start = self.row_s(), self.bandwidth(fresh=False), self.clock()
+        try:
+            measured = session.measure(cell, max(LEAST_S, row_s))
+        except Failed as error:
+            self.reasons[line, cell] = str(error)
+            return False
+        except TookTooLong:
+            self.check_time()
+            self.too_slow.add((line, cell))
+            self.reasons[line, cell] = f"stopped after {row_s:.0f} s"
+            raise
+        cost_s, met = self.clock() - start, [before, self.bandwidth(fresh=True)]
+        least_ms = unreadable_ms(self.weight_bytes(line), met) if line.tier == "dense" and cell.phase == "decode" else 0.0
+        if measured["ms"] <= least_ms:
+            self.reasons[line, cell] = f"{measured['ms']:g} ms is less than reading the weights takes"
+            return False
+        self.samples.add(line, cell, turn, {
+            **measured, "version": session.version, "bandwidth": met, "cost_s": cost_s,
+            "notes": [*session.notes, *measured["notes"]], "date": datetime.datetime.now().isoformat(timespec="seconds")})
+        self.save()
+        return True
+
+    def row_s(self):
+        return min(self.row_until, self.until) - self.clock()
+
+    def fits(self, line, cell):
+        """Whether a measurement can end in what is left of the row's time."""
+        expected_s = self.expected_s(line, cell)
+        if expected_s > self.row_budget_s:
+            self.reasons[line, cell] = f"it would take {expected_s:.0f} s and more"
+        return expected_s <= self.row_s() and (line, cell) not in self.too_slow
+
+    @contextlib.contextmanager
+    def session(self, line):
+        self.check_time()
+        session, row_s = None, max(LEAST_S, self.row_s())
+        try:
+            session = self.open_session(line, row_s)
+            yield session
+        except TookTooLong:
+            if session is None:
+                self.reasons[line, None] = f"not ready after {row_s:.0f} s"
+            raise
+        finally:
+            if session is not None:
+                session.close()
+
+    def visit(self, line, turn):
+        """Measures what is missing of a line in this round."""
+        missing = [cell for cell in cells(line) if not self.samples.of(line, cell, turn) and self.fits(line, cell)]
+        if missing:
+            say(f"round {turn} of {self.rounds}: {label(line)} {line.tier}; {(self.until - self.clock()) / 60:.1f} min left")
+            with self.session(line) as session:
+                for cell in missing:
+                    self.measure(session, line, cell, turn)
+
+    def again(self, line, turn):
+        """Measures pairs again, side by side, whose sides met different bandwidths."""
+        ours = counterpart(line)
+        apart = [cell for cell in cells(line) if self.tries_left(line, cell, turn)]
+        if not apart:
             return
-        result = json.loads(out.splitlines()[-1])
-        for note in result["notes"]:
-            table.note(f"{NAMES[system]} {dtype}: {note}")
-        for batch, samples in result["decode"].items():
-            table.add((NAMES[system], result["version"], dtype, "dense", False, "decode", int(batch)), samples)
-        if prefill:
-            table.add((NAMES[system], result["version"], dtype, "dense", False, "prefill", 1), result["prefill"])
+        say(f"again: {label(line)} {line.tier}, which met another bandwidth; {(self.until - self.clock()) / 60:.1f} min left")
+        with self.session(line) as session, self.session(ours) as our_session:
+            for cell in apart:
+                while self.tries_left(line, cell, turn) and self.measure(session, line, cell, 0):
+                    if self.tries_left(line, cell, turn + 1):  # still none of ours that met the same
+                        self.measure(our_session, ours, cell, 0)
 
-    def bench_rows(self, *arguments):
-        report = self.work / "bench.json"
-        self.run([self.bench, *arguments, "--threads", self.threads, "--repeats", self.repeats, "--json", report],
-                 check=True, stdout=subprocess.DEVNULL)
-        return json.loads(report.read_text())["rows"]
+    def run(self):
+        """Until everything is measured or the time is up, which False says."""
+        try:
+            for turn in range(1, self.rounds + 1):
+                for work in (self.visit, self.again):
+                    for line in list(self.lines):
+                        self.attempt(work, line, turn)
+        except TimeIsUp:
+            return False
+        return True
 
-    def measure_ours(self, model, dtype, tiers, batches, prefill, table):
-        """Some steps around the middle of the peers' tokens; sampling counts, since their figures hold it too."""
-        steps = min(self.tokens - 1, 16)
-        for row in self.bench_rows("decode", "--model", model, "--dtype", dtype, "--tier", ",".join(tiers), "--batch",
-                                   ",".join(map(str, batches)), "--context", 64 + (self.tokens - steps) // 2,
-                                   "--steps", steps):
-            if row["tier"] in tiers:
-                samples = [ms + row["breakdown_ms"]["sampling"] for ms in row["samples_ms"]]
-                table.add((OURS, self.version, row["dtype"], row["tier"], row["synthetic"], "decode", row["batch"]), samples)
-        if prefill:
-            for row in self.bench_rows("prefill", "--model", model, "--dtype", dtype, "--tokens", prefill):
-                table.add((OURS, self.version, row["dtype"], "dense", False, "prefill", 1), row["samples_ms"])
-
-    def compare(self, model, table, save):
-        """`save` is called after each measurement: what was measured survives an interruption."""
-        batches, checkpoint = [1, 4, 16], self.write_checkpoint(model)
-        work = self.work / "peers"
-        able = self.prepare(PEERS, checkpoint, work, table)
-        for turn in range(self.rounds):
-            for dtype in ("bf16", "int8"):
-                say(f"round {turn + 1} of {self.rounds}: {OURS} {dtype}")
-                self.measure_ours(checkpoint, dtype, ["dense"], batches, 512, table)
-                self.measure_ours(model, dtype, ["exact", "balanced"], batches, 0, table)
-                save()
-            for system, dtype in able:
-                say(f"round {turn + 1} of {self.rounds}: {NAMES[system]} {dtype}")
-                self.measure_peer(system, dtype, checkpoint, work, batches, 512, table)
-                save()
-
-    def compare_embedded(self, model, table, save):
-        peers = [("transformers", "fp32"), ("transformers", "bf16")]
-        able = self.prepare(peers, model, self.work / "embedded", table)
-        for turn in range(self.rounds):
-            say(f"round {turn + 1} of {self.rounds}: embedded model")
-            self.measure_ours(model, "stored", ["dense"], [1], 0, table)
-            for system, dtype in able:
-                self.measure_peer(system, dtype, model, self.work / "embedded", [1], 0, table)
-            save()
+    def attempt(self, work, line, turn):
+        self.row_until, known = self.clock() + self.row_budget_s, len(self.samples.records)
+        try:
+            work(line, turn)
+        except Failed as error:
+            self.reasons[line, None] = str(error)
+            self.lines.remove(line)
+        except TookTooLong:
+            self.check_time()
+        finally:
+            if len(self.samples.records) > known or (work == self.visit and turn == 1):
+                self.show(line)
 
 
-def show(rows, title):
-    """One line for each system, dtype and tier: ms, and how many times the time of our dense tier at the same width."""
-    columns = [("decode", 1), ("decode", 4), ("decode", 16), ("prefill", 1)]
-    columns = [c for c in columns if any((r["phase"], r["batch"]) == c for r in rows)]
-    lines = {}
-    for row in rows:
-        lines.setdefault((row["system"], row["version"], row["dtype"], row["tier"], row["synthetic"]), {})[
-            row["phase"], row["batch"]] = row["ms"]
-    ours = {WIDTH[key[2]]: values for key, values in lines.items() if key[0] == OURS and key[3] == "dense"}
-    heads = {"decode": "batch {}", "prefill": "prefill 512"}
-    print(f"\n{title}\n\n| system | weights | tier | " + " | ".join(f"{heads[p].format(b)}, ms | x ours" for p, b in columns) + " |")
-    print("|---" * (3 + 2 * len(columns)) + "|")
-    for (system, version, dtype, tier, synthetic), values in lines.items():
-        against = ours.get(WIDTH[dtype]) or ours[max(ours)]
-        cells = []
-        for column in columns:
-            ms = values.get(column)
-            cells.append(f"{ms:.2f} | {ms / against[column]:.2f}" if ms is not None else " | ")
-        label = f"{tier.upper()}{' (synthetic)' if synthetic else ''}"
-        print(f"| {system} {version} | {dtype} | {label} | " + " | ".join(cells) + " |")
+def name(cell):
+    return "prefill" if cell.phase == "prefill" else f"batch {cell.batch}"
 
 
-def processor():
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return "unknown processor"
+def what(cell):
+    return f"{name(cell)} is left out: " if cell else "left out: "
+
+
+def label(line):
+    return f"{report.NAMES[line.system]} {line.dtype}" + (", embedded model" if line.model == "embedded" else "")
+
+
+class Program:
+    """The command: its arguments, the systems that run here, and what is shown and written."""
+
+    def __init__(self, arguments):
+        self.arguments, self.tokens = arguments, 16 if arguments.quick else arguments.tokens
+        self.processor, self.flags = systems.processor()
+        self.machine = systems.Machine(arguments.bin, arguments.work, arguments.threads)
+        self.version = systems.tree()
+        context = {"model": arguments.model, "threads": arguments.threads, "tokens": self.tokens, "quick": arguments.quick,
+                   "tree": self.version, "program": systems.digest(self.machine.bench), "peers": systems.digest(systems.PEER),
+                   "requirements": systems.digest(systems.REQUIREMENTS), "processor": self.processor, "flags": self.flags}
+        self.samples = Samples(arguments.work / "samples", context, arguments.fresh)
+        self.checkpoints = {"shape": self.machine.write_checkpoint(arguments.model), "embedded": systems.EMBEDDED}
+
+    def peer_work(self, line):
+        return self.arguments.work / "peers" / (self.checkpoints[line.model].name)
+
+    def open_session(self, line, timeout_s):
+        checkpoint = self.checkpoints[line.model]
+        if line.system == OURS:
+            synthetic = line.model == "shape" and line.tier != "dense"
+            return systems.Bench(self.machine, self.arguments.model if synthetic else checkpoint, line, self.tokens,
+                                 self.version)
+        return systems.Peer(self.machine, line, checkpoint, self.peer_work(line), self.tokens, timeout_s)
+
+    def weight_bytes(self, line):
+        """The checkpoint's files hold two bytes for each weight."""
+        files = self.checkpoints[line.model].glob("*.safetensors")
+        return sum(file.stat().st_size for file in files) // 2 * WIDTH[line.dtype]
+
+    def prepare(self, line):
+        """Why a peer cannot run here; None where it can."""
+        try:
+            systems.prepare_peer(self.machine, line, self.checkpoints[line.model], self.peer_work(line))
+        except Failed as error:
+            return str(error)
+
+    def results(self, line):
+        return {cell: self.comparison.result(line, cell) for cell in cells(line)}
+
+    def row(self, line):
+        records = self.samples.of(line)
+        version = records[-1]["version"] if records and line.system != OURS else ""
+        return report.row(line, version, self.results(line))
+
+    def table(self):
+        lines = [line for line in sorted(LINES, key=lambda each: (each.model != "shape", SHOWN.index(each.system)))
+                 if self.samples.of(line)]
+        return "\n".join([report.heading(systems.PREFILL_TOKENS), *map(self.row, lines)])
+
+    def opening(self):
+        """What holds for the whole table."""
+        settings = {"--quick": self.arguments.quick, "--rounds": self.arguments.rounds != 2 and self.arguments.rounds,
+                    "--tokens": self.arguments.tokens != 32 and self.arguments.tokens,
+                    "--threads": self.arguments.threads != 2 and self.arguments.threads,
+                    "--model": self.arguments.model != MODEL and self.arguments.model}
+        command = " ".join(["./run compare"] + [f"{key} {value}" if value is not True else key
+                                                for key, value in settings.items() if value])
+        days = sorted({record["date"][:10] for record in self.samples.records})
+        return (f"`{command}`, {' to '.join(days[::max(1, len(days) - 1)])}, dejavud {self.version}, on {self.processor} "
+                f"({' '.join(self.flags)}), {self.arguments.threads} threads. Weights are random, in the shape of "
+                f"{self.arguments.model.split(':')[1]}. The figures are ms per decode step after a prompt of "
+                f"{systems.PROMPT_TOKENS} tokens, and ms of a prefill; medians of {self.rounds()} rounds. `x` is the time "
+                "against our dense tier at the same width of weights, of pairs that met the same memory bandwidth. `GB/s` is "
+                "the least and the most of the bandwidth that the row's measurements met.")
+
+    def rounds(self):
+        return 1 if self.arguments.quick else self.arguments.rounds
+
+    def save(self):
+        if self.arguments.json is None:
+            return
+        rows = [{**line._asdict(), **cell._asdict(), **result._asdict(), "samples": self.samples.of(line, cell)}
+                for line in LINES for cell, result in self.results(line).items() if result.ms is not None]
+        document = {**vars(self.arguments), "processor": self.processor, "flags": self.flags, "tree": self.version,
+                    "notes": self.comparison.notes(), "rows": rows}
+        aside = self.arguments.json.with_name(self.arguments.json.name + ".tmp")
+        aside.write_text(json.dumps(document, indent=1, default=str) + "\n")
+        os.replace(aside, self.arguments.json)
+
+    def run(self):
+        """Whether the time was enough."""
+        refused = {line: why for line in LINES if line.system != OURS and (why := self.prepare(line)) is not None}
+        able = [line for line in LINES if line not in refused]
+        self.comparison = Comparison(able, self.samples, self.rounds(), 60 * self.arguments.minutes, self.open_session,
+                                     self.machine.bandwidth, self.weight_bytes, self.print_row, self.save)
+        self.comparison.reasons.update({(line, None): why for line, why in refused.items()})
+        print(report.heading(systems.PREFILL_TOKENS), flush=True)
+        done = self.comparison.run()
+        self.save()
+        text = report.whole(self.opening(), self.table(), self.comparison.notes()) if self.samples.records else ""
+        print(f"\n{text}")
+        if self.arguments.write_docs is not None:
+            report.write(self.arguments.write_docs, text)
+        return done
+
+    def print_row(self, line):
+        if self.samples.of(line):
+            print(self.row(line), flush=True)
+
+
+MODEL = "synthetic:opt-1.3b"
+
+
+def arguments():
+    parser = argparse.ArgumentParser(prog="./run compare", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=25, help="that it may measure (default: 25); another start goes on")
+    parser.add_argument("--fresh", action="store_true", help="forget what was measured with the same settings")
+    parser.add_argument("--write-docs", type=pathlib.Path, nargs="?", const=systems.ROOT / "docs/benchmarks/comparison.md",
+                        metavar="FILE", help="also write the table into docs/benchmarks/comparison.md, or another page")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file, as they come")
+    parser.add_argument("--quick", action="store_true", help="one round of 16 tokens: whether it works, not how fast")
+    parser.add_argument("--rounds", type=int, default=2, help="in which everything is measured once (default: 2)")
+    parser.add_argument("--tokens", type=int, default=32, help="that each request generates (default: 32)")
+    parser.add_argument("--threads", type=int, default=2, help="of everybody (default: 2)")
+    parser.add_argument("--model", default=MODEL, help="whose shape the checkpoint has (default: %(default)s)")
+    parser.add_argument("--bin", type=pathlib.Path, default=systems.ROOT / "build/release/bin", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=pathlib.Path, default=systems.ROOT / "build/compare", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not options.model.startswith("synthetic:"):
+        parser.error(f"--model {options.model}: a synthetic model is wanted, such as synthetic:opt-1.3b")
+    for key, least in (("threads", 1), ("rounds", 1), ("tokens", 8)):
+        if getattr(options, key) < least:
+            parser.error(f"--{key} {getattr(options, key)}: at least {least}")
+    if not options.minutes > 0:
+        parser.error(f"--minutes {options.minutes:g}: more than 0")
+    if options.json is not None and not options.json.resolve().parent.is_dir():
+        parser.error(f"--json {options.json}: no such directory")
+    if options.write_docs is not None:
+        try:
+            report.parts(options.write_docs)
+        except (OSError, ValueError) as error:
+            parser.error(f"--write-docs: {error}")
+    options.work.mkdir(parents=True, exist_ok=True)
+    return options
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="./run compare", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
-    parser.add_argument("--quick", action="store_true", help="one round of 16 tokens: whether it works, not how fast")
-    parser.add_argument("--rounds", type=int, default=3, help="of two measurements each (default: 3)")
-    parser.add_argument("--tokens", type=int, default=64, help="that each request generates (default: 64)")
-    parser.add_argument("--threads", type=int, default=2, help="of everybody (default: 2)")
-    parser.add_argument("--model", default="synthetic:opt-1.3b", help="whose shape the checkpoint has (default: %(default)s)")
-    parser.add_argument("--bin", type=pathlib.Path, default=ROOT / "build/release/bin", help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=pathlib.Path, default=ROOT / "build/compare", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if not arguments.model.startswith("synthetic:"):
-        parser.error(f"--model {arguments.model}: a synthetic model is wanted, such as synthetic:opt-1.3b")
-    if arguments.threads < 1:
-        parser.error(f"--threads {arguments.threads}: at least 1")
-    if arguments.rounds < 1:
-        parser.error(f"--rounds {arguments.rounds}: at least 1")
-    if arguments.tokens < 2:
-        parser.error(f"--tokens {arguments.tokens}: at least 2")
-    if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
-        parser.error(f"--json {arguments.json}: no such directory")
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    comparison, table, embedded = Comparison(arguments), Table(), Table()
-    date = datetime.date.today().isoformat()
-
-    def save():
-        if arguments.json is not None:
-            document = {"processor": processor(), "threads": arguments.threads, "date": date, "model": arguments.model,
-                        "quick": arguments.quick, "notes": table.notes + embedded.notes, "rows": table.rows(),
-                        "embedded": embedded.rows()}
-            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-
-    comparison.compare_embedded(ROOT / "deploy/models/opt-8m-books", embedded, save)
-    comparison.compare(arguments.model, table, save)
-
-    print(f"{processor()}, {arguments.threads} threads, {date}. ms per decode step after a prompt of 64 tokens, {comparison.tokens} greedy tokens; ms of a prefill."
-          f" Medians of {comparison.rounds * comparison.repeats}.")
-    show(table.rows(), f"Random weights in the shape of {arguments.model.split(':')[1]}: dense work is compared. Tiers marked synthetic"
-               " read what the generated density profile activates.")
-    show(embedded.rows(), "The embedded model, opt-8m-books")
-    for note in table.notes + embedded.notes:
-        print(f"- {note}")
+    try:
+        if not Program(arguments()).run():
+            say("The time was up before everything was measured. The same command goes on where this one stopped.")
+    except KeyboardInterrupt:
+        say("\nStopped. What was measured is kept: the same command goes on there; --fresh begins anew.")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,25 @@
-"""One peer in a process of its own: loads a checkpoint, decodes and prefills, writes what it measured as one JSON object.
+"""One peer in a process of its own: loads a checkpoint and measures what it is asked for, until its input ends.
 
-    peer.py prepare SYSTEM DTYPE CHECKPOINT WORK      converts the checkpoint, once
-    peer.py measure SYSTEM DTYPE CHECKPOINT WORK JSON-OF-SETTINGS
+    peer.py prepare SYSTEM DTYPE CHECKPOINT WORK          converts the checkpoint, once
+    peer.py serve SYSTEM DTYPE CHECKPOINT WORK THREADS    says version and notes, then answers a line with a line, as JSON
 
-A peer has `generate(prompt, batch, tokens)`: that many greedy tokens for `batch` copies of a prompt. Imports stand where
-they are needed: no process loads more than one peer.
+A peer has `generate(prompt, batch, tokens, on_step)`: that many greedy tokens for `batch` copies of a prompt. It calls
+`on_step` when each of them has its next token, and stops early where that returns true. Imports stand where they are needed:
+no process loads more than one peer.
 """
+import itertools
 import json
+import os
 import pathlib
 import random
+import statistics
 import sys
 import time
 import warnings
 
 warnings.filterwarnings("ignore")
+WARM_STEPS = 2    # the first steps of a generation: new shapes are compiled in them
+FEWEST_STEPS = 2  # besides those, however long they take
 
 
 class Transformers:
@@ -31,12 +37,16 @@ class Transformers:
     def prepare(dtype, checkpoint, work):
         pass
 
-    def generate(self, prompt, batch, tokens):
-        ids = self.torch.tensor([prompt] * batch)
-        with self.torch.inference_mode():
-            out = self.model.generate(ids, attention_mask=self.torch.ones_like(ids), do_sample=False, num_beams=1,
-                                      min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=1)
-        assert out.shape == (batch, len(prompt) + tokens), out.shape
+    def generate(self, prompt, batch, tokens, on_step):
+        torch = self.torch
+
+        def criterion(ids, scores, **_):
+            return torch.full((batch,), on_step())
+
+        ids = torch.tensor([prompt] * batch)
+        with torch.inference_mode():
+            self.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, min_new_tokens=tokens,
+                                max_new_tokens=tokens, pad_token_id=1, stopping_criteria=[criterion])
 
 
 class OpenVino(Transformers):
@@ -88,10 +98,18 @@ class CTranslate2:
         target = str(work / f"ctranslate2-{dtype}")
         ctranslate2.converters.TransformersConverter(str(checkpoint)).convert(target, quantization=CTranslate2.name(dtype), force=True)
 
-    def generate(self, prompt, batch, tokens):
-        results = self.model.generate_batch([[f"t{i}" for i in prompt]] * batch, max_batch_size=batch, sampling_topk=1,
-                                            min_length=tokens, max_length=tokens, include_prompt_in_result=False)
-        assert [len(r.sequences_ids[0]) for r in results] == [tokens] * batch
+    def generate(self, prompt, batch, tokens, on_step):
+        rows, stop = 0, False
+
+        def on_row(result):  # is told of each row of a step, and can end each row when it comes
+            nonlocal rows, stop
+            rows += 1
+            if rows % batch == 0 and not stop:
+                stop = on_step()
+            return stop
+
+        self.model.generate_batch([[f"t{i}" for i in prompt]] * batch, max_batch_size=batch, beam_size=1, sampling_topk=1,
+                                  min_length=tokens, max_length=tokens, include_prompt_in_result=False, callback=on_row)
 
 
 SYSTEMS = {"transformers": Transformers, "openvino": OpenVino, "ctranslate2": CTranslate2}
@@ -109,41 +127,61 @@ def add_tokenizer(checkpoint):
                             unk_token="t3").save_pretrained(checkpoint)
 
 
-def timed(call):
-    start = time.perf_counter()
-    call()
-    return 1000 * (time.perf_counter() - start)
+def times_ms(peer, prompt, batch, tokens, limit_s):
+    """What each token of a generation took: the first one with the prompt, every other one a step. By a clock that never goes
+    back, read when a peer says that a token is there. Ends after `tokens`, or soon after `limit_s`."""
+    stamps = [time.perf_counter()]
+
+    def on_step():
+        stamps.append(time.perf_counter())
+        steps = len(stamps) - 2
+        return len(stamps) > tokens or (steps >= WARM_STEPS + FEWEST_STEPS and stamps[-1] - stamps[0] > limit_s)
+
+    peer.generate(prompt, batch, tokens, on_step)
+    ms = [1000 * (after - before) for before, after in itertools.pairwise(stamps)]
+    if not ms or min(ms) <= 0:
+        raise RuntimeError(f"it reports {len(ms)} tokens, in {', '.join(f'{each:g}' for each in ms)} ms")
+    return ms
 
 
-def measure(peer, settings):
-    """Milliseconds per decode step by batch, less the prefill of the same prompt; milliseconds of a long prefill.
+def decode(peer, prompt, batch, tokens, limit_s):
+    first_ms, *steps_ms = times_ms(peer, prompt, batch, tokens, limit_s)
+    if len(steps_ms) <= WARM_STEPS:
+        raise RuntimeError(f"it stopped after {len(steps_ms) + 1} of {tokens} tokens")
+    notes = [f"batch {batch}: {len(steps_ms) + 1} of {tokens} tokens in {limit_s:.0f} s"] if len(steps_ms) + 1 < tokens else []
+    return {"ms": statistics.fmean(steps_ms[WARM_STEPS:]), "first_ms": first_ms, "samples_ms": steps_ms, "notes": notes}
 
-    What would take longer than `sample_s` is measured over fewer tokens, or once, and a note says so.
-    """
-    limit_ms, notes = 1000 * settings["sample_s"], list(peer.notes)
-    random.seed(1)
-    ids = [random.randrange(4, settings["vocabulary"]) for _ in range(max(settings["prompt"], settings["prefill"]))]
-    prompt, tokens = ids[:settings["prompt"]], settings["tokens"]
-    decode, prefill = {}, []
-    peer.generate(prompt, 1, 4)
-    for batch in settings["batches"]:
-        def step_ms(tokens):
-            first = timed(lambda: peer.generate(prompt, batch, 1))
-            return (timed(lambda: peer.generate(prompt, batch, tokens)) - first) / (tokens - 1), first
 
-        warm_up, first = step_ms(2)
-        count = min(tokens, max(6, round((limit_ms - first) / max(warm_up, 1e-3))))
-        repeats = settings["repeats"] if first < limit_ms else 1
-        if count < tokens or repeats < settings["repeats"]:
-            notes.append(f"batch {batch}: a step takes about {warm_up / 1000:.1f} s, so {repeats} x {count} tokens")
-        decode[batch] = [step_ms(count)[0] for _ in range(repeats)]
-    if settings["prefill"]:
-        prefill.append(timed(lambda: peer.generate(ids[:settings["prefill"]], 1, 1)))
-        if prefill[0] < limit_ms:
-            prefill = [timed(lambda: peer.generate(ids[:settings["prefill"]], 1, 1)) for _ in range(settings["repeats"])]
-        else:
-            notes.append(f"prefill: {prefill[0] / 1000:.0f} s without a warm-up, once")
-    return {"version": peer.version, "notes": notes, "decode": decode, "prefill": prefill}
+def prefill(peer, prompt, repeats, limit_s):
+    """After a warm-up, unless that alone has taken long."""
+    warm_up, samples, notes = times_ms(peer, prompt, 1, 1, limit_s)[0], [], []
+    if 1e-3 * warm_up >= limit_s:
+        samples, notes = [warm_up], [f"prefill: {1e-3 * warm_up:.0f} s without a warm-up, once"]
+    else:
+        samples = [times_ms(peer, prompt, 1, 1, limit_s)[0] for _ in range(repeats)]
+    return {"ms": statistics.median(samples), "samples_ms": samples, "notes": notes}
+
+
+def answer(peer, request, vocabulary):
+    generator = random.Random(1)
+    prompt = [generator.randrange(4, vocabulary) for _ in range(request["prompt"])]
+    if request["phase"] == "prefill":
+        return prefill(peer, prompt, request["repeats"], request["limit_s"])
+    return decode(peer, prompt, request["batch"], request["tokens"], request["limit_s"])
+
+
+def serve(system, dtype, checkpoint, work, threads):
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+    peer = SYSTEMS[system](dtype, checkpoint, work, threads)
+    print(json.dumps({"version": peer.version, "notes": peer.notes}), file=out, flush=True)
+    for line in sys.stdin:
+        try:
+            reply = answer(peer, json.loads(line), vocabulary)
+        except Exception as error:  # whatever a library throws is an answer too
+            reply = {"error": (str(error).strip() or type(error).__name__).splitlines()[-1]}
+        print(json.dumps(reply), file=out, flush=True)
 
 
 def main():
@@ -153,8 +191,7 @@ def main():
         add_tokenizer(checkpoint)
         SYSTEMS[system].prepare(dtype, checkpoint, work)
     else:
-        settings = json.loads(rest[0])
-        print(json.dumps(measure(SYSTEMS[system](dtype, checkpoint, work, settings["threads"]), settings)))
+        serve(system, dtype, checkpoint, work, int(rest[0]))
 
 
 if __name__ == "__main__":
