@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import pathlib
+import signal
 import sys
 import time
 
@@ -175,7 +176,7 @@ class Comparison:
         with self.session(line) as session, self.session(ours) as our_session:
             for cell in apart:
                 while self.tries_left(line, cell, turn) and self.measure(session, line, cell, 0):
-                    if self.tries_left(line, cell, turn + 1):  # still none of ours that met the same
+                    if self.result(line, cell).words:  # still none of ours that met the same
                         self.measure(our_session, ours, cell, 0)
 
     def run(self):
@@ -353,6 +354,7 @@ def arguments():
 
 
 def main():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if not Program(arguments()).run():
             say("The time was up before everything was measured. The same command goes on where this one stopped.")
