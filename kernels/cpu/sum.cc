@@ -15,8 +15,7 @@
 HWY_BEFORE_NAMESPACE();
 namespace dejavu::cpu::HWY_NAMESPACE {
 
-constexpr int64_t kStreamRows = 2;  // so few that memory binds, which gives one row of weights after the other most
-constexpr int64_t kFewInputs = 8;   // read side by side for the rows of one tile, which must not wait for memory often
+constexpr int64_t kFewInputs = 8;  // read side by side for the rows of one tile, which must not wait for memory often
 constexpr int64_t kChunkInputs = 64;    // and for more rows, which spares visits to their accumulators: even
 constexpr int64_t kBlockColumns = 256;  // of a block where the rows are several tiles
 constexpr int64_t kBlockRows = 64;      // rows of x whose accumulators for a block fit L2
@@ -35,6 +34,7 @@ constexpr int kVectorsOf = kRows == 1                             ? 8
 template <typename W>
 struct FloatTerms {
   using Weight = W;
+  static constexpr int64_t kLeastInputs = 1;  // that are read side by side
   static constexpr int kVectors = kStepVectors<W>;
   static constexpr int64_t kUnit = kStepInputs<W>;  // columns are a multiple of it, but for the last
 
@@ -91,6 +91,7 @@ struct PairOfPairs {
 template <bool kVnni>
 struct IntegerTerms {
   using Weight = int8_t;
+  static constexpr int64_t kLeastInputs = 2;
   static constexpr int64_t kUnit = kPairLanes;
 
   template <int kRows, int kUnits>
@@ -143,6 +144,10 @@ struct IntegerTerms {
   }
 };
 
+// So few rows of x that memory binds, which gives one row of weights after the other most.
+template <typename Terms>
+constexpr int64_t kStreamRows = Terms::kLeastInputs > 1 ? 1 : 2;
+
 // A chunk of inputs by a range of columns.
 template <typename Terms>
 struct SumBlock {
@@ -161,7 +166,7 @@ struct SumBlock {
     constexpr int kUnits = std::max<int>(1, kVectorsOf<kRows> * kLanes / kUnit);
     int64_t c = first;
     for (; c + kUnits * kUnit <= last; c += kUnits * kUnit) {
-      Fetch<kRows <= kStreamRows>(r, c, kUnits * kUnit);
+      Fetch<kRows <= kStreamRows<Terms>>(r, c, kUnits * kUnit);
       Terms::template Tile<kRows, kUnits>(w, c, kUnit, x + r * kChunkInputs, inputs, sums + r * stride + c - first,
                                           stride);
     }
@@ -207,7 +212,9 @@ class SumRun {
   void Segment(int64_t first, int64_t last, int64_t c0, int64_t c1, int64_t r0, int64_t rows, float* sums,
                int64_t stride) {
     for (int64_t r = 0; r < rows; ++r) std::fill_n(sums + r * stride, Padded(c1 - c0), 0.0f);
-    const int64_t chunk = rows <= kStreamRows ? (kFloats ? 1 : 2) : rows <= kTileRows ? kFewInputs : kChunkInputs;
+    const int64_t chunk = rows <= kStreamRows<Terms> ? Terms::kLeastInputs
+                          : rows <= kTileRows        ? kFewInputs
+                                                     : kChunkInputs;
     const int64_t block = rows <= kTileRows ? c1 - c0 : kBlockColumns;
     for (int64_t i = first; i < last; i += chunk) {
       const int64_t n = std::min(chunk, last - i), even = n + n % 2;

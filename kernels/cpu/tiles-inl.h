@@ -71,6 +71,7 @@ HWY_INLINE void PrefetchWeights(const void* p) {
     Prefetch(p);
   }
 }
+
 // Tiles of several rows pass the same weights: each fetches every `turns`-th line of what comes after them, from its
 // turn on, so that memory is never asked for all at once.
 struct Turn {
@@ -153,11 +154,11 @@ HWY_INLINE void OuterProduct(const Left& left, const Right& right, const Term& t
 }
 
 // Two vectors of bfloat16 are widened without a shuffle where the even ones come before the odd ones. What meets them
-// lies in the same order (see EvenOdd in kernels.h).
+// lies in the same order (PutInSteps).
 template <typename W>
-constexpr int kStepVectors = std::is_same_v<W, hwy::bfloat16_t>&& kLanes > 1 ? 2 : 1;
+constexpr int kStepVectors = kLanes > 1 && std::is_same_v<W, hwy::bfloat16_t> ? 2 : 1;
 template <typename W>
-constexpr int64_t kStepInputs = kStepVectors<W>* kLanes;
+constexpr int64_t kStepInputs = int64_t{kStepVectors<W>} * kLanes;
 
 // Vector number `kVector` of the step at `from`.
 template <int kVector, typename W>
@@ -184,7 +185,7 @@ HWY_INLINE V WidenOfPart(const W* from, int64_t n) {
 template <bool kWhole, int kVector, typename W, int kRows, int kOutputs>
 HWY_INLINE void DotVector(const W* const (&w)[kOutputs], const float* const (&x)[kRows], int64_t k, int64_t n,
                           V (&sum)[kRows][kOutputs]) {
-  constexpr bool kPadded = kWhole || kStepVectors < W >> 1;
+  constexpr bool kPadded = kWhole || kStepVectors<W> == 2;
   OuterProduct<kRows, kOutputs>(
       [&](int r) HWY_ATTR { return kPadded ? Widen(x[r] + k + kVector * kLanes) : WidenPart(x[r] + k, n); },
       [&](int o) HWY_ATTR { return kWhole ? WidenOfStep<kVector>(w[o] + k) : WidenOfPart<kVector>(w[o] + k, n); },
@@ -195,7 +196,7 @@ template <bool kWhole, typename W, int kRows, int kOutputs>
 HWY_INLINE void DotStep(const W* const (&w)[kOutputs], const float* const (&x)[kRows], int64_t k, int64_t n,
                         V (&sum)[kRows][kOutputs]) {
   DotVector<kWhole, 0>(w, x, k, n, sum);
-  if constexpr (kStepVectors < W >> 1) DotVector<kWhole, 1>(w, x, k, n, sum);
+  if constexpr (kStepVectors<W> == 2) DotVector<kWhole, 1>(w, x, k, n, sum);
 }
 
 // sum[r][o] += x[r] . w[o] over n inputs. It fetches ahead, and then into `next`, the rows that will be read after w.
