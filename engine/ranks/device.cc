@@ -8,7 +8,6 @@
 #include "kernels/base/exhaustion.h"
 #include "kernels/base/processors.h"
 #include "kernels/cpu/cpu_backend.h"
-#include "kernels/cpu/target.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "spdlog/spdlog.h"
 
@@ -55,7 +54,6 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateDevice(const DeviceOptions& optio
     spdlog::info("device auto: the CPU computes: {}", why);
   }
   const CpuBackendOptions cpu = PartOf(options);
-  if (options.place == 0) spdlog::info("CPU kernels: {}", cpu::DescribeTarget());
   return OrExhausted([&] { return CreateCpuBackend(cpu); });
 }
 

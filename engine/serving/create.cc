@@ -36,6 +36,7 @@ absl::StatusOr<GroupOptions> ForGroup(const EngineOptions& o, const OptConfig& c
   ASSIGN_OR_RETURN(group.kv_dtype, ParseKvType(o.kv.dtype));
   group.plan_kv_blocks = [o, config](const Backend& backend, int rank, int ranks) -> absl::StatusOr<int32_t> {
     ASSIGN_OR_RETURN(const MemoryPlan plan, PlanMemory(o, config, backend, rank, ranks));
+    if (rank == 0 && backend.ReadsHostMemory()) spdlog::info("CPU kernels: {}", cpu::DescribeTarget());
     const std::string who = ranks > 1 ? absl::StrCat("rank ", rank, " of ", ranks, ", ") : "";
     spdlog::info("{}{}: {}", who, backend.Description(), plan.ToString());
     return plan.kv_blocks;
