@@ -81,8 +81,7 @@ std::vector<Option> OptionTable(Config* config) {
       {.key = "cpu_target",
        .group = "Compute",
        .help = "instruction set of the CPU's kernels, such as avx2; empty: the best that the processor has (dejavud "
-               "--version "
-               "--verbose)",
+               "--version --verbose)",
        .target = &e.cpu_target},
       {.key = "pin_threads",
        .group = "Compute",

@@ -59,6 +59,7 @@ std::string Quoted(absl::string_view name);
 
 // The readers for one file.
 absl::StatusOr<FileTensors> ReadSafetensorsHeader(const std::string& path);  // engine/formats/safetensors.cc
+std::string SafetensorsName(DType dtype);                                    // "BF16", of a type that weights have
 absl::StatusOr<FileTensors> ReadTorchArchive(const std::string& path);       // engine/formats/torch_archive.cc
 
 class Checkpoint {

@@ -3,6 +3,7 @@
 // with offsets that count from the start of the data. As the reference implementation has it, every byte of the data
 // belongs to exactly one tensor.
 #include <algorithm>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <utility>
@@ -11,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "engine/formats/checkpoint.h"
 #include "engine/formats/json_text.h"
+#include "kernels/base/check.h"
 #include "kernels/base/status_macros.h"
 
 namespace dejavu {
@@ -171,6 +173,13 @@ absl::StatusOr<std::string> ReadHeader(const RegularFile& file) {
 }
 
 }  // namespace
+
+std::string SafetensorsName(DType dtype) {
+  const auto* type = std::find_if(std::begin(kStoredTypes), std::end(kStoredTypes),
+                                  [&](const StoredType& t) { return t.dtype == dtype; });
+  CHECK(type != std::end(kStoredTypes)) << "weights of type " << Name(dtype);
+  return std::string(type->name);
+}
 
 absl::StatusOr<FileTensors> ReadSafetensorsHeader(const std::string& path) {
   ASSIGN_OR_RETURN(const auto file, RegularFile::Open(path));

@@ -22,22 +22,6 @@ std::string SafetensorsHeader(std::string json, int64_t alignment) {
   return length + json;
 }
 
-const char* SafetensorsName(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return "F32";
-    case DType::kFloat16:
-      return "F16";
-    case DType::kBFloat16:
-      return "BF16";
-    case DType::kInt32:
-      return "I32";
-    case DType::kInt8:
-      return "I8";
-  }
-  return "?";
-}
-
 void SafetensorsWriter::AddBytes(const std::string& name, const char* dtype, const std::vector<int64_t>& shape,
                                  const void* data, size_t bytes) {
   header_[name] = {{"dtype", dtype}, {"shape", shape}, {"data_offsets", {data_.size(), data_.size() + bytes}}};

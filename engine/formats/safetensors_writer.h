@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "absl/status/status.h"
-#include "kernels/tensor.h"
 #include "nlohmann/json.hpp"
 
 namespace dejavu {
@@ -16,7 +15,6 @@ namespace dejavu {
 // What a file begins with: the length of the header and the header, which ends so that the data begins at a multiple of
 // `alignment` bytes.
 std::string SafetensorsHeader(std::string json, int64_t alignment = 8);
-const char* SafetensorsName(DType dtype);  // "BF16"
 
 class SafetensorsWriter {
  public:

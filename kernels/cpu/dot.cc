@@ -57,8 +57,7 @@ struct OutputTile {
 
   template <int kRows>
   void Tile(int64_t r) const {
-    const int64_t turns = (rows + kTileRows - 1) / kTileRows;
-    group.template Tile<kRows, kOutputs>(r, i, Turn{r * turns / rows, turns});
+    group.template Tile<kRows, kOutputs>(r, i, TurnOf(r, rows, kTileRows));
   }
 };
 

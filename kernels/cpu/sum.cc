@@ -179,7 +179,7 @@ struct SumBlock {
   // What will be read when `n` columns from `c` on have been.
   template <bool kStream>
   HWY_INLINE void Fetch(int64_t r, int64_t c, int64_t n) const {
-    const int64_t turns = (all_rows + kTileRows - 1) / kTileRows, turn = r * turns / all_rows;
+    const Turn mine = TurnOf(r, all_rows, kTileRows);
     using W = typename Terms::Weight;
     constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(W));
     const int64_t ahead = std::min<int64_t>((kStream ? kStreamBytes : kPrefetchBytes) / sizeof(W), last - first);
@@ -187,13 +187,9 @@ struct SumBlock {
     const int64_t at = same ? c + ahead : c + ahead - (last - first);
     const W* const* rows = same ? w : w + inputs;
     if (n < kLine && c % kLine != 0) return;
-    for (int64_t i = turn; i < inputs; i += turns) {
+    for (int64_t i = mine.turn; i < inputs; i += mine.turns) {
       for (int64_t k = 0; k < n; k += kLine) {
-        if constexpr (kStream) {
-          PrefetchNear(rows[i] + at + k);
-        } else {
-          Prefetch(rows[i] + at + k);
-        }
+        Prefetch<kStream>(rows[i] + at + k);
       }
     }
   }

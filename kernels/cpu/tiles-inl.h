@@ -56,29 +56,26 @@ HWY_INLINE float SumLanes(D /*d*/, hn::Vec<D> v) {
 #endif
 
 // Into L2 only: rows lie a power of two apart and share the sets of L1, where what is fetched early would be lost
-// again.
-HWY_INLINE void Prefetch(const void* p) { __builtin_prefetch(p, /*write=*/0, /*locality=*/2); }
-
-// Into L1 as well: of a single stream little is lost there.
-HWY_INLINE void PrefetchNear(const void* p) { __builtin_prefetch(p, /*write=*/0, /*locality=*/3); }
-
-// What lies `ahead` of a place in a tile's weights; a tile of one output is a stream.
-template <int kOutputs>
-HWY_INLINE void PrefetchWeights(const void* p) {
-  if constexpr (kOutputs == 1) {
-    PrefetchNear(p);
-  } else {
-    Prefetch(p);
-  }
+// again. Of a single stream, kNear, little is lost there.
+template <bool kNear = false>
+HWY_INLINE void Prefetch(const void* p) {
+  __builtin_prefetch(p, /*write=*/0, /*locality=*/kNear ? 3 : 2);
 }
 
 // Tiles of several rows pass the same weights: each fetches every `turns`-th line of what comes after them, from its
 // turn on, so that memory is never asked for all at once.
 struct Turn {
-  int64_t turn = 0;
-  int64_t turns = 1;
+  int64_t turn;
+  int64_t turns;
 };
 
+// Of the tile at row r of `rows`, of tiles of at most `tile_rows`.
+HWY_INLINE Turn TurnOf(int64_t r, int64_t rows, int64_t tile_rows) {
+  const int64_t turns = (rows + tile_rows - 1) / tile_rows;
+  return {r * turns / rows, turns};
+}
+
+// How far ahead a tile fetches; a tile of one output is a stream.
 template <int kOutputs>
 constexpr int64_t kAheadBytes = kOutputs == 1 ? kStreamBytes : kPrefetchBytes;
 
@@ -212,7 +209,7 @@ HWY_INLINE void DotTile(const W* const* w_list, const W* const* next, Turn turn,
     if (until_mine-- == 0) {
       until_mine = turn.turns - 1;
       for (int o = 0; o < kOutputs; ++o) {
-        PrefetchWeights<kOutputs>(k + ahead < n ? w[o] + k + ahead : next[o] + (k + ahead - n));
+        Prefetch<kOutputs == 1>(k + ahead < n ? w[o] + k + ahead : next[o] + (k + ahead - n));
       }
     }
     for (int64_t i = 0; i < kLine; i += kStepInputs<W>) DotStep<true>(w, x, k + i, kStepInputs<W>, sum);
@@ -339,7 +336,7 @@ HWY_INLINE void IntegerDotTile(const int8_t* const (&w)[kOutputs], const int8_t*
     if (until_mine-- == 0) {
       until_mine = turn.turns - 1;
       for (int o = 0; o < kOutputs; ++o) {
-        PrefetchWeights<kOutputs>(k + ahead < inputs ? w[o] + k + ahead : next[o] + (k + ahead - inputs));
+        Prefetch<kOutputs == 1>(k + ahead < inputs ? w[o] + k + ahead : next[o] + (k + ahead - inputs));
       }
     }
     for (int64_t i = 0; i < kLineBytes; i += kPairLanes) step(k + i);
