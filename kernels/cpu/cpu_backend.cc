@@ -276,7 +276,8 @@ void CpuBackend::Mlp(Tensor y, Tensor x, const MlpWeights& w, const Selection& n
   chunk_count_.assign(chunks, 0);
   chunk_rows_.assign(chunks * counted, 0);
 
-  const cpu::DotJob up = products_.Prepare(hidden, x, w.up, list, true);
+  cpu::DotJob up = products_.Prepare(hidden, x, w.up, list, true);
+  up.selected = &neurons;
   products_.Dots(up, count, grain, [&](int64_t first, int64_t last) {
     if (!neurons.masks.empty()) ApplyMasks(hidden, neurons, first, last);
     for (int64_t r = 0; r < counted; ++r) {

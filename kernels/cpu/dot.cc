@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/selected.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/dot.cc"
@@ -26,7 +27,7 @@ static_assert(kGroupOutputs * kBlockRows * kLanes * int64_t{sizeof(float)} <= kS
 constexpr int kTileRows = 4;
 constexpr int kTileOutputs = HWY_TARGET <= HWY_AVX3 ? 6 : 3;
 
-// How many outputs further weights are fetched: the next tile's, and for one output what lies kStreamBytes ahead.
+// How many outputs further weights are fetched: the next tile's, and of a single stream what lies kStreamBytes ahead.
 template <int kOutputs>
 HWY_INLINE int64_t OutputsAhead(int64_t row_bytes) {
   if (kOutputs > 1) return kOutputs;
@@ -34,9 +35,10 @@ HWY_INLINE int64_t OutputsAhead(int64_t row_bytes) {
 }
 
 // Calls group.Outputs<n>(i) for tiles of n of the group's outputs. Up to kStreamRows of x meet one output after the
-// other: memory gives a single stream the most.
+// other: memory gives a single stream the most; but of scattered outputs two side by side, between which the processor
+// does not guess what comes next.
 template <int kStreamRows, typename Group>
-HWY_INLINE void ForOutputTiles(const Group& group, int64_t rows) {
+HWY_INLINE void ForOutputTiles(const Group& group, int64_t rows, bool scattered) {
   int64_t i = 0;
   const auto tiles = [&]<int kOutputs>() HWY_ATTR {
     for (; i + kOutputs <= group.count; i += kOutputs) group.template Outputs<kOutputs>(i);
@@ -44,9 +46,40 @@ HWY_INLINE void ForOutputTiles(const Group& group, int64_t rows) {
   if (rows > kStreamRows) {
     if (rows == 2 && kTileOutputs == 6) tiles.template operator()<8>();
     tiles.template operator()<kTileOutputs>();
+  } else if (scattered) {
+    tiles.template operator()<2>();
   }
   tiles.template operator()<1>();
 }
+
+// Which rows of x need which outputs of a group, where most need few: strict rows that selected their own.
+class OwnRows {
+ public:
+  // Whether rows by themselves, each for what it needs, take less time than all of them in tiles.
+  bool Take(const DotJob& job, int64_t first, int64_t count) {
+    const int64_t rows = job.x.rows;
+    if (job.selected == nullptr || job.selected->masks.empty() || rows <= kTileRows || rows > kBlockRows) return false;
+    int64_t products = 0;
+    std::fill_n(count_, count, 0);
+    for (int64_t r = 0; r < rows; ++r) {
+      const bool strict = IsStrict(*job.selected, r);
+      for (int64_t i = 0; i < count; ++i) {
+        rows_[i][count_[i]] = static_cast<uint8_t>(r);
+        const bool needs = !strict || Selected(job.selected->masks, r, job.outputs[first + i]);
+        count_[i] += needs;
+        products += needs;
+      }
+    }
+    return products * 3 < rows * count;
+  }
+
+  const uint8_t* rows(int64_t i) const { return rows_[i]; }
+  int64_t count(int64_t i) const { return count_[i]; }
+
+ private:
+  uint8_t rows_[kGroupOutputs][kBlockRows];
+  int64_t count_[kGroupOutputs];
+};
 
 // A tile of outputs by tiles of rows, one after the other.
 template <int kOutputs, typename Group>
@@ -74,6 +107,9 @@ struct DotBlock {
   int64_t rows;       // and how many
   const W* const* w;  // [2 * kGroupOutputs] the outputs' weights at `input`; then what will be read after them
   float* sums;        // [kGroupOutputs][kBlockRows][kLanes]
+  const uint8_t* own = nullptr;  // [rows] which ones; nullptr: from `row` on
+
+  int64_t Row(int64_t r) const { return own != nullptr ? own[r] : row + r; }
 
   template <int kOutputs>
   void Outputs(int64_t i) const {
@@ -83,7 +119,7 @@ struct DotBlock {
   template <int kRows, int kOutputs>
   HWY_INLINE void Tile(int64_t r, int64_t i, Turn turn) const {
     const float* x[kRows];
-    for (int a = 0; a < kRows; ++a) x[a] = job.x.row<float>(row + r + a) + input;
+    for (int a = 0; a < kRows; ++a) x[a] = job.x.row<float>(Row(r + a)) + input;
     V sum[kRows][kOutputs];
     float* const kept = sums + (i * kBlockRows + r) * kLanes;
 #pragma GCC unroll 8
@@ -95,7 +131,7 @@ struct DotBlock {
     }
     const int64_t ahead = OutputsAhead<kOutputs>(inputs * static_cast<int64_t>(sizeof(W)));
     DotTile<W, kRows, kOutputs>(w + i, w + i + ahead, turn, x, inputs, sum);
-    if (last) return Finish<kRows, kOutputs>(sum, row + r, i);
+    if (last) return Finish<kRows, kOutputs>(sum, r, i);
 #pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o) {
 #pragma GCC unroll 8
@@ -109,7 +145,7 @@ struct DotBlock {
     for (int o = 0; o < kOutputs; ++o) {
       const int64_t output = Output(job, first + i + o);
 #pragma GCC unroll 8
-      for (int a = 0; a < kRows; ++a) Write(job, r + a, output, SumLanes(F32(), sum[a][o]));
+      for (int a = 0; a < kRows; ++a) Write(job, Row(r + a), output, SumLanes(F32(), sum[a][o]));
     }
   }
 };
@@ -135,9 +171,12 @@ class DotRun {
   }
 
   void Rows(int64_t row, int64_t rows) {
-    const int64_t inputs = job_.x.cols, block = BlockInputs(rows, inputs);
+    const int64_t inputs = job_.x.cols;
+    OwnRows own;
     for (int64_t first = first_; first < last_; first += kGroupOutputs) {
       const int64_t count = std::min(kGroupOutputs, last_ - first);
+      const bool apart = own.Take(job_, first, count);
+      const int64_t block = apart ? inputs : BlockInputs(rows, inputs);
       for (int64_t input = 0; input < inputs || input == 0; input += block) {
         const int64_t n = std::min(block, inputs - input);
         const bool last = input + n == inputs;
@@ -146,8 +185,13 @@ class DotRun {
         for (int64_t i = 0; i < kGroupOutputs; ++i) {
           w[count + i] = last ? Weights(std::min(first + count + i, last_ - 1)) : w[std::min(i, count - 1)] + n;
         }
+        for (int64_t i = 0; i < count && apart; ++i) {
+          DotBlock<W>{job_, first + i, 1, 0, inputs, true, 0, own.count(i), w + i, sums_, own.rows(i)}
+              .template Outputs<1>(0);
+        }
+        if (apart) break;
         const DotBlock<W> group{job_, first, count, input, n, last, row, rows, w, sums_};
-        ForOutputTiles<1>(group, rows);
+        ForOutputTiles<1>(group, rows, Scattered(job_.outputs, first, first + count));
       }
     }
   }
@@ -163,15 +207,18 @@ struct IntegerDot {
   const DotJob& job;
   int64_t first;  // the group's outputs in the list
   int64_t count;
-  int64_t last;  // of the list, for this thread
+  int64_t last;                  // of the list, for this thread
+  int64_t rows;                  // of x
+  const uint8_t* own = nullptr;  // [rows] which ones; nullptr: from the first on
 
+  int64_t Row(int64_t r) const { return own != nullptr ? own[r] : r; }
   const int8_t* Weights(int64_t i) const {
     return job.w->weight.row<int8_t>(Output(job, std::min(first + i, last - 1)));
   }
 
   template <int kOutputs>
   void Outputs(int64_t i) const {
-    ForRowTiles<kTileRows>(job.x.rows, OutputTile<kOutputs, IntegerDot>{*this, i, job.x.rows});
+    ForRowTiles<kTileRows>(rows, OutputTile<kOutputs, IntegerDot>{*this, i, rows});
   }
 
   template <int kRows, int kOutputs>
@@ -183,7 +230,7 @@ struct IntegerDot {
       next[o] = Weights(i + OutputsAhead<kOutputs>(job.x.cols) + o);
     }
     const int16_t* x[kRows];
-    for (int a = 0; a < kRows; ++a) x[a] = job.quantized.q + (r + a) * job.quantized.stride;
+    for (int a = 0; a < kRows; ++a) x[a] = job.quantized.q + Row(r + a) * job.quantized.stride;
     int64_t sum[kRows][kOutputs] = {};
     for (int64_t input = 0; input < job.x.cols; input += kIntegerBlock) {
       const int64_t n = std::min(kIntegerBlock, job.x.cols - input);
@@ -195,15 +242,24 @@ struct IntegerDot {
     }
     for (int o = 0; o < kOutputs; ++o) {
       const int64_t output = Output(job, first + i + o);
-      for (int a = 0; a < kRows; ++a) Write(job, r + a, output, Product(job, r + a, output, sum[a][o]));
+      for (int a = 0; a < kRows; ++a) Write(job, Row(r + a), output, Product(job, Row(r + a), output, sum[a][o]));
     }
   }
 };
 
 template <bool kVnni>
 void IntegerDotProducts(const DotJob& job, int64_t first, int64_t last) {
+  OwnRows own;
   for (int64_t i = first; i < last; i += kGroupOutputs) {
-    ForOutputTiles<2>(IntegerDot<kVnni>{job, i, std::min(kGroupOutputs, last - i), last}, job.x.rows);
+    const int64_t count = std::min(kGroupOutputs, last - i);
+    if (own.Take(job, i, count)) {
+      for (int64_t k = 0; k < count; ++k) {
+        IntegerDot<kVnni>{job, i + k, 1, last, own.count(k), own.rows(k)}.template Outputs<1>(0);
+      }
+    } else {
+      ForOutputTiles<2>(IntegerDot<kVnni>{job, i, count, last, job.x.rows}, job.x.rows,
+                        Scattered(job.outputs, i, i + count));
+    }
   }
 }
 

@@ -49,6 +49,9 @@ struct DotJob {
   const int32_t* outputs;  // which outputs; nullptr: all
   bool relu;
   Quantized quantized;  // x, for int8
+  // The list is this one's, and what a strict row did not select itself may stay as it was. nullptr: every row needs
+  // every output.
+  const Selection* selected = nullptr;
 };
 // The outputs at `first` ... `last` of the list. NaN passes ReLU.
 void DotProducts(const DotJob& job, int64_t first, int64_t last, float* scratch);

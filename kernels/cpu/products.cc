@@ -88,7 +88,14 @@ Quantized Products::QuantizeRows(Tensor x, const float* factor, const int32_t* l
   return {quantized_.data(), stride, quantized_scale_.data()};
 }
 
-// Few rows: threads share the inputs, so that each reads whole rows of weights. Many: they share the columns.
+// Whether threads share the columns: where the segments' sums cost more to keep than whole rows of weights save. That
+// is so for several rows of x, as long as each thread gets a good piece of a row of weights, and for short lists.
+bool Products::ByColumns(int64_t rows, int64_t columns, int64_t count, int64_t inputs) const {
+  constexpr int64_t kLeastRows = 4, kLeastColumns = 512, kShortShare = 10;
+  if (rows > kSegmentRows) return true;
+  return (rows >= kLeastRows || count * kShortShare < inputs) && columns >= kLeastColumns * parts_.threads();
+}
+
 void Products::SumRows(Tensor y, Tensor x, const LinearWeights& w, const int32_t* list, int64_t count) {
   const int64_t inputs = w.inputs(), columns = w.outputs(), segment = SegmentInputs(inputs);
   const int64_t segments = std::max<int64_t>(1, DivideUp(inputs, segment));
@@ -110,7 +117,7 @@ void Products::SumRows(Tensor y, Tensor x, const LinearWeights& w, const int32_t
                 .quantized = {}};
   if (w.weight.dtype == DType::kInt8) job.quantized = QuantizeRows(x, w.scale.row<float>(0), list, count);
   const bool small = columns * count * x.rows < kSmallWork;
-  if (small || x.rows > kSegmentRows) {
+  if (small || ByColumns(x.rows, columns, count, inputs)) {
     const int64_t grain = small ? columns : RoundUp(DivideUp(columns, parts_.threads()), kColumnGrain);
     parts_.For(columns, grain,
                [&](int64_t first, int64_t last, int thread) { SumColumns(job, first, last, parts_.Scratch(thread)); });

@@ -41,6 +41,7 @@ class Products {
  private:
   DotJob Prepare(Tensor y, Tensor x, const LinearWeights& w, const int32_t* outputs, bool relu,
                  std::vector<float>* in_steps);
+  bool ByColumns(int64_t rows, int64_t columns, int64_t count, int64_t inputs) const;
   const int32_t* Members(const Selection& selected, int64_t rows, int64_t group, int64_t* count);
   Quantized QuantizeRows(Tensor x, const float* factor, const int32_t* list, int64_t count);
 

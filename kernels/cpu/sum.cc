@@ -20,7 +20,10 @@ constexpr int64_t kChunkInputs = 64;    // and for more rows, which spares visit
 constexpr int64_t kBlockColumns = 256;  // of a block where the rows are several tiles
 constexpr int64_t kBlockRows = 64;      // rows of x whose accumulators for a block fit L2
 constexpr int64_t kBlockFloats = kBlockRows * kBlockColumns;
-static_assert((2 * kBlockFloats + kChunkInputs * kBlockRows) * int64_t{sizeof(float)} <= kScratchBytes);
+constexpr int64_t kOwnInputs = kChunkInputs + 1;  // of a row, and the partner of an odd one
+static_assert((2 * kBlockFloats + kChunkInputs * kBlockRows) * int64_t{sizeof(float)} +
+                  kBlockRows * kOwnInputs * int64_t{sizeof(void*)} <=
+              kScratchBytes);
 
 // Vectors of a tile: accumulators enough to hide the latency of a multiply-add and no more than the registers hold.
 constexpr int kTileRows = 6;
@@ -52,9 +55,9 @@ struct FloatTerms {
                               int64_t stride) {
     constexpr int kAll = kUnits * kVectors;
     V sum[kRows][kAll];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < kAll; ++v) sum[r][v] = hn::LoadU(F32(), sums + r * stride + v * kLanes);
     }
     for (int64_t i = 0; i < inputs; ++i) {
@@ -63,9 +66,9 @@ struct FloatTerms {
                                 [&](int v) HWY_ATTR { return Weights<kUnits == 1>(from, v, n); },
                                 [&](int r, int v, V xi, V wv) HWY_ATTR { sum[r][v] = hn::MulAdd(xi, wv, sum[r][v]); });
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < kAll; ++v) hn::StoreU(sum[r][v], F32(), sums + r * stride + v * kLanes);
     }
   }
@@ -99,9 +102,9 @@ struct IntegerTerms {
                               float* sums, int64_t stride) {
     VI32 sum[kRows][kUnits][2];
     auto* const kept = reinterpret_cast<int32_t*>(sums);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < kUnits; ++v) {
         sum[r][v][0] = hn::LoadU(I32(), kept + r * stride + v * kUnit);
         sum[r][v][1] = hn::LoadU(I32(), kept + r * stride + v * kUnit + kLanes);
@@ -123,9 +126,9 @@ struct IntegerTerms {
             sum[r][v][1] = AddPairProducts<kVnni>(xi, wv.high, sum[r][v][1]);
           });
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < kUnits; ++v) {
         hn::StoreU(sum[r][v][0], I32(), kept + r * stride + v * kUnit);
         hn::StoreU(sum[r][v][1], I32(), kept + r * stride + v * kUnit + kLanes);
@@ -145,13 +148,12 @@ struct IntegerTerms {
 };
 
 // So few rows of x that memory binds, which gives one row of weights after the other most.
-template <typename Terms>
-constexpr int64_t kStreamRows = Terms::kLeastInputs > 1 ? 1 : 2;
+constexpr int64_t kStreamRows = 1;
 
 // A chunk of inputs by a range of columns.
-template <typename Terms>
+template <typename Terms, bool kFetches = true>
 struct SumBlock {
-  const typename Terms::Weight* const* w;  // [2 * kChunkInputs] the inputs' rows; then the ones to be read after them
+  const typename Terms::Weight* const* w;  // [inputs] their rows; then, for Fetch, the ones to be read after them
   const float* x;                          // [rows][kChunkInputs]
   int64_t inputs;
   int64_t first;  // columns
@@ -164,9 +166,10 @@ struct SumBlock {
   void Tile(int64_t r) const {
     constexpr int64_t kUnit = Terms::kUnit;
     constexpr int kUnits = std::max<int>(1, kVectorsOf<kRows> * kLanes / kUnit);
+    const Turn mine = TurnOf(r, all_rows, kTileRows);
     int64_t c = first;
     for (; c + kUnits * kUnit <= last; c += kUnits * kUnit) {
-      Fetch<kRows <= kStreamRows<Terms>>(r, c, kUnits * kUnit);
+      if constexpr (kFetches) Fetch<kRows <= kStreamRows>(mine, c, kUnits * kUnit);
       Terms::template Tile<kRows, kUnits>(w, c, kUnit, x + r * kChunkInputs, inputs, sums + r * stride + c - first,
                                           stride);
     }
@@ -178,8 +181,7 @@ struct SumBlock {
 
   // What will be read when `n` columns from `c` on have been.
   template <bool kStream>
-  HWY_INLINE void Fetch(int64_t r, int64_t c, int64_t n) const {
-    const Turn mine = TurnOf(r, all_rows, kTileRows);
+  HWY_INLINE void Fetch(Turn mine, int64_t c, int64_t n) const {
     using W = typename Terms::Weight;
     constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(W));
     const int64_t ahead = std::min<int64_t>((kStream ? kStreamBytes : kPrefetchBytes) / sizeof(W), last - first);
@@ -202,15 +204,20 @@ class SumRun {
 
  public:
   SumRun(const SumJob& job, float* scratch)
-      : job_(job), x_(scratch), sums_(x_ + kChunkInputs * kBlockRows), totals_(sums_ + kBlockFloats) {}
+      : job_(job),
+        x_(scratch),
+        sums_(x_ + kChunkInputs * kBlockRows),
+        totals_(sums_ + kBlockFloats),
+        own_(reinterpret_cast<const W**>(totals_ + kBlockFloats)) {}
 
   // sums = the terms of the inputs first ... last of the list, columns c0 ... c1 of rows r0 ... r0 + rows.
   void Segment(int64_t first, int64_t last, int64_t c0, int64_t c1, int64_t r0, int64_t rows, float* sums,
                int64_t stride) {
     for (int64_t r = 0; r < rows; ++r) std::fill_n(sums + r * stride, Padded(c1 - c0), 0.0f);
-    const int64_t chunk = rows <= kStreamRows<Terms> ? Terms::kLeastInputs
-                          : rows <= kTileRows        ? kFewInputs
-                                                     : kChunkInputs;
+    const bool scattered = Scattered(job_.inputs, first, last);
+    const int64_t chunk = rows <= kStreamRows ? (scattered ? 2 : Terms::kLeastInputs)
+                          : rows <= kTileRows ? kFewInputs
+                                              : kChunkInputs;
     const int64_t block = rows <= kTileRows ? c1 - c0 : kBlockColumns;
     for (int64_t i = first; i < last; i += chunk) {
       const int64_t n = std::min(chunk, last - i), even = n + n % 2;
@@ -220,10 +227,16 @@ class SumRun {
       const int64_t inputs = kFloats ? n : even;
       for (int64_t k = 0; k < inputs; ++k) w[inputs + k] = Row(std::min(i + n + k, job_.count - 1));
       GatherX(i, n, r0, rows);
+      const bool apart = rows > kTileRows && MostlyZero(n, rows);
+      if (apart) TakeOwn(w, n, rows);
       for (int64_t c = c0; c < c1; c += block) {
         const int64_t end = std::min(c + block, c1);
-        float* const to = sums + c - c0;
-        ForRowTiles<kTileRows>(rows, SumBlock<Terms>{w, x_, inputs, c, end, to, stride, rows});
+        const SumBlock<Terms> all{w, x_, inputs, c, end, sums + c - c0, stride, rows};
+        if (apart) {
+          RowsApart(all);
+        } else {
+          ForRowTiles<kTileRows>(rows, all);
+        }
       }
     }
   }
@@ -232,15 +245,16 @@ class SumRun {
   void Columns(int64_t c0, int64_t c1) {
     for (int64_t r = 0; r < job_.x.rows; r += kBlockRows) {
       const int64_t rows = std::min(kBlockRows, job_.x.rows - r);
-      for (int64_t c = c0; c < c1; c += kBlockColumns) {
-        const int64_t end = std::min(c + kBlockColumns, c1), padded = Padded(end - c);
-        std::fill_n(totals_, kBlockFloats, 0.0f);
+      const int64_t block = rows <= kSegmentRows ? kBlockFloats / kSegmentRows : kBlockColumns;
+      for (int64_t c = c0; c < c1; c += block) {
+        const int64_t end = std::min(c + block, c1), padded = Padded(end - c);
+        std::fill_n(totals_, rows * block, 0.0f);
         for (int64_t s = 0; s < job_.segments; ++s) {
           if (job_.bounds[s] == job_.bounds[s + 1]) continue;
-          Segment(job_.bounds[s], job_.bounds[s + 1], c, end, r, rows, sums_, kBlockColumns);
-          for (int64_t a = 0; a < rows; ++a) AddTo(totals_ + a * kBlockColumns, sums_ + a * kBlockColumns, padded);
+          Segment(job_.bounds[s], job_.bounds[s + 1], c, end, r, rows, sums_, block);
+          for (int64_t a = 0; a < rows; ++a) AddTo(totals_ + a * block, sums_ + a * block, padded);
         }
-        for (int64_t a = 0; a < rows; ++a) Finish(r + a, c, end, totals_ + a * kBlockColumns);
+        for (int64_t a = 0; a < rows; ++a) Finish(r + a, c, end, totals_ + a * block);
       }
     }
   }
@@ -263,6 +277,49 @@ class SumRun {
  private:
   static int64_t Padded(int64_t columns) { return RoundUp(columns, Terms::kUnit); }
   const W* Row(int64_t i) const { return job_.w->weight.template row<W>(job_.inputs != nullptr ? job_.inputs[i] : i); }
+
+  // Activations of the chunk as they are multiplied: one after the other, of integers the pairs of them.
+  using X = std::conditional_t<kFloats, float, int16_t>;
+  X* ChunkX(int64_t r) const { return reinterpret_cast<X*>(x_ + r * kChunkInputs); }
+
+  // Whether rows by themselves, each with the inputs that are not zero, take less time than all of them in tiles.
+  bool MostlyZero(int64_t n, int64_t rows) const {
+    int64_t terms = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const X* x = ChunkX(r);
+      for (int64_t k = 0; k < n; ++k) terms += x[k] != 0;
+    }
+    return terms * 3 < n * rows;
+  }
+
+  // Of each row only the inputs that are not zero, with their weights.
+  void TakeOwn(const W* const* w, int64_t n, int64_t rows) {
+    for (int64_t r = 0; r < rows; ++r) {
+      X* x = ChunkX(r);
+      const W** own = own_ + r * kOwnInputs;
+      int64_t count = 0;
+      for (int64_t k = 0; k < n; ++k) {
+        const X mine = x[k];
+        own[count] = w[k];
+        x[count] = mine;
+        count += mine != 0;
+      }
+      if (!kFloats && count % 2 != 0) {
+        own[count] = own[count - 1];
+        x[count++] = 0;
+      }
+      own_inputs_[r] = count;
+    }
+  }
+
+  void RowsApart(const SumBlock<Terms>& all) const {
+    for (int64_t r = 0; r < all.all_rows; ++r) {
+      all.template Fetch<false>(Turn{r, all.all_rows}, all.first, all.last - all.first);
+      SumBlock<Terms, /*kFetches=*/false>{
+          own_ + r * kOwnInputs, all.x, own_inputs_[r], all.first, all.last, all.sums, all.stride, all.all_rows}
+          .template Tile<1>(r);
+    }
+  }
 
   // The chunk's activations side by side; integers as pairs.
   void GatherX(int64_t first, int64_t n, int64_t r0, int64_t rows) {
@@ -306,6 +363,8 @@ class SumRun {
   float* const x_;       // [kBlockRows][kChunkInputs]
   float* const sums_;    // [kBlockRows][kBlockColumns]
   float* const totals_;  // [kBlockRows][kBlockColumns]
+  const W** const own_;  // [kBlockRows][kOwnInputs]
+  int64_t own_inputs_[kBlockRows];
 };
 
 // function.operator()<Terms>().

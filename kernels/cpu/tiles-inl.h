@@ -75,9 +75,18 @@ HWY_INLINE Turn TurnOf(int64_t r, int64_t rows, int64_t tile_rows) {
   return {r * turns / rows, turns};
 }
 
-// How far ahead a tile fetches; a tile of one output is a stream.
+// Whether a tile of so many outputs streams: memory binds it, not arithmetic.
 template <int kOutputs>
-constexpr int64_t kAheadBytes = kOutputs == 1 ? kStreamBytes : kPrefetchBytes;
+constexpr bool kStreams = kOutputs <= 2;
+
+// How far ahead a tile fetches.
+template <int kOutputs>
+constexpr int64_t kAheadBytes = kStreams<kOutputs> ? kStreamBytes : kPrefetchBytes;
+
+// Whether the entries first ... last of the list name rows with gaps of more than a quarter between them. nullptr: no.
+HWY_INLINE bool Scattered(const int32_t* list, int64_t first, int64_t last) {
+  return list != nullptr && last - first > 1 && (list[last - 1] - list[first]) * 4 > (last - first) * 5;
+}
 
 HWY_INLINE V Widen(const float* p) { return hn::LoadU(F32(), p); }
 
@@ -137,12 +146,12 @@ template <int kLeft, int kRight, typename Left, typename Right, typename Term>
 HWY_INLINE void OuterProduct(const Left& left, const Right& right, const Term& term) {
   if constexpr (kLeft <= kRight) {
     decltype(left(0)) a[kLeft];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kLeft; ++i) a[i] = left(i);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < kRight; ++j) {
       const auto b = right(j);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < kLeft; ++i) term(i, j, a[i], b);
     }
   } else {
@@ -209,7 +218,7 @@ HWY_INLINE void DotTile(const W* const* w_list, const W* const* next, Turn turn,
     if (until_mine-- == 0) {
       until_mine = turn.turns - 1;
       for (int o = 0; o < kOutputs; ++o) {
-        Prefetch<kOutputs == 1>(k + ahead < n ? w[o] + k + ahead : next[o] + (k + ahead - n));
+        Prefetch<kStreams<kOutputs>>(k + ahead < n ? w[o] + k + ahead : next[o] + (k + ahead - n));
       }
     }
     for (int64_t i = 0; i < kLine; i += kStepInputs<W>) DotStep<true>(w, x, k + i, kStepInputs<W>, sum);
@@ -320,38 +329,48 @@ HWY_INLINE void IntegerDotTile(const int8_t* const (&w)[kOutputs], const int8_t*
                                const int16_t* const (&x)[kRows], int64_t first, int64_t n, int64_t inputs,
                                int64_t (&y)[kRows][kOutputs]) {
   const int64_t ahead = HWY_MIN(kAheadBytes<kOutputs>, inputs), end = first + n;
-  VI32 sum[kRows][kOutputs];
+  // Sums that are added to in turn: with few of them each addition would wait for the one before.
+  constexpr int kChains = kLanes > 1 && kRows * kOutputs < 4 ? kLineBytes / kPairLanes : 1;
+  VI32 sum[kChains][kRows][kOutputs];
+#pragma GCC unroll 4
+  for (int c = 0; c < kChains; ++c) {
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int o = 0; o < kOutputs; ++o) sum[r][o] = hn::Zero(I32());
+      for (int o = 0; o < kOutputs; ++o) sum[c][r][o] = hn::Zero(I32());
+    }
   }
-  const auto step = [&](int64_t k) HWY_ATTR {
+  const auto step = [&](int64_t k, int c) HWY_ATTR {
     OuterProduct<kRows, kOutputs>(
         [&](int r) HWY_ATTR { return LoadPair(x[r] + k); }, [&](int o) HWY_ATTR { return WidenPair(w[o] + k); },
-        [&](int r, int o, VI16 xk, VI16 wk) HWY_ATTR { sum[r][o] = AddPairProducts<kVnni>(xk, wk, sum[r][o]); });
+        [&](int r, int o, VI16 xk, VI16 wk) HWY_ATTR { sum[c][r][o] = AddPairProducts<kVnni>(xk, wk, sum[c][r][o]); });
   };
   int64_t k = first, until_mine = turn.turn;
   for (; k + kLineBytes <= end; k += kLineBytes) {
     if (until_mine-- == 0) {
       until_mine = turn.turns - 1;
       for (int o = 0; o < kOutputs; ++o) {
-        Prefetch<kOutputs == 1>(k + ahead < inputs ? w[o] + k + ahead : next[o] + (k + ahead - inputs));
+        Prefetch<kStreams<kOutputs>>(k + ahead < inputs ? w[o] + k + ahead : next[o] + (k + ahead - inputs));
       }
     }
-    for (int64_t i = 0; i < kLineBytes; i += kPairLanes) step(k + i);
+#pragma GCC unroll 4
+    for (int i = 0; i < static_cast<int>(kLineBytes / kPairLanes); ++i) step(k + i * kPairLanes, i % kChains);
   }
-  for (; k + kPairLanes <= end; k += kPairLanes) step(k);
+  for (; k + kPairLanes <= end; k += kPairLanes) step(k, 0);
   if (k < end) {
     OuterProduct<kRows, kOutputs>([&](int r) HWY_ATTR { return LoadPair(x[r] + k); },
                                   [&](int o) HWY_ATTR { return WidenPairPart(w[o] + k, end - k); },
                                   [&](int r, int o, VI16 xk, VI16 wk)
-                                      HWY_ATTR { sum[r][o] = AddPairProducts<kVnni>(xk, wk, sum[r][o]); });
+                                      HWY_ATTR { sum[0][r][o] = AddPairProducts<kVnni>(xk, wk, sum[0][r][o]); });
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int o = 0; o < kOutputs; ++o) y[r][o] = SumLanes64(sum[r][o]);
+    for (int o = 0; o < kOutputs; ++o) {
+#pragma GCC unroll 4
+      for (int c = 1; c < kChains; ++c) sum[0][r][o] = hn::Add(sum[0][r][o], sum[c][r][o]);
+      y[r][o] = SumLanes64(sum[0][r][o]);
+    }
   }
 }
 
