@@ -1,7 +1,8 @@
 // Attention with a running softmax (Milakov and Gimelshein 2018; FlashAttention): positions come in tiles of 64 counted
 // from the start of the sequence, whatever the blocks are; a tile that raises the maximum scales down what was summed
 // so far. The keys of a block lie transposed, so that the scores of neighbouring positions are computed side by side.
-// Rows of one sequence go through a tile together while it is in the cache.
+// Rows of one sequence go through a tile together while it is in the cache, and one head after the other through the
+// same positions: heads of a block lie side by side in memory.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -53,46 +54,49 @@ HWY_INLINE float Accumulate(float* scores, int64_t n, Softmax& softmax) {
   return scale;
 }
 
-// Up to kTilePositions positions of one head of one sequence.
+// Positions of a tile that lie in one block.
 template <typename T>
-struct KvTile {
-  const T* keys[kTilePositions];    // by block: [head_dim][block_tokens], the whole of it
-  int32_t places[kTilePositions];   // by block: within the tile, the first position in it
-  int32_t offsets[kTilePositions];  // and within the block, the same
-  int32_t blocks = 0;
-  const T* values[kTilePositions];  // by position: [head_dim]
-  int32_t positions = 0;
+struct KvPiece {
+  const T* keys;    // [heads, head_dim, block_tokens] from the first of them on
+  const T* values;  // [heads, block_tokens, head_dim], the same
+  int32_t place;    // the first of them in the tile
+  int32_t positions;
 };
 
 template <typename T>
-void FillTile(const AttentionJob& job, const int32_t* table, int64_t head, int32_t start, int32_t end,
-              KvTile<T>* tile) {
-  const KvLayer& kv = job.kv;
-  const int64_t block_elements = int64_t{kv.block_tokens} * kv.head_dim;
-  tile->blocks = tile->positions = 0;
-  while (start + tile->positions < end && tile->positions < kTilePositions) {
-    const int32_t position = start + tile->positions, offset = position % kv.block_tokens;
-    const int64_t at = (int64_t{table[position / kv.block_tokens]} * kv.heads + head) * block_elements;
-    tile->keys[tile->blocks] = static_cast<const T*>(kv.keys) + at;
-    tile->places[tile->blocks] = tile->positions;
-    tile->offsets[tile->blocks++] = offset;
-    const int32_t limit = std::min<int32_t>(end - start, kTilePositions);
-    for (int32_t o = offset; o < kv.block_tokens && tile->positions < limit; ++o) {
-      tile->values[tile->positions++] = static_cast<const T*>(kv.values) + at + int64_t{o} * kv.head_dim;
-    }
+struct KvTile {
+  KvPiece<T> pieces[kTilePositions];
+  int32_t count = 0;
+  int32_t positions = 0;
+};
+
+// Of one sequence, from position `start` on, but not to `end`.
+template <typename T>
+void FillTile(const KvLayer& kv, const int32_t* table, int32_t start, int32_t end, KvTile<T>* tile) {
+  const int64_t block_elements = int64_t{kv.heads} * kv.block_tokens * kv.head_dim;
+  end = std::min(end, start + static_cast<int32_t>(kTilePositions));
+  tile->count = 0;
+  tile->positions = std::max(end - start, 0);
+  for (int32_t position = start; position < end;) {
+    const int32_t offset = position % kv.block_tokens;
+    const int64_t at = table[position / kv.block_tokens] * block_elements;
+    const int32_t positions = std::min(end - position, kv.block_tokens - offset);
+    tile->pieces[tile->count++] = {static_cast<const T*>(kv.keys) + at + offset,
+                                   static_cast<const T*>(kv.values) + at + int64_t{offset} * kv.head_dim,
+                                   position - start, positions};
+    position += positions;
   }
 }
 
-// scores[i] of `n` positions of a block, side by side: even and odd features apart, then together. `next` is fetched.
+// scores[i] of `n` positions of a block, side by side: even and odd features apart, then together.
 template <int kVectors, typename T>
-HWY_INLINE void ScoreVectors(const float* q, int64_t head_dim, const T* keys, int64_t stride, int64_t n, const T* next,
-                             float scale, float* scores) {
+HWY_INLINE void ScoreVectors(const float* q, int64_t head_dim, const T* keys, int64_t stride, int64_t n, float scale,
+                             float* scores) {
   V sum[2][kVectors];
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) sum[0][v] = sum[1][v] = hn::Zero(F32());
   const auto step = [&](int64_t d, V* to) HWY_ATTR {
     const T* k = keys + d * stride;
-    if (next != nullptr) Prefetch(next + d * stride);
     const V qd = hn::Set(F32(), q[d]);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
@@ -112,41 +116,26 @@ HWY_INLINE void ScoreVectors(const float* q, int64_t head_dim, const T* keys, in
   }
 }
 
-// Of the first n positions of the tile; `scores` has room for a vector more.
+// Of n positions of one head; `scores` has room for a vector more.
 template <typename T>
-HWY_INLINE void Scores(const AttentionJob& job, const float* q, const KvTile<T>& tile, int64_t n, const KvTile<T>* next,
-                       float* scores) {
-  const int64_t stride = job.kv.block_tokens, head_dim = job.kv.head_dim;
-  for (int32_t b = 0; b < tile.blocks; ++b) {
-    const int64_t first = tile.places[b], offset = tile.offsets[b];
-    const int64_t end = std::min<int64_t>(n, b + 1 < tile.blocks ? tile.places[b + 1] : tile.positions);
-    const T* const ahead = next != nullptr && b < next->blocks ? next->keys[b] : nullptr;
-    int64_t i = first;
-    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
-      ScoreVectors<2>(q, head_dim, tile.keys[b] + offset + i - first, stride, 2 * kLanes,
-                      ahead != nullptr ? ahead + i - first : nullptr, job.scale, scores + i);
-    }
-    for (; i < end; i += kLanes) {
-      ScoreVectors<1>(q, head_dim, tile.keys[b] + offset + i - first, stride, end - i,
-                      ahead != nullptr ? ahead + i - first : nullptr, job.scale, scores + i);
-    }
+HWY_INLINE void Scores(const KvLayer& kv, const float* q, const T* keys, int64_t n, float scale, float* scores) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    ScoreVectors<2>(q, kv.head_dim, keys + i, kv.block_tokens, 2 * kLanes, scale, scores + i);
   }
+  for (; i < n; i += kLanes) ScoreVectors<1>(q, kv.head_dim, keys + i, kv.block_tokens, n - i, scale, scores + i);
 }
 
 // context += sum over n positions of weights[i] * values[i], kVectors vectors from `column` on.
 template <int kVectors, typename T>
-HWY_INLINE void AddValues(const float* weights, const KvTile<T>& tile, int64_t n, const KvTile<T>* next, int64_t column,
-                          float* context) {
-  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+HWY_INLINE void AddVectors(const float* weights, const T* values, int64_t n, int64_t head_dim, int64_t column,
+                           float* context) {
   V sum[kVectors];
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) sum[v] = hn::LoadU(F32(), context + column + v * kLanes);
   for (int64_t i = 0; i < n; ++i) {
-    if (next != nullptr && i < next->positions) {
-      for (int64_t c = 0; c < kVectors * kLanes; c += kLine) Prefetch(next->values[i] + column + c);
-    }
     const V weight = hn::Set(F32(), weights[i]);
-    const T* from = tile.values[i] + column;
+    const T* from = values + i * head_dim + column;
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sum[v] = hn::MulAdd(weight, Widen(from + v * kLanes), sum[v]);
   }
@@ -156,66 +145,139 @@ HWY_INLINE void AddValues(const float* weights, const KvTile<T>& tile, int64_t n
 
 // The last `columns` < kLanes.
 template <typename T>
-HWY_INLINE void AddLastValues(const float* weights, const KvTile<T>& tile, int64_t n, int64_t column, int64_t columns,
-                              float* context) {
+HWY_INLINE void AddLastColumns(const float* weights, const T* values, int64_t n, int64_t head_dim, int64_t column,
+                               float* context) {
+  const int64_t columns = head_dim - column;
   V sum = WidenPart(context + column, columns);
   for (int64_t i = 0; i < n; ++i) {
-    sum = hn::MulAdd(hn::Set(F32(), weights[i]), WidenPart(tile.values[i] + column, columns), sum);
+    sum = hn::MulAdd(hn::Set(F32(), weights[i]), WidenPart(values + i * head_dim + column, columns), sum);
   }
   StorePart(sum, context + column, columns);
 }
 
 template <typename T>
-HWY_INLINE void AttendTile(const AttentionJob& job, const float* q, const KvTile<T>& tile, int64_t n,
-                           const KvTile<T>* next, Softmax& softmax, float* context) {
-  const int64_t head_dim = job.kv.head_dim;
-  alignas(64) float scores[kTilePositions + 2 * kLanes];
-  Scores(job, q, tile, n, next, scores);
-  const float rescale = Accumulate(scores, n, softmax);
-  for (int64_t d = 0; d < head_dim; ++d) context[d] *= rescale;
+HWY_INLINE void AddValues(const float* weights, const T* values, int64_t n, int64_t head_dim, float* context) {
   int64_t c = 0;
-  for (; c + 8 * kLanes <= head_dim; c += 8 * kLanes) AddValues<8>(scores, tile, n, next, c, context);
-  for (; c + 2 * kLanes <= head_dim; c += 2 * kLanes) AddValues<2>(scores, tile, n, next, c, context);
-  for (; c + kLanes <= head_dim; c += kLanes) AddValues<1>(scores, tile, n, next, c, context);
-  if (c < head_dim) AddLastValues(scores, tile, n, c, head_dim - c, context);
+  for (; c + 8 * kLanes <= head_dim; c += 8 * kLanes) AddVectors<8>(weights, values, n, head_dim, c, context);
+  for (; c + 4 * kLanes <= head_dim; c += 4 * kLanes) AddVectors<4>(weights, values, n, head_dim, c, context);
+  for (; c + kLanes <= head_dim; c += kLanes) AddVectors<1>(weights, values, n, head_dim, c, context);
+  if (c < head_dim) AddLastColumns(weights, values, n, head_dim, c, context);
 }
 
+// Some heads of some rows of one sequence, tile by tile: all heads' scores, then all heads' values. So memory is read
+// block after block, in which the heads lie side by side.
 template <typename T>
-void AttendOf(const AttentionJob& job, int64_t first, int64_t last, int64_t head, int64_t next_head) {
-  const KvLayer& kv = job.kv;
-  const int32_t* positions = job.rows.positions.row<int32_t>(0);
-  const int32_t* table = job.rows.block_table.row<int32_t>(job.rows.sequences.row<int32_t>(0)[first]);
-  const int32_t end = *std::max_element(positions + first, positions + last) + 1;
-  const int64_t column = head * kv.head_dim;
-  Softmax softmax[kAttentionRows];
-  for (int64_t r = first; r < last; ++r) std::fill_n(job.context.row<float>(r) + column, kv.head_dim, 0.0f);
+class AttentionRun {
+ public:
+  static constexpr int64_t kStates = 32;  // heads by rows, at most
 
-  // While a tile is computed, the one after it is fetched; after the last, the first of the head that comes next.
-  KvTile<T> tiles[2];
-  FillTile(job, table, head, 0, end, &tiles[0]);
-  for (int32_t start = 0; start < end; start += kTilePositions) {
-    const KvTile<T>& tile = tiles[start / kTilePositions % 2];
-    KvTile<T>& next = tiles[1 - start / kTilePositions % 2];
-    const bool more = start + kTilePositions < end, another = more || next_head >= 0;
-    if (another) FillTile(job, table, more ? head : next_head, more ? start + kTilePositions : 0, end, &next);
-    bool fetch = another;
-    for (int64_t r = first; r < last; ++r) {
-      const int32_t n = std::min(tile.positions, positions[r] + 1 - start);
-      if (n <= 0) continue;
-      AttendTile(job, job.qkv.row<float>(r) + column, tile, n, fetch ? &next : nullptr, softmax[r - first],
-                 job.context.row<float>(r) + column);
-      fetch = false;
+  AttentionRun(const AttentionJob& job, int64_t first, int64_t last, const int32_t* heads, int64_t count)
+      : job_(job), first_(first), rows_(last - first), heads_(heads), count_(count) {}
+
+  void Run() {
+    const int64_t head_dim = job_.kv.head_dim;
+    const int32_t* table = job_.rows.block_table.row<int32_t>(job_.rows.sequences.row<int32_t>(0)[first_]);
+    const int32_t end = *std::max_element(positions() + first_, positions() + first_ + rows_) + 1;
+    ForStates([&](int64_t h, int64_t r, int64_t) { std::fill_n(Context(h, r), head_dim, 0.0f); });
+    FillTile(job_.kv, table, 0, end, &tiles_[0]);
+    for (int32_t start = 0; start < end; start += kTilePositions) {
+      const KvTile<T>& tile = tiles_[start / kTilePositions % 2];
+      KvTile<T>& next = tiles_[1 - start / kTilePositions % 2];
+      FillTile(job_.kv, table, start + kTilePositions, end, &next);
+      AllScores(tile, start);
+      ForStates([&](int64_t h, int64_t r, int64_t state) {
+        const int64_t n = Seen(r, start, 0, tile.positions);
+        if (n == 0) return;
+        const float rescale = Accumulate(scores_[state], n, softmax_[state]);
+        float* context = Context(h, r);
+        for (int64_t d = 0; d < head_dim; ++d) context[d] *= rescale;
+      });
+      AllValues(tile, start, next);
+    }
+    ForStates([&](int64_t h, int64_t r, int64_t state) {
+      float* context = Context(h, r);
+      for (int64_t d = 0; d < head_dim; ++d) context[d] /= softmax_[state].sum;
+    });
+  }
+
+ private:
+  const int32_t* positions() const { return job_.rows.positions.row<int32_t>(0); }
+  int64_t head_elements() const { return int64_t{job_.kv.head_dim} * job_.kv.block_tokens; }
+  float* Context(int64_t h, int64_t r) const {
+    return job_.context.row<float>(first_ + r) + heads_[h] * job_.kv.head_dim;
+  }
+
+  // How many of `positions` from `place` of the tile at `start` on the row sees.
+  int64_t Seen(int64_t r, int32_t start, int32_t place, int32_t positions) const {
+    return std::clamp(this->positions()[first_ + r] + 1 - start - place, 0, positions);
+  }
+
+  template <typename Function>
+  HWY_INLINE void ForStates(const Function& function) {
+    for (int64_t h = 0; h < count_; ++h) {
+      for (int64_t r = 0; r < rows_; ++r) function(h, r, h * rows_ + r);
     }
   }
-  for (int64_t r = first; r < last; ++r) {
-    float* context = job.context.row<float>(r) + column;
-    for (int64_t d = 0; d < kv.head_dim; ++d) context[d] /= softmax[r - first].sum;
+
+  // Fetches what comes `kUnitsAhead` heads after head h of a piece: `piece`, then `next`, both from head 0 on.
+  HWY_INLINE void FetchAhead(const T* piece, const T* next, int64_t h) const {
+    constexpr int64_t kUnitsAhead = 2, kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+    const bool same = h + kUnitsAhead < count_;
+    if (!same && next == nullptr) return;
+    const T* from = same ? piece + heads_[h + kUnitsAhead] * head_elements()
+                         : next + heads_[std::min(h + kUnitsAhead - count_, count_ - 1)] * head_elements();
+    for (int64_t i = 0; i < head_elements(); i += kLine) Prefetch</*kNear=*/true>(from + i);
+  }
+
+  void AllScores(const KvTile<T>& tile, int32_t start) {
+    for (int32_t p = 0; p < tile.count; ++p) {
+      const KvPiece<T>& piece = tile.pieces[p];
+      const T* next = p + 1 < tile.count ? tile.pieces[p + 1].keys : tile.pieces[0].values;
+      for (int64_t h = 0; h < count_; ++h) {
+        FetchAhead(piece.keys, next, h);
+        for (int64_t r = 0; r < rows_; ++r) {
+          const float* q = job_.qkv.row<float>(first_ + r) + heads_[h] * job_.kv.head_dim;
+          Scores(job_.kv, q, piece.keys + heads_[h] * head_elements(), Seen(r, start, piece.place, piece.positions),
+                 job_.scale, scores_[h * rows_ + r] + piece.place);
+        }
+      }
+    }
+  }
+
+  void AllValues(const KvTile<T>& tile, int32_t start, const KvTile<T>& after) {
+    for (int32_t p = 0; p < tile.count; ++p) {
+      const KvPiece<T>& piece = tile.pieces[p];
+      const T* next = p + 1 < tile.count ? tile.pieces[p + 1].values : after.count > 0 ? after.pieces[0].keys : nullptr;
+      for (int64_t h = 0; h < count_; ++h) {
+        FetchAhead(piece.values, next, h);
+        for (int64_t r = 0; r < rows_; ++r) {
+          AddValues(scores_[h * rows_ + r] + piece.place, piece.values + heads_[h] * head_elements(),
+                    Seen(r, start, piece.place, piece.positions), job_.kv.head_dim, Context(h, r));
+        }
+      }
+    }
+  }
+
+  const AttentionJob& job_;
+  const int64_t first_, rows_;
+  const int32_t* const heads_;
+  const int64_t count_;
+  KvTile<T> tiles_[2];
+  Softmax softmax_[kStates];  // [count, rows]
+  alignas(64) float scores_[kStates][kTilePositions + 2 * kLanes];
+};
+
+template <typename T>
+void AttendOf(const AttentionJob& job, int64_t first, int64_t last, const int32_t* heads, int64_t count) {
+  const int64_t together = AttentionRun<T>::kStates / (last - first);
+  for (int64_t h = 0; h < count; h += together) {
+    AttentionRun<T>(job, first, last, heads + h, std::min(together, count - h)).Run();
   }
 }
 
-void Attend(const AttentionJob& job, int64_t first, int64_t last, int64_t head, int64_t next_head) {
-  if (job.kv.dtype == DType::kFloat16) return AttendOf<hwy::float16_t>(job, first, last, head, next_head);
-  AttendOf<float>(job, first, last, head, next_head);
+void Attend(const AttentionJob& job, int64_t first, int64_t last, const int32_t* heads, int64_t count) {
+  if (job.kv.dtype == DType::kFloat16) return AttendOf<hwy::float16_t>(job, first, last, heads, count);
+  AttendOf<float>(job, first, last, heads, count);
 }
 
 // Both return how many of the numbers are beyond the range of the type.
@@ -280,8 +342,8 @@ int64_t StoreKv(const KvLayer& kv, int64_t block, int64_t place, const float* ke
   return HWY_DYNAMIC_DISPATCH(StoreKv)(kv, block, place, keys, values);
 }
 
-void Attend(const AttentionJob& job, int64_t first, int64_t last, int64_t head, int64_t next_head) {
-  HWY_DYNAMIC_DISPATCH(Attend)(job, first, last, head, next_head);
+void Attend(const AttentionJob& job, int64_t first, int64_t last, const int32_t* heads, int64_t count) {
+  HWY_DYNAMIC_DISPATCH(Attend)(job, first, last, heads, count);
 }
 
 }  // namespace dejavu::cpu

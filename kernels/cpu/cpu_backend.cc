@@ -190,16 +190,32 @@ void CpuBackend::GroupRows(const RowTable& rows) {
   row_groups_.push_back(rows.rows());
 }
 
-// The context of rows that did not select the head is zero, because the out-projection reads it for the others.
-void AttendSelected(const cpu::AttentionJob& job, int64_t first, int64_t last, int64_t head, int64_t next_head,
-                    const Selection& heads) {
-  const auto takes_part = [&](int64_t r) { return !cpu::IsStrict(heads, r) || cpu::Selected(heads.masks, r, head); };
-  bool any = heads.masks.empty();
-  for (int64_t r = first; r < last && !any; ++r) any = takes_part(r);
-  if (any) cpu::Attend(job, first, last, head, next_head);
-  if (heads.masks.empty()) return;
-  for (int64_t r = first; r < last; ++r) {
-    if (!takes_part(r)) std::fill_n(job.context.row<float>(r) + head * job.kv.head_dim, job.kv.head_dim, 0.0f);
+// Heads of the list (nullptr: themselves) at `first_head` ... `last_head`. The context of rows that did not select a
+// head is zero, because the out-projection reads it for the others.
+void AttendSelected(const cpu::AttentionJob& job, int64_t first, int64_t last, const int32_t* list, int64_t first_head,
+                    int64_t last_head, const Selection& selection) {
+  const auto takes_part = [&](int64_t r, int64_t head) {
+    return !cpu::IsStrict(selection, r) || cpu::Selected(selection.masks, r, head);
+  };
+  for (int64_t h = first_head; h < last_head; h += cpu::kAttentionHeads) {
+    int32_t heads[cpu::kAttentionHeads];
+    int64_t count = 0;
+    for (int64_t i = h; i < std::min(h + cpu::kAttentionHeads, last_head); ++i) {
+      const int32_t head = list != nullptr ? list[i] : static_cast<int32_t>(i);
+      bool any = selection.masks.empty();
+      for (int64_t r = first; r < last && !any; ++r) any = takes_part(r, head);
+      if (any) heads[count++] = head;
+    }
+    if (count > 0) cpu::Attend(job, first, last, heads, count);
+  }
+  if (selection.masks.empty()) return;
+  for (int64_t i = first_head; i < last_head; ++i) {
+    const int64_t head = list != nullptr ? list[i] : i;
+    for (int64_t r = first; r < last; ++r) {
+      if (!takes_part(r, head)) {
+        std::fill_n(job.context.row<float>(r) + head * job.kv.head_dim, job.kv.head_dim, 0.0f);
+      }
+    }
   }
 }
 
@@ -218,14 +234,17 @@ void CpuBackend::Attention(Tensor context, Tensor qkv, const KvLayer& kv, const 
     CHECK(position >= 0 && position / kv.block_tokens < rows.block_table.cols) << "position " << position;
     work += 2 * (position + 1) * head_count * kv.head_dim;
   }
-  const int64_t grain = std::max<int64_t>(1, items / (parts_.threads() * 8));
+  // Parts of few heads read memory in pieces too short.
+  constexpr int64_t kGoodHeads = 16;
+  const int64_t threads = parts_.threads();
+  const int64_t grain = std::max({int64_t{1}, items / (threads * 8), std::min(kGoodHeads, items / threads)});
   // Later rows see more positions, so they go first.
   parts_.For(items, work < cpu::kSmallWork ? items : grain, [&](int64_t first, int64_t last, int) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t group = groups - 1 - i / head_count, place = i % head_count;
-      const auto head = [&](int64_t at) { return list != nullptr ? list[at] : at; };
-      const bool same = i + 1 < last && place + 1 < head_count;
-      AttendSelected(job, row_groups_[group], row_groups_[group + 1], head(place), same ? head(place + 1) : -1, heads);
+    while (first < last) {
+      const int64_t group = groups - 1 - first / head_count, place = first % head_count;
+      const int64_t count = std::min(last - first, head_count - place);
+      AttendSelected(job, row_groups_[group], row_groups_[group + 1], list, place, place + count, heads);
+      first += count;
     }
   });
 }

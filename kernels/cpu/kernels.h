@@ -101,9 +101,10 @@ struct AttentionJob {
   float scale;
 };
 constexpr int kAttentionRows = 16;
-// One head of rows `first` ... `last`, at most kAttentionRows and all of one sequence, which share each visit to K and
-// V. Of `next_head`, the one that the same thread does next or -1, the beginning is fetched.
-void Attend(const AttentionJob& job, int64_t first, int64_t last, int64_t head, int64_t next_head);
+constexpr int kAttentionHeads = 16;
+// `count` heads, at most kAttentionHeads, of rows `first` ... `last`, at most kAttentionRows and all of one sequence,
+// which share each visit to K and V.
+void Attend(const AttentionJob& job, int64_t first, int64_t last, const int32_t* heads, int64_t count);
 
 // Rows `first` ... `last` of the Backend op of the same name.
 void Embed(const Tensor& y, const Tensor& ids, const EmbeddingWeights& table, int64_t offset, bool accumulate,

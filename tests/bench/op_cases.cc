@@ -285,7 +285,7 @@ OpCase OpCases::AttentionCase(int context) {
           batch,
           1.0,
           context,
-          8.0 * batch * context * options_.hidden,
+          2.0 * batch * context * options_.hidden * static_cast<double>(SizeOf(kv_.dtype)),
           4.0 * batch * context * options_.hidden,
           [=, this](int64_t i) {
             const RowTable rows{
