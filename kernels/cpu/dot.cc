@@ -208,10 +208,11 @@ struct IntegerDot {
   int64_t first;  // the group's outputs in the list
   int64_t count;
   int64_t last;                  // of the list, for this thread
-  int64_t rows;                  // of x
-  const uint8_t* own = nullptr;  // [rows] which ones; nullptr: from the first on
+  int64_t row;                   // the first of the rows of x
+  int64_t rows;                  // and how many
+  const uint8_t* own = nullptr;  // [rows] which ones; nullptr: from `row` on
 
-  int64_t Row(int64_t r) const { return own != nullptr ? own[r] : r; }
+  int64_t Row(int64_t r) const { return own != nullptr ? own[r] : row + r; }
   const int8_t* Weights(int64_t i) const {
     return job.w->weight.row<int8_t>(Output(job, std::min(first + i, last - 1)));
   }
@@ -254,11 +255,16 @@ void IntegerDotProducts(const DotJob& job, int64_t first, int64_t last) {
     const int64_t count = std::min(kGroupOutputs, last - i);
     if (own.Take(job, i, count)) {
       for (int64_t k = 0; k < count; ++k) {
-        IntegerDot<kVnni>{job, i + k, 1, last, own.count(k), own.rows(k)}.template Outputs<1>(0);
+        IntegerDot<kVnni>{job, i + k, 1, last, 0, own.count(k), own.rows(k)}.template Outputs<1>(0);
       }
-    } else {
-      ForOutputTiles<2>(IntegerDot<kVnni>{job, i, count, last, job.x.rows}, job.x.rows,
-                        Scattered(job.outputs, i, i + count));
+      continue;
+    }
+    // So many rows of x that they stay in L2 while the group's outputs meet them.
+    const int64_t fit = kL2Bytes / (job.quantized.stride * static_cast<int64_t>(sizeof(int16_t)));
+    const int64_t block = std::max<int64_t>(4, fit / 4) * kTileRows;
+    for (int64_t row = 0; row < job.x.rows; row += block) {
+      const int64_t rows = std::min(block, job.x.rows - row);
+      ForOutputTiles<2>(IntegerDot<kVnni>{job, i, count, last, row, rows}, rows, Scattered(job.outputs, i, i + count));
     }
   }
 }
