@@ -78,6 +78,12 @@ std::vector<Option> OptionTable(Config* config) {
        .help = "CPU threads of a step; 0: one per CPU that affinity and the cgroup's CPU quota allow",
        .target = &e.threads,
        .limits = EngineOptions::kThreads},
+      {.key = "map_weights",
+       .group = "Compute",
+       .help =
+           "on the CPU, compute with the mapped file of dejavu-convert; false: copy it, so that steps are faster and "
+           "the start slower",
+       .target = &e.map_weights},
       {.key = "cpu_target",
        .group = "Compute",
        .help = "instruction set of the CPU's kernels, such as avx2; empty: the best that the processor has (dejavud "

@@ -89,6 +89,7 @@ struct EngineOptions {
   // "none": none even then.
   std::string predictor;
   bool shadow_fallback = true;  // a layer whose shadow checks fail runs EXACT until they pass again
+  bool map_weights = true;      // compute with a mapped file of dejavu-convert where that can be (ModelOptions)
   std::string device = "auto";  // auto | cpu | cuda
   int threads = 0;              // CPU threads of the step; 0: as many as are worth it (kernels/base/processors.h)
   std::string cpu_target;       // instruction set of the CPU's kernels (kernels/cpu/target.h); empty: the best

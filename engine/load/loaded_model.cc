@@ -109,7 +109,7 @@ absl::StatusOr<LoadedModel> LoadModel(const ModelOptions& options, const OptConf
     ASSIGN_OR_RETURN(model.weights, GenerateModel(*synthetic, model.shard, dtype.value_or(DType::kBFloat16), backend,
                                                   progress, generated ? &*model.predictor : nullptr));
   } else if (converted.has_value()) {
-    ASSIGN_OR_RETURN(model.weights, converted->Load(model.shard, backend, progress, dtype));
+    ASSIGN_OR_RETURN(model.weights, converted->Load(model.shard, backend, progress, dtype, options.map_weights));
   } else {
     ASSIGN_OR_RETURN(model.weights, OptWeights::Load(*checkpoint, config, model.shard, backend, progress, dtype));
   }

@@ -22,6 +22,7 @@ struct ModelOptions {
   // File; empty: predictor.safetensors in the model's directory, if there, or a synthetic model's own; "none": none.
   std::string predictor;
   int rank = 0, ranks = 1;  // which part is loaded; see MakeShard
+  bool map_weights = true;  // a file of dejavu-convert is mapped where it can be, not copied
 };
 
 inline constexpr char kGeneratedPredictor[] = "generated";

@@ -270,12 +270,12 @@ absl::StatusOr<int64_t> WeightsFile::Measure(const Shard& shard, std::optional<D
 }
 
 absl::StatusOr<OptWeights> WeightsFile::Load(const Shard& shard, Backend& backend, const LoadProgress& progress,
-                                             std::optional<DType> dtype) const {
+                                             std::optional<DType> dtype, bool map) const {
   RETURN_IF_ERROR(CheckType(dtype));
   OptWeights weights;
   ASSIGN_OR_RETURN(const std::vector<Part> parts, MatchAll(shard, &weights));
   ASSIGN_OR_RETURN(const std::shared_ptr<const MappedFile> file, MappedFile::Map(*file_));
-  if (shard.whole() && backend.ReadsHostMemory()) {
+  if (map && shard.whole() && backend.ReadsHostMemory()) {
     RETURN_IF_ERROR(TouchAll(*file, progress));
     char* const base = const_cast<char*>(file->data());  // nobody writes to weights
     for (const Part& part : parts) part.view->data = base + part.stored->offset;

@@ -53,8 +53,9 @@ class WeightsFile {
 
   // As OptWeights has them.
   absl::StatusOr<int64_t> Measure(const Shard& shard, std::optional<DType> dtype) const;
+  // With `map` the whole model on a device that reads this machine's memory is the mapped file; else it is a copy.
   absl::StatusOr<OptWeights> Load(const Shard& shard, Backend& backend, const LoadProgress& progress,
-                                  std::optional<DType> dtype) const;
+                                  std::optional<DType> dtype, bool map = true) const;
 
  private:
   // A stored tensor and what becomes of it.

@@ -22,6 +22,7 @@ absl::StatusOr<GroupOptions> ForGroup(const EngineOptions& o, const OptConfig& c
   if (!o.cpu_target.empty()) RETURN_IF_ERROR(cpu::LimitTarget(o.cpu_target));
   GroupOptions group;
   group.model = {o.model, o.weights, o.predictor};
+  group.model.map_weights = o.map_weights;
   group.device = o.device;
   group.threads = o.threads;
   group.pin = o.pin_threads;

@@ -44,8 +44,10 @@ HWY_INLINE void ForOutputTiles(const Group& group, int64_t rows, bool scattered)
     for (; i + kOutputs <= group.count; i += kOutputs) group.template Outputs<kOutputs>(i);
   };
   if (rows > kStreamRows) {
+    // Few rows leave registers for more outputs, and memory likes fewer.
     if (rows == 2 && kTileOutputs == 6) tiles.template operator()<8>();
-    tiles.template operator()<kTileOutputs>();
+    if (rows > kTileRows) tiles.template operator()<kTileOutputs>();
+    tiles.template operator()<3>();
   } else if (scattered) {
     tiles.template operator()<2>();
   }

@@ -59,6 +59,13 @@ bool IsMapped(const void* data, const std::string& path) {
   return false;
 }
 
+TEST_F(WeightsFiles, ACopyIsMemoryOfItsOwn) {
+  Convert(TinyCheckpoint::Random(1));
+  const OptWeights weights = *(*Open())->Load(Shard::Whole(config_), Cpu(), nullptr, std::nullopt, /*map=*/false);
+  EXPECT_FALSE(IsMapped(weights.layers[1].mlp.down.weight.data, path_));
+  EXPECT_EQ(std::string(static_cast<const char*>(weights.memory().data), weights.bytes()), memory_);
+}
+
 TEST_F(WeightsFiles, TheMappedFileIsTheWeights) {
   Convert(TinyCheckpoint::Random(1));
   const std::optional<WeightsFile> file = *Open();
