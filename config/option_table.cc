@@ -6,6 +6,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/string_view.h"
+#include "engine/speculation.h"
 
 namespace dejavu {
 namespace {
@@ -268,6 +269,37 @@ std::vector<Option> OptionTable(Config* config) {
        .group = "Sparsity",
        .help = "let a layer whose comparisons fail run exact until they pass again",
        .target = &e.shadow_fallback},
+
+      {.key = "speculation.mode",
+       .group = "Speculation",
+       .help =
+           "whether next tokens are guessed and checked together, where the request does not say; auto: where it is "
+           "expected to be faster",
+       .target = &s.speculation_mode,
+       .choices = {"off", "auto"}},
+      {.key = "speculation.draft_tier",
+       .group = "Speculation",
+       .help = "who guesses, where the request names no tier",
+       .target = &s.speculation_draft_tier,
+       .choices = {"high", "balanced", "fast", "none"}},
+      {.key = "speculation.lookup",
+       .group = "Speculation",
+       .help = "guess also what followed when the last few tokens came before, where the request does not say",
+       .target = &s.speculation_lookup},
+      {.key = "speculation.most_tokens",
+       .group = "Speculation",
+       .help = "most tokens guessed at once, where the request names no number",
+       .target = &s.speculation_most_tokens,
+       .limits = {1, kMostDraftTokens}},
+      {.key = "speculation.gain",
+       .group = "Speculation",
+       .help = "share of tokens per second that auto must expect to gain",
+       .target = &e.scheduler.speculation_gain,
+       .limits = SchedulerOptions::kSpeculationGain},
+      {.key = "speculation.allow_always",
+       .group = "Speculation",
+       .help = "let requests ask for speculation whatever it costs them and others",
+       .target = &s.speculation_allow_always},
 
       {.key = "transport.max_message_bytes",
        .group = "Transport",

@@ -67,6 +67,12 @@ MetricLabel BatchLabel() {
   return label;
 }
 
+MetricLabel DraftSourceLabel() {
+  MetricLabel label{"source", PredictedTierLabel().values};
+  label.values.emplace_back(Name(DraftSource::kLookup));
+  return label;
+}
+
 double EngineMetrics::KvBlocks(const EngineView& view, size_t state) {
   const EngineStats& stats = view.stats;
   switch (static_cast<BlockState>(state)) {
@@ -88,6 +94,11 @@ double EngineMetrics::FallbackLayers(const EngineView& view, size_t tier) {
   const auto& fallen = view.sparsity.exact_now;
   return static_cast<double>(
       std::count_if(fallen.begin(), fallen.end(), [&](const auto& f) { return static_cast<size_t>(f.tier) == tier; }));
+}
+
+const DraftCounts& EngineMetrics::DraftsOf(const EngineView& view, size_t source) {
+  const SpeculationTotals& totals = view.stats.speculation;
+  return source < totals.of_tier.size() ? totals.of_tier[source] : totals.lookup;
 }
 
 int64_t EngineMetrics::SumOf(const EngineView& view, int64_t LayerSparsityStats::*counter) {

@@ -38,7 +38,8 @@ MetricLabel PriorityLabel();       // the urgencies
 MetricLabels RequestLabels();      // tier and priority
 MetricLabel ReasonLabel();         // the refusals
 MetricLabel LayerGroupLabel();
-MetricLabel BatchLabel();  // kBatchSizes
+MetricLabel BatchLabel();        // kBatchSizes
+MetricLabel DraftSourceLabel();  // the predicted tiers, and lookup
 
 // Edges of histograms, unless the configuration has others.
 namespace metric_edges {
@@ -95,7 +96,7 @@ struct EngineMetrics final : MetricTable {
   HistogramFamily step_component{*this, "step_component_seconds", "What a step's time went into.",
                                  LabelOf<kStepComponents>("component", "plan", "forward", "shadow", "handout"),
                                  metric_edges::kShort};
-  HistogramFamily batch_size{*this, "batch_size", "Sequences that decoded in a step.", MetricLabels(),
+  HistogramFamily batch_size{*this, "batch_size", "Sequences that decoded, or drafted, in a step.", MetricLabels(),
                              metric_edges::kRows};
   HistogramFamily step_tokens{*this, "step_tokens", "Tokens computed in a step, of prompts and outputs together.",
                               MetricLabels(), metric_edges::kTokens};
@@ -143,10 +144,31 @@ struct EngineMetrics final : MetricTable {
                                 [](const EngineView& e, size_t) { return e.stats.all_reduce_ns / 1e9; },
                                 HasRanks};
 
+  // Speculation.
+  ReadFamily speculation_rounds{*this, "speculation_rounds_total", "Drafts of a request that were checked.",
+                                MetricLabels(), [](const EngineView& e, size_t) { return e.stats.speculation.rounds; }};
+  ReadFamily speculation_tokens{*this, "speculation_tokens_total",
+                                "Tokens that those checks gave: drafts that were right, and the token after them.",
+                                MetricLabels(), [](const EngineView& e, size_t) { return e.stats.speculation.tokens; }};
+  ReadFamily speculation_drafted{*this, "speculation_draft_tokens_total", "Drafts that were checked, by their source.",
+                                 DraftSourceLabel(),
+                                 [](const EngineView& e, size_t source) { return DraftsOf(e, source).drafted; }};
+  ReadFamily speculation_accepted{*this, "speculation_accepted_tokens_total", "Of those, how many were right.",
+                                  DraftSourceLabel(),
+                                  [](const EngineView& e, size_t source) { return DraftsOf(e, source).accepted; }};
+  ReadFamily speculation_seconds{*this, "speculation_seconds_total", "Time of the steps that drafted or checked.",
+                                 MetricLabels(),
+                                 [](const EngineView& e, size_t) { return e.stats.speculation.spent_ms / 1e3; }};
+  ReadFamily speculation_plain_seconds{*this, "speculation_plain_seconds_total",
+                                       "What the same tokens would have taken without, by the costs of such steps.",
+                                       MetricLabels(),
+                                       [](const EngineView& e, size_t) { return e.stats.speculation.plain_ms / 1e3; }};
+
   // Times of requests: [SeriesOf(tier, urgency)].
   HistogramFamily time_to_first_token{*this, "time_to_first_token_seconds", "From arrival to the first token.",
                                       RequestLabels(), metric_edges::kFirstToken};
-  HistogramFamily inter_token{*this, "inter_token_latency_seconds", "Between two tokens of one request.",
+  HistogramFamily inter_token{*this, "inter_token_latency_seconds",
+                              "Between two deliveries of one request: its tokens, or what a check gives together.",
                               RequestLabels(), metric_edges::kInterToken};
   HistogramFamily time_per_output_token{*this, "time_per_output_token_seconds",
                                         "Per request: mean time of its tokens after the first.", RequestLabels(),
@@ -219,6 +241,7 @@ struct EngineMetrics final : MetricTable {
   static double KvBlocks(const EngineView& view, size_t state);
   static double KvUtilization(const EngineView& view, size_t);
   static double FallbackLayers(const EngineView& view, size_t tier);
+  static const DraftCounts& DraftsOf(const EngineView& view, size_t source);
   static int64_t SumOf(const EngineView& view, int64_t LayerSparsityStats::*counter);
   static bool HasImbalance(const EngineView& view, size_t) { return view.metrics.imbalance[0].observed(); }
   static bool HasTarget(const EngineView& view, size_t slo);

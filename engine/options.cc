@@ -24,6 +24,7 @@ absl::Status CheckScheduler(const SchedulerOptions& o) {
   RETURN_IF_ERROR(Check("inter_token_target_ms", o.inter_token_target_ms, kTimeLimits));
   RETURN_IF_ERROR(Check("prefill_share", o.prefill_share, SchedulerOptions::kPrefillShare));
   RETURN_IF_ERROR(Check("ageing_s", o.ageing_s, kTimeLimits));
+  RETURN_IF_ERROR(Check("speculation_gain", o.speculation_gain, SchedulerOptions::kSpeculationGain));
   return ParseTenantWeights(o.tenant_weights).status();
 }
 

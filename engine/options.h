@@ -24,7 +24,7 @@ inline constexpr Limits kTimeLimits = {0.0, 1e6};  // of what is given in second
 // Which sequences run, and what a step holds; see engine/scheduling/scheduler.h.
 struct SchedulerOptions {
   static constexpr Limits kMaxBatch = {1, 1024}, kMaxStepTokens = {1, 1 << 16}, kPrefillChunkTokens = {1, 1 << 16};
-  static constexpr Limits kPrefillShare = {0.0, 1e6};
+  static constexpr Limits kPrefillShare = {0.0, 1e6}, kSpeculationGain = {0.0, 100.0};
 
   int32_t max_batch = 16;             // sequences that run at once
   int32_t max_step_tokens = 256;      // rows of one step: decode rows and prefill chunks together; at least max_batch
@@ -40,6 +40,9 @@ struct SchedulerOptions {
   // would change.
   bool overcommit = false;
   std::string tenant_weights;  // such as "free=1,paying=3": shares of what tenants are served; 1 for others
+  // Of requests that leave speculation to the engine (engine/scheduling/rounds.h): the share of tokens per second that
+  // must be gained.
+  double speculation_gain = 0.05;
 };
 
 // By tenant. INVALID_ARGUMENT for anything but tenant=weight, separated by commas.

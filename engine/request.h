@@ -14,6 +14,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "engine/sparsity.h"
+#include "engine/speculation.h"
 #include "kernels/base/clock.h"
 
 namespace dejavu {
@@ -43,6 +44,7 @@ struct Request {
   std::vector<int32_t> prompt;  // 1 ... context ids, each below the vocabulary; taken as they are
   SamplingParams sampling;
   SparsityParams sparsity;     // a scored prompt is prefill: its tier has no effect
+  SpeculationParams speculation;  // without effect in a predicted tier, and on a scored prompt
   int32_t max_new_tokens = 0;  // 0 only with `score`; MaxPositions must fit the context
   int32_t min_new_tokens = 0;  // no stop token before that many; stop strings are the sink's
   std::vector<int32_t> stop_token_ids;
@@ -101,6 +103,7 @@ struct Finish {
   int32_t cached_prompt_tokens = 0;  // whose keys and values were there already
   int64_t saturated_kv_values = 0;   // keys and values, of prompt and output, beyond the range of the cache's type
   SparsityReport sparsity;
+  SpeculationReport speculation;
   SteadyTime queued, scheduled, first_token, finished;  // first_token is `finished` when there was none
 };
 

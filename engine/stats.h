@@ -7,6 +7,7 @@
 
 #include "engine/refusal.h"
 #include "engine/request.h"
+#include "engine/speculation.h"
 
 namespace dejavu {
 
@@ -27,6 +28,7 @@ struct Account {
 struct CostParameters {
   double dense_ms = 0.0, exact_ms = 0.0, predicted_ms = 0.0;  // a step by itself
   double row_ms = 0.0, prefill_token_ms = 0.0, context_token_ms = 0.0;
+  double check_row_ms = 0.0;  // of a draft that is checked, beside the row of its sequence
 };
 
 // A snapshot; the fields are read one by one and belong to the same moment only when nothing runs.
@@ -50,6 +52,7 @@ struct EngineStats {
   int32_t ranks = 1;
   CostParameters costs;
   int64_t cost_steps = 0;  // that the costs were learned from
+  SpeculationTotals speculation;
 };
 
 }  // namespace dejavu

@@ -57,6 +57,14 @@ struct ServerOptions {
   int shadow_every = 256;    // where the request names no number; 0: never
   int min_shadow_every = 1;  // the smallest number but 0 that a request may name; at most kMaxShadowEvery
 
+  // Speculation, where the request does not say otherwise: "off" or "auto"; the tier that drafts, or "none"; whether
+  // what repeats itself is looked up; and how many tokens at once.
+  std::string speculation_mode = "off";
+  std::string speculation_draft_tier = "high";
+  bool speculation_lookup = true;
+  int speculation_most_tokens = 6;
+  bool speculation_allow_always = false;  // requests may have it whatever it costs others
+
   // Transport.
   int64_t max_message_bytes = 4 << 20;   // the largest request that is read
   int64_t max_outbox_bytes = 256 << 10;  // per stream, of what its client has not read yet; beyond it the stream ends

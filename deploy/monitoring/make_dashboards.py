@@ -180,6 +180,16 @@ SERVICE = [
         lines("Where the time goes", "Mean seconds of a request that waited, computed its prompt, and decoded.",
               [(mean("dejavu_queue_time_seconds"), "queue"), (mean("dejavu_prefill_time_seconds"), "prefill"),
                (mean("dejavu_decode_time_seconds"), "decode")], "s")),
+    Row("Speculation",
+        ratio("Drafts that were right", "Share of the checked drafts, by the tier that made them or looked up in the text.",
+              [(f"{rate('dejavu_speculation_accepted_tokens_total', 'source')} / "
+                f"{rate('dejavu_speculation_draft_tokens_total', 'source')}", "{{source}}")], width=6),
+        lines("Tokens per round", "What a check gives: drafts that were right, and the token after them.",
+              [(f"{rate('dejavu_speculation_tokens_total')} / {rate('dejavu_speculation_rounds_total')}", "tokens")], width=6),
+        lines("Time gained", "What the same tokens would have taken without, over what drafts and checks took. Below 1 it costs time.",
+              [(f"{rate('dejavu_speculation_plain_seconds_total')} / {rate('dejavu_speculation_seconds_total')}", "times")], width=6),
+        ratio("Tokens by speculation", "Share of the tokens that checks gave.",
+              [(f"{rate('dejavu_speculation_tokens_total')} / {rate('dejavu_generated_tokens_total')}", "share")], width=6)),
     Row("Goodput (needs metrics.slo_*)",
         ratio("Requests within the target", "Share of finished requests within metrics.slo_*.",
               [(f"{rate('dejavu_slo_attained_total', 'slo')} / ({rate('dejavu_slo_attained_total', 'slo')} + "

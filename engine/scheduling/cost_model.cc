@@ -28,7 +28,8 @@ CostModel::CostModel(const CostParameters& known) : CostModel() {
               known.predicted_ms,
               known.row_ms,
               known.prefill_token_ms * kPrefillUnit,
-              known.context_token_ms * kContextUnit};
+              known.context_token_ms * kContextUnit,
+              known.check_row_ms};
   steps_ = kLearned;
   seen_ = {1, 1, 1};
 }
@@ -37,7 +38,8 @@ CostModel::Vector CostModel::Features(const StepShape& s) {
   const size_t base = BaseOf(s.tier);
   return {base == 0 ? 1.0 : 0.0,         base == 1 ? 1.0 : 0.0,
           base == 2 ? 1.0 : 0.0,         static_cast<double>(s.decode_rows),
-          s.prefill_rows / kPrefillUnit, static_cast<double>(s.context_tokens) / kContextUnit};
+          s.prefill_rows / kPrefillUnit, static_cast<double>(s.context_tokens) / kContextUnit,
+          static_cast<double>(s.check_rows)};
 }
 
 void CostModel::Restart() {
@@ -137,7 +139,7 @@ void CostModel::ProjectOntoCosts() {
 double CostModel::Predict(const StepShape& s) const {
   const CostParameters p = parameters();
   const double base = std::array{p.dense_ms, p.exact_ms, p.predicted_ms}[BaseOf(s.tier)];
-  return base + p.row_ms * s.decode_rows + p.prefill_token_ms * s.prefill_rows +
+  return base + p.row_ms * s.decode_rows + p.check_row_ms * s.check_rows + p.prefill_token_ms * s.prefill_rows +
          p.context_token_ms * static_cast<double>(s.context_tokens);
 }
 
@@ -164,7 +166,8 @@ double CostModel::DearestBase() const {
 CostParameters CostModel::parameters() const {
   const double dearest = DearestBase();
   const auto base = [&](int i) { return seen_[i] > 0 ? weights_[i] : dearest; };
-  return {base(0), base(1), base(2), weights_[3], weights_[4] / kPrefillUnit, weights_[5] / kContextUnit};
+  return {base(0), base(1), base(2), weights_[3], weights_[4] / kPrefillUnit, weights_[5] / kContextUnit,
+          weights_[6]};
 }
 
 }  // namespace dejavu

@@ -1,7 +1,7 @@
 // CostModel: how long a step takes, learned from the steps just run.
 //
-//   ms = base of the dearest tier in the step + row * decode rows + prefill_token * prompt rows + context_token *
-//   context
+//   ms = base of the dearest tier in the step + row * decode rows + check_row * check rows + prefill_token * prompt rows +
+//   context_token * context
 //
 // fitted by recursive least squares with forgetting (Haykin, Adaptive Filter Theory, 4th ed., 9.3) among coefficients
 // that are not negative. A few steps that the system held up, for however long, move the fit by a
@@ -23,6 +23,8 @@ struct StepShape {
   int32_t decode_rows = 0;
   int32_t prefill_rows = 0;
   int64_t context_tokens = 0;  // positions that the decode rows look back at, all together
+  int32_t check_rows = 0;      // of drafts, beside the decode rows of their sequences
+  bool drafts = false;         // a step that drafts: nobody gets a token by it
 };
 
 class CostModel {
@@ -45,7 +47,7 @@ class CostModel {
   static constexpr int kNewLevel = 8;  // steps in a row that are far off to the same side
 
  private:
-  static constexpr int kFeatures = 6;
+  static constexpr int kFeatures = 7;
   static constexpr int64_t kLearned = 8;
   static constexpr size_t kRecent = 16;  // steps of one kind that are remembered
   using Vector = std::array<double, kFeatures>;

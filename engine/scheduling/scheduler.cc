@@ -27,7 +27,7 @@ TenantWeights WeightsIn(const SchedulerOptions& options) {
 }  // namespace
 
 Scheduler::Scheduler(BlockPool& pool, const SchedulerOptions& options, CostModel costs)
-    : pool_(pool), options_(options), weights_(WeightsIn(options)), costs_(std::move(costs)) {
+    : pool_(pool), options_(options), weights_(WeightsIn(options)), costs_(std::move(costs)), rounds_(options) {
   for (int32_t slot = options.max_batch - 1; slot >= 0; --slot) free_slots_.push_back(slot);
   running_.reserve(options.max_batch);
   admitted_.reserve(options.max_batch);
@@ -92,18 +92,16 @@ void Scheduler::Plan(SteadyTime now, Batch& batch) {
   CountNotBatch(now);
   Admit(now, batch);
   batch.Clear();
-  shape_ = StepShape{Tier::kFast, 0, 0, 0};
+  const bool drafted = std::exchange(shape_, StepShape{Tier::kFast, 0, 0, 0}).drafts;
   for (const auto& s : running_) s->step_rows = s->step_logits = 0;
   if (options_.overcommit) GrowAll(batch);
+  OpenRounds(drafted, batch);
+  if (PlanDrafts(batch)) return;
   for (const auto& s : running_) {
-    if (!s->decodes()) continue;
-    AddRows(*s, 1, batch);
-    ++shape_.decode_rows;
-    shape_.context_tokens += s->computed;
-    shape_.tier = std::min(shape_.tier, s->request.sparsity.tier);
+    if (s->decodes()) AddDecodeRows(*s, batch);
   }
   const StepShape decoding = shape_;
-  int32_t score_rows_left = options_.score_rows;
+  int32_t score_rows_left = options_.score_rows - shape_.check_rows;
   for (int u = 0; u < kUrgencies; ++u) {
     const int32_t in_all = PrefillBudget(decoding, static_cast<Urgency>(u), batch.rows_left() + shape_.prefill_rows);
     int32_t budget = std::max(0, in_all - shape_.prefill_rows);  // the more urgent may have had more than this one may
@@ -124,9 +122,63 @@ void Scheduler::Plan(SteadyTime now, Batch& batch) {
   }
 }
 
+// Where all rounds have been checked the next ones begin. They leave a row for everyone who decodes, and logits. Where
+// all that `drafted` in the last step have left, those who waited for them come first.
+void Scheduler::OpenRounds(bool drafted, Batch& batch) {
+  const bool open = std::any_of(running_.begin(), running_.end(), [](const auto& s) { return s->round.open(); });
+  const bool waits = std::any_of(running_.begin(), running_.end(), [](const auto& s) { return !s->decodes(); });
+  if (open || drafted) {
+    if (waits) Rounds::CutShort(running_);
+    return;
+  }
+  const auto rows = static_cast<int32_t>(running_.size());
+  const int32_t extra = std::min({Rounds::kMostRows, batch.max_rows, options_.score_rows + rows}) - rows;
+  if (extra <= 0) return;
+  rounds_.Open(running_, costs_, extra, [&](Sequence& s, int32_t drafts) { return RoomFor(s, drafts, batch); });
+}
+
+// Of so many drafts, for how many the sequence has blocks. What grows takes them from those that nobody will want in
+// the next step; nobody goes for a draft.
+int32_t Scheduler::RoomFor(Sequence& s, int32_t drafts, Batch& batch) {
+  const auto growth =
+      static_cast<int32_t>(std::count_if(running_.begin(), running_.end(), [&](const auto& r) { return Grows(*r); }));
+  const auto has = [&] { return static_cast<int32_t>(s.blocks.size()) * pool_.block_tokens() - s.computed - 1; };
+  int32_t block;
+  while (has() < drafts && Grows(s) && pool_.free() > growth && pool_.Take(absl::MakeSpan(&block, 1))) {
+    s.blocks.push_back(block);
+    SetBlocks(s, batch);
+  }
+  return std::min(drafts, has());
+}
+
+// A row for the next draft of each sequence that drafts. False: none does.
+bool Scheduler::PlanDrafts(Batch& batch) {
+  for (const auto& s : running_) {
+    DraftRound& round = s->round;
+    if (!round.drafting()) continue;
+    const auto drafted = static_cast<int32_t>(round.drafts.size());
+    s->step_use = Sequence::Use::kDraft;
+    s->step_rows = s->step_logits = 1;
+    s->kept_rows = 0;
+    s->first_row = batch.rows();
+    s->first_logit = static_cast<int32_t>(batch.logit_rows.size());
+    SparsityParams sparse;
+    sparse.tier = s->request.speculation.draft_tier;
+    batch.AddDecodeRow(s->slot, s->computed + drafted, drafted == 0 ? s->tokens.back() : round.drafts.back(),
+                       /*wants_logits=*/true, sparse);
+    ++shape_.decode_rows;
+    shape_.context_tokens += s->computed + drafted;
+    shape_.tier = std::min(shape_.tier, sparse.tier);
+    shape_.drafts = true;
+  }
+  return shape_.drafts;
+}
+
 bool Scheduler::PlanAhead(Batch& batch) {
   const bool may_admit = !waiting_.empty() && !free_slots_.empty() && !nothing_fits_;
-  if (may_admit || shape_.prefill_rows > 0 || batch.decode_rows != static_cast<int32_t>(running_.size())) return false;
+  if (may_admit || shape_.prefill_rows > 0 || shape_.drafts || rounds_.MayOpen(running_) ||
+      batch.decode_rows != static_cast<int32_t>(running_.size()))
+    return false;
   for (const auto& s : running_) {
     const bool room = pool_.BlocksFor(s->computed + 2) <= static_cast<int32_t>(s->blocks.size());
     if (s->step_rows != 1 || s->generated_tokens() + 1 >= s->request.max_new_tokens || !room) return false;
@@ -315,6 +367,7 @@ void Scheduler::Preempt(Sequence& s) {
   running_.erase(it);
   Release(s);
   s.computed = 0;
+  s.round.Close();
   ++s.preemptions;
   preempted_.push_back(&s);
   const auto place = std::upper_bound(waiting_.begin(), waiting_.end(), s.turn,
@@ -327,9 +380,36 @@ void Scheduler::SetBlocks(const Sequence& s, Batch& batch) const {
             batch.block_table.begin() + static_cast<ptrdiff_t>(s.slot) * batch.blocks_per_slot);
 }
 
+// The last token of a sequence that decodes, and the drafts that may follow it. A check of DENSE is as good in EXACT,
+// and reads less.
+void Scheduler::AddDecodeRows(Sequence& s, Batch& batch) {
+  ++shape_.decode_rows;
+  shape_.context_tokens += s.computed;
+  if (!s.round.open()) {
+    AddRows(s, 1, batch);
+    shape_.tier = std::min(shape_.tier, s.request.sparsity.tier);
+    return;
+  }
+  SparsityParams exact;
+  exact.tier = Tier::kExact;
+  shape_.tier = std::min(shape_.tier, exact.tier);
+  s.step_use = Sequence::Use::kCheck;
+  s.kept_rows = 0;
+  s.first_row = batch.rows();
+  s.first_logit = static_cast<int32_t>(batch.logit_rows.size());
+  batch.AddDecodeRow(s.slot, s.computed, s.tokens.back(), /*wants_logits=*/true, exact);
+  int32_t position = s.computed;
+  for (const int32_t draft : s.round.drafts) {
+    batch.AddDecodeRow(s.slot, ++position, draft, /*wants_logits=*/true, exact);
+    ++shape_.check_rows;
+  }
+  s.step_rows = s.step_logits = batch.rows() - s.first_row;
+}
+
 // The next `rows` uncomputed tokens of the sequence. Logits are wanted after its last token, or, to score, after each.
 void Scheduler::AddRows(Sequence& s, int32_t rows, Batch& batch) {
-  s.step_rows = rows;
+  s.step_use = Sequence::Use::kText;
+  s.step_rows = s.kept_rows = rows;
   s.first_row = batch.rows();
   s.first_logit = static_cast<int32_t>(batch.logit_rows.size());
   for (int32_t i = 0; i < rows; ++i) {
@@ -348,7 +428,7 @@ void Scheduler::AddRows(Sequence& s, int32_t rows, Batch& batch) {
 int64_t Scheduler::NoteSaturated(const std::vector<int32_t>& of_rows) {
   int64_t all = 0;
   for (const auto& s : running_) {
-    for (int32_t i = 0; i < s->step_rows; ++i) {
+    for (int32_t i = 0; s->step_rows > 0 && i < s->kept_rows; ++i) {
       const int32_t count = of_rows[s->first_row + i];
       if (count == 0) continue;
       all += count;
@@ -360,11 +440,23 @@ int64_t Scheduler::NoteSaturated(const std::vector<int32_t>& of_rows) {
 }
 
 void Scheduler::NoteStep(double ms) {
-  if (shape_.decode_rows + shape_.prefill_rows > 0) costs_.Observe(shape_, ms);
+  if (shape_.decode_rows + shape_.prefill_rows > 0) {
+    costs_.Observe(shape_, ms);
+    Rounds::StepYield yield;
+    for (const auto& s : running_) {
+      if (s->step_rows == 0 || !s->decodes()) continue;
+      yield.tokens += s->kept_rows;
+      yield.tier = std::min(yield.tier, s->request.sparsity.tier);
+    }
+    rounds_.NoteStep(shape_, ms, yield, costs_);
+  }
   for (const auto& s : running_) {
     if (s->step_rows == 0) continue;
-    Charge(*s, s->decodes() ? kOutputCost : s->step_rows);
-    s->computed += s->step_rows;
+    // Work: a draft is a row as one of a prompt is, and so is its check.
+    const bool gives = s->decodes() && s->step_use != Sequence::Use::kDraft;
+    Charge(*s, gives ? kOutputCost + s->step_rows - 1 : s->step_rows);
+    s->computed += s->kept_rows;
+    if (s->step_use == Sequence::Use::kCheck) rounds_.Close(*s);
     const auto full = std::min<int32_t>(static_cast<int32_t>(s->keys.size()), s->computed / pool_.block_tokens());
     if (full > s->kept_blocks) nothing_fits_ = false;  // who waited for this prefix may go on
     for (; s->kept_blocks < full; ++s->kept_blocks) pool_.Keep(s->blocks[s->kept_blocks]);

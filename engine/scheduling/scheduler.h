@@ -32,6 +32,7 @@
 #include "engine/scheduling/admission.h"
 #include "engine/scheduling/block_pool.h"
 #include "engine/scheduling/cost_model.h"
+#include "engine/scheduling/rounds.h"
 #include "engine/scheduling/sequence.h"
 
 namespace dejavu {
@@ -46,7 +47,8 @@ class Scheduler {
   void Enqueue(std::unique_ptr<Sequence> sequence);
 
   // Admits what fits and fills `batch` and each running sequence's step_* fields: one row for everything that decodes,
-  // then prompts in chunks, the most urgent first, as far as the target allows.
+  // and one more for each draft that is checked, then prompts in chunks, the most urgent first, as far as the target
+  // allows. While a round drafts (engine/scheduling/rounds.h): one row for each sequence that does, and nothing else.
   void Plan(SteadyTime now, Batch& batch);
   // Turns `batch`, the last plan, which is being computed, into the step that follows it: the same rows, each a token
   // further, whatever that token is. False, and `batch` as it was, where somebody's last token is on its way or Plan
@@ -59,8 +61,9 @@ class Scheduler {
   // Of each row of the planned step, which has been computed, how many of its keys and values were beyond the range of
   // the cache's type. Returns their sum.
   int64_t NoteSaturated(const std::vector<int32_t>& of_rows);
-  // The planned step has been computed; sequences have their next tokens.
+  // The planned step has been computed; sequences have their next tokens, or their next drafts.
   void NoteStep(double ms);
+  const SpeculationTotals& speculation() const { return rounds_.totals(); }
 
   // Takes a sequence out, wherever it is, and frees its slot and blocks.
   std::unique_ptr<Sequence> Remove(const Sequence& sequence);
@@ -114,6 +117,10 @@ class Scheduler {
   void Preempt(Sequence& s);
   int32_t PrefillBudget(const StepShape& decoding, Urgency urgency, int32_t all) const;
   void CountNotBatch(SteadyTime now);
+  void OpenRounds(bool drafted, Batch& batch);
+  bool PlanDrafts(Batch& batch);
+  int32_t RoomFor(Sequence& s, int32_t drafts, Batch& batch);
+  void AddDecodeRows(Sequence& s, Batch& batch);
   void AddRows(Sequence& s, int32_t rows, Batch& batch);
   void SetBlocks(const Sequence& s, Batch& batch) const;
   void Release(Sequence& s);
@@ -135,6 +142,7 @@ class Scheduler {
   uint64_t turns_ = 0, admissions_ = 0;
   bool nothing_fits_ = false;  // nor will it until something arrives or leaves
   StepShape shape_;
+  Rounds rounds_;
 };
 
 }  // namespace dejavu

@@ -2,6 +2,8 @@
 #ifndef ENGINE_SCHEDULING_SEQUENCE_H_
 #define ENGINE_SCHEDULING_SEQUENCE_H_
 
+#include <array>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -24,10 +26,39 @@ struct SparsitySums {
   double shadow_selected = 0.0, shadow_active = 0.0, shadow_hits = 0.0, shadow_mass = 0.0, shadow_missed_mass = 0.0;
 };
 
+// What has been guessed of a sequence's next tokens, and how it went before (engine/scheduling/rounds.h).
+struct DraftRound {
+  int32_t wanted = 0;  // drafts; 0: no round is open
+  DraftSource source = DraftSource::kTier;
+  std::vector<int32_t> drafts;
+  // Of the check: drafts that were what it drew, and whether one was not.
+  int32_t accepted = 0;
+  bool missed = false;
+
+  bool open() const { return wanted > 0; }
+  bool drafting() const { return static_cast<int32_t>(drafts.size()) < wanted; }
+  void Close() {
+    wanted = accepted = 0;
+    missed = false;
+    drafts.clear();
+  }
+};
+
+// How often drafts were right lately; of one that was wrong those after it do not count.
+struct DraftOdds {
+  double right = 0.0, wrong = 0.0;
+  void Add(const DraftRound& round, double memory) {
+    const double fade = std::pow(memory, round.accepted + (round.missed ? 1 : 0));
+    right = right * fade + round.accepted;
+    wrong = wrong * fade + (round.missed ? 1 : 0);
+  }
+};
+
 struct Sequence {
   Sequence(Request request, std::shared_ptr<TokenSink> sink)
       : request(std::move(request)), sink(std::move(sink)), tokens(this->request.prompt) {
     tokens.reserve(static_cast<size_t>(max_tokens()));
+    if (speculates()) round.drafts.reserve(kMostDraftTokens);
     prefill_tokens = prompt_tokens();
   }
 
@@ -56,10 +87,19 @@ struct Sequence {
   int32_t first_row = 0;
   int32_t step_logits = 0;  // of those, how many want logits: the last ones
   int32_t first_logit = 0;  // their first row among the batch's logits
+  enum class Use : uint8_t {
+    kText,   // its tokens, computed for good
+    kDraft,  // one row of the draft tier, for the next draft
+    kCheck,  // its last token, then its drafts: what they leave counts as far as they turn out to be right
+  } step_use = Use::kText;
+  int32_t kept_rows = 0;  // of step_rows, those that are computed for good
 
   // `score`: what the distribution at the last computed position says of the next prompt token.
   float next_logprob = 0.0f;
   int32_t next_rank = 0;
+
+  DraftRound round;
+  std::array<DraftOdds, kDraftSources> odds;
 
   Expectation expected;  // Admission's
   SparsitySums sparsity;
@@ -70,6 +110,20 @@ struct Sequence {
   int32_t prompt_tokens() const { return static_cast<int32_t>(request.prompt.size()); }
   int32_t generated_tokens() const { return static_cast<int32_t>(tokens.size()) - prompt_tokens(); }
   bool decodes() const { return computed >= prefill_tokens; }
+  bool speculates() const {
+    return request.speculation.mode != SpeculationMode::kOff && !request.score && !IsPredicted(request.sparsity.tier);
+  }
+  // The next token, drawn behind row `kept_rows` of a check, or the last of the step. Whether the row after that holds
+  // for it: the token is what was drafted.
+  bool Take(int32_t token) {
+    tokens.push_back(token);
+    if (step_use != Use::kCheck) return false;
+    const auto i = static_cast<size_t>(kept_rows++);
+    if (i == round.drafts.size()) return false;
+    round.missed = round.drafts[i] != token;
+    round.accepted += !round.missed;
+    return !round.missed;
+  }
   int32_t uncomputed() const { return static_cast<int32_t>(tokens.size()) - computed; }
   int64_t max_tokens() const { return int64_t{prompt_tokens()} + request.max_new_tokens; }
   // That have keys and values: the last token is drawn and never read.

@@ -28,6 +28,10 @@ absl::Status CheckRequest(const Request& r, const ModelShape& shape) {
     return absl::InvalidArgumentError(
         absl::StrCat("top_logprobs is ", r.top_logprobs, "; it must be in 0 ... ", shape.vocab));
   }
+  if (r.speculation.most_tokens < 1 || r.speculation.most_tokens > kMostDraftTokens) {
+    return absl::InvalidArgumentError(absl::StrCat("speculation.most_tokens is ", r.speculation.most_tokens,
+                                                   "; it must be in 1 ... ", kMostDraftTokens));
+  }
   if (MaxPositions(r) > shape.context) {
     return absl::InvalidArgumentError(absl::StrCat("the prompt has ", r.prompt.size(), " tokens and max_new_tokens is ",
                                                    r.max_new_tokens, "; the model's context has ", shape.context,

@@ -23,8 +23,10 @@ bool Draws::Plan(const std::vector<std::unique_ptr<Sequence>>& running, int32_t 
     if (s->request.score) {
       batch.keeps_logits = true;
     } else {
-      PlanRow(*s, ahead, batch);
-      more = more || (batch.draws[s->first_logit][kDrawWants] & kDrawMore) != 0;
+      PlanRows(*s, ahead, batch);
+      for (int32_t i = 0; i < s->step_logits; ++i) {
+        more = more || (batch.draws[s->first_logit + i][kDrawWants] & kDrawMore) != 0;
+      }
     }
   }
   const bool can = batch.adjustments.size() <= Batch::kMostAdjustments && !(group_ && (more || batch.keeps_logits));
@@ -35,14 +37,27 @@ bool Draws::Plan(const std::vector<std::unique_ptr<Sequence>>& running, int32_t 
   return false;
 }
 
-void Draws::PlanRow(const Sequence& s, int32_t ahead, Batch& batch) {
+// A check's rows follow no draft, the first, the first two and so on; a draft's one row follows those that there are.
+void Draws::PlanRows(const Sequence& s, int32_t ahead, Batch& batch) {
+  const absl::Span<const int32_t> drafts = s.round.drafts;
+  if (s.step_use == Sequence::Use::kText) return PlanRow(s, s.first_logit, ahead, batch);
+  WithOutput counts(hand_out_.counts(s));
+  const bool check = s.step_use == Sequence::Use::kCheck;
+  for (int32_t i = 0; i < s.step_logits; ++i) {
+    const int32_t before = check ? i : static_cast<int32_t>(drafts.size());
+    counts.Grow(drafts.first(before));
+    PlanRow(s, s.first_logit + i, before, batch);
+  }
+}
+
+void Draws::PlanRow(const Sequence& s, int32_t row, int32_t ahead, Batch& batch) {
   const Request& r = s.request;
   const int32_t generated = s.generated_tokens() + ahead;
   banned_.clear();
   AddBanned(shape_, r, generated, &banned_);
-  DrawFields& draw = batch.draws[s.first_logit];
+  DrawFields& draw = batch.draws[row];
   draw = PlanDraw(r.sampling, hand_out_.counts(s), banned_, static_cast<uint64_t>(generated), &batch.adjustments);
-  if (!r.logprobs) return;
+  if (!r.logprobs || s.step_use == Sequence::Use::kDraft) return;
   draw[kDrawWants] |= kDrawMore | kDrawLogprobs;
   if (r.top_logprobs <= kMostTop) {
     draw[kDrawTop] = std::min(r.top_logprobs, shape_.vocab);

@@ -19,10 +19,11 @@ void AddBanned(const ModelShape& shape, const Request& request, int32_t generate
 class Draws {
  public:
   // A group of ranks draws only what temperature and logits decide. `hand_out` must outlive the object.
-  Draws(const ModelShape& shape, bool group, const HandOut& hand_out)
+  Draws(const ModelShape& shape, bool group, HandOut& hand_out)
       : shape_(shape), group_(group), hand_out_(hand_out) {}
 
-  // Fills the batch's draws, for the tokens that follow the next `ahead` ones. False: the device cannot draw them all,
+  // Fills the batch's draws, for the tokens that follow the next `ahead` ones, of a draft or its check for those that
+  // follow the drafts. False: the device cannot draw them all,
   // and draws none.
   bool Plan(const std::vector<std::unique_ptr<Sequence>>& running, int32_t ahead, Batch& batch);
 
@@ -30,11 +31,12 @@ class Draws {
   static bool MayFollow(const std::vector<std::unique_ptr<Sequence>>& running);
 
  private:
-  void PlanRow(const Sequence& s, int32_t ahead, Batch& batch);
+  void PlanRows(const Sequence& s, int32_t ahead, Batch& batch);
+  void PlanRow(const Sequence& s, int32_t row, int32_t ahead, Batch& batch);
 
   const ModelShape shape_;
   const bool group_;
-  const HandOut& hand_out_;
+  HandOut& hand_out_;
   std::vector<int32_t> banned_;  // scratch
 };
 

@@ -79,7 +79,9 @@ void StepEngine::Start() {
 void StepEngine::Prepare() {
   const SteadyTime start = std::chrono::steady_clock::now();
   recorder_.metrics().measured_bandwidth.Set(MeasureBandwidth(*group_));
-  WarmUp(*group_, config_, options_.scheduler, batch_, flights_.logits(), scheduler_);
+  const std::vector<Tier>& predicted = predictor_info_.tiers;
+  const std::optional<Tier> draft = predicted.empty() ? std::nullopt : std::make_optional(predicted.front());
+  WarmUp(*group_, config_, options_.scheduler, draft, batch_, flights_.logits(), scheduler_);
   recorder_.metrics().warm_up_seconds.Set(SecondsSince(start));
   watchdog_.Expect(scheduler_.LongestStepMs());
   recorder_.NoteCosts(scheduler_.costs());
@@ -92,6 +94,7 @@ absl::StatusOr<uint64_t> StepEngine::SubmitSamples(Request request, std::vector<
   CHECK(samples > 0 && (samples == 1 || !request.score)) << samples << " samples";
   absl::Status valid = CheckRequest(request, config_);
   valid.Update(CheckTier(request.sparsity.tier));
+  if (request.speculation.mode != SpeculationMode::kOff) valid.Update(CheckTier(request.speculation.draft_tier));
   if (!valid.ok()) return inbox_.RefuseInvalid(std::move(valid), samples);
   // All that needs no lock.
   const SteadyTime now = std::chrono::steady_clock::now();
@@ -211,17 +214,19 @@ void StepEngine::Step() {
   times.done = std::chrono::steady_clock::now();
   times.since = std::exchange(since_, times.done);
 
-  sparsity_.NoteStep(scheduler_.running(), batch_, flights_.counts(), flights_.logits(), shadow_logits_.data());
   recorder_.CountStep();
-  recorder_.NoteSaturated(scheduler_.NoteSaturated(flights_.counts().saturated));
   const int64_t step = watchdog_.steps_begun();
   HandOutAll(
       {flights_.logits(), drawn ? flights_.drawn() : nullptr, flights_.details(), detail_fields, step, times.done});
+  // Of a check only what holds is noted of its sequence.
+  sparsity_.NoteStep(scheduler_.running(), batch_, flights_.counts(), flights_.logits(), shadow_logits_.data());
+  recorder_.NoteSaturated(scheduler_.NoteSaturated(flights_.counts().saturated));
   scheduler_.NoteStep(Milliseconds(times.since, times.done));
   watchdog_.Expect(scheduler_.LongestStepMs());
   recorder_.NoteStep(times, {step, scheduler_.shape(), batch_.rows(), shadow_batch_.rows(), sparsity_.step_bytes()});
   watchdog_.EndStep();
   recorder_.NoteCosts(scheduler_.costs());
+  recorder_.NoteSpeculation(scheduler_.speculation());
   EndNoted();
 }
 

@@ -28,7 +28,10 @@ void HandOut::Begin(const Sequence& s) {
 std::optional<Ending> HandOut::Give(Sequence& s, const StepResults& results) {
   recorder_.NotePromptTokens(std::min(s.step_rows, std::max(0, s.prompt_tokens() - s.computed)));
   if (s.request.score) return GiveScores(s, results);
-  return s.step_logits > 0 ? GiveToken(s, results) : std::nullopt;
+  if (s.step_logits == 0) return std::nullopt;
+  if (s.step_use != Sequence::Use::kDraft) return GiveTokens(s, results);
+  KeepDraft(s, results);
+  return std::nullopt;
 }
 
 std::optional<Ending> HandOut::GiveScores(Sequence& s, const StepResults& results) {
@@ -54,27 +57,28 @@ std::optional<Ending> HandOut::GiveScores(Sequence& s, const StepResults& result
   return std::nullopt;
 }
 
-Sampler::Choice HandOut::Choose(const Sequence& s, const StepResults& results) {
+// From that row of logits, behind so many generated tokens.
+Sampler::Choice HandOut::Choose(const Sequence& s, int32_t row, int32_t generated, bool logprobs,
+                                const StepResults& results) {
   const Request& r = s.request;
   if (results.drawn != nullptr) {
-    const int32_t id = results.drawn[s.first_logit];
-    if (!r.logprobs) return {id};
-    const int32_t* details = results.details + int64_t{s.first_logit} * results.detail_fields;
+    const int32_t id = results.drawn[row];
+    if (!logprobs) return {id};
+    const int32_t* details = results.details + int64_t{row} * results.detail_fields;
     return {id, std::bit_cast<float>(details[kDetailLogprob]), details[kDetailRank]};
   }
   banned_.clear();
-  AddBanned(shape_, r, s.generated_tokens(), &banned_);
-  const float* logits = results.logits + static_cast<size_t>(s.first_logit) * shape_.vocab;
-  return sampler_.Sample(logits, r.sampling, counts_[s.slot], banned_, static_cast<uint64_t>(s.generated_tokens()),
-                         r.logprobs);
+  AddBanned(shape_, r, generated, &banned_);
+  const float* logits = results.logits + static_cast<size_t>(row) * shape_.vocab;
+  return sampler_.Sample(logits, r.sampling, counts_[s.slot], banned_, static_cast<uint64_t>(generated), logprobs);
 }
 
-absl::Span<const TokenLogprob> HandOut::Top(const Sequence& s, const StepResults& results) {
+absl::Span<const TokenLogprob> HandOut::Top(const Sequence& s, int32_t row, const StepResults& results) {
   const int32_t count = s.request.top_logprobs;
   if (results.drawn == nullptr || count > kMostTop) {
-    return sampler_.Top(results.logits + static_cast<size_t>(s.first_logit) * shape_.vocab, count);
+    return sampler_.Top(results.logits + static_cast<size_t>(row) * shape_.vocab, count);
   }
-  const int32_t* of_token = results.details + int64_t{s.first_logit} * results.detail_fields + kDetailTop;
+  const int32_t* of_token = results.details + int64_t{row} * results.detail_fields + kDetailTop;
   top_.clear();
   for (int32_t i = 0; i < std::min(count, shape_.vocab); ++i) {
     top_.push_back({of_token[2 * i], std::bit_cast<float>(of_token[2 * i + 1])});
@@ -82,9 +86,30 @@ absl::Span<const TokenLogprob> HandOut::Top(const Sequence& s, const StepResults
   return top_;
 }
 
-std::optional<Ending> HandOut::GiveToken(Sequence& s, const StepResults& results) {
+// What cannot be drawn, or ends the text, is not drafted on: the check sees what becomes of it.
+void HandOut::KeepDraft(Sequence& s, const StepResults& results) {
+  DraftRound& round = s.round;
+  const auto drafted = static_cast<int32_t>(round.drafts.size());
+  WithOutput counts(counts_[s.slot]);
+  counts.Grow(round.drafts);
+  const int32_t id = Choose(s, s.first_logit, s.generated_tokens() + drafted, /*logprobs=*/false, results).id;
+  if (id >= 0) round.drafts.push_back(id);
+  if (id < 0 || StopAt(s.request, id).has_value()) round.wanted = static_cast<int32_t>(round.drafts.size());
+}
+
+// One token, or those of a check as far as each is what was drafted.
+std::optional<Ending> HandOut::GiveTokens(Sequence& s, const StepResults& results) {
+  bool more = true;
+  for (int32_t i = 0; more && i < s.step_logits; ++i) {
+    if (std::optional<Ending> ending = GiveToken(s, s.first_logit + i, /*first=*/i == 0, results, &more)) return ending;
+  }
+  return std::nullopt;
+}
+
+// `more`: whether the next row holds, too.
+std::optional<Ending> HandOut::GiveToken(Sequence& s, int32_t row, bool first, const StepResults& results, bool* more) {
   const Request& r = s.request;
-  const Sampler::Choice choice = Choose(s, results);
+  const Sampler::Choice choice = Choose(s, row, s.generated_tokens(), r.logprobs, results);
   if (choice.id < 0) {
     const std::string at = absl::StrCat(" after ", s.generated_tokens(), " new tokens");
     return Ending{FinishReason::kError,
@@ -99,13 +124,13 @@ std::optional<Ending> HandOut::GiveToken(Sequence& s, const StepResults& results
   token.has_logprob = r.logprobs;
   token.logprob = choice.logprob;
   token.rank = choice.rank;
-  token.top = Top(s, results);
+  token.top = Top(s, row, results);
   token.stop = stop.has_value();
-  recorder_.NoteToken(s, results.done, results.step);
+  recorder_.NoteToken(s, results.done, results.step, first);
   if (s.generated_tokens() == 0) s.finish.first_token = results.done;
   s.last_token = results.done;
   s.last_token_step = results.step;
-  s.tokens.push_back(choice.id);
+  *more = s.Take(choice.id);
   counts_[s.slot].AddOutput(choice.id);
 
   if (!s.sink->OnToken(token)) return Ending{FinishReason::kSink, absl::OkStatus()};

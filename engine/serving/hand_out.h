@@ -41,16 +41,19 @@ class HandOut {
   void Begin(const Sequence& s);
 
   // The tokens that `s` has so far.
-  const TokenCounts& counts(const Sequence& s) const { return counts_[s.slot]; }
+  TokenCounts& counts(const Sequence& s) { return counts_[s.slot]; }
 
-  // Gives `s` what its rows of the step have brought; nothing, or why it ends by that.
+  // Gives `s` what its rows of the step have brought, of a check the tokens that hold, or keeps the next draft; nothing,
+  // or why it ends by that.
   std::optional<Ending> Give(Sequence& s, const StepResults& results);
 
  private:
   std::optional<Ending> GiveScores(Sequence& s, const StepResults& results);
-  std::optional<Ending> GiveToken(Sequence& s, const StepResults& results);
-  Sampler::Choice Choose(const Sequence& s, const StepResults& results);
-  absl::Span<const TokenLogprob> Top(const Sequence& s, const StepResults& results);
+  std::optional<Ending> GiveTokens(Sequence& s, const StepResults& results);
+  std::optional<Ending> GiveToken(Sequence& s, int32_t row, bool first, const StepResults& results, bool* more);
+  void KeepDraft(Sequence& s, const StepResults& results);
+  Sampler::Choice Choose(const Sequence& s, int32_t row, int32_t generated, bool logprobs, const StepResults& results);
+  absl::Span<const TokenLogprob> Top(const Sequence& s, int32_t row, const StepResults& results);
   std::optional<FinishReason> StopAt(const Request& request, int32_t id) const;
 
   const ModelShape shape_;

@@ -21,6 +21,7 @@ void Recorder::FillStats(EngineStats* stats) const {
   stats->cached_prompt_tokens = totals_.cached_prompt_tokens.value();
   stats->preemptions = totals_.preemptions.value();
   stats->cost_steps = totals_.cost_steps.value();
+  stats->speculation = speculation_.Load();
   stats->all_reduces = totals_.all_reduces.value();
   stats->all_reduce_ns = totals_.all_reduce_ns.value();
   if (const int64_t oldest = totals_.oldest_arrival.value(); oldest != 0) {
@@ -65,7 +66,9 @@ void Recorder::TraceStep(const StepTimes& t, const StepFacts& facts, SteadyTime 
   trace_.NoteStep(record);
 }
 
-void Recorder::NoteToken(const Sequence& s, SteadyTime now, int64_t step) {
+void Recorder::NoteToken(const Sequence& s, SteadyTime now, int64_t step, bool first) {
+  totals_.generated_tokens.Add(1);
+  if (!first) return;
   const int32_t before = s.generated_tokens();
   if (metrics_.counting.load(std::memory_order_relaxed)) {
     const size_t series = EngineMetrics::SeriesOf(s.request.sparsity.tier, s.request.urgency);
@@ -75,7 +78,6 @@ void Recorder::NoteToken(const Sequence& s, SteadyTime now, int64_t step) {
   if (before > 0) {
     trace_.NoteToken(s.id, now, s.last_token, static_cast<int32_t>(step - s.last_token_step), before);
   }
-  totals_.generated_tokens.Add(1);
 }
 
 void Recorder::NoteSaturated(int64_t count) {

@@ -15,6 +15,7 @@
 #include "engine/stats.h"
 #include "engine/step_trace.h"
 #include "kernels/base/clock.h"
+#include "kernels/base/seq_lock.h"
 #include "kernels/communicator.h"
 
 namespace dejavu {
@@ -50,8 +51,9 @@ class Recorder {
 
   void CountStep() { totals_.steps.Add(1); }  // as soon as it has been computed
   void NoteStep(const StepTimes& times, const StepFacts& facts);
-  // `s` gets a token at `now`, in that step; its fields are those of the token before.
-  void NoteToken(const Sequence& s, SteadyTime now, int64_t step);
+  // `s` gets a token at `now`, in that step; its fields are those of the token before. `first`: of those that the step
+  // gives it, which a client gets together.
+  void NoteToken(const Sequence& s, SteadyTime now, int64_t step, bool first);
   void NotePromptTokens(int32_t tokens) { totals_.prompt_tokens.Add(tokens); }
   // For the first time: its prompt's prefix was looked for, and so much of it was there.
   void NoteAdmission(const Sequence& s) {
@@ -63,6 +65,7 @@ class Recorder {
   void NoteSaturated(int64_t count);
   // `s` has left, with its Finish filled in.
   void NoteEnd(const Sequence& s, bool waiting);
+  void NoteSpeculation(const SpeculationTotals& totals) { speculation_.Store(totals); }
   // What runs, waits and is free now.
   void NoteState(const Scheduler& scheduler, const BlockPool& pool, const CommunicatorStats& communication);
   void NoteCosts(const CostModel& costs) { totals_.cost_steps.Set(costs.steps()); }
@@ -80,6 +83,7 @@ class Recorder {
     Counter<int64_t> oldest_arrival;  // of those that wait, as the clock counts; 0: nobody
     Counter<int64_t> all_reduces, all_reduce_ns;
   } totals_;
+  SeqLock<SpeculationTotals> speculation_;
 };
 
 }  // namespace dejavu

@@ -46,6 +46,13 @@ void TokenCounts::Clear() {
   distinct_.clear();
 }
 
+void TokenCounts::TakeBackOutput(int32_t id) {
+  Count& count = counts_[id];
+  if (--count.output + count.prompt > 0) return;
+  CHECK(distinct_.back() == id) << id << " was not the last";
+  distinct_.pop_back();
+}
+
 TokenCounts::Count& TokenCounts::Touch(int32_t id) {
   Count& count = counts_[id];
   if (count.prompt + count.output == 0) distinct_.push_back(id);

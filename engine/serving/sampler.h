@@ -25,6 +25,8 @@ class TokenCounts {
   };
   void AddPrompt(int32_t id) { ++Touch(id).prompt; }
   void AddOutput(int32_t id) { ++Touch(id).output; }
+  // The last AddOutput that has not been taken back.
+  void TakeBackOutput(int32_t id);
   void Clear();
 
   absl::Span<const int32_t> distinct() const { return distinct_; }
@@ -34,6 +36,27 @@ class TokenCounts {
   Count& Touch(int32_t id);
   std::vector<Count> counts_;      // [vocab]
   std::vector<int32_t> distinct_;  // ids with a count
+};
+
+// Counts that hold some more output for a while: drafts.
+class WithOutput {
+ public:
+  explicit WithOutput(TokenCounts& counts) : counts_(counts) {}
+  ~WithOutput() {
+    for (; !added_.empty(); added_.remove_suffix(1)) counts_.TakeBackOutput(added_.back());
+  }
+  WithOutput(const WithOutput&) = delete;
+  WithOutput& operator=(const WithOutput&) = delete;
+
+  // The first so many of `output`, which those that were there begin and which must outlive the object.
+  void Grow(absl::Span<const int32_t> output) {
+    for (size_t i = added_.size(); i < output.size(); ++i) counts_.AddOutput(output[i]);
+    added_ = output;
+  }
+
+ private:
+  TokenCounts& counts_;
+  absl::Span<const int32_t> added_;
 };
 
 // Whether the tokens that a sequence holds matter.

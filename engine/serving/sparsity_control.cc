@@ -64,7 +64,8 @@ void SparsityControl::NoteStep(const std::vector<std::unique_ptr<Sequence>>& run
   }
   // All rows first: what the audits then switch holds from the next step on.
   for (const auto& s : running) {
-    if (s->step_rows > 0 && s->decodes()) NoteRow(*s, s->first_row, batch, counts);
+    if (s->step_rows == 0 || !s->decodes()) continue;
+    for (int32_t i = 0; i < s->kept_rows; ++i) NoteRow(*s, s->first_row + i, batch, counts);
   }
   int32_t audit = 0;
   const int32_t audits = static_cast<int32_t>(batch.audit_rows.size());

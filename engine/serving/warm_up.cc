@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <limits>
 #include <numeric>
+#include <vector>
 
 #include "kernels/base/clock.h"
 
@@ -12,12 +13,12 @@ namespace {
 
 // How long the step took, in ms.
 double Step(ModelGroup& group, const ModelShape& shape, int32_t decode_rows, int32_t prefill_rows, Batch& batch,
-            float* logits) {
+            float* logits, Tier tier = Tier::kExact) {
   batch.Clear();
-  SparsityParams exact;
-  exact.tier = Tier::kExact;
+  SparsityParams sparsity;
+  sparsity.tier = tier;
   const int32_t token = shape.bos_token.value_or(0);
-  for (int32_t i = 0; i < decode_rows; ++i) batch.AddDecodeRow(0, i, token, /*wants_logits=*/true, exact);
+  for (int32_t i = 0; i < decode_rows; ++i) batch.AddDecodeRow(0, i, token, /*wants_logits=*/true, sparsity);
   for (int32_t i = 0; i < prefill_rows; ++i) {
     const bool last = i + 1 == prefill_rows;
     batch.AddRow(0, (decode_rows == 0 ? i : i + 1) % shape.context, token, last);
@@ -31,29 +32,35 @@ double Step(ModelGroup& group, const ModelShape& shape, int32_t decode_rows, int
 
 }  // namespace
 
-void WarmUp(ModelGroup& group, const ModelShape& shape, const SchedulerOptions& options, Batch& batch, float* logits,
-            Scheduler& scheduler) {
+void WarmUp(ModelGroup& group, const ModelShape& shape, const SchedulerOptions& options, std::optional<Tier> draft,
+            Batch& batch, float* logits, Scheduler& scheduler) {
   std::iota(batch.block_table.begin(), batch.block_table.begin() + batch.blocks_per_slot, 0);
   const int32_t rows = std::min(options.max_batch, shape.context);
   const int32_t chunk = std::min({options.prefill_chunk_tokens, shape.context - 1, batch.max_rows - 1});
   // Where prompts are cheap the largest step at once: its scratch is taken now, or never.
   Step(group, shape, 0, group.RunsAhead() ? batch.max_rows : std::max(rows, chunk), batch, logits);
   struct Kind {
-    int32_t decode_rows, prefill_rows;
+    StepShape step;
     double best_ms = std::numeric_limits<double>::infinity();
   };
-  Kind kinds[] = {{1, 0}, {rows, 0}, {1, chunk}};
+  // Rows that decode are those of one sequence here, so that drafts of it are checked as they are.
+  const int32_t checked = std::min(SpeculationParams().most_tokens, rows - 1);
+  std::vector<Kind> kinds = {{{Tier::kExact, 1, 0}}, {{Tier::kExact, rows, 0}}, {{Tier::kExact, 1, chunk}}};
+  if (checked > 0) kinds.push_back({{Tier::kExact, 1, 0, 0, checked}});
+  if (draft.has_value()) kinds.push_back({{*draft, 1, 0, 0, 0, true}});
   constexpr int kTimes = 3;
   for (int i = 0; i < kTimes; ++i) {
     for (Kind& kind : kinds) {
-      kind.best_ms = std::min(kind.best_ms, Step(group, shape, kind.decode_rows, kind.prefill_rows, batch, logits));
+      const StepShape& s = kind.step;
+      kind.best_ms = std::min(kind.best_ms,
+                              Step(group, shape, s.decode_rows + s.check_rows, s.prefill_rows, batch, logits, s.tier));
     }
   }
   // The quickest of the three counts thrice: the others may have been held up.
   for (int i = 0; i < kTimes; ++i) {
-    for (const Kind& kind : kinds) {
-      const int64_t context = int64_t{kind.decode_rows} * (kind.decode_rows - 1) / 2;
-      scheduler.Learn({Tier::kExact, kind.decode_rows, kind.prefill_rows, context}, kind.best_ms);
+    for (Kind& kind : kinds) {
+      kind.step.context_tokens = int64_t{kind.step.decode_rows} * (kind.step.decode_rows - 1) / 2;
+      scheduler.Learn(kind.step, kind.best_ms);
     }
   }
 }

@@ -1,6 +1,7 @@
 // dejavu-sim: what a server with given costs does with given arrivals, on a virtual clock.
 #include <algorithm>
 #include <cstdio>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -51,6 +52,10 @@ void Print(const SimResult& r, const SimOptions& options) {
       "cache, %d preemptions\n",
       r.longest_queue_age_s, r.most_waiting, r.most_kv_blocks, options.kv_blocks, r.cached_prompt_tokens,
       r.preemptions);
+  if (const SpeculationTotals& s = r.speculation; s.rounds > 0) {
+    absl::PrintF("speculation: %d rounds of %.2f tokens; %.1f s in the place of %.1f s\n", s.rounds,
+                 static_cast<double>(s.tokens) / static_cast<double>(s.rounds), s.spent_ms / 1e3, s.plain_ms / 1e3);
+  }
   if (r.tenants.size() < 2) return;
   int64_t total = 0;
   for (const auto& [name, served] : r.tenants) total += served.prompt_tokens + served.output_tokens;
@@ -94,6 +99,20 @@ void AddCosts(CLI::App* app, CostParameters* costs) {
   app->add_option("--prefill-token-ms", costs->prefill_token_ms, "more for each prompt token")->default_val("0.2");
   app->add_option("--context-token-ms", costs->context_token_ms, "more for each token of context")
       ->default_val("0.0001");
+  app->add_option("--check-row-ms", costs->check_row_ms, "more for each draft that is checked")->default_val("0.1");
+}
+
+void AddSpeculation(CLI::App* app, SimOptions* options) {
+  const std::map<std::string, SpeculationMode> modes = {
+      {"off", SpeculationMode::kOff}, {"auto", SpeculationMode::kAuto}, {"always", SpeculationMode::kAlways}};
+  app->add_option("--speculation", options->speculation.mode, "of each request that is DENSE or EXACT; default: off")
+      ->transform(CLI::CheckedTransformer(modes));
+  app->add_option("--draft-tokens", options->speculation.most_tokens, "in a round")
+      ->capture_default_str()
+      ->check(CLI::Range(1, kMostDraftTokens));
+  app->add_option("--draft-acceptance", options->draft_acceptance, "share of the drafts that are right")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 1.0));
 }
 
 void AddScheduling(CLI::App* app, SimOptions* options, std::vector<std::string>* tenant_weights) {
@@ -165,6 +184,7 @@ int Main(int argc, char** argv) {
                "dejavu-sim"};
   AddArrivals(&app, &arguments.trace, &arguments.arrivals);
   AddCosts(&app, &arguments.sim.costs);
+  AddSpeculation(&app, &arguments.sim);
   AddScheduling(&app, &arguments.sim, &arguments.tenant_weights);
   AddMemoryAndTargets(&app, &arguments.sim, &arguments.no_prefix_cache);
   try {

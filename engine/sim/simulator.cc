@@ -8,6 +8,7 @@
 #include "engine/model/batch.h"
 #include "engine/scheduling/block_pool.h"
 #include "kernels/base/clock.h"
+#include "kernels/draw.h"
 
 namespace dejavu {
 namespace {
@@ -23,7 +24,15 @@ class Simulation {
         scheduler_(pool_, options.scheduler),
         admission_(options.admission, options.scheduler),
         batch_(options.scheduler.max_step_tokens, options.scheduler.max_batch + options.scheduler.score_rows,
-               options.scheduler.max_batch, pool_.BlocksFor(options.context)) {}
+               options.scheduler.max_batch, pool_.BlocksFor(options.context)) {
+    if (options.speculation.mode == SpeculationMode::kOff) return;
+    // An engine's first steps show what drafts cost.
+    for (const StepShape& shape :
+         {StepShape{Tier::kExact, 1}, StepShape{Tier::kExact, 1, 0, 0, options.speculation.most_tokens},
+          StepShape{options.speculation.draft_tier, 1, 0, 0, 0, true}}) {
+      for (int i = 0; i < 3; ++i) scheduler_.Learn(shape, truth_.Predict(shape));
+    }
+  }
 
   SimResult Run(const std::function<std::optional<SimRequest>()>& next, const std::function<void(double)>& progress);
 
@@ -36,7 +45,7 @@ class Simulation {
 
   void Arrive(const SimRequest& request);
   void Step(bool arriving);
-  void Token(Sequence& s, bool arriving);
+  void Tokens(Sequence& s, bool arriving);
   void End(const Sequence& sequence, FinishReason reason);
   void EndOverdue();
 
@@ -65,6 +74,7 @@ void Simulation::Arrive(const SimRequest& r) {
   request.urgency = r.urgency;
   request.tenant = r.tenant;
   request.sparsity.tier = r.tier;
+  request.speculation = options_.speculation;
   if (r.deadline_s > 0.0) request.deadline = At(r.arrival_s + r.deadline_s);
   Expectation expected;
   if (!admission_.Admit(request, At(r.arrival_s), &expected).ok()) return;
@@ -111,7 +121,12 @@ void Simulation::Step(bool arriving) {
     if (s->step_rows == 0) continue;
     const int32_t prompt_rows = std::min(s->step_rows, std::max(0, s->prompt_tokens() - s->computed));
     if (arriving) result_.tenants[s->request.tenant].prompt_tokens += prompt_rows;
-    if (s->step_logits > 0) Token(*s, arriving);
+    if (s->step_logits == 0) continue;
+    if (s->step_use == Sequence::Use::kDraft) {
+      s->round.drafts.push_back(0);
+    } else {
+      Tokens(*s, arriving);
+    }
   }
   scheduler_.NoteStep(ms);
   for (const auto& [s, reason] : ending_) End(*s, reason);
@@ -119,10 +134,17 @@ void Simulation::Step(bool arriving) {
   scheduler_.Inform(admission_);
 }
 
-void Simulation::Token(Sequence& s, bool arriving) {
+// One token, or those that a check gives, which are one delivery: a draft, which is token 0, is right as often as the
+// options say, by a number that no clock moves.
+void Simulation::Tokens(Sequence& s, bool arriving) {
   Live& live = live_[s.id];
-  s.tokens.push_back(0);
-  if (arriving) ++result_.tenants[s.request.tenant].output_tokens;
+  bool more = true;
+  while (more && s.generated_tokens() < live.request.output_tokens) {
+    const uint64_t drawn = MixBits(s.id * kGoldenRatio + static_cast<uint64_t>(s.generated_tokens()));
+    const bool right = static_cast<double>(drawn >> 11) * 0x1p-53 < options_.draft_acceptance;
+    more = s.Take(right ? 0 : 1);
+    if (arriving) ++result_.tenants[s.request.tenant].output_tokens;
+  }
   SimClass* const classes[] = {&result_.all, &result_.of_urgency[static_cast<int>(s.request.urgency)]};
   for (SimClass* of : classes) {
     if (live.last_token_s < 0.0) {
@@ -175,6 +197,7 @@ SimResult Simulation::Run(const std::function<std::optional<SimRequest>()>& next
   }
   result_.seconds = now_s_;
   result_.account = admission_.account();
+  result_.speculation = scheduler_.speculation();
   return std::move(result_);
 }
 

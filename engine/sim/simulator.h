@@ -42,6 +42,9 @@ struct SimOptions {
   bool prefix_cache = true;
   // What goodput counts: requests whose first token and whose mean inter-token time were that fast. 0: any.
   double ttft_target_ms = 0.0, inter_token_target_ms = 0.0;
+  // Of each request that is DENSE or EXACT; texts have nothing to be looked up. How often a draft is right.
+  SpeculationParams speculation = {SpeculationMode::kOff, Tier::kHigh, /*lookup=*/false, 6};
+  double draft_acceptance = 0.9;
 };
 
 struct SimClass {
@@ -62,6 +65,7 @@ struct SimResult {
   double longest_queue_age_s = 0.0;
   int32_t most_kv_blocks = 0, most_waiting = 0;
   int64_t cached_prompt_tokens = 0, preemptions = 0;
+  SpeculationTotals speculation;
 
   double goodput_per_s() const { return seconds > 0.0 ? static_cast<double>(all.good) / seconds : 0.0; }
 };

@@ -111,6 +111,15 @@ void AddFinishJson(const Completion& completion, Json* json) {
   (*json)["server_timings"] = ToJson(finish.timings());
   (*json)["tier"] = TierName(completion.prompt().tier());
   AddSparsityJson(finish.sparsity(), json);
+  if (!finish.has_speculation()) return;
+  const v1::SpeculationReport& speculation = finish.speculation();
+  (*json)["speculation"] = {{"rounds", speculation.rounds()},
+                            {"tokens", speculation.tokens()},
+                            {"draft_tier", TierName(speculation.draft_tier())},
+                            {"tier_drafted", speculation.tier().drafted()},
+                            {"tier_accepted", speculation.tier().accepted()},
+                            {"lookup_drafted", speculation.lookup().drafted()},
+                            {"lookup_accepted", speculation.lookup().accepted()}};
 }
 
 void PrintChunkJson(const v1::GenerateChunk& chunk, const Completion& completion, bool name_sample) {
@@ -146,6 +155,15 @@ void PrintSparsity(const Completion& completion) {
                  shadow.tokens());
   }
   std::fputs("\n", stderr);
+  if (!completion.finish().has_speculation()) return;
+  const v1::SpeculationReport& speculation = completion.finish().speculation();
+  std::fprintf(
+      stderr, "speculation          %llu checks gave %llu tokens; right: %llu of %llu drafts, %llu of %llu looked up\n",
+      static_cast<unsigned long long>(speculation.rounds()), static_cast<unsigned long long>(speculation.tokens()),
+      static_cast<unsigned long long>(speculation.tier().accepted()),
+      static_cast<unsigned long long>(speculation.tier().drafted()),
+      static_cast<unsigned long long>(speculation.lookup().accepted()),
+      static_cast<unsigned long long>(speculation.lookup().drafted()));
 }
 
 class GenerateCommand : public Command {
@@ -248,6 +266,14 @@ class GenerateCommand : public Command {
     app_->add_option("--shadow-every", shadow_every_,
                      "In a predicted tier: compare one in so many tokens with the dense result; 0: none")
         ->group("Sparsity");
+    app_->add_option("--speculation", speculation_,
+                     "Guess tokens and check them together; the same tokens, at other times")
+        ->check(CLI::IsMember(kSpeculationNames))
+        ->group("Sparsity");
+    app_->add_option("--draft-tier", draft_tier_, "Who guesses")
+        ->check(CLI::IsMember({"high", "balanced", "fast"}))
+        ->group("Sparsity");
+    app_->add_option("--draft-tokens", draft_tokens_, "Most tokens guessed at once")->group("Sparsity");
   }
 
   void AddSchedulingFlags() {
@@ -305,6 +331,10 @@ class GenerateCommand : public Command {
     sparsity.set_tier(TierOf(tier_).value_or(v1::TIER_UNSPECIFIED));
     sparsity.set_deterministic(deterministic_);
     if (shadow_every_) sparsity.set_shadow_every(*shadow_every_);
+    v1::Speculation& speculation = *request_.mutable_speculation();
+    speculation.set_mode(SpeculationModeOf(speculation_).value_or(v1::SPECULATION_MODE_UNSPECIFIED));
+    speculation.set_draft_tier(TierOf(draft_tier_).value_or(v1::TIER_UNSPECIFIED));
+    if (draft_tokens_) speculation.set_most_tokens(*draft_tokens_);
   }
 
   void FillScheduling() {
@@ -364,7 +394,8 @@ class GenerateCommand : public Command {
   int32_t priority_ = 0;
   std::optional<float> inter_token_target_ms_, max_time_s_;
   std::optional<float> temperature_, top_p_, min_p_, repetition_, presence_, frequency_;
-  std::optional<uint32_t> top_k_, max_new_tokens_, shadow_every_;
+  std::optional<uint32_t> top_k_, max_new_tokens_, shadow_every_, draft_tokens_;
+  std::string speculation_, draft_tier_;
   std::optional<uint64_t> seed_;
   std::vector<std::string> logit_bias_, stop_strings_;
   std::vector<uint32_t> allowed_token_ids_, stop_token_ids_;

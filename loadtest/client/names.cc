@@ -32,6 +32,12 @@ std::optional<v1::Tier> TierOf(const std::string& name) {
                           name);
 }
 
+std::optional<v1::SpeculationMode> SpeculationModeOf(const std::string& name) {
+  return Parsed<v1::SpeculationMode>(
+      [](const std::string& full, v1::SpeculationMode* mode) { return v1::SpeculationMode_Parse(full, mode); },
+      "SPECULATION_MODE_", name);
+}
+
 std::optional<v1::Urgency> UrgencyOf(const std::string& name) {
   return Parsed<v1::Urgency>(
       [](const std::string& full, v1::Urgency* urgency) { return v1::Urgency_Parse(full, urgency); }, "URGENCY_", name);

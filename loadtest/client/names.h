@@ -16,9 +16,11 @@ std::string FinishReasonName(v1::FinishReason reason);
 
 // Nothing for a name that is none.
 std::optional<v1::Tier> TierOf(const std::string& name);
+std::optional<v1::SpeculationMode> SpeculationModeOf(const std::string& name);
 std::optional<v1::Urgency> UrgencyOf(const std::string& name);
 
 inline const std::vector<std::string> kTierNames = {"dense", "exact", "high", "balanced", "fast"};
+inline const std::vector<std::string> kSpeculationNames = {"off", "auto", "always"};
 inline const std::vector<std::string> kUrgencyNames = {"interactive", "normal", "batch"};
 
 }  // namespace dejavu

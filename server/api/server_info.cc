@@ -4,6 +4,7 @@
 #include <chrono>
 
 #include "server/api/sparsity_messages.h"
+#include "server/api/speculation_messages.h"
 
 namespace dejavu {
 namespace {
@@ -56,6 +57,7 @@ void FillCosts(const EngineStats& stats, v1::CostModel* costs) {
   costs->set_row_ms(stats.costs.row_ms);
   costs->set_prefill_token_ms(stats.costs.prefill_token_ms);
   costs->set_context_token_ms(stats.costs.context_token_ms);
+  costs->set_check_row_ms(stats.costs.check_row_ms);
 }
 
 void FillTenant(const ServingState& state, const std::string& tenant, bool busy, v1::TenantInfo* info) {
@@ -82,6 +84,12 @@ void HideOthers(v1::GetServerInfoResponse* info) {
   sparsity->clear_shadow_tokens();
   sparsity->clear_shadow_top1_agreement();
   sparsity->clear_shadow_kl_nats();
+  v1::SpeculationInfo* const speculation = info->mutable_speculation();
+  speculation->clear_sources();
+  speculation->clear_rounds();
+  speculation->clear_tokens();
+  speculation->clear_seconds();
+  speculation->clear_plain_seconds();
   const size_t folder = sparsity->predictor().rfind('/');
   if (folder != std::string::npos) sparsity->mutable_predictor()->erase(0, folder + 1);
 }
@@ -98,6 +106,7 @@ v1::GetServerInfoResponse ServerInfo(const ServingState& state) {
   const ServedModel* const model = state.model_if_loaded();
   FillInfo(state.options(), model == nullptr ? nullptr : model->engine, info.mutable_sparsity());
   info.mutable_sparsity()->set_default_tier(ToMessage(state.default_tier()));
+  FillInfo(state.options(), model == nullptr ? nullptr : model->engine, info.mutable_speculation());
   if (model == nullptr) return info;  // still loading: no backend and no load to speak of
   info.set_backend(model->engine->backend_description());
   info.set_synthetic(model->engine->synthetic());

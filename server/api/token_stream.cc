@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
 #include "server/api/sparsity_messages.h"
+#include "server/api/speculation_messages.h"
 #include "server/rpc/error_details.h"
 
 namespace dejavu {
@@ -108,6 +109,7 @@ void TokenStream::FillFinish(const dejavu::Finish& finish) {
   message->set_generated_tokens(static_cast<uint32_t>(finish.generated_tokens));
   FillTimings(finish, options_.arrival, message->mutable_timings());
   FillReport(finish.sparsity, message->mutable_sparsity());
+  if (finish.speculation.rounds > 0) FillReport(finish.speculation, message->mutable_speculation());
   message->set_cached_prompt_tokens(static_cast<uint32_t>(finish.cached_prompt_tokens));
   message->set_saturated_kv_values(static_cast<uint64_t>(finish.saturated_kv_values));
   if (matched_stop_ >= 0) {

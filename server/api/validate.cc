@@ -13,6 +13,7 @@
 #include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
 #include "server/api/sparsity_messages.h"
+#include "server/api/speculation_messages.h"
 #include "server/rpc/error_details.h"
 #include "server/security/tokens.h"
 
@@ -201,6 +202,43 @@ absl::Status CheckSparsity(const v1::Sparsity& sparsity, const ServerOptions& op
   return absl::OkStatus();
 }
 
+// What the request does not say is the server's default. A default tier that is not there drafts nothing.
+absl::Status CheckSpeculation(const v1::Speculation& asked, const ServerOptions& options, const ServedModel& model,
+                              SpeculationParams* params) {
+  const SpeculationParams defaults = DefaultSpeculation(options, model.engine);
+  *params = defaults;
+  if (asked.mode() != v1::SPECULATION_MODE_UNSPECIFIED) {
+    const std::optional<SpeculationMode> mode = FromMessage(asked.mode());
+    if (!mode.has_value()) {
+      return InvalidField("speculation.mode", absl::StrCat("is ", static_cast<int>(asked.mode()), "; it must be 0 to ",
+                                                           static_cast<int>(v1::SpeculationMode_MAX)));
+    }
+    if (*mode == SpeculationMode::kAlways && !options.speculation_allow_always) {
+      return InvalidField("speculation.mode", "is ALWAYS; this server allows OFF and AUTO");
+    }
+    params->mode = *mode;
+  }
+  if (asked.draft_tier() != v1::TIER_UNSPECIFIED) {
+    const std::optional<Tier> tier = FromMessage(asked.draft_tier());
+    if (!tier.has_value() || !IsPredicted(*tier)) {
+      return InvalidField("speculation.draft_tier", absl::StrCat("is ", static_cast<int>(asked.draft_tier()),
+                                                                 "; it must be HIGH (3), BALANCED (4) or FAST (5)"));
+    }
+    const absl::Status servable = model.engine->CheckTier(*tier);
+    if (!servable.ok()) return MissingFeature("predictor", servable.message());
+    params->draft_tier = *tier;
+  }
+  if (asked.has_lookup()) params->lookup = asked.lookup();
+  if (asked.has_most_tokens()) {
+    if (asked.most_tokens() < 1 || asked.most_tokens() > static_cast<uint32_t>(kMostDraftTokens)) {
+      return InvalidField("speculation.most_tokens",
+                          absl::StrCat("is ", asked.most_tokens(), "; it must be in 1 ... ", kMostDraftTokens));
+    }
+    params->most_tokens = static_cast<int32_t>(asked.most_tokens());
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckStopStrings(const v1::Stopping& stopping, const ServerOptions& options, const ServedModel& model) {
   if (stopping.stop_strings().empty()) return absl::OkStatus();
   RETURN_IF_ERROR(CheckTokenizer("stopping.stop_strings", model));
@@ -363,6 +401,7 @@ absl::StatusOr<CheckedGenerate> CheckGenerate(const v1::GenerateRequest& request
   checked.request.top_logprobs = static_cast<int32_t>(request.output().top_logprobs());
   checked.request.logprobs = request.output().logprobs() || checked.request.top_logprobs > 0;
   RETURN_IF_ERROR(CheckSparsity(request.sparsity(), options, model, &checked.request.sparsity));
+  RETURN_IF_ERROR(CheckSpeculation(request.speculation(), options, model, &checked.request.speculation));
   RETURN_IF_ERROR(CheckScheduling(request.scheduling(), &checked.request));
   // Last, as tokenising costs most.
   ASSIGN_OR_RETURN(checked.request.prompt, CheckPrompt(request, model));

@@ -25,6 +25,7 @@
 #include "tests/bench/device_probe.h"
 #include "tests/bench/flags.h"
 #include "tests/bench/probe.h"
+#include "tests/bench/speculation.h"
 #include "tests/bench/subcommand.h"
 #include "tests/bench/tool.h"
 
@@ -45,7 +46,26 @@ struct DecodeOptions : ModelFlags {
   int steps = 0;                   // of one measurement; 0: as many as take half a second
   int repeats = 7;
   std::string json;
+  bool speculation = false;  // BenchSpeculation instead
+  std::vector<int> drafts = SpeculationBenchOptions().drafts;
+  float temperature = 0.0f;
 };
+
+SpeculationBenchOptions ForSpeculation(const DecodeOptions& o) {
+  SpeculationBenchOptions options;
+  static_cast<ModelFlags&>(options) = o;
+  options.predictor = o.predictor;
+  options.text = o.text;
+  options.json = o.json;
+  options.batches = o.batches;
+  options.context = o.contexts.front();
+  options.tiers = o.tiers;
+  options.drafts = o.drafts;
+  options.temperature = o.temperature;
+  options.steps = o.steps;
+  options.repeats = o.repeats;
+  return options;
+}
 
 // Of the memory that the weights lie in, on the CPU or on a GPU.
 class WeightMemoryProbe {
@@ -430,7 +450,16 @@ Subcommand AddDecode(CLI::App& program) {
       ->check(CLI::Range(1, 1 << 20));
   AddTiers(command, options->tiers, "Such as exact,balanced; DENSE always runs beside them");
   AddSteps(command, options->steps);
-  return {command, [options] { return ExitCode(Bench(*options)); }};
+  command->add_flag("--speculation", options->speculation,
+                    "Instead: tokens per second of an engine that guesses and checks, --tier says who guesses");
+  command->add_option("--draft-tokens", options->drafts, "Of --speculation: guessed in a round, such as 2,4,6")
+      ->delimiter(',')
+      ->check(CLI::Range(1, kMostDraftTokens));
+  command->add_option("--temperature", options->temperature, "Of --speculation; 0: greedy")
+      ->check(CLI::Range(0.0, 100.0));
+  return {command, [options] {
+            return ExitCode(options->speculation ? BenchSpeculation(ForSpeculation(*options)) : Bench(*options));
+          }};
 }
 
 }  // namespace dejavu

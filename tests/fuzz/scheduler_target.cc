@@ -130,6 +130,9 @@ class World {
     r.priority = static_cast<int32_t>(input_.Below(3)) - 1;
     r.tenant = std::string(input_.Below(2), static_cast<char>('a' + input_.Below(3)));
     r.sparsity.tier = kAllTiers[input_.Below(5)];
+    r.speculation.mode = static_cast<SpeculationMode>(input_.Below(3));
+    r.speculation.draft_tier = kAllTiers[input_.Below(5)];
+    r.speculation.most_tokens = 1 + static_cast<int32_t>(input_.Below(kMostDraftTokens));
     if ((kind & 0x20) != 0) r.deadline = now_ + AnyTime();
     if ((kind & 0x40) != 0) r.stop_at = now_ + AnyTime();
     if ((kind & 0x80) != 0) r.inter_token_target_ms = 1.0 + input_.Below(256);
@@ -179,17 +182,29 @@ class World {
     now_ += input_.Below(8) == 7 ? AnyTime() : Lasting(usual_ms / 1000.0);
     std::vector<const Sequence*> done;
     for (const auto& s : scheduler_.running()) {
-      if (s->step_rows == 0) continue;
-      const bool whole = s->computed + s->step_rows == s->prompt_tokens();
-      if (!s->request.score && s->step_logits > 0) s->tokens.push_back(static_cast<int32_t>(input_.Below(2)));
-      const bool last = s->request.score ? whole
-                                         : s->step_logits > 0 && (s->generated_tokens() == s->request.max_new_tokens ||
-                                                                  input_.Below(16) == 15);
-      if (last) done.push_back(s.get());
+      if (s->step_rows > 0 && TakeResults(*s)) done.push_back(s.get());
     }
     scheduler_.NoteStep(Milliseconds(before, now_));
     for (const Sequence* s : done) End(*s, FinishReason::kLength);
     scheduler_.Inform(admission_);
+  }
+
+  // Whether `s` ends by what the step brings it.
+  bool TakeResults(Sequence& s) {
+    if (s.request.score) return s.computed + s.step_rows == s.prompt_tokens();
+    if (s.step_logits == 0) return false;
+    if (s.step_use == Sequence::Use::kDraft) {
+      s.round.drafts.push_back(static_cast<int32_t>(input_.Below(2)));
+      if (input_.Below(16) == 15) s.round.wanted = static_cast<int32_t>(s.round.drafts.size());
+      return false;
+    }
+    bool more = true, ends = false;
+    while (more && !ends) {
+      more = s.Take(static_cast<int32_t>(input_.Below(2)));
+      ends = s.generated_tokens() == s.request.max_new_tokens || input_.Below(16) == 15;
+    }
+    CHECK(s.generated_tokens() <= s.request.max_new_tokens) << s.generated_tokens();
+    return ends;
   }
 
   // False where nobody has anything to do.
@@ -203,7 +218,9 @@ class World {
     CHECK(static_cast<int32_t>(scheduler_.running().size()) <= limits_.scheduler.max_batch) << "too many run";
     for (const auto& s : scheduler_.running()) {
       CHECK(static_cast<int32_t>(s->blocks.size()) <= batch_.blocks_per_slot) << s->blocks.size() << " blocks";
-      CHECK(s->computed + s->step_rows <= static_cast<int64_t>(s->blocks.size()) * limits_.block_tokens) << s->computed;
+      const bool drafts = s->step_rows > 0 && s->step_use == Sequence::Use::kDraft;
+      const int64_t first = s->computed + (drafts ? static_cast<int64_t>(s->round.drafts.size()) : 0);
+      CHECK(first + s->step_rows <= static_cast<int64_t>(s->blocks.size()) * limits_.block_tokens) << s->computed;
       for (size_t i = 0; i < s->blocks.size(); ++i) {
         const int32_t in_table = batch_.block_table[s->slot * batch_.blocks_per_slot + static_cast<int32_t>(i)];
         CHECK(in_table == s->blocks[i]) << "block " << i << " of slot " << s->slot;

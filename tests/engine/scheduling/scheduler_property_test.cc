@@ -25,14 +25,14 @@ class World {
         pool_(kBlocks, kBlockTokens),
         scheduler_(pool_, Options(overcommit)),
         admission_(Bounds(), Options(overcommit)),
-        batch_(16, 4 + 2, 4, kContext / kBlockTokens) {}
+        batch_(16, 4 + 6, 4, kContext / kBlockTokens) {}
 
   static SchedulerOptions Options(bool overcommit) {
     SchedulerOptions options;
     options.max_batch = 4;
     options.prefill_chunk_tokens = 6;
     options.least_prefill_tokens = 2;
-    options.score_rows = 2;
+    options.score_rows = 6;
     options.ageing_s = 0.5;
     options.overcommit = overcommit;
     options.tenant_weights = "b=3";
@@ -73,6 +73,8 @@ class World {
   }
 
   int64_t preemptions() const { return preemptions_; }
+  int64_t checked() const { return checked_; }
+  int64_t accepted() const { return accepted_; }
 
  private:
   int Draw(int below) { return std::uniform_int_distribution<int>(0, below - 1)(random_); }
@@ -88,6 +90,10 @@ class World {
     r.tenant = std::string(1, static_cast<char>('a' + Draw(3)));
     r.sparsity.tier = kAllTiers[Draw(5)];
     r.sparsity.deterministic = Draw(2) == 0;
+    r.speculation.mode = static_cast<SpeculationMode>(Draw(3));
+    r.speculation.draft_tier = kAllTiers[Draw(5)];
+    r.speculation.lookup = Draw(2) == 0;
+    r.speculation.most_tokens = 1 + Draw(8);
     if (Draw(crowded_ ? 40 : 4) == 0) r.deadline = now_ + std::chrono::milliseconds(1 + Draw(400));
     if (!admission_.Admit(r, now_).ok()) return;
     auto s = std::make_unique<Sequence>(r, nullptr);
@@ -116,11 +122,12 @@ class World {
     CheckBatch();
     std::vector<const Sequence*> done;
     for (const auto& s : scheduler_.running()) {
-      const bool whole = s->computed + s->step_rows == s->prompt_tokens();
-      if (s->request.score ? (whole && s->step_rows > 0) : s->step_logits > 0) {
-        if (!s->request.score) s->tokens.push_back(Draw(3));
-        if (s->request.score || s->generated_tokens() == s->request.max_new_tokens || Draw(15) == 0)
-          done.push_back(s.get());
+      if (s->step_rows == 0 || s->step_logits == 0) continue;
+      if (s->step_use == Sequence::Use::kDraft) {
+        s->round.drafts.push_back(Draw(3));
+        if (Draw(10) == 0) s->round.wanted = static_cast<int32_t>(s->round.drafts.size());
+      } else if (s->request.score ? s->computed + s->step_rows == s->prompt_tokens() : TakeTokens(*s)) {
+        done.push_back(s.get());
       }
     }
     const double ms = 1.0 + 0.1 * batch_.rows();
@@ -128,6 +135,21 @@ class World {
     now_ += std::chrono::microseconds(static_cast<int64_t>(1000 * ms));
     for (const Sequence* s : done) End(*s, FinishReason::kLength);
     scheduler_.Inform(admission_);
+  }
+
+  // What the step brings `s`; whether it ends by that.
+  bool TakeTokens(Sequence& s) {
+    const int32_t before = s.generated_tokens(), drafted = static_cast<int32_t>(s.round.drafts.size());
+    bool more = true, ends = false;
+    while (more && !ends) {
+      more = s.Take(Draw(3));
+      ends = s.generated_tokens() == s.request.max_new_tokens || Draw(15) == 0;
+    }
+    const int32_t tokens = s.generated_tokens() - before;
+    EXPECT_LE(tokens, 1 + drafted);
+    checked_ += drafted > 0;
+    accepted_ += tokens - 1;
+    return ends;
   }
 
   // Nobody is passed by the less urgent, but by those that have waited long; and these are not passed for ever.
@@ -159,14 +181,34 @@ class World {
     for (const auto& s : scheduler_.running()) {
       for (int32_t block : s->blocks) ++users[block];
     }
+    int32_t drafting = 0;
+    bool waits = false;
+    for (const auto& s : scheduler_.running()) waits = waits || !s->decodes();
     for (const auto& s : scheduler_.running()) {
-      ASSERT_LE(s->computed + s->step_rows, static_cast<int>(s->blocks.size()) * kBlockTokens);
+      const bool drafts = s->step_rows > 0 && s->step_use == Sequence::Use::kDraft;
+      const int first = s->computed + (drafts ? static_cast<int>(s->round.drafts.size()) : 0);
+      drafting += drafts;
+      ASSERT_LE(first + s->step_rows, static_cast<int>(s->blocks.size()) * kBlockTokens);
+      if (s->step_rows > 0) {
+        ASSERT_EQ(batch_.positions[s->first_row], first);
+      }
       for (int i = 0; i < s->step_rows; ++i) {
-        const int32_t block = s->blocks[(s->computed + i) / kBlockTokens];
+        const int32_t block = s->blocks[(first + i) / kBlockTokens];
         ASSERT_EQ(users[block], 1) << "a shared block would be written";
-        ASSERT_EQ(batch_.block_table[s->slot * batch_.blocks_per_slot + (s->computed + i) / kBlockTokens], block);
+        ASSERT_EQ(batch_.block_table[s->slot * batch_.blocks_per_slot + (first + i) / kBlockTokens], block);
+      }
+      if (s->round.open()) {
+        ASSERT_TRUE(s->decodes() && s->speculates()) << s->id;
+      }
+      if (drafts && waits) {
+        ASSERT_EQ(s->request.speculation.mode, SpeculationMode::kAlways) << "a prompt waits for it";
       }
     }
+    if (drafting > 0) {
+      ASSERT_EQ(drafting, batch_.rows()) << "a step drafts or makes text";
+    }
+    draft_steps_ = drafting > 0 ? draft_steps_ + 1 : 0;
+    ASSERT_LE(draft_steps_, 8) << "nobody gets a token";
     ASSERT_EQ(static_cast<int>(users.size()), pool_.total() - pool_.free()) << "blocks are lost";
   }
 
@@ -218,13 +260,15 @@ class World {
   SteadyTime now_;
   uint64_t next_id_ = 1;
   int64_t admissions_ = 0, preemptions_ = 0, checks_ = 0;
+  int64_t checked_ = 0, accepted_ = 0;
+  int draft_steps_ = 0;  // in a row
   std::set<uint64_t> alive_;
   std::map<uint64_t, int64_t> old_;  // who has waited long, and by which admission it must have been its turn
 };
 
 TEST(SchedulerProperty, HoldsOverAMillionRandomEvents) {
   constexpr int kSeeds = 100, kEvents = 10'000;
-  int64_t preemptions = 0;
+  int64_t preemptions = 0, checked = 0, accepted = 0;
   for (int seed = 0; seed < kSeeds; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
     World world(seed, /*overcommit=*/seed % 2 == 1, /*crowded=*/seed % 4 >= 2);
@@ -235,8 +279,12 @@ TEST(SchedulerProperty, HoldsOverAMillionRandomEvents) {
     world.Finish();
     if (testing::Test::HasFatalFailure()) return;
     preemptions += world.preemptions();
+    checked += world.checked();
+    accepted += world.accepted();
   }
-  EXPECT_GT(preemptions, 1000);
+  EXPECT_GT(preemptions, 500);
+  EXPECT_GT(checked, 10'000);
+  EXPECT_GT(accepted, 10'000);
 }
 
 }  // namespace

@@ -121,5 +121,69 @@ TEST(Simulator, SharesPrefixes) {
   EXPECT_LE(r.cached_prompt_tokens, r.account.finished * 96);
 }
 
+// A dense step takes four times as long as a sparse one.
+SimOptions Speculating(SpeculationMode mode, double acceptance) {
+  SimOptions options = Options();
+  options.costs.dense_ms = options.costs.exact_ms = 20.0;
+  options.costs.predicted_ms = 5.0;
+  options.costs.check_row_ms = 0.3;
+  options.speculation.mode = mode;
+  options.draft_acceptance = acceptance;
+  return options;
+}
+
+double SecondsFor(const SimOptions& options, int together) {
+  int given = 0;
+  const SimResult r = Simulate(options, [&]() -> std::optional<SimRequest> {
+    if (given == 8 * together) return std::nullopt;
+    SimRequest request;
+    request.arrival_s = 100.0 * (given++ / together);  // NOLINT: whole groups
+    request.prompt_tokens = 16;
+    request.output_tokens = request.max_new_tokens = 500;
+    return request;
+  });
+  ExpectBooksBalanced(r);
+  return r.all.inter_token_ms.mean() * static_cast<double>(r.all.inter_token_ms.count()) / 1e3;
+}
+
+TEST(Simulator, SpeculationIsFasterWhereDraftsAreCheapAndRight) {
+  for (const int together : {1, 4, 16}) {
+    const double off_s = SecondsFor(Speculating(SpeculationMode::kOff, 0.95), together);
+    const double gain = together < 16 ? 1.5 : 1.15;  // a check has 32 rows at most
+    EXPECT_LT(SecondsFor(Speculating(SpeculationMode::kAuto, 0.95), together), off_s / gain) << together;
+    EXPECT_GT(SecondsFor(Speculating(SpeculationMode::kAlways, 0.0), together), off_s * 1.5) << together;
+  }
+}
+
+// Of thousands of steps it tries few.
+TEST(Simulator, AutomaticSpeculationCostsNextToNothingWhereItDoesNotPay) {
+  for (const int together : {1, 4, 16}) {
+    for (const double acceptance : {0.0, 0.2}) {
+      const double off_s = SecondsFor(Speculating(SpeculationMode::kOff, acceptance), together);
+      EXPECT_LT(SecondsFor(Speculating(SpeculationMode::kAuto, acceptance), together), off_s * 1.02)
+          << together << " at " << acceptance;
+    }
+    SimOptions dear = Speculating(SpeculationMode::kAuto, 0.95);
+    dear.costs.predicted_ms = 19.0;
+    EXPECT_LT(SecondsFor(dear, together), SecondsFor(Speculating(SpeculationMode::kOff, 0.95), together) * 1.02)
+        << together;
+  }
+}
+
+TEST(Simulator, ABurstKeepsToTheTargetBetweenTokens) {
+  SimOptions options = Speculating(SpeculationMode::kAuto, 0.95);
+  options.scheduler.inter_token_target_ms = 45.0;
+  int given = 0;
+  const SimResult r = Simulate(options, [&]() -> std::optional<SimRequest> {
+    if (given++ == 4) return std::nullopt;
+    SimRequest request;
+    request.prompt_tokens = 16;
+    request.output_tokens = request.max_new_tokens = 500;
+    return request;
+  });
+  EXPECT_GT(r.speculation.rounds, 100);
+  EXPECT_LT(r.all.inter_token_ms.Quantile(0.99), 47.0);
+}
+
 }  // namespace
 }  // namespace dejavu

@@ -417,6 +417,67 @@ TEST_F(ValidateTest, HoldsShadowChecksAgainstTheServersLimit) {
   EXPECT_EQ(Check(request)->request.sparsity.shadow_every, 1);
 }
 
+TEST_F(ValidateTest, TakesTheServersSpeculationWhereTheRequestNamesNone) {
+  SpeculationParams params = Check(Good()).value().request.speculation;
+  EXPECT_EQ(params.mode, SpeculationMode::kOff);
+  EXPECT_FALSE(params.tier_drafts()) << "no predictor is loaded";
+  EXPECT_TRUE(params.lookup);
+  EXPECT_EQ(params.most_tokens, 6);
+  engine_.predictor_info.tiers = {Tier::kHigh, Tier::kBalanced, Tier::kFast};
+  options_.speculation_mode = "auto";
+  options_.speculation_draft_tier = "fast";
+  options_.speculation_lookup = false;
+  options_.speculation_most_tokens = 3;
+  params = Check(Good()).value().request.speculation;
+  EXPECT_EQ(params.mode, SpeculationMode::kAuto);
+  EXPECT_EQ(params.draft_tier, Tier::kFast);
+  EXPECT_FALSE(params.lookup);
+  EXPECT_EQ(params.most_tokens, 3);
+  options_.speculation_draft_tier = "none";
+  EXPECT_FALSE(Check(Good()).value().request.speculation.tier_drafts());
+}
+
+TEST_F(ValidateTest, TakesTheSpeculationThatTheRequestNames) {
+  engine_.predictor_info.tiers = {Tier::kHigh, Tier::kBalanced};
+  options_.speculation_allow_always = true;
+  v1::GenerateRequest request = Good();
+  v1::Speculation& asked = *request.mutable_speculation();
+  asked.set_mode(v1::SPECULATION_MODE_ALWAYS);
+  asked.set_draft_tier(v1::TIER_BALANCED);
+  asked.set_lookup(false);
+  asked.set_most_tokens(16);
+  const SpeculationParams params = Check(request).value().request.speculation;
+  EXPECT_EQ(params.mode, SpeculationMode::kAlways);
+  EXPECT_EQ(params.draft_tier, Tier::kBalanced);
+  EXPECT_FALSE(params.lookup);
+  EXPECT_EQ(params.most_tokens, 16);
+  asked.set_draft_tier(v1::TIER_FAST);
+  EXPECT_TRUE(absl::IsFailedPrecondition(Check(request).status())) << "the predictor has no such tier";
+}
+
+TEST_F(ValidateTest, RefusesSpeculationThatThereIsNot) {
+  engine_.predictor_info.tiers = {Tier::kHigh, Tier::kBalanced, Tier::kFast};
+  const auto expect_refused = [&](auto change, const char* field, const std::string& what) {
+    v1::GenerateRequest request = Good();
+    change(*request.mutable_speculation());
+    ExpectRefused(request, field, what);
+  };
+  for (const int bad : {-1, 4, std::numeric_limits<int>::max()}) {
+    expect_refused([&](auto& s) { s.set_mode(static_cast<v1::SpeculationMode>(bad)); }, "speculation.mode",
+                   absl::StrCat("is ", bad, "; it must be 0 to 3"));
+  }
+  expect_refused([](auto& s) { s.set_mode(v1::SPECULATION_MODE_ALWAYS); }, "speculation.mode",
+                 "is ALWAYS; this server allows OFF and AUTO");
+  for (const int bad : {-1, 1, 2, 6}) {
+    expect_refused([&](auto& s) { s.set_draft_tier(static_cast<v1::Tier>(bad)); }, "speculation.draft_tier",
+                   absl::StrCat("is ", bad, "; it must be HIGH (3), BALANCED (4) or FAST (5)"));
+  }
+  for (const uint32_t bad : {0u, 17u, ~0u}) {
+    expect_refused([&](auto& s) { s.set_most_tokens(bad); }, "speculation.most_tokens",
+                   absl::StrCat("is ", bad, "; it must be in 1 ... 16"));
+  }
+}
+
 TEST_F(ValidateTest, RefusesRepliesThatDefaultClientsCouldNotRead) {
   model_.context = 100'000;
   v1::ScoreRequest score;

@@ -1,0 +1,30 @@
+// `dejavu-bench decode --speculation`: what speculation brings in an engine that serves. One thread.
+#ifndef TESTS_BENCH_SPECULATION_H_
+#define TESTS_BENCH_SPECULATION_H_
+
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "tests/bench/flags.h"
+
+namespace dejavu {
+
+struct SpeculationBenchOptions : ModelFlags {
+  std::string predictor, text, json;
+  std::vector<int> batches;
+  int context = 256;               // tokens of each prompt
+  std::vector<std::string> tiers;  // that draft; empty: all that can be served
+  std::vector<int> drafts = {2, 4, 6};
+  float temperature = 0.0f;
+  int steps = 0;  // new tokens of a request; 0: 96
+  int repeats = 7;
+};
+
+// DENSE and EXACT without, with AUTO, and ALWAYS with each tier and number of drafts and with what is looked up, in
+// turns; ratios are formed within a repeat.
+absl::Status BenchSpeculation(const SpeculationBenchOptions& options);
+
+}  // namespace dejavu
+
+#endif  // TESTS_BENCH_SPECULATION_H_
