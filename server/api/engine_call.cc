@@ -37,8 +37,8 @@ EngineCall::~EngineCall() {
   state_.live_requests().Done();
 }
 
-absl::Status EngineCall::OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) {
-  const absl::Status status = Read(rpc, bytes);
+absl::Status EngineCall::OnRequest(const Asking& asking, const grpc::ByteBuffer& bytes) {
+  const absl::Status status = Read(asking, bytes);
   if (!status.ok()) CountRefused(status);
   return status;
 }
@@ -57,7 +57,7 @@ void EngineCall::OnCancel() {
   if (entered_) Release();  // else HandOver sees that it was stopped
 }
 
-const google::protobuf::MessageLite* EngineCall::NextReply(std::optional<absl::Status>* end) {
+google::protobuf::MessageLite* EngineCall::NextSinkReply(std::optional<absl::Status>* end) {
   if (waiting_.has_value()) {
     const absl::StatusOr<bool> goes_on = EndWaiting();
     if (!goes_on.ok()) {
@@ -66,7 +66,7 @@ const google::protobuf::MessageLite* EngineCall::NextReply(std::optional<absl::S
     }
     if (!goes_on.ok() || !*goes_on) return nullptr;
   }
-  const google::protobuf::MessageLite* reply = nullptr;
+  google::protobuf::MessageLite* reply = nullptr;
   for (size_t i = 0; i < sinks_.size() && reply == nullptr && !end->has_value(); ++i) {
     if (ended_[i]) continue;
     std::optional<absl::Status> sink_end;
@@ -97,7 +97,7 @@ void EngineCall::Stop(const absl::Status& reason) {
 
 absl::Status EngineCall::Submit(Request request, int64_t most_tokens, std::vector<std::shared_ptr<ReplySink>> sinks,
                                 const std::shared_ptr<Rpc>& rpc) {
-  request.deadline = rpc->deadline();
+  request.deadline = std::min(request.deadline, rpc->deadline());
   ASSIGN_OR_RETURN(request.tenant, CheckTenant(rpc->tenant()));
   tenant_ = request.tenant;
   most_tokens_ = most_tokens;
