@@ -8,6 +8,7 @@
 #include "server/api/sparsity_messages.h"
 #include "server/api/token_stream.h"
 #include "server/rpc/error_details.h"
+#include "server/rpc/gate.h"
 #include "server/rpc/random.h"
 
 namespace dejavu {
@@ -42,6 +43,8 @@ absl::Status GenerateCall::Read(const Asking& asking, const grpc::ByteBuffer& by
   const absl::Status read = dialect_->Read(bytes, &request);
   if (read.ok() || !request.request_id().empty()) Note(request);
   RETURN_IF_ERROR(read);
+  // The gate has seen the stream that carries it, perhaps long ago.
+  if (asking.report != nullptr) RETURN_IF_ERROR(CheckPhase(state().phase(), Resource::kCapacity));
   absl::StatusOr<CheckedGenerate> checked = Check(&request, asking.rpc->tenant());
   if (!checked.ok()) return dialect_->Renamed(checked.status());
   NoteChecked(*checked);

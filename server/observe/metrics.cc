@@ -80,7 +80,7 @@ void Metrics::AddGauge(const std::string& name, const std::string& help, std::fu
 
 void Metrics::OnRequestEnd(const RequestRecord& record) {
   MutexLock lock(mutex_);
-  ++calls_[{record.method, std::string(CodeName(record.code)), record.finish_reason}];
+  ++calls_[{record.method, std::string(CodeName(record.code)), record.finish_reason, ApiOf(record.service)}];
   tenant_metrics_.Count(record);
   if (record.client_stall_seconds > 0.0) call_metrics_.client_stall.Observe(record.client_stall_seconds);
 }
@@ -109,9 +109,10 @@ void Metrics::AddState(MetricsPage& page) const {
 void Metrics::AddCalls(MetricsPage& page) const {
   MutexLock lock(mutex_);
   for (const auto& [names, count] : calls_) {
-    const auto& [method, code, finish_reason] = names;
-    page.Counter("requests_total", "Calls that have ended, by method, gRPC code and what ended the generation.",
-                 static_cast<double>(count), {{"method", method}, {"code", code}, {"finish_reason", finish_reason}});
+    const auto& [method, code, finish_reason, api] = names;
+    page.Counter("requests_total", "Calls that have ended, by method, gRPC code, what ended the generation and API.",
+                 static_cast<double>(count),
+                 {{"method", method}, {"code", code}, {"finish_reason", finish_reason}, {"api", std::string(api)}});
   }
   const HistogramFamily& stalls = call_metrics_.client_stall;
   page.Distribution(stalls.name(), stalls.help(), stalls[0]);

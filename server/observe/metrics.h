@@ -64,8 +64,9 @@ class Metrics final : public RequestObserver {
   std::vector<Borrowed> borrowed_;  // constant once shared; those of a name side by side
 
   mutable Mutex mutex_;
-  // How many have ended, by method, code and finish reason.
-  std::map<std::tuple<std::string, std::string, std::string>, int64_t> calls_ ABSL_GUARDED_BY(mutex_);
+  // How many have ended, by method, code, finish reason and API.
+  std::map<std::tuple<std::string, std::string, std::string, absl::string_view>, int64_t> calls_
+      ABSL_GUARDED_BY(mutex_);
   CallMetrics call_metrics_ ABSL_GUARDED_BY(mutex_);
   TenantMetrics tenant_metrics_ ABSL_GUARDED_BY(mutex_);
 };
