@@ -16,6 +16,7 @@
 #include "kernels/base/status_macros.h"
 #include "server/api/generation_service.h"
 #include "server/api/kserve_service.h"
+#include "server/api/load_report.h"
 #include "server/api/reflection.h"
 #include "server/observe/logging.h"
 #include "server/observe/status_page.h"
@@ -117,6 +118,7 @@ Server::Server(const ServerOptions& options, const EngineOptions& engine_options
 void Server::RegisterMethods() {
   RegisterGenerationService(&state_, public_port_.dispatcher());
   RegisterKServe(&state_, &health_, public_port_.dispatcher());
+  if (options_.load_reports) RegisterLoadReports(&state_, &health_, public_port_.dispatcher());
   admin_.Register(admin_port_.dispatcher());
   for (GrpcPort* port : {&public_port_, &health_port_}) health_.Register(port->dispatcher());
   if (!options_.reflection) return;

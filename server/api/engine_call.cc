@@ -8,6 +8,7 @@
 #include "engine/refusal.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/base/utf8.h"
+#include "server/api/load_report.h"
 #include "server/api/validate.h"
 #include "server/rpc/error_details.h"
 #include "server/rpc/random.h"
@@ -43,7 +44,16 @@ absl::Status EngineCall::OnRequest(const Asking& asking, const grpc::ByteBuffer&
   return status;
 }
 
+std::string EngineCall::load_report() { return LoadReportBytes(state_, tenant_); }
+
+void EngineCall::NoteEnd(const absl::Status& status) {
+  const bool ours = absl::IsUnavailable(status) || absl::IsInternal(status) || absl::IsDataLoss(status) ||
+                    (absl::IsResourceExhausted(status) && !asked().over_quota);
+  if (ours) state_.load_meter().CountError(std::chrono::steady_clock::now());
+}
+
 void EngineCall::CountRefused(const absl::Status& status) {
+  NoteEnd(status);
   const std::optional<RefusalInfo> refusal = RefusalOf(status);
   if (refusal.has_value() && refusal->reason.has_value()) return;  // the engine's
   const Refusal reason = asked().over_quota            ? Refusal::kQuotaExceeded
@@ -81,6 +91,7 @@ google::protobuf::MessageLite* EngineCall::NextSinkReply(std::optional<absl::Sta
     // Before the client hears of the end: it may use the id again at once, and what its quotas have left.
     Release();
     record_->Settle();
+    NoteEnd(**end);
   }
   return reply;
 }
@@ -152,6 +163,7 @@ absl::Status EngineCall::HandOver(Request request) {
   if (engine_id.ok()) {
     MutexLock lock(mutex_);
     engine_id_ = *engine_id;
+    stay_ = LoadMeter::Stay(&state_.load_meter(), std::max(1, asked().samples));
     stopped = stop_;
     if (stop_) CancelAll();
   }
@@ -190,6 +202,7 @@ void EngineCall::Release() {
   released_ = true;
   MutexLock lock(mutex_);
   if (lease_ != nullptr) lease_->End();
+  stay_ = {};
 }
 
 void EngineCall::NoteAsked(const std::string& request_id, absl::string_view text) {

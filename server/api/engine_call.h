@@ -62,6 +62,8 @@ class EngineCall : public RpcHandler, public LiveRequest {
 
   std::shared_ptr<RecordSource> record_source() override { return record_; }
 
+  std::string load_report() override;
+
   void Stop(const absl::Status& reason) override;
 
  protected:
@@ -104,6 +106,8 @@ class EngineCall : public RpcHandler, public LiveRequest {
   absl::StatusOr<bool> EndWaiting();
   // The id is free, and the place among the tenant's concurrent requests.
   void Release();
+  // Of a status that the call ends with: whether balancing load should hear of it.
+  void NoteEnd(const absl::Status& status);
   // Beside OnRequest, possibly before the engine has given an id.
   void StopEngine();
   void CancelAll() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -125,6 +129,7 @@ class EngineCall : public RpcHandler, public LiveRequest {
   Mutex mutex_;
   uint64_t engine_id_ ABSL_GUARDED_BY(mutex_) = 0;  // of the first sample; 0: not submitted
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
+  LoadMeter::Stay stay_ ABSL_GUARDED_BY(mutex_);
   QuotaLease* lease_ ABSL_GUARDED_BY(mutex_) = nullptr;  // the record's
 };
 

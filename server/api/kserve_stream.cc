@@ -6,6 +6,7 @@
 
 #include "server/api/generate_call.h"
 #include "server/api/kserve_dialect.h"
+#include "server/api/load_report.h"
 
 namespace dejavu {
 namespace {
@@ -44,6 +45,7 @@ absl::Status KServeStream::OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc
   Infer* const infer = made.get();
   {
     MutexLock lock(mutex_);
+    tenant_ = rpc->tenant();
     if (cancelled_) return absl::OkStatus();
     infers_.push_back(std::move(made));  // before it runs: a cancel must find it
   }
@@ -52,6 +54,11 @@ absl::Status KServeStream::OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc
   infer->begun = true;
   if (!status.ok()) infer->refused = std::move(status);
   return absl::OkStatus();
+}
+
+std::string KServeStream::load_report() {
+  MutexLock lock(mutex_);
+  return LoadReportBytes(state_, tenant_);
 }
 
 void KServeStream::OnHalfClose() {

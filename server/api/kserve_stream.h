@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "kserve/inference.pb.h"
@@ -26,6 +27,7 @@ class KServeStream final : public RpcHandler {
   const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
   void OnCancel() override;
   void OnEnd(grpc::StatusCode code) override;
+  std::string load_report() override;
 
  private:
   struct Infer;  // a request
@@ -33,6 +35,7 @@ class KServeStream final : public RpcHandler {
   const google::protobuf::MessageLite* NextOf(Infer* infer);
 
   ServingState& state_;
+  std::string tenant_;                         // once a request has come
   std::unique_ptr<Infer> ended_;               // whose last reply may still be read; NextReply's, as the next
   inference::ModelStreamInferResponse error_;  // that was last replied
   size_t turn_ = 0;                            // whose request's reply comes next

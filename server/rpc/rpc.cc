@@ -207,6 +207,8 @@ void Rpc::Pump() {
     }
     if (!end.has_value()) return StartWrite(&reply_);
     AdviseRetry(*end, context_);
+    const std::string load = handler_->load_report();
+    if (!load.empty()) context_->AddTrailingMetadata("endpoint-load-metrics-bin", load);
     // Nothing of this object may be touched after either call.
     if (reply) return StartWriteAndFinish(&reply_, grpc::WriteOptions(), ToGrpcStatus(*end));
     return Finish(ToGrpcStatus(*end));

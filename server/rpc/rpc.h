@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <string>
 
 #include "absl/status/status.h"
 #include "engine/request.h"
@@ -68,6 +69,9 @@ class RpcHandler {
 
   // True: replies may be large, and are made and serialised by the pool.
   virtual bool large_replies() const { return false; }
+
+  // For the trailers, as ORCA has it: asked for when the handler has ended the call. Empty: none.
+  virtual std::string load_report() { return {}; }
 
   // Asked for when the call is over. Null: there is nothing to add to what the call itself knows.
   virtual std::shared_ptr<RecordSource> record_source() { return nullptr; }
