@@ -9,9 +9,9 @@
 #include "server/api/generate_call.h"
 #include "server/api/kserve_dialect.h"
 #include "server/api/kserve_stream.h"
+#include "server/api/server_info.h"
 #include "server/api/service_names.h"
 #include "server/api/validate.h"
-#include "server/rpc/error_details.h"
 
 namespace dejavu {
 namespace {
@@ -97,13 +97,10 @@ void FillDuration(const HistogramFamily& family, kserve::StatisticDuration* dura
   FillDuration(seconds, count, duration);
 }
 
-// How much a server has done its tenants are not told, here as in GetServerInfo.
 absl::Status ModelStatistics(const ServingState& state, const std::string& tenant,
                              const kserve::ModelStatisticsRequest& request, kserve::ModelStatisticsResponse* response) {
   RETURN_IF_ERROR(CheckModel(request.name(), request.version(), state.model()));
-  if (state.knows_tenants() && tenant != state.options().auth_admin_tenant) {
-    return WithErrorInfo(absl::PermissionDeniedError("statistics of the server are for operators"), "NOT_AN_OPERATOR");
-  }
+  RETURN_IF_ERROR(CheckMayKnowLoad(state, tenant));
   const Engine& engine = *state.model().engine;
   const EngineStats stats = engine.stats();
   kserve::ModelStatistics* const model = response->add_model_stats();

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "grpcpp/alarm.h"
 #include "kernels/base/status_macros.h"
+#include "server/api/server_info.h"
 #include "server/api/service_names.h"
 #include "server/rpc/error_details.h"
 #include "server/rpc/parse.h"
@@ -96,7 +97,7 @@ OrcaLoadReport MakeLoadReport(ServingState& state, const std::string& tenant) {
   report.set_eps(load.errors_per_s);
   (*report.mutable_utilization())["kv_cache"] = report.mem_utilization();
   (*report.mutable_utilization())["batch"] = std::min(1.0, stats.running / most);
-  if (state.knows_tenants() && tenant != state.options().auth_admin_tenant) return report;
+  if (!CheckMayKnowLoad(state, tenant).ok()) return report;
   (*report.mutable_named_metrics())["running_requests"] = stats.running;
   (*report.mutable_named_metrics())["waiting_requests"] = stats.waiting;
   (*report.mutable_named_metrics())["waiting_tokens"] = static_cast<double>(stats.waiting_tokens);

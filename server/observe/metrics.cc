@@ -1,6 +1,8 @@
 #include "server/observe/metrics.h"
 
+#include <algorithm>
 #include <array>
+#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -135,6 +137,25 @@ void Metrics::AddEngine(const Engine& engine, MetricsPage& page) const {
   const EngineView view{engine.metrics(), engine.stats(), engine.sparsity_stats(), engine.weight_bytes()};
   for (const MetricFamily* family : view.metrics.families()) page.Add(*family, view);
   if (per_layer_) AddLayers(view.sparsity.layers, engine.model().ffn, page);
+  AddForEndpointPickers(view, page);
+}
+
+// What Gateway API's inference extension reads of a model server, by the names that its pickers look for unless they
+// are told others: vLLM's (proposal 003, model server protocol).
+void Metrics::AddForEndpointPickers(const EngineView& view, MetricsPage& page) const {
+  const EngineStats& stats = view.stats;
+  const double blocks = std::max(1, stats.kv_blocks_total);
+  page.ForeignGauge("vllm:num_requests_running", "As dejavu_requests_running.", stats.running);
+  page.ForeignGauge("vllm:num_requests_waiting", "As dejavu_requests_waiting, of all priorities.", stats.waiting);
+  page.ForeignGauge("vllm:kv_cache_usage_perc", "As dejavu_kv_utilization_ratio.",
+                    (stats.kv_blocks_total - stats.kv_blocks_free) / blocks);
+  page.ForeignGauge(
+      "vllm:cache_config_info", "1; the labels say how keys and values are kept.", 1,
+      {{"block_size", std::to_string(block_tokens_)}, {"num_gpu_blocks", std::to_string(stats.kv_blocks_total)}});
+  page.ForeignCounter("vllm:prefix_cache_queries_total", "As dejavu_prefix_cache_query_tokens_total.",
+                      static_cast<double>(view.metrics.prefix_query_tokens.value()));
+  page.ForeignCounter("vllm:prefix_cache_hits_total", "As dejavu_prefix_cache_hit_tokens_total.",
+                      static_cast<double>(stats.cached_prompt_tokens));
 }
 
 }  // namespace dejavu

@@ -20,7 +20,7 @@ using testing::Not;
 std::string PageOf(const Engine* engine) {
   const Lifecycle lifecycle;
   Metrics metrics("m", /*edges=*/"", /*per_layer=*/false, /*tenants=*/0, &lifecycle);
-  if (engine != nullptr) metrics.SetEngine(engine);
+  if (engine != nullptr) metrics.SetEngine(engine, 16);
   return metrics.Text();
 }
 
