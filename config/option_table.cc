@@ -63,6 +63,10 @@ std::vector<Option> OptionTable(Config* config) {
        .group = "Server",
        .help = "let clients such as grpcurl list the services",
        .target = &s.reflection},
+      {.key = "load_reports",
+       .group = "Server",
+       .help = "tell clients that balance load how busy the server is (ORCA), in trailers and by a service",
+       .target = &s.load_reports},
 
       {.key = "device",
        .group = "Compute",

@@ -20,6 +20,8 @@ struct ServerOptions {
   std::string served_model_name;           // the name that requests may give; empty: last part of the model directory
   bool reflection = true;                  // grpc.reflection.v1 and v1alpha, for grpcurl and its like
 
+  bool load_reports = true;  // ORCA: in the trailers of generations, and by xds.service.orca.v3.OpenRcaService
+
   // TLS on `listen` and `admin_listen`, by PEM files; empty: plain text.
   std::string tls_cert;
   std::string tls_key;

@@ -15,7 +15,10 @@
 #include "kernels/base/processors.h"
 #include "kernels/base/status_macros.h"
 #include "server/api/generation_service.h"
+#include "server/api/kserve_service.h"
+#include "server/api/load_report.h"
 #include "server/api/reflection.h"
+#include "server/api/vllm_service.h"
 #include "server/observe/logging.h"
 #include "server/observe/status_page.h"
 #include "server/rpc/error_details.h"
@@ -115,6 +118,9 @@ Server::Server(const ServerOptions& options, const EngineOptions& engine_options
 
 void Server::RegisterMethods() {
   RegisterGenerationService(&state_, public_port_.dispatcher());
+  RegisterKServe(&state_, &health_, public_port_.dispatcher());
+  RegisterVllm(&state_, &health_, public_port_.dispatcher());
+  if (options_.load_reports) RegisterLoadReports(&state_, &health_, public_port_.dispatcher());
   admin_.Register(admin_port_.dispatcher());
   for (GrpcPort* port : {&public_port_, &health_port_}) health_.Register(port->dispatcher());
   if (!options_.reflection) return;
@@ -200,7 +206,7 @@ absl::Status Server::WritePortFiles() const {
 void Server::SetReady(Engine* engine, const Tokenizer* tokenizer) {
   engine_ = engine;
   state_.SetModel(engine, tokenizer);
-  metrics_.SetEngine(engine);
+  metrics_.SetEngine(engine, state_.engine_options().kv.block_tokens);
   if (options_.log_engine_every_s > 0.0) {
     engine_log_ = std::make_unique<EngineLog>(engine, std::chrono::duration<double>(options_.log_engine_every_s));
   }

@@ -28,13 +28,16 @@ absl::Status AbortAny(ServingState& state, const v1::AbortRequest& request, v1::
   return absl::OkStatus();
 }
 
+bool AbortOwn(ServingState& state, const std::string& tenant, const std::string& request_id) {
+  return state.live_requests().Stop({state.knows_tenants() ? tenant : "", request_id}, Reason());
+}
+
 absl::Status AbortCall::OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) {
   v1::AbortRequest request;
   RETURN_IF_ERROR(ParseMessage(bytes, &request));
   RETURN_IF_ERROR(CheckAbort(request));
   if (request.has_tenant()) return InvalidField("tenant", "is for operators; a caller ends requests of its own");
-  const RequestKey key = {state_.knows_tenants() ? rpc->tenant() : "", request.request_id()};
-  response_.set_found(state_.live_requests().Stop(key, Reason()));
+  response_.set_found(AbortOwn(state_, rpc->tenant(), request.request_id()));
   return absl::OkStatus();
 }
 

@@ -16,6 +16,9 @@ namespace dejavu {
 // Anybody's request; where several tenants have one of that id, the one of the tenant that is named.
 absl::Status AbortAny(ServingState& state, const v1::AbortRequest& request, v1::AbortResponse* response);
 
+// The tenant's own request of that id, where tokens say whose a call is; else anybody's. False: there is none.
+bool AbortOwn(ServingState& state, const std::string& tenant, const std::string& request_id);
+
 // With tokens the caller's own requests alone: those of others are as good as not there. Without tokens a tenant is
 // only what a caller says, and the request may be anybody's.
 class AbortCall final : public RpcHandler {

@@ -8,6 +8,7 @@
 #include "engine/refusal.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/base/utf8.h"
+#include "server/api/load_report.h"
 #include "server/api/validate.h"
 #include "server/rpc/error_details.h"
 #include "server/rpc/random.h"
@@ -37,13 +38,22 @@ EngineCall::~EngineCall() {
   state_.live_requests().Done();
 }
 
-absl::Status EngineCall::OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) {
-  const absl::Status status = Read(rpc, bytes);
+absl::Status EngineCall::OnRequest(const Asking& asking, const grpc::ByteBuffer& bytes) {
+  const absl::Status status = Read(asking, bytes);
   if (!status.ok()) CountRefused(status);
   return status;
 }
 
+std::string EngineCall::load_report() { return LoadReportBytes(state_, tenant_); }
+
+void EngineCall::NoteEnd(const absl::Status& status) {
+  const bool ours = absl::IsUnavailable(status) || absl::IsInternal(status) || absl::IsDataLoss(status) ||
+                    (absl::IsResourceExhausted(status) && !asked().over_quota);
+  if (ours) state_.load_meter().CountError(std::chrono::steady_clock::now());
+}
+
 void EngineCall::CountRefused(const absl::Status& status) {
+  NoteEnd(status);
   const std::optional<RefusalInfo> refusal = RefusalOf(status);
   if (refusal.has_value() && refusal->reason.has_value()) return;  // the engine's
   const Refusal reason = asked().over_quota            ? Refusal::kQuotaExceeded
@@ -57,7 +67,7 @@ void EngineCall::OnCancel() {
   if (entered_) Release();  // else HandOver sees that it was stopped
 }
 
-const google::protobuf::MessageLite* EngineCall::NextReply(std::optional<absl::Status>* end) {
+google::protobuf::MessageLite* EngineCall::NextSinkReply(std::optional<absl::Status>* end) {
   if (waiting_.has_value()) {
     const absl::StatusOr<bool> goes_on = EndWaiting();
     if (!goes_on.ok()) {
@@ -66,7 +76,7 @@ const google::protobuf::MessageLite* EngineCall::NextReply(std::optional<absl::S
     }
     if (!goes_on.ok() || !*goes_on) return nullptr;
   }
-  const google::protobuf::MessageLite* reply = nullptr;
+  google::protobuf::MessageLite* reply = nullptr;
   for (size_t i = 0; i < sinks_.size() && reply == nullptr && !end->has_value(); ++i) {
     if (ended_[i]) continue;
     std::optional<absl::Status> sink_end;
@@ -81,6 +91,7 @@ const google::protobuf::MessageLite* EngineCall::NextReply(std::optional<absl::S
     // Before the client hears of the end: it may use the id again at once, and what its quotas have left.
     Release();
     record_->Settle();
+    NoteEnd(**end);
   }
   return reply;
 }
@@ -97,7 +108,7 @@ void EngineCall::Stop(const absl::Status& reason) {
 
 absl::Status EngineCall::Submit(Request request, int64_t most_tokens, std::vector<std::shared_ptr<ReplySink>> sinks,
                                 const std::shared_ptr<Rpc>& rpc) {
-  request.deadline = rpc->deadline();
+  request.deadline = std::min(request.deadline, rpc->deadline());
   ASSIGN_OR_RETURN(request.tenant, CheckTenant(rpc->tenant()));
   tenant_ = request.tenant;
   most_tokens_ = most_tokens;
@@ -152,6 +163,7 @@ absl::Status EngineCall::HandOver(Request request) {
   if (engine_id.ok()) {
     MutexLock lock(mutex_);
     engine_id_ = *engine_id;
+    stay_ = LoadMeter::Stay(&state_.load_meter(), std::max(1, asked().samples));
     stopped = stop_;
     if (stop_) CancelAll();
   }
@@ -190,6 +202,7 @@ void EngineCall::Release() {
   released_ = true;
   MutexLock lock(mutex_);
   if (lease_ != nullptr) lease_->End();
+  stay_ = {};
 }
 
 void EngineCall::NoteAsked(const std::string& request_id, absl::string_view text) {

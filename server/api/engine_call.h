@@ -27,15 +27,34 @@
 
 namespace dejavu {
 
+// One request of a client, as the engine's calls see it: a whole call, or one of those that a stream carries.
+struct Asking {
+  std::shared_ptr<Rpc> rpc;
+  SteadyTime arrival;
+  std::shared_ptr<CallReport> report;  // of this request alone; null: the call's own
+
+  // As Rpc::Wake.
+  void Wake() const {
+    rpc->Wake();
+    if (report != nullptr) report->Wake();
+  }
+};
+
 class EngineCall : public RpcHandler, public LiveRequest {
  public:
   explicit EngineCall(ServingState* state) : state_(*state) {}
   ~EngineCall() override;
 
-  absl::Status OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) final;
+  absl::Status OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) final {
+    return OnRequest({rpc, rpc->arrival(), nullptr}, bytes);
+  }
+  absl::Status OnRequest(const Asking& asking, const grpc::ByteBuffer& bytes);
 
   // What any sink has to say. The call ends with the last of them, or with the first that fails.
-  const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
+  google::protobuf::MessageLite* NextSinkReply(std::optional<absl::Status>* end);
+  const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override {
+    return NextSinkReply(end);
+  }
 
   void ReleaseReply() override;
 
@@ -43,11 +62,13 @@ class EngineCall : public RpcHandler, public LiveRequest {
 
   std::shared_ptr<RecordSource> record_source() override { return record_; }
 
+  std::string load_report() override;
+
   void Stop(const absl::Status& reason) override;
 
  protected:
   // The method's part of OnRequest, which ends with Submit.
-  virtual absl::Status Read(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) = 0;
+  virtual absl::Status Read(const Asking& asking, const grpc::ByteBuffer& bytes) = 0;
 
   // Of a request that has been parsed: its id, or one that is drawn. The checks come after it.
   template <typename ProtoRequest>
@@ -57,6 +78,7 @@ class EngineCall : public RpcHandler, public LiveRequest {
 
   // The last that Read does. A sink for each sample; their first reply may be pulled as soon as this has returned
   // OK. The refusals of the engine are passed on as they are. `most_tokens`: what it may take of the tenant's quota.
+  // The call's deadline holds beside the request's own.
   absl::Status Submit(Request request, int64_t most_tokens, std::vector<std::shared_ptr<ReplySink>> sinks,
                       const std::shared_ptr<Rpc>& rpc);
 
@@ -84,6 +106,8 @@ class EngineCall : public RpcHandler, public LiveRequest {
   absl::StatusOr<bool> EndWaiting();
   // The id is free, and the place among the tenant's concurrent requests.
   void Release();
+  // Of a status that the call ends with: whether balancing load should hear of it.
+  void NoteEnd(const absl::Status& status);
   // Beside OnRequest, possibly before the engine has given an id.
   void StopEngine();
   void CancelAll() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -105,6 +129,7 @@ class EngineCall : public RpcHandler, public LiveRequest {
   Mutex mutex_;
   uint64_t engine_id_ ABSL_GUARDED_BY(mutex_) = 0;  // of the first sample; 0: not submitted
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
+  LoadMeter::Stay stay_ ABSL_GUARDED_BY(mutex_);
   QuotaLease* lease_ ABSL_GUARDED_BY(mutex_) = nullptr;  // the record's
 };
 

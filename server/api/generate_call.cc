@@ -8,7 +8,7 @@
 #include "server/api/sparsity_messages.h"
 #include "server/api/token_stream.h"
 #include "server/rpc/error_details.h"
-#include "server/rpc/parse.h"
+#include "server/rpc/gate.h"
 #include "server/rpc/random.h"
 
 namespace dejavu {
@@ -38,22 +38,33 @@ int64_t MostTokens(const CheckedGenerate& checked) {
 
 }  // namespace
 
-absl::Status GenerateCall::Read(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) {
+absl::Status GenerateCall::Read(const Asking& asking, const grpc::ByteBuffer& bytes) {
   v1::GenerateRequest request;
-  RETURN_IF_ERROR(ParseMessage(bytes, &request));
-  Note(request);
-  const TenantLimits limits = state().LimitsOf(rpc->tenant());
-  if (request.sparsity().tier() == v1::TIER_UNSPECIFIED) {
-    request.mutable_sparsity()->set_tier(ToMessage(limits.Nearest(state().default_tier())));
+  const absl::Status read = dialect_->Read(bytes, &request);
+  if (read.ok() || !request.request_id().empty()) Note(request);
+  RETURN_IF_ERROR(read);
+  // The gate has seen the stream that carries it, perhaps long ago.
+  if (asking.report != nullptr) RETURN_IF_ERROR(CheckPhase(state().phase(), Resource::kCapacity));
+  absl::StatusOr<CheckedGenerate> checked = Check(&request, asking.rpc->tenant());
+  if (!checked.ok()) return dialect_->Renamed(checked.status());
+  NoteChecked(*checked);
+  if (dialect_->timeout() < SteadyTime::max() - asking.arrival) {
+    checked->request.deadline = asking.arrival + dialect_->timeout();
+  }
+  std::vector<std::shared_ptr<ReplySink>> streams = MakeStreams(&*checked, asking);
+  const int64_t tokens = MostTokens(*checked);
+  return Submit(std::move(checked->request), tokens, std::move(streams), asking.rpc);
+}
+
+absl::StatusOr<CheckedGenerate> GenerateCall::Check(v1::GenerateRequest* request, const std::string& tenant) {
+  const TenantLimits limits = state().LimitsOf(tenant);
+  if (request->sparsity().tier() == v1::TIER_UNSPECIFIED) {
+    request->mutable_sparsity()->set_tier(ToMessage(limits.Nearest(state().default_tier())));
   }
   ASSIGN_OR_RETURN(CheckedGenerate checked,
-                   CheckGenerate(request, state().options(), state().model(), DrawSeed(), streaming_));
+                   CheckGenerate(*request, state().options(), state().model(), DrawSeed(), dialect_->streams()));
   RETURN_IF_ERROR(CheckTenantTier(checked.request.sparsity.tier, limits));
-  NoteChecked(checked);
-  gathers_ = !streaming_ && checked.samples > 1;
-  std::vector<std::shared_ptr<ReplySink>> streams = MakeStreams(&checked, rpc);
-  const int64_t tokens = MostTokens(checked);
-  return Submit(std::move(checked.request), tokens, std::move(streams), rpc);
+  return checked;
 }
 
 void GenerateCall::NoteChecked(const CheckedGenerate& checked) {
@@ -66,8 +77,7 @@ void GenerateCall::NoteChecked(const CheckedGenerate& checked) {
   asked().seed = request.sampling.seed;
 }
 
-std::vector<std::shared_ptr<ReplySink>> GenerateCall::MakeStreams(CheckedGenerate* checked,
-                                                                  const std::shared_ptr<Rpc>& rpc) {
+std::vector<std::shared_ptr<ReplySink>> GenerateCall::MakeStreams(CheckedGenerate* checked, const Asking& asking) {
   const Request& request = checked->request;
   TokenStreamOptions options;
   options.prompt.set_request_id(asked().request_id);
@@ -76,7 +86,7 @@ std::vector<std::shared_ptr<ReplySink>> GenerateCall::MakeStreams(CheckedGenerat
   options.prompt.set_seed(request.sampling.seed);
   options.prompt.set_max_new_tokens(static_cast<uint32_t>(request.max_new_tokens));
   options.prompt.set_tier(ToMessage(request.sparsity.tier));
-  options.streaming = streaming_;
+  options.streaming = dialect_->streams();
   options.tokenizer = state().model().tokenizer;
   options.prompt_tail.assign(request.prompt.end() - std::min<ptrdiff_t>(kPromptTail, request.prompt.size()),
                              request.prompt.end());
@@ -85,39 +95,31 @@ std::vector<std::shared_ptr<ReplySink>> GenerateCall::MakeStreams(CheckedGenerat
   options.include_stop_string = checked->include_stop_string;
   options.min_new_tokens = request.min_new_tokens;
   options.max_outbox_bytes = state().options().max_outbox_bytes;
-  options.arrival = rpc->arrival();
+  options.arrival = asking.arrival;
   std::vector<std::shared_ptr<ReplySink>> streams;
   for (int i = 0; i < checked->samples; ++i) {
     options.sample = static_cast<uint32_t>(i);
-    streams.push_back(std::make_shared<TokenStream>(options, [rpc] { rpc->Wake(); }));
+    streams.push_back(std::make_shared<TokenStream>(options, [asking] { asking.Wake(); }));
     options.prompt.set_seed(options.prompt.seed() + 1);
   }
   return streams;
 }
 
-// Where one reply must hold all samples, each of them gives one chunk, when it has ended.
 const google::protobuf::MessageLite* GenerateCall::NextReply(std::optional<absl::Status>* end) {
-  if (!gathers_) return EngineCall::NextReply(end);
-  while (const auto* reply = static_cast<const v1::GenerateChunk*>(EngineCall::NextReply(end))) {
-    if (reply->sample() >= static_cast<uint32_t>(chunks_.size())) chunks_.resize(reply->sample() + 1);
-    chunks_[reply->sample()] = *reply;
-    if (end->has_value()) break;
+  while (true) {
+    bool more = false;
+    const google::protobuf::MessageLite* const reply = dialect_->Next(&more);
+    if (!more) *end = end_;
+    if (reply != nullptr || end_.has_value()) return reply;
+    auto* const chunk = static_cast<v1::GenerateChunk*>(NextSinkReply(&end_));
+    if (chunk != nullptr) dialect_->Take(chunk);
+    if (chunk == nullptr && !end_.has_value()) return nullptr;
   }
-  if (!end->has_value() || !(*end)->ok()) return nullptr;
-  v1::GenerateChunk& first = chunks_[0];
-  response_.mutable_prompt()->Swap(first.mutable_prompt());
-  response_.mutable_text()->swap(*first.mutable_text());
-  response_.mutable_token_ids()->Swap(first.mutable_token_ids());
-  response_.mutable_logprobs()->Swap(first.mutable_logprobs());
-  response_.mutable_finish()->Swap(first.mutable_finish());
-  for (size_t i = 1; i < chunks_.size(); ++i) response_.add_more_samples()->Swap(&chunks_[i]);
-  return &response_;
 }
 
 void GenerateCall::ReleaseReply() {
   EngineCall::ReleaseReply();
-  chunks_.clear();
-  response_ = v1::GenerateResponse();
+  dialect_->Release();
 }
 
 }  // namespace dejavu

@@ -1,13 +1,16 @@
-// GenerateCall: Generate and GenerateStream. It checks the request, gives the engine a TokenStream for each sample, and
-// sends what they make of its tokens: chunk by chunk, or all in one reply.
+// GenerateCall: a generation, in whatever protocol it is asked for (Dialect). It checks the request, gives the engine a
+// TokenStream for each sample, and sends what the dialect makes of their chunks.
 #ifndef SERVER_API_GENERATE_CALL_H_
 #define SERVER_API_GENERATE_CALL_H_
 
 #include <memory>
 #include <optional>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "dejavu/v1/generation.pb.h"
+#include "server/api/dialect.h"
 #include "server/api/engine_call.h"
 #include "server/api/validate.h"
 
@@ -15,20 +18,20 @@ namespace dejavu {
 
 class GenerateCall final : public EngineCall {
  public:
-  GenerateCall(ServingState* state, bool streaming) : EngineCall(state), streaming_(streaming) {}
+  GenerateCall(ServingState* state, std::unique_ptr<Dialect> dialect)
+      : EngineCall(state), dialect_(std::move(dialect)) {}
 
   const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
   void ReleaseReply() override;
 
  private:
-  absl::Status Read(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) override;
+  absl::Status Read(const Asking& asking, const grpc::ByteBuffer& bytes) override;
+  absl::StatusOr<CheckedGenerate> Check(v1::GenerateRequest* request, const std::string& tenant);
   void NoteChecked(const CheckedGenerate& checked);
-  std::vector<std::shared_ptr<ReplySink>> MakeStreams(CheckedGenerate* checked, const std::shared_ptr<Rpc>& rpc);
+  std::vector<std::shared_ptr<ReplySink>> MakeStreams(CheckedGenerate* checked, const Asking& asking);
 
-  const bool streaming_;
-  bool gathers_ = false;                   // one reply must hold several samples
-  std::vector<v1::GenerateChunk> chunks_;  // by sample
-  v1::GenerateResponse response_;
+  const std::unique_ptr<Dialect> dialect_;
+  std::optional<absl::Status> end_;  // of the samples; the dialect may have replies left
 };
 
 }  // namespace dejavu

@@ -6,6 +6,7 @@
 #include "server/api/abort.h"
 #include "server/api/generate_call.h"
 #include "server/api/model_info.h"
+#include "server/api/native_dialect.h"
 #include "server/api/score_call.h"
 #include "server/api/server_info.h"
 #include "server/api/service_names.h"
@@ -19,10 +20,12 @@ void RegisterGenerationService(ServingState* state, Dispatcher* dispatcher) {
   const Needs model = {Caller::kTenant, Resource::kModel};
   const Needs capacity = {Caller::kTenant, Resource::kCapacity};
 
-  dispatcher->Register(name, "Generate", capacity,
-                       [state] { return std::make_unique<GenerateCall>(state, /*streaming=*/false); });
-  dispatcher->Register(name, "GenerateStream", capacity,
-                       [state] { return std::make_unique<GenerateCall>(state, /*streaming=*/true); });
+  dispatcher->Register(name, "Generate", capacity, [state] {
+    return std::make_unique<GenerateCall>(state, std::make_unique<NativeDialect>(/*streaming=*/false));
+  });
+  dispatcher->Register(name, "GenerateStream", capacity, [state] {
+    return std::make_unique<GenerateCall>(state, std::make_unique<NativeDialect>(/*streaming=*/true));
+  });
   dispatcher->Register(name, "Score", capacity, [state] { return std::make_unique<ScoreCall>(state); });
   dispatcher->RegisterUnary(name, "Tokenize", model, state, Tokenize);
   dispatcher->RegisterUnary(name, "Detokenize", model, state, Detokenize);

@@ -22,8 +22,8 @@ struct EngineOutcome {
 // OnToken, OnPromptToken and OnFinish come from the engine thread, the rest from others.
 class ReplySink : public TokenSink {
  public:
-  // See RpcHandler::NextReply.
-  virtual const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) = 0;
+  // See RpcHandler::NextReply. The caller may take the message apart.
+  virtual google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) = 0;
 
   // See RpcHandler::ReleaseReply. The record of the call may keep the sink long after.
   virtual void ReleaseReply() = 0;

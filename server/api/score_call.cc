@@ -10,7 +10,7 @@
 
 namespace dejavu {
 
-absl::Status ScoreCall::Read(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) {
+absl::Status ScoreCall::Read(const Asking& asking, const grpc::ByteBuffer& bytes) {
   v1::ScoreRequest request;
   RETURN_IF_ERROR(ParseMessage(bytes, &request));
   Note(request);
@@ -20,9 +20,9 @@ absl::Status ScoreCall::Read(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBu
   response.set_model(state().model().name);
   asked().urgency = checked.urgency;
   asked().samples = 1;
-  auto collector = std::make_shared<ScoreCollector>(std::move(response), rpc->arrival(), [rpc] { rpc->Wake(); });
+  auto collector = std::make_shared<ScoreCollector>(std::move(response), asking.arrival, [asking] { asking.Wake(); });
   const auto tokens = static_cast<int64_t>(checked.prompt.size());
-  return Submit(std::move(checked), tokens, {std::move(collector)}, rpc);
+  return Submit(std::move(checked), tokens, {std::move(collector)}, asking.rpc);
 }
 
 }  // namespace dejavu

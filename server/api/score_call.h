@@ -15,7 +15,7 @@ class ScoreCall final : public EngineCall {
   bool large_replies() const override { return true; }
 
  private:
-  absl::Status Read(const std::shared_ptr<Rpc>& rpc, const grpc::ByteBuffer& bytes) override;
+  absl::Status Read(const Asking& asking, const grpc::ByteBuffer& bytes) override;
 };
 
 }  // namespace dejavu

@@ -49,7 +49,7 @@ void ScoreCollector::MakeMessage() {
   top_ = {};
 }
 
-const google::protobuf::MessageLite* ScoreCollector::NextReply(std::optional<absl::Status>* end) {
+google::protobuf::MessageLite* ScoreCollector::NextReply(std::optional<absl::Status>* end) {
   MutexLock lock(mutex_);
   *end = end_;
   if (!end_.has_value() || !end_->ok()) return nullptr;

@@ -5,6 +5,7 @@
 
 #include "server/api/sparsity_messages.h"
 #include "server/api/speculation_messages.h"
+#include "server/rpc/error_details.h"
 
 namespace dejavu {
 namespace {
@@ -96,6 +97,12 @@ void HideOthers(v1::GetServerInfoResponse* info) {
 
 }  // namespace
 
+absl::Status CheckMayKnowLoad(const ServingState& state, const std::string& tenant) {
+  if (!state.knows_tenants() || tenant == state.options().auth_admin_tenant) return absl::OkStatus();
+  return WithErrorInfo(absl::PermissionDeniedError("what the server does for others is told to operators"),
+                       "NOT_AN_OPERATOR");
+}
+
 v1::GetServerInfoResponse ServerInfo(const ServingState& state) {
   v1::GetServerInfoResponse info;
   info.set_version(DEJAVU_VERSION);
@@ -122,7 +129,7 @@ absl::Status GetServerInfo(const ServingState& state, const std::string& tenant,
   *response = ServerInfo(state);
   if (!state.knows_tenants()) return absl::OkStatus();
   FillTenant(state, tenant, response->load().waiting_requests() > 0, response->mutable_tenant());
-  if (tenant != state.options().auth_admin_tenant) HideOthers(response);
+  if (!CheckMayKnowLoad(state, tenant).ok()) HideOthers(response);
   return absl::OkStatus();
 }
 

@@ -10,6 +10,7 @@
 #include "absl/status/status.h"
 #include "engine/options.h"
 #include "kernels/base/clock.h"
+#include "server/api/load_meter.h"
 #include "server/api/served_model.h"
 #include "server/options.h"
 #include "server/rpc/lifecycle.h"
@@ -38,6 +39,7 @@ class ServingState {
   const ServedModel& model() const { return *model_if_loaded(); }
 
   LiveRequests& live_requests() { return live_requests_; }
+  LoadMeter& load_meter() { return load_meter_; }
 
   // Tokens say whose a call is. Otherwise a tenant is only what a caller says.
   bool knows_tenants() const { return tokens_ != nullptr; }
@@ -61,6 +63,7 @@ class ServingState {
   const SteadyTime started_;
   std::atomic<Tier> default_tier_;
   LiveRequests live_requests_;
+  LoadMeter load_meter_;
   ServedModel model_storage_;                       // constant once model_ is set
   std::atomic<const ServedModel*> model_{nullptr};  // null while loading
 };

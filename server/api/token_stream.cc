@@ -131,7 +131,7 @@ void TokenStream::FillFinish(const dejavu::Finish& finish) {
   message->set_stop_token_id(static_cast<uint32_t>(finish.stop_token_id));
 }
 
-const google::protobuf::MessageLite* TokenStream::NextReply(std::optional<absl::Status>* end) {
+google::protobuf::MessageLite* TokenStream::NextReply(std::optional<absl::Status>* end) {
   MutexLock lock(mutex_);
   *end = end_;
   const bool partial = !end_.has_value();

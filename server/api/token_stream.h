@@ -42,7 +42,7 @@ class TokenStream final : public ReplySink {
   bool OnPromptToken(const Token& token) override;
   void OnFinish(const dejavu::Finish& finish) override;
 
-  const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
+  google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
   void ReleaseReply() override;
 
  private:

@@ -28,7 +28,10 @@ void AccessLog::OnRequestEnd(const RequestRecord& record) {
   TextIfAny("request_id", record.request_id, &fields);
   TextIfAny("trace_id", record.trace.trace_id, &fields);
   TextIfAny("tenant", record.tenant, &fields);
-  fields.Text("method", record.method).Text("peer", record.peer).Text("code", CodeName(record.code));
+  fields.Text("api", ApiOf(record.service))
+      .Text("method", record.method)
+      .Text("peer", record.peer)
+      .Text("code", CodeName(record.code));
   fields.Text("finish_reason", record.finish_reason);
   if (record.tier.has_value()) fields.Text("tier", Name(*record.tier));
   if (record.urgency.has_value()) fields.Text("priority", Name(*record.urgency));

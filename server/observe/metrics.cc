@@ -1,6 +1,8 @@
 #include "server/observe/metrics.h"
 
+#include <algorithm>
 #include <array>
+#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -80,7 +82,7 @@ void Metrics::AddGauge(const std::string& name, const std::string& help, std::fu
 
 void Metrics::OnRequestEnd(const RequestRecord& record) {
   MutexLock lock(mutex_);
-  ++calls_[{record.method, std::string(CodeName(record.code)), record.finish_reason}];
+  ++calls_[{record.method, std::string(CodeName(record.code)), record.finish_reason, ApiOf(record.service)}];
   tenant_metrics_.Count(record);
   if (record.client_stall_seconds > 0.0) call_metrics_.client_stall.Observe(record.client_stall_seconds);
 }
@@ -109,9 +111,10 @@ void Metrics::AddState(MetricsPage& page) const {
 void Metrics::AddCalls(MetricsPage& page) const {
   MutexLock lock(mutex_);
   for (const auto& [names, count] : calls_) {
-    const auto& [method, code, finish_reason] = names;
-    page.Counter("requests_total", "Calls that have ended, by method, gRPC code and what ended the generation.",
-                 static_cast<double>(count), {{"method", method}, {"code", code}, {"finish_reason", finish_reason}});
+    const auto& [method, code, finish_reason, api] = names;
+    page.Counter("requests_total", "Calls that have ended, by method, gRPC code, what ended the generation and API.",
+                 static_cast<double>(count),
+                 {{"method", method}, {"code", code}, {"finish_reason", finish_reason}, {"api", std::string(api)}});
   }
   const HistogramFamily& stalls = call_metrics_.client_stall;
   page.Distribution(stalls.name(), stalls.help(), stalls[0]);
@@ -134,6 +137,25 @@ void Metrics::AddEngine(const Engine& engine, MetricsPage& page) const {
   const EngineView view{engine.metrics(), engine.stats(), engine.sparsity_stats(), engine.weight_bytes()};
   for (const MetricFamily* family : view.metrics.families()) page.Add(*family, view);
   if (per_layer_) AddLayers(view.sparsity.layers, engine.model().ffn, page);
+  AddForEndpointPickers(view, page);
+}
+
+// What Gateway API's inference extension reads of a model server, by the names that its pickers look for unless they
+// are told others: vLLM's (proposal 003, model server protocol).
+void Metrics::AddForEndpointPickers(const EngineView& view, MetricsPage& page) const {
+  const EngineStats& stats = view.stats;
+  const double blocks = std::max(1, stats.kv_blocks_total);
+  page.ForeignGauge("vllm:num_requests_running", "As dejavu_requests_running.", stats.running);
+  page.ForeignGauge("vllm:num_requests_waiting", "As dejavu_requests_waiting, of all priorities.", stats.waiting);
+  page.ForeignGauge("vllm:kv_cache_usage_perc", "As dejavu_kv_utilization_ratio.",
+                    (stats.kv_blocks_total - stats.kv_blocks_free) / blocks);
+  page.ForeignGauge(
+      "vllm:cache_config_info", "1; the labels say how keys and values are kept.", 1,
+      {{"block_size", std::to_string(block_tokens_)}, {"num_gpu_blocks", std::to_string(stats.kv_blocks_total)}});
+  page.ForeignCounter("vllm:prefix_cache_queries_total", "As dejavu_prefix_cache_query_tokens_total.",
+                      static_cast<double>(view.metrics.prefix_query_tokens.value()));
+  page.ForeignCounter("vllm:prefix_cache_hits_total", "As dejavu_prefix_cache_hit_tokens_total.",
+                      static_cast<double>(stats.cached_prompt_tokens));
 }
 
 }  // namespace dejavu

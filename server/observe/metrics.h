@@ -29,8 +29,11 @@ class Metrics final : public RequestObserver {
   // tenant; `lifecycle` must outlive the object.
   Metrics(std::string model_name, const std::string& edges, bool per_layer, int tenants, const Lifecycle* lifecycle);
 
-  // From now on the page includes the engine, which must outlive all calls of Text.
-  void SetEngine(const Engine* engine) { engine_.store(engine, std::memory_order_release); }
+  // From now on the page includes the engine, which must outlive all calls of Text. `block_tokens`: kv.block_tokens.
+  void SetEngine(const Engine* engine, int32_t block_tokens) {
+    block_tokens_ = block_tokens;
+    engine_.store(engine, std::memory_order_release);
+  }
 
   // Adds a number that the caller keeps; `value` is called at each scrape. Before the first call of Text.
   void AddCounter(const std::string& name, const std::string& help, std::function<int64_t()> value,
@@ -49,10 +52,12 @@ class Metrics final : public RequestObserver {
   void AddCalls(MetricsPage& page) const;
   void AddBorrowed(MetricsPage& page) const;
   void AddEngine(const Engine& engine, MetricsPage& page) const;
+  void AddForEndpointPickers(const EngineView& view, MetricsPage& page) const;
 
   const std::string model_name_;
   const bool per_layer_;
   const Lifecycle* const lifecycle_;
+  int32_t block_tokens_ = 0;  // constant once engine_ is set
   std::atomic<const Engine*> engine_ = nullptr;
 
   struct Borrowed {
@@ -64,8 +69,9 @@ class Metrics final : public RequestObserver {
   std::vector<Borrowed> borrowed_;  // constant once shared; those of a name side by side
 
   mutable Mutex mutex_;
-  // How many have ended, by method, code and finish reason.
-  std::map<std::tuple<std::string, std::string, std::string>, int64_t> calls_ ABSL_GUARDED_BY(mutex_);
+  // How many have ended, by method, code, finish reason and API.
+  std::map<std::tuple<std::string, std::string, std::string, absl::string_view>, int64_t> calls_
+      ABSL_GUARDED_BY(mutex_);
   CallMetrics call_metrics_ ABSL_GUARDED_BY(mutex_);
   TenantMetrics tenant_metrics_ ABSL_GUARDED_BY(mutex_);
 };

@@ -52,6 +52,22 @@ void MetricsPage::ProcessGauge(const std::string& name, const std::string& help,
   Family(name, help, MetricType::Gauge).metric.emplace_back().gauge.value = value;
 }
 
+void MetricsPage::ForeignGauge(const std::string& name, const std::string& help, double value, const Labels& labels) {
+  ForeignSeries(name, help, MetricType::Gauge, labels).gauge.value = value;
+}
+
+void MetricsPage::ForeignCounter(const std::string& name, const std::string& help, double value) {
+  ForeignSeries(name, help, MetricType::Counter, {}).counter.value = value;
+}
+
+prometheus::ClientMetric& MetricsPage::ForeignSeries(const std::string& name, const std::string& help, MetricType type,
+                                                     const Labels& labels) {
+  auto& series = Family(name, help, type).metric.emplace_back();
+  series.label.push_back({"model_name", model_});
+  for (const auto& [label, value] : labels) series.label.push_back({label, value});
+  return series;
+}
+
 std::string MetricsPage::Text() const { return MetricsText().Serialize(families_); }
 
 prometheus::MetricFamily& MetricsPage::Family(const std::string& full_name, const std::string& help, MetricType type) {

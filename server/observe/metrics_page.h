@@ -32,10 +32,16 @@ class MetricsPage {
   void ProcessCounter(const std::string& name, const std::string& help, double value);
   void ProcessGauge(const std::string& name, const std::string& help, double value);
 
+  // With the whole name that another system gave it, and the label `model_name` in place of `model`, as that has.
+  void ForeignGauge(const std::string& name, const std::string& help, double value, const Labels& labels = {});
+  void ForeignCounter(const std::string& name, const std::string& help, double value);
+
   std::string Text() const;
 
  private:
   prometheus::MetricFamily& Family(const std::string& full_name, const std::string& help, prometheus::MetricType type);
+  prometheus::ClientMetric& ForeignSeries(const std::string& name, const std::string& help, prometheus::MetricType type,
+                                          const Labels& labels);
   prometheus::ClientMetric& Series(const std::string& name, const std::string& help, prometheus::MetricType type,
                                    const Labels& labels);
 

@@ -39,7 +39,9 @@ void AddNumber(absl::string_view key, double value, otlp::Span* span) {
 
 // Nothing for the calls that make no tokens.
 absl::string_view Operation(const RequestRecord& record) {
-  if (record.method == "Generate" || record.method == "GenerateStream") return "text_completion";
+  for (const absl::string_view method : {"Generate", "GenerateStream", "ModelInfer", "ModelStreamInfer"}) {
+    if (record.method == method) return "text_completion";
+  }
   return record.method == "Score" ? "score" : "";
 }
 

@@ -13,6 +13,12 @@ void CallReport::EndCall(grpc::StatusCode code, SteadyTime::duration client_stal
   Report();
 }
 
+std::shared_ptr<CallReport> CallReport::OfRequest(SteadyTime arrival) const {
+  auto report = std::make_shared<CallReport>(ends_, record_);
+  report->record_.arrival = arrival;
+  return report;
+}
+
 void CallReport::Wake() {
   std::shared_ptr<RecordSource> lost;  // what it holds may hold this object: it goes after the lock
   MutexLock lock(mutex_);

@@ -38,6 +38,9 @@ class CallReport final : public WriterTask, public std::enable_shared_from_this<
   // The call is over, with that code: reports it, or waits for what `source` lacks. Null: it adds nothing.
   void EndCall(grpc::StatusCode code, SteadyTime::duration client_stall, std::shared_ptr<RecordSource> source);
 
+  // The same call as far as it was known when it arrived, for one of its requests. Before EndCall.
+  std::shared_ptr<CallReport> OfRequest(SteadyTime arrival) const;
+
   // `source` may know more now. Nothing while the call is not over. The engine's thread, too.
   void Wake();
 

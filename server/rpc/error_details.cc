@@ -62,6 +62,22 @@ absl::Status InvalidField(absl::string_view field, absl::string_view problem) {
   return status;
 }
 
+absl::Status WithFieldNames(absl::Status status, absl::Span<const FieldName> names) {
+  const absl::optional<absl::Cord> payload = status.GetPayload(absl::StrCat(kTypeUrls, "BadRequest"));
+  rpc::BadRequest bad_request;
+  if (!payload.has_value() || !bad_request.ParseFromString(std::string(*payload))) return status;
+  for (const FieldName& name : names) {
+    std::string* const field = bad_request.mutable_field_violations(0)->mutable_field();
+    if (!absl::StartsWith(*field, name.ours)) continue;
+    field->replace(0, name.ours.size(), name.theirs.data(), name.theirs.size());
+    // Its message begins with the field.
+    status = absl::InvalidArgumentError(absl::StrCat(name.theirs, status.message().substr(name.ours.size())));
+    Attach("BadRequest", bad_request, &status);
+    break;
+  }
+  return status;
+}
+
 absl::Status WithErrorInfo(absl::Status status, absl::string_view reason,
                            const std::vector<std::pair<std::string, std::string>>& metadata) {
   rpc::ErrorInfo info;

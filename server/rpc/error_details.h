@@ -11,6 +11,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
+#include "absl/types/span.h"
 #include "grpcpp/support/status.h"
 
 namespace dejavu {
@@ -20,6 +21,13 @@ inline constexpr char kErrorDomain[] = "dejavud";
 
 // INVALID_ARGUMENT, "`field` `problem`", with BadRequest. `problem` holds the value and the limit.
 absl::Status InvalidField(absl::string_view field, absl::string_view problem);
+
+// What one protocol calls a field of another: a prefix of the first is replaced by the second.
+struct FieldName {
+  absl::string_view ours, theirs;
+};
+// An error of InvalidField with the other name, by the first entry that fits; others as they are.
+absl::Status WithFieldNames(absl::Status status, absl::Span<const FieldName> names);
 
 // NOT_FOUND, ALREADY_EXISTS and others: `status` with ErrorInfo. Reasons are UPPER_SNAKE_CASE.
 absl::Status WithErrorInfo(absl::Status status, absl::string_view reason,

@@ -67,7 +67,7 @@ absl::Status Gate::Admit(absl::string_view path, const grpc::CallbackServerConte
   if (tokens_ != nullptr && needs.caller != Caller::kAnybody) {
     RETURN_IF_ERROR(CheckToken(needs.caller, context, record));
   }
-  return CheckPhase(needs.resource);
+  return CheckPhase(lifecycle_->phase(), needs.resource);
 }
 
 // A method that its service does not have needs what the strictest of them needs.
@@ -98,9 +98,9 @@ absl::Status Gate::CheckToken(Caller caller, const grpc::CallbackServerContext& 
   return absl::OkStatus();
 }
 
-absl::Status Gate::CheckPhase(Resource resource) const {
+absl::Status CheckPhase(Phase phase, Resource resource) {
   if (resource == Resource::kNone) return absl::OkStatus();
-  switch (lifecycle_->phase()) {
+  switch (phase) {
     case Phase::kLoading:
     case Phase::kWarming:
       return UnavailableRetry("the model is still loading", std::chrono::seconds(2));

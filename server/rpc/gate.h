@@ -21,6 +21,9 @@ namespace dejavu {
 // Of what the client sent, as HTTP/2 counts it: 32 bytes more for each entry.
 size_t MetadataBytes(const grpc::CallbackServerContext& context);
 
+// UNAVAILABLE where a server in that phase does not have it.
+absl::Status CheckPhase(Phase phase, Resource resource);
+
 class Gate {
  public:
   // Null tokens: everybody may call. `admin_tenant`: whose tokens are an operator's.
@@ -40,7 +43,6 @@ class Gate {
  private:
   Needs NeedsOf(absl::string_view path) const;
   absl::Status CheckToken(Caller caller, const grpc::CallbackServerContext& context, RequestRecord* record) const;
-  absl::Status CheckPhase(Resource resource) const;
 
   const Lifecycle* const lifecycle_;
   const Tokens* const tokens_;

@@ -2,8 +2,20 @@
 
 #include <algorithm>
 #include <array>
+#include <utility>
+
+#include "absl/strings/match.h"
 
 namespace dejavu {
+
+absl::string_view ApiOf(absl::string_view service) {
+  constexpr std::array<std::pair<absl::string_view, absl::string_view>, 5> kApis = {
+      {{"dejavu.", "dejavu"}, {"inference.", "kserve"}, {"vllm.", "vllm"}, {"xds.", "orca"}, {"grpc.", "grpc"}}};
+  for (const auto& [prefix, name] : kApis) {
+    if (absl::StartsWith(service, prefix)) return name;
+  }
+  return "none";
+}
 
 absl::string_view CodeName(grpc::StatusCode code) {
   constexpr std::array<absl::string_view, 17> kNames = {

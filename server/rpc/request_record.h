@@ -58,6 +58,9 @@ struct RequestRecord : RequestAsked {
   double client_stall_seconds = 0.0;
 };
 
+// Whose protocol a service is, by its full name: dejavu, kserve, vllm, orca, grpc (health and reflection), or none.
+absl::string_view ApiOf(absl::string_view service);
+
 // "OK", "DEADLINE_EXCEEDED", ...
 absl::string_view CodeName(grpc::StatusCode code);
 

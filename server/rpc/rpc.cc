@@ -114,7 +114,8 @@ Rpc::Rpc(grpc::CallbackServerContext* context, const RpcWorkers& workers, std::u
       deadline_(deadline),
       report_(std::move(report)),
       handler_(std::move(handler)),
-      large_replies_(handler_->large_replies()) {
+      large_replies_(handler_->large_replies()),
+      reads_ahead_(handler_->reads_ahead()) {
   grpc_call_ref(call_);
 }
 
@@ -123,7 +124,19 @@ Rpc::~Rpc() { grpc_call_unref(call_); }
 void Rpc::Read() {
   {
     MutexLock lock(mutex_);
+    reading_ = true;
     reading_since_ = std::chrono::steady_clock::now();
+  }
+  StartRead(&request_);
+}
+
+// A stream that carries several requests may wait for the next one as long as it likes.
+void Rpc::ReadAhead() {
+  if (!reads_ahead_ || !handler_->TakesMore()) return;
+  {
+    MutexLock lock(mutex_);
+    if (reading_ || finished_ || forced_end_.has_value()) return;
+    reading_ = true;
   }
   StartRead(&request_);
 }
@@ -194,6 +207,8 @@ void Rpc::Pump() {
     }
     if (!end.has_value()) return StartWrite(&reply_);
     AdviseRetry(*end, context_);
+    const std::string load = handler_->load_report();
+    if (!load.empty()) context_->AddTrailingMetadata("endpoint-load-metrics-bin", load);
     // Nothing of this object may be touched after either call.
     if (reply) return StartWriteAndFinish(&reply_, grpc::WriteOptions(), ToGrpcStatus(*end));
     return Finish(ToGrpcStatus(*end));
@@ -235,7 +250,7 @@ void Rpc::EndIfWaiting(SteadyTime now, const CallTimeouts& timeouts) {
 void Rpc::EndIfReading(const absl::Status& status) {
   {
     MutexLock lock(mutex_);
-    if (reading_since_ == SteadyTime()) return;
+    if (reading_since_ == SteadyTime() && !(reads_ahead_ && reading_)) return;
   }
   End(status);
 }
@@ -264,6 +279,10 @@ void Rpc::OnReadDone(bool ok) {
   }
   if (!ok) {
     reads_ended_ = true;
+    if (reads_ahead_) {
+      handler_->OnHalfClose();
+      return Pump();
+    }
     End(handler_->streams_requests() ? absl::OkStatus()
                                      : absl::InvalidArgumentError("the call holds no request message"));
     return;
@@ -315,6 +334,11 @@ void Rpc::HandleRequest() {
   const absl::Status status = compressed_ ? HandleDecompressed(bytes) : handler_->OnRequest(shared_from_this(), bytes);
   bytes.Clear();
   if (status.ok()) {
+    if (reads_ahead_) {
+      MutexLock lock(mutex_);
+      reading_ = false;
+    }
+    ReadAhead();
     Pump();
   } else {
     End(status);
@@ -330,6 +354,7 @@ void Rpc::OnWriteDone(bool ok) {
   reply_.Clear();
   slot_->LetGo();
   if (ok && handler_->streams_requests()) Read();
+  if (ok) ReadAhead();
   {
     MutexLock lock(mutex_);
     busy_ = false;
@@ -362,7 +387,6 @@ void Rpc::OnDone() {
 void Rpc::Complete() {
   workers_.calls->Remove(this);
   std::shared_ptr<RecordSource> source = handler_->record_source();
-  handler_.reset();
   grpc::StatusCode code = grpc::StatusCode::UNKNOWN;
   SteadyTime::duration stall = {};
   bool cancelled = false;
@@ -374,6 +398,8 @@ void Rpc::Complete() {
   }
   // A client that has half-closed hears why the call ended; else it has gone, which gRPC may tell a moment later.
   if (reads_ended_ && cancelled) code = static_cast<grpc::StatusCode>(HasGone().code());
+  handler_->OnEnd(code);
+  handler_.reset();
   report_->EndCall(code, stall, std::move(source));
   self_.reset();
 }

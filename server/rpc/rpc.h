@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <string>
 
 #include "absl/status/status.h"
 #include "engine/request.h"
@@ -57,8 +58,20 @@ class RpcHandler {
   // True: a further request is read after each reply, and the client's half-close ends the call.
   virtual bool streams_requests() const { return false; }
 
+  // True: requests are read as they come, as long as TakesMore, which is asked after each request and each reply. The
+  // handler ends the call, sometime after it has heard of the client's half-close. From any of gRPC's threads.
+  virtual bool reads_ahead() const { return false; }
+  virtual bool TakesMore() { return true; }
+  virtual void OnHalfClose() {}
+
+  // The call is over, with that code. The last that is heard; nothing runs beside it.
+  virtual void OnEnd(grpc::StatusCode /*code*/) {}
+
   // True: replies may be large, and are made and serialised by the pool.
   virtual bool large_replies() const { return false; }
+
+  // For the trailers, as ORCA has it: asked for when the handler has ended the call. Empty: none.
+  virtual std::string load_report() { return {}; }
 
   // Asked for when the call is over. Null: there is nothing to add to what the call itself knows.
   virtual std::shared_ptr<RecordSource> record_source() { return nullptr; }
@@ -92,6 +105,8 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   SteadyTime deadline() const { return deadline_; }  // SteadyTime::max(): none
   // The token's, or where there are no tokens metadata x-tenant as the client sent it.
   const std::string& tenant() const { return report_->tenant(); }
+  // For a request that this call carries among others: reports it by itself, as one of that call.
+  std::shared_ptr<CallReport> ReportOf(SteadyTime arrival) const { return report_->OfRequest(arrival); }
 
  private:
   Rpc(grpc::CallbackServerContext* context, const RpcWorkers& workers, std::unique_ptr<CallSlot> slot,
@@ -118,6 +133,8 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   // The handler's next reply as bytes in reply_; false: there is none now.
   bool TakeReply(std::optional<absl::Status>* end);
   void Read();
+  // Where the handler reads ahead: another one, unless one is awaited or none can come.
+  void ReadAhead();
   // Ends the call with `status` as soon as no write is outstanding.
   void End(absl::Status status);
   absl::Status HasGone() const;  // what a call ends with that its client waits for no longer
@@ -131,6 +148,7 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   const std::shared_ptr<CallReport> report_;
   std::unique_ptr<RpcHandler> handler_;
   const bool large_replies_;
+  const bool reads_ahead_;
   std::shared_ptr<Rpc> self_;  // until OnDone
   bool compressed_ = false;    // request_ is
   bool reads_ended_ = false;   // set by reads, asked for when all is over: no request came any more
@@ -144,7 +162,8 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   bool waits_for_pool_ ABSL_GUARDED_BY(mutex_) = false;  // a request does
   // Of its threads, in HandleRequest: a stream's reply may bring the next request before the last one's thread is out.
   int in_pool_ ABSL_GUARDED_BY(mutex_) = 0;
-  bool done_ ABSL_GUARDED_BY(mutex_) = false;       // OnDone has come: context_ may be gone
+  bool reading_ ABSL_GUARDED_BY(mutex_) = false;  // as ReadAhead asks: a read is outstanding, or none can come any more
+  bool done_ ABSL_GUARDED_BY(mutex_) = false;     // OnDone has come: context_ may be gone
   bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;  // as context_ said then
   bool finished_ ABSL_GUARDED_BY(mutex_) = false;   // gRPC has been told the end: it may call OnDone at any moment
   std::optional<absl::Status> forced_end_ ABSL_GUARDED_BY(mutex_);

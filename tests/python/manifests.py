@@ -13,7 +13,7 @@ from conftest import BIN, PATIENCE_S, ROOT
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 FETCH = DEPLOY / "fetch-model.sh"
-OVERLAYS = ["cpu", "edge", "gpu", "monitoring", "multi-host", "tls", "tp-8"]
+OVERLAYS = ["cpu", "edge", "gpu", "inference-pool", "monitoring", "multi-host", "tls", "tp-8"]
 SCHEMAS = {path.stem: json.loads(path.read_text()) for path in (KUBERNETES / "schemas").iterdir()}
 
 overlays = pytest.mark.parametrize("overlay", OVERLAYS)

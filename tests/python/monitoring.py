@@ -24,7 +24,7 @@ PATIENCE_S = 60
 FILLED_IN = {"$__rate_interval": "1m", "$__interval": "15s", "$__range": "1h",
              "$namespace": ".*", "$pod": ".*", "$model": ".*", "$tier": ".*"}
 
-ELSEWHERE = {"GPU", "ranks", "TLS", "tenants"}  # what the daemon of the tests does not have
+ELSEWHERE = {"GPU", "ranks", "TLS", "tenants", "pickers"}  # what the daemon of the tests does not have, or has under other names
 
 
 # labels: its own, without `model`. only: "GPU", "ranks", ..., or empty where every daemon exports it.

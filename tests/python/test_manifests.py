@@ -123,7 +123,7 @@ def test_references_lead_somewhere(overlay):
 def test_pods_can_reach_their_volume(overlay):
     """A volume of one node keeps all pods that mount it there."""
     claim, = of_kind(overlay, "PersistentVolumeClaim")
-    assert claim["spec"]["accessModes"] == ["ReadWriteOnce" if overlay in ("cpu", "edge", "monitoring", "tls") else "ReadWriteMany"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteOnce" if overlay in ("cpu", "edge", "inference-pool", "monitoring", "tls") else "ReadWriteMany"]
     for name, pod in pods(overlay):
         if claim["spec"]["accessModes"] == ["ReadWriteOnce"]:
             rule, = pod["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
@@ -169,3 +169,16 @@ def test_the_rules_are_those_of_the_repository(tmp_path):
     assert rule["spec"]["groups"] == expected, "run deploy/kubernetes/components/monitoring/make_prometheus_rule.py"
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rule["spec"]))
     subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yaml"], check=True, timeout=PATIENCE_S)
+
+
+def test_the_inference_pool_has_the_servers_and_their_ports():
+    (pool,) = of_kind("inference-pool", "InferencePool")
+    assert pool["spec"]["appProtocol"] == "kubernetes.io/h2c"
+    labels = pool["spec"]["selector"]["matchLabels"]
+    found = servers("inference-pool")
+    assert found
+    for pod, container in found:
+        assert labels.items() <= pod["metadata"]["labels"].items()
+        assert {port["number"] for port in pool["spec"]["targetPorts"]} <= {port["containerPort"] for port in container["ports"]}
+    (policy,) = [each for each in of_kind("inference-pool", "NetworkPolicy") if each["metadata"]["name"] == "dejavud-gateway"]
+    assert {port["port"] for port in policy["spec"]["ingress"][0]["ports"]} == {"grpc", "metrics"}

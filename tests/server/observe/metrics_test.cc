@@ -20,7 +20,7 @@ using testing::Not;
 std::string PageOf(const Engine* engine) {
   const Lifecycle lifecycle;
   Metrics metrics("m", /*edges=*/"", /*per_layer=*/false, /*tenants=*/0, &lifecycle);
-  if (engine != nullptr) metrics.SetEngine(engine);
+  if (engine != nullptr) metrics.SetEngine(engine, 16);
   return metrics.Text();
 }
 
@@ -71,6 +71,7 @@ TEST(Metrics, CountsCallsByHowTheyEnded) {
   Metrics metrics("m", "client_stall_seconds=1,2", /*per_layer=*/false, /*tenants=*/0, &lifecycle);
   metrics.AddCounter("borrowed_total", "Of another.", [] { return 7; });
   RequestRecord record;
+  record.service = "dejavu.v1.GenerationService";
   record.method = "Generate";
   record.finish_reason = "length";
   record.client_stall_seconds = 1.5;
@@ -78,7 +79,7 @@ TEST(Metrics, CountsCallsByHowTheyEnded) {
   metrics.OnRequestEnd(record);
   const std::string page = metrics.Text();
   EXPECT_THAT(page, HasSubstr("dejavu_requests_total{model=\"m\",method=\"Generate\",code=\"OK\","
-                              "finish_reason=\"length\"} 2\n"));
+                              "finish_reason=\"length\",api=\"dejavu\"} 2\n"));
   EXPECT_THAT(page, HasSubstr("dejavu_client_stall_seconds_bucket{model=\"m\",le=\"2\"} 2\n"));
   EXPECT_THAT(page, HasSubstr("# HELP dejavu_borrowed_total Of another.\n# TYPE dejavu_borrowed_total counter\n"
                               "dejavu_borrowed_total{model=\"m\"} 7\n"));

@@ -1,0 +1,343 @@
+#include "server/api/kserve_dialect.h"
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "kernels/base/status_macros.h"
+#include "kernels/base/utf8.h"
+#include "nlohmann/json.hpp"
+#include "server/api/kserve_tensors.h"
+#include "server/api/sampling_parameters.h"
+#include "server/api/validate.h"
+#include "server/rpc/error_details.h"
+#include "server/rpc/parse.h"
+#include "server/rpc/random.h"
+
+namespace dejavu {
+namespace {
+
+using inference::InferParameter;
+
+constexpr KServeTensor kInputs[] = {{"text_input", inference::TYPE_STRING, 1, true},
+                                    {"input_ids", inference::TYPE_INT32, -1, true},
+                                    {"stream", inference::TYPE_BOOL, 1, true},
+                                    {"sampling_parameters", inference::TYPE_STRING, 1, true},
+                                    {"exclude_input_in_output", inference::TYPE_BOOL, 1, true},
+                                    {"return_finish_reason", inference::TYPE_BOOL, 1, true},
+                                    {"return_cumulative_logprob", inference::TYPE_BOOL, 1, true},
+                                    {"return_logprobs", inference::TYPE_BOOL, 1, true},
+                                    {"return_num_input_tokens", inference::TYPE_BOOL, 1, true},
+                                    {"return_num_output_tokens", inference::TYPE_BOOL, 1, true}};
+constexpr KServeTensor kOutputs[] = {
+    {"text_output", inference::TYPE_STRING, -1, false},       {"output_ids", inference::TYPE_INT32, -1, false},
+    {"finish_reason", inference::TYPE_STRING, -1, false},     {"cumulative_logprob", inference::TYPE_FP32, -1, false},
+    {"logprobs", inference::TYPE_STRING, -1, false},          {"num_input_tokens", inference::TYPE_UINT32, 1, false},
+    {"num_output_tokens", inference::TYPE_UINT32, -1, false},
+};
+
+// About what a token's log-probability takes as JSON.
+constexpr int64_t kLogprobTextBytes = 80;
+
+// So that logs and Abort can name a request by what its client calls it, though clients use ids again as they like.
+std::string RequestId(const std::string& id) {
+  if (id.empty() || id.size() > 100 || !CheckRequestId(id).ok()) return absl::StrCat("req-", RandomHex(16));
+  return absl::StrCat(id, "-", RandomHex(8));
+}
+
+nlohmann::json ToJson(const InferParameter& parameter) {
+  switch (parameter.parameter_choice_case()) {
+    case InferParameter::kBoolParam:
+      return parameter.bool_param();
+    case InferParameter::kInt64Param:
+      return parameter.int64_param();
+    case InferParameter::kStringParam:
+      return parameter.string_param();
+    case InferParameter::kDoubleParam:
+      return parameter.double_param();
+    case InferParameter::kUint64Param:
+      return parameter.uint64_param();
+    case InferParameter::PARAMETER_CHOICE_NOT_SET:
+      break;
+  }
+  return nullptr;
+}
+
+absl::StatusOr<SteadyTime::duration> ReadTimeout(const InferParameter& parameter) {
+  int64_t us = -1;
+  if (parameter.has_int64_param()) us = parameter.int64_param();
+  if (parameter.has_uint64_param()) us = static_cast<int64_t>(std::min<uint64_t>(parameter.uint64_param(), INT64_MAX));
+  if (us < 0) return InvalidField("timeout", "must be a whole number of microseconds, 0 for none");
+  return us == 0 ? SteadyTime::duration::max() : Lasting(1e-6 * static_cast<double>(us));
+}
+
+absl::string_view ReasonText(const v1::GenerateChunk& chunk) {
+  if (!chunk.has_finish()) return "None";
+  return chunk.finish().reason() == v1::FINISH_REASON_LENGTH ? "length" : "stop";
+}
+
+}  // namespace
+
+absl::Status CheckKServeVersion(const std::string& version) {
+  if (version.empty() || version == kKServeVersion) return absl::OkStatus();
+  int64_t number = 0;
+  if (!absl::SimpleAtoi(version, &number)) {
+    return InvalidField("model_version", absl::StrCat("is ", Printable(version), "; it must be a number"));
+  }
+  return absl::NotFoundError(absl::StrCat("the model has no version ", number, "; ", kKServeVersion, " is served"));
+}
+
+absl::Span<const KServeTensor> KServeInputs() { return kInputs; }
+absl::Span<const KServeTensor> KServeOutputs() { return kOutputs; }
+
+const char* KServeTypeName(inference::DataType type) {
+  switch (type) {
+    case inference::TYPE_BOOL:
+      return "BOOL";
+    case inference::TYPE_UINT32:
+      return "UINT32";
+    case inference::TYPE_INT32:
+      return "INT32";
+    case inference::TYPE_FP32:
+      return "FP32";
+    default:
+      return "BYTES";
+  }
+}
+
+absl::Status KServeDialect::Read(const grpc::ByteBuffer& bytes, v1::GenerateRequest* request) {
+  RETURN_IF_ERROR(ParseMessage(bytes, &infer_));
+  request->set_request_id(RequestId(infer_.id()));
+  request->set_model(infer_.model_name());
+  RETURN_IF_ERROR(CheckModelName(infer_.model_name(), model_));
+  RETURN_IF_ERROR(CheckKServeVersion(infer_.model_version()));
+  RETURN_IF_ERROR(ReadTensors(request));
+  RETURN_IF_ERROR(ReadOutputs());
+  if (asked_.output_ids && request->sampling().samples() > 1) {
+    return InvalidField("output_ids",
+                        "is asked for, and the samples' ids are of different lengths: ask for one sample");
+  }
+  infer_.clear_inputs();
+  infer_.clear_raw_input_contents();
+  samples_ = std::max(1u, request->sampling().samples());
+  return absl::OkStatus();
+}
+
+absl::Status KServeDialect::ReadTensors(v1::GenerateRequest* request) {
+  SetVllmDefaults(request);
+  ASSIGN_OR_RETURN(const std::vector<KServeInput> inputs, PairInputs(infer_));
+  std::optional<bool> exclude_input;
+  std::array<bool, std::size(kInputs)> seen = {};
+  bool has_sampling = false;
+  for (const KServeInput& input : inputs) {
+    const std::string& name = input.tensor->name();
+    const auto known =
+        std::find_if(std::begin(kInputs), std::end(kInputs), [&](const auto& t) { return name == t.name; });
+    if (known == std::end(kInputs))
+      return InvalidField("inputs", absl::StrCat("has ", Printable(name), ", which is no input of this model"));
+    if (std::exchange(seen[static_cast<size_t>(known - std::begin(kInputs))], true))
+      return InvalidField(name, "is given twice");
+    if (name == "text_input") {
+      ASSIGN_OR_RETURN(*request->mutable_text(), BytesOf(input));
+      if (!IsValidUtf8(request->text())) return InvalidField(name, "is not valid UTF-8");
+    } else if (name == "input_ids") {
+      ASSIGN_OR_RETURN(const std::vector<uint32_t> ids, IdsOf(input));
+      if (request->has_text()) return InvalidField(name, "is given beside text_input");
+      request->mutable_token_ids()->mutable_ids()->Add(ids.begin(), ids.end());
+    } else if (name == "sampling_parameters") {
+      has_sampling = true;
+      ASSIGN_OR_RETURN(const std::string text, BytesOf(input));
+      RETURN_IF_ERROR(ReadSamplingText(text, request));
+    } else {
+      ASSIGN_OR_RETURN(const bool flag, FlagOf(input));
+      if (name == "stream") stream_ = flag;
+      if (name == "exclude_input_in_output") exclude_input = flag;
+      if (name == "return_finish_reason") asked_.finish_reason = flag;
+      if (name == "return_cumulative_logprob") asked_.cumulative_logprob = flag;
+      if (name == "return_logprobs") asked_.logprobs = flag;
+      if (name == "return_num_input_tokens") asked_.num_input_tokens = flag;
+      if (name == "return_num_output_tokens") asked_.num_output_tokens = flag;
+    }
+  }
+  if (seen[0] && seen[1]) return InvalidField("text_input", "is given beside input_ids");
+  RETURN_IF_ERROR(ReadParameters(has_sampling, request));
+  return CheckCombination(exclude_input, request);
+}
+
+absl::Status KServeDialect::CheckCombination(const std::optional<bool>& exclude_input, v1::GenerateRequest* request) {
+  if (stream_ && !in_stream_) {
+    return InvalidField("stream", "is true, and ModelInfer has one reply: use ModelStreamInfer");
+  }
+  const uint32_t samples = request->sampling().samples();
+  if (stream_ && samples > 1) return InvalidField("n", absl::StrCat("is ", samples, "; a stream has one sample"));
+  const bool by_ids = request->has_token_ids();
+  const bool exclude = exclude_input.value_or(stream_ || by_ids);
+  if (!exclude && stream_) return InvalidField("exclude_input_in_output", "is false; a stream has the output alone");
+  if (!exclude && by_ids) return InvalidField("exclude_input_in_output", "is false, and the prompt is no text");
+  if (!exclude) prepended_ = request->text();
+  if (asked_.cumulative_logprob || asked_.logprobs) {
+    logprobs_asked_ = request->output().logprobs();
+    request->mutable_output()->set_logprobs(true);
+  }
+  const int64_t logprobs = asked_.logprobs && !stream_
+                               ? int64_t{std::max(1u, samples)} * request->stopping().max_new_tokens() *
+                                     (request->output().top_logprobs() + 1)
+                               : 0;
+  if (logprobs > kMaxReplyBytes / kLogprobTextBytes) {
+    return InvalidField("logprobs", absl::StrCat("makes a reply of about ", logprobs, " entries; at most ",
+                                                 kMaxReplyBytes / kLogprobTextBytes, " can be sent"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status KServeDialect::ReadOutputs() {
+  if (infer_.outputs().empty()) return absl::OkStatus();
+  asked_.text_output = false;
+  for (const auto& output : infer_.outputs()) {
+    const std::string& name = output.name();
+    const auto known =
+        std::find_if(std::begin(kOutputs), std::end(kOutputs), [&](const auto& t) { return name == t.name; });
+    if (known == std::end(kOutputs)) {
+      return InvalidField("outputs", absl::StrCat("has ", Printable(name), ", which is no output of this model"));
+    }
+    if (!output.parameters().empty()) {
+      return InvalidField(name, absl::StrCat("has the parameter ", Printable(output.parameters().begin()->first),
+                                             "; none is served here, shared memory neither"));
+    }
+    if (name == "text_output") asked_.text_output = true;
+    if (name == "output_ids") asked_.output_ids = true;
+    // What a flag has not asked for the backend does not make; a client that names it wants it.
+    if (name == "finish_reason") asked_.finish_reason = true;
+    if (name == "num_input_tokens") asked_.num_input_tokens = true;
+    if (name == "num_output_tokens") asked_.num_output_tokens = true;
+    if (name == "logprobs" && !asked_.logprobs) return InvalidField("logprobs", "is asked for by return_logprobs");
+    if (name == "cumulative_logprob" && !asked_.cumulative_logprob) {
+      return InvalidField("cumulative_logprob", "is asked for by return_cumulative_logprob");
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Sampling parameters may stand there, too, where there is no tensor of them.
+absl::Status KServeDialect::ReadParameters(bool has_sampling_tensor, v1::GenerateRequest* request) {
+  nlohmann::json sampling = nlohmann::json::object();
+  for (const auto& [name, parameter] : infer_.parameters()) {
+    if (name == "timeout") {
+      ASSIGN_OR_RETURN(timeout_, ReadTimeout(parameter));
+    } else if (name == "triton_enable_empty_final_response") {
+      // The last reply of a stream is never empty, and says that it is the last.
+      if (!parameter.has_bool_param()) return InvalidField(name, "must be true or false");
+    } else if (name == "priority" || absl::StartsWith(name, "sequence_")) {
+      const bool none = ToJson(parameter) == 0 || ToJson(parameter) == false;
+      if (!none) return InvalidField(name, "is not served here");
+    } else if (has_sampling_tensor) {
+      return InvalidField(Printable(name), "is no parameter that is known here beside the tensor sampling_parameters");
+    } else {
+      sampling[name] = ToJson(parameter);
+    }
+  }
+  return ReadSamplingParameters(sampling, request);
+}
+
+absl::Status KServeDialect::Renamed(absl::Status status) const {
+  static constexpr FieldName kNames[] = {{"text", "text_input"}};
+  return WithFieldNames(WithFieldNames(std::move(status), VllmNames()), kNames);
+}
+
+void KServeDialect::Take(v1::GenerateChunk* chunk) {
+  if (chunk->has_prompt()) prompt_tokens_ = chunk->prompt().prompt_tokens();
+  if (stream_) {
+    // The first one tells of the prompt alone, and what is held back has no token.
+    if (chunk->token_ids_size() > 0 || chunk->has_finish()) chunk_ = chunk;
+    return;
+  }
+  if (chunk->sample() >= chunks_.size()) chunks_.resize(chunk->sample() + 1);
+  chunks_[chunk->sample()].Swap(chunk);
+  ++taken_;
+}
+
+const google::protobuf::MessageLite* KServeDialect::Next(bool* more) {
+  *more = false;
+  std::vector<v1::GenerateChunk*> samples;
+  if (stream_) {
+    if (chunk_ == nullptr) return nullptr;
+    samples.push_back(std::exchange(chunk_, nullptr));
+  } else {
+    if (taken_ < samples_) return nullptr;
+    taken_ = 0;
+    for (v1::GenerateChunk& chunk : chunks_) samples.push_back(&chunk);
+  }
+  inference::ModelInferResponse* const infer = Fill(samples, samples[0]->has_finish());
+  if (in_stream_) return &response_;
+  return infer;
+}
+
+inference::ModelInferResponse* KServeDialect::Fill(const std::vector<v1::GenerateChunk*>& samples, bool last) {
+  response_.Clear();
+  inference::ModelInferResponse* const infer = response_.mutable_infer_response();
+  infer->set_model_name(model_.name);
+  infer->set_model_version(kKServeVersion);
+  infer->set_id(infer_.id());
+  if (in_stream_) (*infer->mutable_parameters())["triton_final_response"].set_bool_param(last);
+  std::string text, ids, reasons, cumulative, logprobs, counts;
+  int64_t id_count = 0;
+  for (const v1::GenerateChunk* chunk : samples) {
+    AppendBytes(absl::StrCat(prepended_, chunk->text()), &text);
+    for (const uint32_t id : chunk->token_ids()) AppendNumber(static_cast<int32_t>(id), &ids);
+    id_count += chunk->token_ids_size();
+    AppendBytes(ReasonText(*chunk), &reasons);
+    if (!stream_) cumulative_logprob_ = 0.0;  // of each sample; a stream has one
+    for (const v1::TokenLogprobs& logprob : chunk->logprobs()) cumulative_logprob_ += logprob.logprob();
+    AppendNumber(static_cast<float>(cumulative_logprob_), &cumulative);
+    if (asked_.logprobs) AppendBytes(logprobs_asked_ ? LogprobsText(*chunk) : "null", &logprobs);
+    AppendNumber(static_cast<uint32_t>(chunk->token_ids_size()), &counts);
+  }
+  const auto rows = static_cast<int64_t>(samples.size());
+  if (asked_.text_output) AddOutput("text_output", "BYTES", rows, std::move(text), infer);
+  if (asked_.output_ids) AddOutput("output_ids", "INT32", id_count, std::move(ids), infer);
+  if (asked_.finish_reason) AddOutput("finish_reason", "BYTES", rows, std::move(reasons), infer);
+  if (asked_.cumulative_logprob) AddOutput("cumulative_logprob", "FP32", rows, std::move(cumulative), infer);
+  if (asked_.logprobs) AddOutput("logprobs", "BYTES", rows, std::move(logprobs), infer);
+  if (asked_.num_input_tokens) {
+    std::string tokens;
+    AppendNumber(prompt_tokens_, &tokens);
+    AddOutput("num_input_tokens", "UINT32", 1, std::move(tokens), infer);
+  }
+  if (asked_.num_output_tokens) AddOutput("num_output_tokens", "UINT32", rows, std::move(counts), infer);
+  return infer;
+}
+
+// A list with an object for each token: the token's own entry and its alternatives, by id.
+std::string KServeDialect::LogprobsText(const v1::GenerateChunk& chunk) const {
+  const auto entry = [&](uint32_t id, float logprob, uint32_t rank) {
+    nlohmann::json made = {{"logprob", logprob}, {"rank", rank}, {"decoded_token", nullptr}};
+    if (model_.tokenizer != nullptr)
+      made["decoded_token"] = model_.tokenizer->Decode({static_cast<int32_t>(id)}, false);
+    return made;
+  };
+  nlohmann::json tokens = nlohmann::json::array();
+  for (int i = 0; i < chunk.logprobs_size(); ++i) {
+    const v1::TokenLogprobs& logprobs = chunk.logprobs(i);
+    nlohmann::json token = nlohmann::json::object();
+    for (int k = 0; k < logprobs.top_size(); ++k) {
+      const v1::TokenLogprob& top = logprobs.top(k);
+      token[std::to_string(top.id())] = entry(top.id(), top.logprob(), static_cast<uint32_t>(k + 1));
+    }
+    token[std::to_string(chunk.token_ids(i))] = entry(chunk.token_ids(i), logprobs.logprob(), logprobs.rank());
+    tokens.push_back(std::move(token));
+  }
+  return tokens.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+inference::ModelStreamInferResponse KServeDialect::ErrorReply(const absl::Status& status) const {
+  inference::ModelStreamInferResponse reply;
+  reply.set_error_message(ToGrpcStatus(status).error_message());
+  reply.mutable_infer_response()->set_id(infer_.id());
+  reply.mutable_infer_response()->set_model_name(infer_.model_name());
+  return reply;
+}
+
+}  // namespace dejavu

@@ -1,0 +1,90 @@
+"""gRPC's own weighted_round_robin over two daemons of which one is slower: how many requests each gets. ./run load-balancing.
+
+The speed of a daemon is one over the mean time of a request that it serves alone. With round_robin both get the same share; with
+weighted_round_robin, which reads the daemons' load reports, the shares are to be those of the speeds.
+"""
+import argparse
+import json
+import pathlib
+import sys
+import tempfile
+import threading
+import time
+
+import grpc
+
+from conftest import PATIENCE_S, Daemon, generate_api
+
+POLICIES = {"round_robin": {}, "weighted_round_robin": {"blackoutPeriod": "1s", "weightUpdatePeriod": "0.5s"}}
+OUT_OF_BAND = {"blackoutPeriod": "1s", "weightUpdatePeriod": "0.5s", "enableOobLoadReport": True, "oobReportingPeriod": "0.5s"}
+TOKENS, WARM_UP = 8, 3.0
+
+
+def finished(daemon):
+    return daemon.stub.GetServerInfo(daemon.api.pb.GetServerInfoRequest(), timeout=PATIENCE_S).admission.finished
+
+
+def speed(daemon, seconds):
+    begin, requests = time.monotonic(), 0
+    while time.monotonic() - begin < seconds:
+        daemon.stub.Generate(daemon.request([2, 100], TOKENS), timeout=PATIENCE_S)
+        requests += 1
+    return requests / (time.monotonic() - begin)
+
+
+def shares(daemons, policy, options, seconds, clients):
+    addresses = ",".join(daemon.address for daemon in daemons)
+    config = json.dumps({"loadBalancingConfig": [{policy: options}]})
+    with grpc.insecure_channel(f"ipv4:{addresses}", options=[("grpc.service_config", config)]) as channel:
+        stub = daemons[0].api.rpc.GenerationServiceStub(channel)
+        end = time.monotonic() + WARM_UP + seconds
+
+        def client():
+            while time.monotonic() < end:
+                stub.Generate(daemons[0].request([2, 100], TOKENS), timeout=PATIENCE_S)
+
+        threads = [threading.Thread(target=client) for _ in range(clients)]
+        for thread in threads:
+            thread.start()
+        time.sleep(WARM_UP)  # what the policy has seen by then it weighs
+        before = [finished(daemon) for daemon in daemons]
+        for thread in threads:
+            thread.join()
+        counts = [finished(daemon) - b for daemon, b in zip(daemons, before)]
+    return [count / sum(counts) for count in counts]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=15, help="of each measurement (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=4, help="requests at a time (default: %(default)s)")
+    parser.add_argument("--slow-ms", type=int, default=30, help="a step of the slower daemon; one of the other takes 10 (default: %(default)s)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        daemons = []
+        try:
+            api = generate_api(folder)
+            for name, ms in (("fast", 10), ("slow", arguments.slow_ms)):
+                (folder / name).mkdir()
+                daemons.append(Daemon(api, folder / name, "--scheduler-fault", f"slow@{ms}", "--scheduler-deadline-slack", "0"))
+            speeds = [speed(daemon, arguments.seconds / 3) for daemon in daemons]
+            wanted = [s / sum(speeds) for s in speeds]
+            print(f"{'':34} fast   slow")
+            print(f"{'share of the speeds':34} {wanted[0]:5.1%}  {wanted[1]:5.1%}")
+            worst = 0.0
+            for label, policy, options in (*((p, p, o) for p, o in POLICIES.items()),
+                                           ("weighted_round_robin, beside calls", "weighted_round_robin", OUT_OF_BAND)):
+                got = shares(daemons, policy, options, arguments.seconds, arguments.clients)
+                print(f"{label:34} {got[0]:5.1%}  {got[1]:5.1%}", flush=True)
+                if policy == "weighted_round_robin":
+                    worst = max(worst, *(abs(g / w - 1) for g, w in zip(got, wanted)))
+            print(f"{'largest deviation from the speeds':34} {worst:5.1%}")
+            return 0 if worst <= 0.15 else 1
+        finally:
+            for daemon in daemons:
+                daemon.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
