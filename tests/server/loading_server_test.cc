@@ -185,8 +185,10 @@ void TestReflection(Stub* stub) {
   ask();
   std::set<std::string> services;
   for (const auto& service : response.list_services_response().service()) services.insert(service.name());
-  EXPECT_THAT(services, UnorderedElementsAre(kService, "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection",
-                                             "grpc.reflection.v1alpha.ServerReflection"));
+  EXPECT_THAT(services,
+              UnorderedElementsAre(kService, "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection",
+                                   "grpc.reflection.v1alpha.ServerReflection", "inference.GRPCInferenceService",
+                                   "vllm.grpc.engine.VllmEngine", "xds.service.orca.v3.OpenRcaService"));
 
   request.set_file_containing_symbol("dejavu.v1.GenerationService.Generate");
   ask();
