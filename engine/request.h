@@ -43,10 +43,10 @@ absl::string_view Name(Urgency urgency);  // "interactive", "normal", "batch"
 struct Request {
   std::vector<int32_t> prompt;  // 1 ... context ids, each below the vocabulary; taken as they are
   SamplingParams sampling;
-  SparsityParams sparsity;     // a scored prompt is prefill: its tier has no effect
+  SparsityParams sparsity;        // a scored prompt is prefill: its tier has no effect
   SpeculationParams speculation;  // without effect in a predicted tier, and on a scored prompt
-  int32_t max_new_tokens = 0;  // 0 only with `score`; MaxPositions must fit the context
-  int32_t min_new_tokens = 0;  // no stop token before that many; stop strings are the sink's
+  int32_t max_new_tokens = 0;     // 0 only with `score`; MaxPositions must fit the context
+  int32_t min_new_tokens = 0;     // no stop token before that many; stop strings are the sink's
   std::vector<int32_t> stop_token_ids;
   bool ignore_eos = false;
   bool logprobs = false;     // fill Token::logprob and rank

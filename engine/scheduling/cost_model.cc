@@ -36,9 +36,12 @@ CostModel::CostModel(const CostParameters& known) : CostModel() {
 
 CostModel::Vector CostModel::Features(const StepShape& s) {
   const size_t base = BaseOf(s.tier);
-  return {base == 0 ? 1.0 : 0.0,         base == 1 ? 1.0 : 0.0,
-          base == 2 ? 1.0 : 0.0,         static_cast<double>(s.decode_rows),
-          s.prefill_rows / kPrefillUnit, static_cast<double>(s.context_tokens) / kContextUnit,
+  return {base == 0 ? 1.0 : 0.0,
+          base == 1 ? 1.0 : 0.0,
+          base == 2 ? 1.0 : 0.0,
+          static_cast<double>(s.decode_rows),
+          s.prefill_rows / kPrefillUnit,
+          static_cast<double>(s.context_tokens) / kContextUnit,
           static_cast<double>(s.check_rows)};
 }
 
@@ -166,8 +169,7 @@ double CostModel::DearestBase() const {
 CostParameters CostModel::parameters() const {
   const double dearest = DearestBase();
   const auto base = [&](int i) { return seen_[i] > 0 ? weights_[i] : dearest; };
-  return {base(0), base(1), base(2), weights_[3], weights_[4] / kPrefillUnit, weights_[5] / kContextUnit,
-          weights_[6]};
+  return {base(0), base(1), base(2), weights_[3], weights_[4] / kPrefillUnit, weights_[5] / kContextUnit, weights_[6]};
 }
 
 }  // namespace dejavu

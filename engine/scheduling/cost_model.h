@@ -1,7 +1,7 @@
 // CostModel: how long a step takes, learned from the steps just run.
 //
-//   ms = base of the dearest tier in the step + row * decode rows + check_row * check rows + prefill_token * prompt rows +
-//   context_token * context
+//   ms = base of the dearest tier in the step + row * decode rows + check_row * check rows + prefill_token * prompt
+//   rows + context_token * context
 //
 // fitted by recursive least squares with forgetting (Haykin, Adaptive Filter Theory, 4th ed., 9.3) among coefficients
 // that are not negative. A few steps that the system held up, for however long, move the fit by a

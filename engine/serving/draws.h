@@ -19,8 +19,7 @@ void AddBanned(const ModelShape& shape, const Request& request, int32_t generate
 class Draws {
  public:
   // A group of ranks draws only what temperature and logits decide. `hand_out` must outlive the object.
-  Draws(const ModelShape& shape, bool group, HandOut& hand_out)
-      : shape_(shape), group_(group), hand_out_(hand_out) {}
+  Draws(const ModelShape& shape, bool group, HandOut& hand_out) : shape_(shape), group_(group), hand_out_(hand_out) {}
 
   // Fills the batch's draws, for the tokens that follow the next `ahead` ones, of a draft or its check for those that
   // follow the drafts. False: the device cannot draw them all,

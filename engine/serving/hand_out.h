@@ -43,8 +43,8 @@ class HandOut {
   // The tokens that `s` has so far.
   TokenCounts& counts(const Sequence& s) { return counts_[s.slot]; }
 
-  // Gives `s` what its rows of the step have brought, of a check the tokens that hold, or keeps the next draft; nothing,
-  // or why it ends by that.
+  // Gives `s` what its rows of the step have brought, of a check the tokens that hold, or keeps the next draft;
+  // nothing, or why it ends by that.
   std::optional<Ending> Give(Sequence& s, const StepResults& results);
 
  private:

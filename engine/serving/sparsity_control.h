@@ -33,7 +33,8 @@ class SparsityControl {
   // Whether PlanShadow would mark a row of the step after the one that is planned.
   bool ShadowFollows(const std::vector<std::unique_ptr<Sequence>>& running) const;
 
-  // After the step, when it is known which rows hold; `logits` are the real ones, `shadow_logits` those of the rows of `shadow`.
+  // After the step, when it is known which rows hold; `logits` are the real ones, `shadow_logits` those of the rows of
+  // `shadow`.
   void NoteStep(const std::vector<std::unique_ptr<Sequence>>& running, const Batch& batch, const StepCounts& counts,
                 const float* logits, const float* shadow_logits);
 
