@@ -130,5 +130,22 @@ TEST_F(ServedDraws, RunAheadUnlessAPenaltyWaitsForTheToken) {
   EXPECT_EQ(simt::GetEmulation().waits_behind, 0);
 }
 
+// Bit by bit what the same device gives without, as long as a step has at most 32 rows.
+TEST_F(ServedDraws, AreTheSameWithSpeculation) {
+  const std::string path = testing::TempDir() + "speculation.safetensors";
+  const auto engine = MakeEngine(kModel, "cuda", WriteRandomPredictor(kModel, path));
+  EXPECT_TRUE(engine != nullptr);
+  std::vector<Request> plain = {Draw(0.0f, 1), Draw(0.8f, 3), Draw(1.2f, 4)};
+  plain[1].sampling.repetition_penalty = 1.3f;
+  plain[2].logprobs = true;
+  plain[2].top_logprobs = 3;
+  std::vector<Request> drafted = plain;
+  for (Request& request : drafted) request.speculation = {SpeculationMode::kAlways, Tier::kHigh, /*lookup=*/true, 5};
+  const Heard want = Serve(*engine, plain), got = Serve(*engine, drafted);
+  EXPECT_GT(engine->stats().speculation.rounds, 3);
+  ExpectSame(got, want);
+  for (size_t i = 0; i < got[2].size(); ++i) EXPECT_EQ(got[2][i].logprob, want[2][i].logprob) << "token " << i;
+}
+
 }  // namespace
 }  // namespace dejavu
