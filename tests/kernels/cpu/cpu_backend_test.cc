@@ -135,6 +135,36 @@ TEST_P(CpuBackendTest, LeavingOutZerosChangesNoBitEvenWhereProductsUnderflow) {
   }
 }
 
+// Rows whose zeros lie elsewhere are multiplied by themselves, short lists and several rows by columns: no bit shows
+// it.
+TEST_P(CpuBackendTest, RowsOfFewTermsGetTheBitsOfARowAlone) {
+  constexpr int64_t kInputs = 300;
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat32, DType::kInt8}) {
+    for (const int64_t outputs : {130, 1600}) {
+      Matrix x = Random(40, kInputs, 1);
+      for (int64_t r = 0; r < x.rows; ++r) {
+        const std::vector<int32_t> kept = Sample(kInputs, r % 5 == 4 ? 0.9 : 0.1, r);
+        for (int32_t i = 0; i < kInputs; ++i) {
+          if (!std::binary_search(kept.begin(), kept.end(), i)) x.at(r, i) = 0.0f;
+        }
+      }
+      const LinearWeights w = Weights(Random(outputs, kInputs, 2), Layout::kInputRows, dtype, Random(1, outputs, 3));
+      for (const double share : {0.05, 0.6, 1.0}) {
+        const Selection selected = share < 1.0 ? arena_.Select(Sample(kInputs, share, 7)) : Selection{};
+        Matrix alone(x.rows, outputs);
+        for (int64_t r = 0; r < x.rows; ++r) {
+          const Matrix row = Linear(RowsOf(x, r, 1), w, selected);
+          std::copy(row.values.begin(), row.values.end(), &alone.values[r * outputs]);
+        }
+        for (const int64_t rows : {2, 4, 7, 16, 40}) {
+          EXPECT_TRUE(SameBits(Linear(RowsOf(x, 0, rows), w, selected), RowsOf(alone, 0, rows)))
+              << Name(dtype) << ", " << outputs << " columns, a list of " << share << ", " << rows << " rows";
+        }
+      }
+    }
+  }
+}
+
 TEST_P(CpuBackendTest, EveryFloat16IsWidenedExactly) {
   Tensor table = arena_.Make(DType::kFloat16, 64, 1024);
   for (int64_t i = 0; i < 65536; ++i) table.row<uint16_t>(0)[i] = static_cast<uint16_t>(i);
