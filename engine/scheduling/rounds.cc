@@ -162,7 +162,10 @@ void Rounds::OpenAuto(const Running& running, const CostModel& costs, int32_t ex
     candidates_.push_back({s.get(), most, wanted.tier_drafts() ? Odds(*s, DraftSource::kTier) : 0.0,
                            static_cast<int32_t>(s->round.drafts.size()), Odds(*s, DraftSource::kLookup)});
   }
-  if (candidates_.empty() || !costs.learned()) return;
+  if (candidates_.empty() || !costs.learned()) {
+    rest_ = kRest;
+    return;
+  }
   std::sort(candidates_.begin(), candidates_.end(),
             [](const Candidate& a, const Candidate& b) { return a.tier_odds > b.tier_odds; });
   const Present now = Look(running, costs);

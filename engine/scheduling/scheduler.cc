@@ -131,10 +131,15 @@ void Scheduler::OpenRounds(bool drafted, Batch& batch) {
     if (waits) Rounds::CutShort(running_);
     return;
   }
-  const auto rows = static_cast<int32_t>(running_.size());
-  const int32_t extra = std::min({Rounds::kMostRows, batch.max_rows, options_.score_rows + rows}) - rows;
+  const int32_t extra = RowsForDrafts(batch);
   if (extra <= 0) return;
   rounds_.Open(running_, costs_, extra, [&](Sequence& s, int32_t drafts) { return RoomFor(s, drafts, batch); });
+}
+
+// Beside a row, and logits, for everyone who runs.
+int32_t Scheduler::RowsForDrafts(const Batch& batch) const {
+  const auto rows = static_cast<int32_t>(running_.size());
+  return std::min({Rounds::kMostRows, batch.max_rows, options_.score_rows + rows}) - rows;
 }
 
 // Of so many drafts, for how many the sequence has blocks. What grows takes them from those that nobody will want in
@@ -176,13 +181,14 @@ bool Scheduler::PlanDrafts(Batch& batch) {
 
 bool Scheduler::PlanAhead(Batch& batch) {
   const bool may_admit = !waiting_.empty() && !free_slots_.empty() && !nothing_fits_;
-  if (may_admit || shape_.prefill_rows > 0 || shape_.drafts || rounds_.MayOpen(running_) ||
+  if (may_admit || shape_.prefill_rows > 0 || shape_.drafts ||
       batch.decode_rows != static_cast<int32_t>(running_.size()))
     return false;
   for (const auto& s : running_) {
     const bool room = pool_.BlocksFor(s->computed + 2) <= static_cast<int32_t>(s->blocks.size());
     if (s->step_rows != 1 || s->generated_tokens() + 1 >= s->request.max_new_tokens || !room) return false;
   }
+  if (RowsForDrafts(batch) > 0 && rounds_.MayOpen(running_)) return false;
   for (int32_t& position : batch.positions) ++position;
   batch.follows_draws = true;
   shape_.context_tokens += shape_.decode_rows;

@@ -119,6 +119,7 @@ class Scheduler {
   void CountNotBatch(SteadyTime now);
   void OpenRounds(bool drafted, Batch& batch);
   bool PlanDrafts(Batch& batch);
+  int32_t RowsForDrafts(const Batch& batch) const;
   int32_t RoomFor(Sequence& s, int32_t drafts, Batch& batch);
   void AddDecodeRows(Sequence& s, Batch& batch);
   void AddRows(Sequence& s, int32_t rows, Batch& batch);

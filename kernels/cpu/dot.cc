@@ -54,6 +54,12 @@ HWY_INLINE void ForOutputTiles(const Group& group, int64_t rows, bool scattered)
   tiles.template operator()<1>();
 }
 
+bool AnyStrict(const Selection& selection, int64_t rows) {
+  bool any = false;
+  for (int64_t r = 0; r < rows && !any; ++r) any = IsStrict(selection, r);
+  return any;
+}
+
 // Which rows of x need which outputs of a group, where most need few: strict rows that selected their own.
 class OwnRows {
  public:
@@ -63,6 +69,7 @@ class OwnRows {
     if (job.selected == nullptr || job.selected->masks.empty() || rows <= kTileRows || rows > kBlockRows) return false;
     int64_t products = 0;
     std::fill_n(count_, count, 0);
+    if (!AnyStrict(*job.selected, rows)) return false;
     for (int64_t r = 0; r < rows; ++r) {
       const bool strict = IsStrict(*job.selected, r);
       for (int64_t i = 0; i < count; ++i) {
