@@ -23,7 +23,9 @@ class Dialect {
 
   // After Read. True: chunks come as they are made; else one for each sample, once it has ended.
   virtual bool streams() const = 0;
-  // Likewise: how long the request may take from its arrival on.
+  // Before Read: see RpcHandler::large_replies.
+  virtual bool large_replies() const { return false; }
+  // After Read: how long the request may take from its arrival on.
   virtual SteadyTime::duration timeout() const { return SteadyTime::duration::max(); }
 
   // The next chunk of a sample, which stays until the next is taken. May be taken apart.

@@ -44,7 +44,7 @@ absl::Status EngineCall::OnRequest(const Asking& asking, const grpc::ByteBuffer&
   return status;
 }
 
-std::string EngineCall::load_report() { return LoadReportBytes(state_, tenant_); }
+std::string EngineCall::load_report(const std::string& tenant) { return LoadReportBytes(state_, tenant); }
 
 void EngineCall::NoteEnd(const absl::Status& status) {
   const bool ours = absl::IsUnavailable(status) || absl::IsInternal(status) || absl::IsDataLoss(status) ||

@@ -62,7 +62,7 @@ class EngineCall : public RpcHandler, public LiveRequest {
 
   std::shared_ptr<RecordSource> record_source() override { return record_; }
 
-  std::string load_report() override;
+  std::string load_report(const std::string& tenant) override;
 
   void Stop(const absl::Status& reason) override;
 

@@ -21,6 +21,7 @@ class GenerateCall final : public EngineCall {
   GenerateCall(ServingState* state, std::unique_ptr<Dialect> dialect)
       : EngineCall(state), dialect_(std::move(dialect)) {}
 
+  bool large_replies() const override { return dialect_->large_replies(); }
   const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
   void ReleaseReply() override;
 

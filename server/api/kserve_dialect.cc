@@ -42,6 +42,12 @@ constexpr KServeTensor kOutputs[] = {
 // About what a token's log-probability takes as JSON.
 constexpr int64_t kLogprobTextBytes = 80;
 
+// Of a reply in a stream, which is made beside those of all other calls.
+constexpr int64_t kMostStreamLogprobs = 4096;
+
+// Each reply holds the id.
+constexpr size_t kMostIdBytes = 1 << 10;
+
 // So that logs and Abort can name a request by what its client calls it, though clients use ids again as they like.
 std::string RequestId(const std::string& id) {
   if (id.empty() || id.size() > 100 || !CheckRequestId(id).ok()) return absl::StrCat("req-", RandomHex(16));
@@ -109,26 +115,30 @@ const char* KServeTypeName(inference::DataType type) {
 }
 
 absl::Status KServeDialect::Read(const grpc::ByteBuffer& bytes, v1::GenerateRequest* request) {
-  RETURN_IF_ERROR(ParseMessage(bytes, &infer_));
-  request->set_request_id(RequestId(infer_.id()));
-  request->set_model(infer_.model_name());
-  RETURN_IF_ERROR(CheckModelName(infer_.model_name(), model_));
-  RETURN_IF_ERROR(CheckKServeVersion(infer_.model_version()));
-  RETURN_IF_ERROR(ReadTensors(request));
-  RETURN_IF_ERROR(ReadOutputs());
+  inference::ModelInferRequest infer;
+  RETURN_IF_ERROR(ParseMessage(bytes, &infer));
+  request->set_request_id(RequestId(infer.id()));
+  request->set_model(infer.model_name());
+  if (infer.id().size() > kMostIdBytes) {
+    return InvalidField("id",
+                        absl::StrCat("has ", infer.id().size(), " bytes; at most ", kMostIdBytes, " are allowed"));
+  }
+  id_ = infer.id();
+  RETURN_IF_ERROR(CheckModelName(infer.model_name(), model_));
+  RETURN_IF_ERROR(CheckKServeVersion(infer.model_version()));
+  RETURN_IF_ERROR(ReadTensors(infer, request));
+  RETURN_IF_ERROR(ReadOutputs(infer));
   if (asked_.output_ids && request->sampling().samples() > 1) {
     return InvalidField("output_ids",
                         "is asked for, and the samples' ids are of different lengths: ask for one sample");
   }
-  infer_.clear_inputs();
-  infer_.clear_raw_input_contents();
   samples_ = std::max(1u, request->sampling().samples());
   return absl::OkStatus();
 }
 
-absl::Status KServeDialect::ReadTensors(v1::GenerateRequest* request) {
+absl::Status KServeDialect::ReadTensors(const inference::ModelInferRequest& infer, v1::GenerateRequest* request) {
   SetVllmDefaults(request);
-  ASSIGN_OR_RETURN(const std::vector<KServeInput> inputs, PairInputs(infer_));
+  ASSIGN_OR_RETURN(const std::vector<KServeInput> inputs, PairInputs(infer));
   std::optional<bool> exclude_input;
   std::array<bool, std::size(kInputs)> seen = {};
   bool has_sampling = false;
@@ -163,7 +173,7 @@ absl::Status KServeDialect::ReadTensors(v1::GenerateRequest* request) {
     }
   }
   if (seen[0] && seen[1]) return InvalidField("text_input", "is given beside input_ids");
-  RETURN_IF_ERROR(ReadParameters(has_sampling, request));
+  RETURN_IF_ERROR(ReadParameters(infer, has_sampling, request));
   return CheckCombination(exclude_input, request);
 }
 
@@ -182,21 +192,25 @@ absl::Status KServeDialect::CheckCombination(const std::optional<bool>& exclude_
     logprobs_asked_ = request->output().logprobs();
     request->mutable_output()->set_logprobs(true);
   }
-  const int64_t logprobs = asked_.logprobs && !stream_
-                               ? int64_t{std::max(1u, samples)} * request->stopping().max_new_tokens() *
-                                     (request->output().top_logprobs() + 1)
-                               : 0;
-  if (logprobs > kMaxReplyBytes / kLogprobTextBytes) {
-    return InvalidField("logprobs", absl::StrCat("makes a reply of about ", logprobs, " entries; at most ",
-                                                 kMaxReplyBytes / kLogprobTextBytes, " can be sent"));
-  }
-  return absl::OkStatus();
+  return CheckLogprobs(*request);
 }
 
-absl::Status KServeDialect::ReadOutputs() {
-  if (infer_.outputs().empty()) return absl::OkStatus();
+// In doubles: nothing has checked the counts yet, and their product may be beyond 64 bits.
+absl::Status KServeDialect::CheckLogprobs(const v1::GenerateRequest& request) const {
+  if (stream_ || !asked_.logprobs || !logprobs_asked_) return absl::OkStatus();
+  const double samples = std::max(1u, request.sampling().samples());
+  const double entries = samples * request.stopping().max_new_tokens() * (1.0 + request.output().top_logprobs());
+  const int64_t most = in_stream_ ? kMostStreamLogprobs : kMaxReplyBytes / kLogprobTextBytes;
+  if (entries <= static_cast<double>(most)) return absl::OkStatus();
+  return InvalidField("logprobs",
+                      absl::StrCat("makes a reply of about ", entries, " entries; at most ", most,
+                                   in_stream_ ? " can be sent here: stream, or use ModelInfer" : " can be sent"));
+}
+
+absl::Status KServeDialect::ReadOutputs(const inference::ModelInferRequest& infer) {
+  if (infer.outputs().empty()) return absl::OkStatus();
   asked_.text_output = false;
-  for (const auto& output : infer_.outputs()) {
+  for (const auto& output : infer.outputs()) {
     const std::string& name = output.name();
     const auto known =
         std::find_if(std::begin(kOutputs), std::end(kOutputs), [&](const auto& t) { return name == t.name; });
@@ -222,9 +236,10 @@ absl::Status KServeDialect::ReadOutputs() {
 }
 
 // Sampling parameters may stand there, too, where there is no tensor of them.
-absl::Status KServeDialect::ReadParameters(bool has_sampling_tensor, v1::GenerateRequest* request) {
+absl::Status KServeDialect::ReadParameters(const inference::ModelInferRequest& infer, bool has_sampling_tensor,
+                                           v1::GenerateRequest* request) {
   nlohmann::json sampling = nlohmann::json::object();
-  for (const auto& [name, parameter] : infer_.parameters()) {
+  for (const auto& [name, parameter] : infer.parameters()) {
     if (name == "timeout") {
       ASSIGN_OR_RETURN(timeout_, ReadTimeout(parameter));
     } else if (name == "triton_enable_empty_final_response") {
@@ -275,12 +290,19 @@ const google::protobuf::MessageLite* KServeDialect::Next(bool* more) {
   return infer;
 }
 
+// Assigned anew: Clear would keep the memory.
+void KServeDialect::Release() {
+  prepended_ = std::string();
+  chunks_ = std::vector<v1::GenerateChunk>();
+  response_ = inference::ModelStreamInferResponse();
+}
+
 inference::ModelInferResponse* KServeDialect::Fill(const std::vector<v1::GenerateChunk*>& samples, bool last) {
   response_.Clear();
   inference::ModelInferResponse* const infer = response_.mutable_infer_response();
   infer->set_model_name(model_.name);
   infer->set_model_version(kKServeVersion);
-  infer->set_id(infer_.id());
+  infer->set_id(id_);
   if (in_stream_) (*infer->mutable_parameters())["triton_final_response"].set_bool_param(last);
   std::string text, ids, reasons, cumulative, logprobs, counts;
   int64_t id_count = 0;
@@ -335,8 +357,8 @@ std::string KServeDialect::LogprobsText(const v1::GenerateChunk& chunk) const {
 inference::ModelStreamInferResponse KServeDialect::ErrorReply(const absl::Status& status) const {
   inference::ModelStreamInferResponse reply;
   reply.set_error_message(ToGrpcStatus(status).error_message());
-  reply.mutable_infer_response()->set_id(infer_.id());
-  reply.mutable_infer_response()->set_model_name(infer_.model_name());
+  reply.mutable_infer_response()->set_id(id_);
+  reply.mutable_infer_response()->set_model_name(model_.name);
   return reply;
 }
 

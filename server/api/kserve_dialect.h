@@ -36,10 +36,11 @@ class KServeDialect final : public Dialect {
   absl::Status Read(const grpc::ByteBuffer& bytes, v1::GenerateRequest* request) override;
   absl::Status Renamed(absl::Status status) const override;
   bool streams() const override { return stream_; }
+  bool large_replies() const override { return !in_stream_; }
   SteadyTime::duration timeout() const override { return timeout_; }
   void Take(v1::GenerateChunk* chunk) override;
   const google::protobuf::MessageLite* Next(bool* more) override;
-  void Release() override { response_.Clear(); }
+  void Release() override;
 
   // Of a request that failed, in a stream.
   inference::ModelStreamInferResponse ErrorReply(const absl::Status& status) const;
@@ -49,16 +50,18 @@ class KServeDialect final : public Dialect {
     bool output_ids = false, finish_reason = false, cumulative_logprob = false, logprobs = false;
     bool num_input_tokens = false, num_output_tokens = false, text_output = true;
   };
-  absl::Status ReadTensors(v1::GenerateRequest* request);
-  absl::Status ReadOutputs();
-  absl::Status ReadParameters(bool has_sampling_tensor, v1::GenerateRequest* request);
+  absl::Status ReadTensors(const inference::ModelInferRequest& infer, v1::GenerateRequest* request);
+  absl::Status ReadOutputs(const inference::ModelInferRequest& infer);
+  absl::Status ReadParameters(const inference::ModelInferRequest& infer, bool has_sampling_tensor,
+                              v1::GenerateRequest* request);
   absl::Status CheckCombination(const std::optional<bool>& exclude_input, v1::GenerateRequest* request);
+  absl::Status CheckLogprobs(const v1::GenerateRequest& request) const;
   inference::ModelInferResponse* Fill(const std::vector<v1::GenerateChunk*>& samples, bool last);
   std::string LogprobsText(const v1::GenerateChunk& chunk) const;
 
   const ServedModel& model_;
   const bool in_stream_;
-  inference::ModelInferRequest infer_;  // its tensors are dropped once they are read
+  std::string id_;  // as the client has it; empty where it is too long
   bool stream_ = false;
   bool logprobs_asked_ = false;
   SteadyTime::duration timeout_ = SteadyTime::duration::max();

@@ -7,6 +7,7 @@
 #include "server/api/generate_call.h"
 #include "server/api/kserve_dialect.h"
 #include "server/api/load_report.h"
+#include "server/rpc/error_details.h"
 
 namespace dejavu {
 namespace {
@@ -45,21 +46,18 @@ absl::Status KServeStream::OnRequest(const std::shared_ptr<Rpc>& rpc, const grpc
   Infer* const infer = made.get();
   {
     MutexLock lock(mutex_);
-    tenant_ = rpc->tenant();
     if (cancelled_) return absl::OkStatus();
     infers_.push_back(std::move(made));  // before it runs: a cancel must find it
   }
   absl::Status status = infer->call.OnRequest({rpc, now, report}, bytes);
+  if (!status.ok()) infer->call.ReleaseReply();  // the client may be slow to hear of it
   MutexLock lock(mutex_);
   infer->begun = true;
   if (!status.ok()) infer->refused = std::move(status);
   return absl::OkStatus();
 }
 
-std::string KServeStream::load_report() {
-  MutexLock lock(mutex_);
-  return LoadReportBytes(state_, tenant_);
-}
+std::string KServeStream::load_report(const std::string& tenant) { return LoadReportBytes(state_, tenant); }
 
 void KServeStream::OnHalfClose() {
   MutexLock lock(mutex_);
@@ -71,7 +69,11 @@ const google::protobuf::MessageLite* KServeStream::NextReply(std::optional<absl:
   std::vector<Infer*> begun;
   {
     MutexLock lock(mutex_);
-    if (infers_.empty() && half_closed_) *end = absl::OkStatus();
+    if (infers_.empty()) {
+      if (half_closed_) *end = absl::OkStatus();
+      // Where as many ran as can, no read was under way for Stop to end.
+      if (!half_closed_ && state_.phase() == Phase::kStopped) *end = ServerStopped();
+    }
     for (const auto& infer : infers_) {
       if (infer->begun) begun.push_back(infer.get());
     }

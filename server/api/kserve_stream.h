@@ -27,7 +27,7 @@ class KServeStream final : public RpcHandler {
   const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
   void OnCancel() override;
   void OnEnd(grpc::StatusCode code) override;
-  std::string load_report() override;
+  std::string load_report(const std::string& tenant) override;
 
  private:
   struct Infer;  // a request
@@ -35,7 +35,6 @@ class KServeStream final : public RpcHandler {
   const google::protobuf::MessageLite* NextOf(Infer* infer);
 
   ServingState& state_;
-  std::string tenant_;                         // once a request has come
   std::unique_ptr<Infer> ended_;               // whose last reply may still be read; NextReply's, as the next
   inference::ModelStreamInferResponse error_;  // that was last replied
   size_t turn_ = 0;                            // whose request's reply comes next

@@ -92,12 +92,13 @@ OrcaLoadReport MakeLoadReport(ServingState& state, const std::string& tenant) {
   const double most = std::max(1, state.engine_options().scheduler.max_batch);
   report.set_application_utilization(load.sequences / most);
   report.set_cpu_utilization(state.load_meter().BusyShare(StepSeconds(model->engine->metrics()), now));
-  report.set_mem_utilization(1.0 - static_cast<double>(stats.kv_blocks_free) / std::max(1, stats.kv_blocks_total));
   report.set_rps_fractional(load.requests_per_s);
   report.set_eps(load.errors_per_s);
+  // A policy needs no more. What follows tells how many others there are.
+  if (!CheckMayKnowLoad(state, tenant).ok()) return report;
+  report.set_mem_utilization(1.0 - static_cast<double>(stats.kv_blocks_free) / std::max(1, stats.kv_blocks_total));
   (*report.mutable_utilization())["kv_cache"] = report.mem_utilization();
   (*report.mutable_utilization())["batch"] = std::min(1.0, stats.running / most);
-  if (!CheckMayKnowLoad(state, tenant).ok()) return report;
   (*report.mutable_named_metrics())["running_requests"] = stats.running;
   (*report.mutable_named_metrics())["waiting_requests"] = stats.waiting;
   (*report.mutable_named_metrics())["waiting_tokens"] = static_cast<double>(stats.waiting_tokens);

@@ -2,11 +2,14 @@
 // then the directory's own place (APPNOTE 6.3, sections 4.3.7, 4.3.12 and 4.3.16).
 #include "server/api/tokenizer_archive.h"
 
+#include <openssl/sha.h>
 #include <zlib.h>
 
+#include <array>
 #include <cstdint>
 
 #include "absl/status/status.h"
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/regular_file.h"
 #include "kernels/base/status_macros.h"
@@ -47,9 +50,7 @@ void AppendDescription(const std::string& name, const std::string& content, std:
   Append16(0, out);  // no extra field
 }
 
-}  // namespace
-
-absl::StatusOr<std::string> MakeTokenizerArchive(const std::string& directory) {
+absl::StatusOr<std::string> MakeArchive(const std::string& directory) {
   std::string archive, entries;
   uint16_t files = 0;
   for (const std::string name : kNames) {
@@ -80,6 +81,20 @@ absl::StatusOr<std::string> MakeTokenizerArchive(const std::string& directory) {
   Append32(directory_at, &archive);
   Append16(0, &archive);  // no comment
   return archive;
+}
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<const TokenizerArchive>> TokenizerArchives::Get(const std::string& directory) {
+  MutexLock lock(mutex_);
+  if (made_ != nullptr) return made_;
+  ASSIGN_OR_RETURN(std::string bytes, MakeArchive(directory));
+  std::array<uint8_t, SHA256_DIGEST_LENGTH> hash;
+  SHA256(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size(), hash.data());
+  std::string digits =
+      absl::BytesToHexString(absl::string_view(reinterpret_cast<const char*>(hash.data()), hash.size()));
+  made_ = std::make_shared<const TokenizerArchive>(TokenizerArchive{std::move(bytes), std::move(digits)});
+  return made_;
 }
 
 }  // namespace dejavu

@@ -1,15 +1,12 @@
 #include "server/api/vllm_service.h"
 
 #include <algorithm>
-#include <array>
 #include <memory>
 #include <string>
 
-#include "absl/strings/escaping.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "kernels/base/status_macros.h"
-#include "openssl/sha.h"
 #include "server/api/abort.h"
 #include "server/api/generate_call.h"
 #include "server/api/server_info.h"
@@ -93,7 +90,7 @@ absl::Status AbortAll(ServingState& state, const std::string& tenant, const engi
 // The archive, in pieces that every client takes.
 class GetTokenizerCall final : public RpcHandler {
  public:
-  explicit GetTokenizerCall(const ServingState* state) : state_(*state) {}
+  GetTokenizerCall(const ServingState* state, TokenizerArchives* archives) : state_(*state), archives_(*archives) {}
 
   bool large_replies() const override { return true; }
 
@@ -101,28 +98,26 @@ class GetTokenizerCall final : public RpcHandler {
     smg::grpc::common::GetTokenizerRequest request;
     RETURN_IF_ERROR(ParseMessage(bytes, &request));
     if (state_.model().tokenizer == nullptr) return MissingFeature("tokenizer", "the model has no tokenizer");
-    ASSIGN_OR_RETURN(archive_, MakeTokenizerArchive(state_.engine_options().model));
+    ASSIGN_OR_RETURN(archive_, archives_.Get(state_.engine_options().model));
     return absl::OkStatus();
   }
 
   const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override {
     constexpr size_t kPieceBytes = 1 << 20;
-    *chunk_.mutable_data() = archive_.substr(at_, kPieceBytes);
+    *chunk_.mutable_data() = archive_->bytes.substr(at_, kPieceBytes);
     at_ += chunk_.data().size();
-    if (at_ < archive_.size()) return &chunk_;
-    std::array<uint8_t, SHA256_DIGEST_LENGTH> hash;
-    SHA256(reinterpret_cast<const uint8_t*>(archive_.data()), archive_.size(), hash.data());
-    chunk_.set_sha256(
-        absl::BytesToHexString(absl::string_view(reinterpret_cast<const char*>(hash.data()), hash.size())));
+    if (at_ < archive_->bytes.size()) return &chunk_;
+    chunk_.set_sha256(archive_->sha256);
     *end = absl::OkStatus();
     return &chunk_;
   }
 
-  void ReleaseReply() override { archive_ = {}; }
+  void ReleaseReply() override { archive_.reset(); }
 
  private:
   const ServingState& state_;
-  std::string archive_;
+  TokenizerArchives& archives_;
+  std::shared_ptr<const TokenizerArchive> archive_;
   size_t at_ = 0;
   smg::grpc::common::GetTokenizerChunk chunk_;
 };
@@ -148,7 +143,9 @@ void RegisterVllm(ServingState* state, const Health* health, Dispatcher* dispatc
   dispatcher->RegisterUnary(name, "GetModelInfo", model, state, GetVllmModelInfo);
   dispatcher->RegisterUnary(name, "GetServerInfo", model, state, GetVllmServerInfo);
   dispatcher->RegisterUnary(name, "GetLoads", model, state, GetLoads);
-  dispatcher->Register(name, "GetTokenizer", model, [state] { return std::make_unique<GetTokenizerCall>(state); });
+  dispatcher->Register(name, "GetTokenizer", model, [state, archives = std::make_shared<TokenizerArchives>()] {
+    return std::make_unique<GetTokenizerCall>(state, archives.get());
+  });
 }
 
 }  // namespace dejavu

@@ -133,12 +133,10 @@ void Rpc::Read() {
 // A stream that carries several requests may wait for the next one as long as it likes.
 void Rpc::ReadAhead() {
   if (!reads_ahead_ || !handler_->TakesMore()) return;
-  {
-    MutexLock lock(mutex_);
-    if (reading_ || finished_ || forced_end_.has_value()) return;
-    reading_ = true;
-  }
-  StartRead(&request_);
+  MutexLock lock(mutex_);
+  if (reading_ || finished_ || forced_end_.has_value()) return;
+  reading_ = true;
+  StartRead(&request_);  // under the lock: from the pool, the call could else be over before
 }
 
 void Rpc::Wake() {
@@ -207,7 +205,7 @@ void Rpc::Pump() {
     }
     if (!end.has_value()) return StartWrite(&reply_);
     AdviseRetry(*end, context_);
-    const std::string load = handler_->load_report();
+    const std::string load = handler_->load_report(report_->tenant());
     if (!load.empty()) context_->AddTrailingMetadata("endpoint-load-metrics-bin", load);
     // Nothing of this object may be touched after either call.
     if (reply) return StartWriteAndFinish(&reply_, grpc::WriteOptions(), ToGrpcStatus(*end));

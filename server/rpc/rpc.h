@@ -71,7 +71,7 @@ class RpcHandler {
   virtual bool large_replies() const { return false; }
 
   // For the trailers, as ORCA has it: asked for when the handler has ended the call. Empty: none.
-  virtual std::string load_report() { return {}; }
+  virtual std::string load_report(const std::string& /*tenant*/) { return {}; }
 
   // Asked for when the call is over. Null: there is nothing to add to what the call itself knows.
   virtual std::shared_ptr<RecordSource> record_source() { return nullptr; }

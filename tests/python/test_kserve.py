@@ -148,7 +148,7 @@ def request_without_bias(daemon):
 def test_stop_strings_and_what_ended_the_text(daemon, stub, pb):
     free = native(daemon, PROMPT, 40).text
     stop = free[len(free) // 2:len(free) // 2 + 6]
-    for stops in (stop, [stop, "never in it"]):
+    for stops in (stop, [stop, "in a string \\\"" + "[" * 20]):
         reply = stub.ModelInfer(oip.infer(pb, PROMPT, exclude=True, flags=["return_finish_reason"], max_tokens=40, stop=stops, **GREEDY),
                                 timeout=PATIENCE_S)
         assert oip.tensors(reply) == {"text_output": [free[:free.index(stop)].encode()], "finish_reason": [b"stop"]}
@@ -184,16 +184,17 @@ def test_logprobs_are_those_of_our_api(daemon, stub, pb):
     assert found["cumulative_logprob"][0] == pytest.approx(sum(l.logprob for l in ours.logprobs), rel=1e-5)
 
 
-def test_a_stream_gives_the_text_in_pieces(daemon, stub, pb):
-    ours = native(daemon, PROMPT, 30)
+def test_a_stream_gives_the_text_in_pieces(braked, kserve):
+    stub, pb = stub_of(braked, kserve), kserve[0]
+    ours = native(braked, PROMPT, 60)
     stream = Stream(stub)
-    stream.send(oip.infer(pb, PROMPT, stream=True, id="s", outputs=["text_output", "output_ids"], max_tokens=30, **GREEDY))
+    stream.send(oip.infer(pb, PROMPT, stream=True, id="s", outputs=["text_output", "output_ids"], max_tokens=60, **GREEDY))
     replies = stream.read_until_final("s")
     assert len(replies) > 1
     assert b"".join(r["text_output"][0] for r in replies) == ours.text.encode()
     assert [i for r in replies for i in r["output_ids"]] == list(ours.token_ids)
     # Another one, that does not stream.
-    stream.send(oip.infer(pb, PROMPT, stream=False, exclude=True, id="t", max_tokens=30, **GREEDY))
+    stream.send(oip.infer(pb, PROMPT, stream=False, exclude=True, id="t", max_tokens=60, **GREEDY))
     assert stream.read_until_final("t") == [{"text_output": [ours.text.encode()]}]
     stream.close()
     assert list(stream.call) == [] and stream.call.code() == grpc.StatusCode.OK
@@ -226,6 +227,15 @@ def test_what_fails_in_a_stream_is_told_by_its_id_and_the_stream_goes_on(daemon,
     stream.send(bad)
     reply = stream.read()
     assert reply.infer_response.id == "bad" and reply.error_message.startswith("temperature is -1"), reply
+    stream.send(oip.infer(pb, PROMPT, id="x" * 2000))
+    reply = stream.read()
+    assert reply.infer_response.id == "" and reply.error_message == "id has 2000 bytes; at most 1024 are allowed", reply
+    # A large reply would hold up the others.
+    large = oip.infer(pb, PROMPT, exclude=True, id="large", flags=["return_logprobs"], max_tokens=300, logprobs=20, **GREEDY)
+    stream.send(large)
+    reply = stream.read()
+    assert reply.infer_response.id == "large" and "about 6300 entries; at most 4096" in reply.error_message, reply
+    assert len(json.loads(oip.tensors(stub.ModelInfer(large, timeout=PATIENCE_S))["logprobs"][0])) == 300
     stream.send(good)
     assert stream.read_until_final("good")
     stream.close()
@@ -282,31 +292,42 @@ def test_a_drain_lets_requests_of_streams_end_and_refuses_new_ones(start, kserve
     stub, pb = stub_of(daemon, kserve), kserve[0]
     assert stub.ServerReady(pb.ServerReadyRequest(), timeout=PATIENCE_S).ready
     stream = Stream(stub)
-    stream.send(oip.infer(pb, PROMPT, stream=True, id="running", max_tokens=100, **GREEDY))
-    first = stream.read()
+    stream.send(oip.infer(pb, PROMPT, stream=True, id="running", max_tokens=400, **GREEDY))
+    stream.read()
     daemon.terminate()
     while stub.ServerReady(pb.ServerReadyRequest(), timeout=PATIENCE_S).ready:
         time.sleep(0.01)
-    stream.send(oip.infer(pb, PROMPT, stream=True, id="late", max_tokens=1, **GREEDY))
-    tokens, refused = 0, ""
-    for reply in [first, *[r for r in stream_replies(stream)]]:
-        if reply.infer_response.id == "late":
-            refused = reply.error_message
-        else:
+    refused = ""
+    for _ in range(100):  # a server that is about to drain still takes some; each has one reply, a step or more later
+        stream.send(oip.infer(pb, PROMPT, id="late", max_tokens=1, **GREEDY))
+        while (reply := stream.read()).infer_response.id == "running":
             assert not reply.error_message, reply
-            tokens += 1
+        refused = reply.error_message
+        if refused:
+            break
     assert "shutting down" in refused
-    assert tokens > 1
+    assert stream.read_until_final("running")
     assert daemon.wait() == 0
 
 
-def stream_replies(stream):
-    """Until the running request has ended."""
-    while True:
-        reply = stream.read()
-        yield reply
-        if reply.infer_response.id == "running" and reply.infer_response.parameters["triton_final_response"].bool_param:
-            return
+def test_a_stop_ends_a_stream_that_reads_no_more(start, kserve):
+    daemon = start("--scheduler-fault", "slow@10", "--scheduler-deadline-slack", "0", "--drain-timeout-s", "0")
+    stub, pb = stub_of(daemon, kserve), kserve[0]
+    stream = Stream(stub)
+    ids = {str(i) for i in range(64)}  # as many as run at once
+    stream.send(*(oip.infer(pb, PROMPT, id=id, max_tokens=400, **GREEDY) for id in ids))
+    groups.until(lambda: daemon.load().running_requests + daemon.load().waiting_requests == 64, daemon.load)
+    daemon.terminate()
+    stopped = set()
+
+    def read():
+        for reply in stream.call:
+            assert reply.error_message, reply
+            stopped.add(reply.infer_response.id)
+
+    error = expect_error(read, grpc.StatusCode.UNAVAILABLE)
+    assert (error.details(), stopped) == ("the server has stopped", ids)
+    daemon.wait()
 
 
 def test_what_clients_ask_at_start_is_answered(daemon, stub, pb):
@@ -344,7 +365,10 @@ def test_reflection_knows_the_service(daemon):
     assert oip.SERVICE in ProtoReflectionDescriptorDatabase(daemon.channel).get_services()
 
 
-def test_each_request_of_a_stream_is_counted_by_itself(daemon, stub, pb):
+def test_each_request_of_a_stream_is_counted_by_itself(start, kserve):
+    daemon = start()
+    stub, pb = stub_of(daemon, kserve), kserve[0]
+
     def counted():
         found = {}
         for labels, value in groups.samples_of(daemon, "dejavu_requests_total").items():
@@ -354,14 +378,13 @@ def test_each_request_of_a_stream_is_counted_by_itself(daemon, stub, pb):
                 found[key] = found.get(key, 0) + value
         return found
 
-    before = counted()
     stream = Stream(stub)
     stream.send(*[oip.infer(pb, PROMPT, max_tokens=2, **GREEDY)] * 3, oip.infer(pb, PROMPT, temperature=-1))
     stream.close()
     assert len(list(stream.call)) == 4
     # Three requests, one that was refused, and the stream itself.
     wanted = {("OK", "length"): 3, ("INVALID_ARGUMENT", "none"): 1, ("OK", "none"): 1}
-    groups.until(lambda: {key: value - before.get(key, 0) for key, value in counted().items() if value != before.get(key, 0)} == wanted, counted)
+    groups.until(lambda: {key: value for key, value in counted().items() if value} == wanted, counted)
 
 
 def test_tokens_hold_for_this_protocol_too(start, kserve, tmp_path):
@@ -446,7 +469,13 @@ def malformed(pb):
         case("a JSON list", alone_text(pb, b"[]"), "sampling_parameters is"),
         case("JSON that is no UTF-8", alone_text(pb, b'{"\xff": 1}'), "sampling_parameters is not valid UTF-8"),
         case("deep JSON", alone_text(pb, b"[" * 100_000 + b"]" * 100_000), "nested deeper"),
-        case("deep JSON in a parameter", alone_text(pb, b'{"stop": ' + b"[" * 1_000_000 + b"]" * 1_000_000 + b"}"), "nested deeper"),
+        case("deep JSON in a parameter", alone_text(pb, b'{"stop": ' + b"[" * 250_000 + b"]" * 250_000 + b"}"), "nested deeper"),
+        case("deep JSON that never ends", alone_text(pb, b'{"stop": "\\"", "seed": ' + b"[" * 9), "nested deeper"),
+        case("wide JSON", alone_text(pb, b'{"stop": [' + b"{}," * 100_000 + b"{}]}"), 'stop holds "{}"'),
+        case("long JSON", alone_text(pb, b'{"stop": [' + b"{}," * 1_000_000 + b"{}]}"), "sampling_parameters has 3000014 bytes; at most 524288"),
+        case("more logprobs than 64 bits count", oip.infer(pb, PROMPT, flags=["return_logprobs"], n=2**32 - 1, max_tokens=2**32 - 1, logprobs=2**32 - 1),
+             "logprobs makes a reply of about"),
+        case("a long id", edited(lambda r: setattr(r, "id", "x" * 1025)), "id has 1025 bytes; at most 1024"),
         case("a number of a thousand digits", alone_text(pb, b'{"temperature": ' + b"9" * 1000 + b"}"), ""),
         case("fewer contents", edited(lambda r: r.raw_input_contents.pop()), "raw_input_contents has 1 entries for 2 inputs"),
         case("contents twice", edited(lambda r: r.inputs[0].contents.bytes_contents.append(b"x")), "beside raw_input_contents"),

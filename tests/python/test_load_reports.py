@@ -71,7 +71,7 @@ def test_rate_over_utilisation_is_one_over_the_time_that_a_request_stays(start, 
     report = report_of(xds, daemon, daemon.request([2, 100], 5))
     # Five steps of at least 10 ms: no more than 20 requests in a second and a sequence, however busy the machine is.
     weight = report.rps_fractional / (report.application_utilization * 4)
-    assert 0 < weight < 1 / 0.05
+    assert 0 < weight < 1 / 0.045  # 10 ms a token and a bias of the fading means of less than 1 %
     # Nor fewer than the slowest of them allows, with all that was outside of the engine.
     assert weight > 0.2 / (reply.finish.timings.total_ms / 1000 + 1)
 
@@ -112,7 +112,7 @@ def test_a_stream_of_reports_ends_with_the_server(start, xds):
     assert daemon.wait() == 0
 
 
-def test_tenants_are_told_shares_and_no_counts(start, xds, tmp_path):
+def test_tenants_are_told_what_a_policy_needs_and_nothing_of_others(start, xds, tmp_path):
     tokens = tmp_path / "tokens"
     tokens.write_text(token_lines({"a": "secret-of-a", "operators": "secret-of-operators"}))
     daemon = start("--auth-tokens-file", tokens)
@@ -121,6 +121,7 @@ def test_tenants_are_told_shares_and_no_counts(start, xds, tmp_path):
     for token, counts in (("secret-of-a", 0), ("secret-of-operators", 3)):
         report = report_of(xds, daemon, daemon.request([2, 100], 5), metadata=metadata(token))
         assert report.rps_fractional > 0 and len(report.named_metrics) == counts
+        assert set(report.utilization) == ({"kv_cache", "batch"} if counts else set())
         assert len(next(reports_beside(xds, daemon, metadata=metadata(token))).named_metrics) == counts
 
 

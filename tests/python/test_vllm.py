@@ -41,7 +41,7 @@ def test_tokens_are_those_of_our_own_api(daemon, stub, pb, stream):
     tokens, completes, chunks = generate(stub, ask(pb, ids=[2, 100, 200], stream=stream))
     assert tokens == {0: list(ours.token_ids)}
     assert (completes[0].finish_reason, completes[0].prompt_tokens) == ("length", 3)
-    assert (len(chunks) > 1) == stream
+    assert bool(chunks) == stream
     ours = daemon.stub.Generate(daemon.api.pb.GenerateRequest(text="It was", stopping={"max_new_tokens": 20, "ignore_eos": True}))
     assert generate(stub, ask(pb, text="It was", stream=stream))[0] == {0: list(ours.token_ids)}
 
