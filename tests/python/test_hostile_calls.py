@@ -379,15 +379,19 @@ def test_group_10_streams_of_large_requests(daemon):
 
 
 def test_group_10_the_other_methods(daemon):
-    """In the place of KServe's protocol, which is not spoken: its methods are unknown, and those that we have get nonsense."""
-    oip = "/inference.GRPCInferenceService/"
-    unknown = [oip + name for name in ("ServerLive", "ServerReady", "ModelReady", "ModelInfer", "ModelStreamInfer", "ModelMetadata", "ServerMetadata",
-                                       "RepositoryIndex", "RepositoryModelLoad", "SystemSharedMemoryRegister", "CudaSharedMemoryRegister", "TraceSetting")]
-    unknown += ["/vllm.grpc.engine.VllmEngine/Generate", "/fmaas.GenerationService/Generate", "/dejavu.v1.AdminService/GetEngineState",
+    """Unknown methods of every protocol, and those that we have get nonsense. What is malformed in other protocols' own ways is in
+    test_kserve.py and test_vllm.py."""
+    oip, vllm = "/inference.GRPCInferenceService/", "/vllm.grpc.engine.VllmEngine/"
+    others = [oip + name for name in ("ServerLive", "ServerReady", "ModelReady", "ModelInfer", "ModelMetadata", "ServerMetadata", "RepositoryIndex",
+                                      "RepositoryModelLoad", "SystemSharedMemoryRegister", "CudaSharedMemoryRegister", "TraceSetting")]
+    others += [vllm + name for name in ("Generate", "Abort", "GetModelInfo", "GetLoads", "GetTokenizer")]
+    unknown = [oip + "ModelDelete", vllm + "Embed", vllm + "SubscribeKvEvents", "/inference.GRPCInferenceServiceV3/ModelInfer"]
+    unknown += ["/fmaas.GenerationService/Generate", "/dejavu.v1.AdminService/GetEngineState",
                 "/dejavu.v1.AdminService/Drain", "/dejavu.v2.GenerationService/Generate", "/grpc.channelz.v1.Channelz/GetServers"]
     cases = [Case(path, path, content, "UNIMPLEMENTED") for path in unknown for content in (b"", b"\xff" * 50)]
     health, reflection = "/grpc.health.v1.Health/Check", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
     nonsense = {"0xff": b"\xff" * 20, "a length beyond": b"\x0a\x7f", "broken text": part(1, b"\xc3"), "a group without an end": tag(9, 3)}
+    cases += [Case(f"{path} {name}", path, content, INVALID) for path in others for name, content in nonsense.items() if name != "broken text"]
     for method in ("Generate", "GenerateStream", "Score", "Tokenize", "Detokenize", "GetModelInfo", "Abort", health):
         for name, content in nonsense.items():
             # Field 1 of DetokenizeRequest and its like is `model`, of the others `request_id`: text everywhere.
