@@ -21,7 +21,7 @@ namespace {
 constexpr const char* kNames[] = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",  "vocab.json",
     "merges.txt",     "config.json",           "generation_config.json",  "chat_template.jinja"};
-constexpr int64_t kMostBytes = 64 << 20;  // of one file: the largest vocabularies have 35 MB
+constexpr int64_t kMostFileBytes = 64 << 20;  // of one file: the largest vocabularies have 35 MB
 
 constexpr uint32_t kFileMagic = 0x04034b50, kEntryMagic = 0x02014b50, kEndMagic = 0x06054b50;
 constexpr uint16_t kVersion = 20;
@@ -54,7 +54,7 @@ absl::StatusOr<std::string> MakeArchive(const std::string& directory) {
   std::string archive, entries;
   uint16_t files = 0;
   for (const std::string name : kNames) {
-    const absl::StatusOr<std::string> content = ReadRegularFile(absl::StrCat(directory, "/", name), kMostBytes);
+    const absl::StatusOr<std::string> content = ReadRegularFile(absl::StrCat(directory, "/", name), kMostFileBytes);
     if (absl::IsNotFound(content.status())) continue;
     RETURN_IF_ERROR(content.status());
     Append32(kEntryMagic, &entries);
