@@ -107,7 +107,8 @@ struct IntegerTerms {
 #pragma GCC unroll 16
       for (int v = 0; v < kUnits; ++v) {
         sum[r][v][0] = hn::LoadU(I32(), kept + r * stride + v * kUnit);
-        sum[r][v][1] = hn::LoadU(I32(), kept + r * stride + v * kUnit + kLanes);
+        // A unit of the scalar target has no second vector: what lies there is another thread's.
+        sum[r][v][1] = kUnit > kLanes ? hn::LoadU(I32(), kept + r * stride + v * kUnit + kLanes) : hn::Zero(I32());
       }
     }
     for (int64_t i = 0; i < inputs; i += 2) {
@@ -131,7 +132,7 @@ struct IntegerTerms {
 #pragma GCC unroll 16
       for (int v = 0; v < kUnits; ++v) {
         hn::StoreU(sum[r][v][0], I32(), kept + r * stride + v * kUnit);
-        hn::StoreU(sum[r][v][1], I32(), kept + r * stride + v * kUnit + kLanes);
+        if (kUnit > kLanes) hn::StoreU(sum[r][v][1], I32(), kept + r * stride + v * kUnit + kLanes);
       }
     }
   }
