@@ -79,7 +79,7 @@ class OwnRows {
         products += needs;
       }
     }
-    return products * 3 < rows * count;
+    return BetterApart(products, rows * count);
   }
 
   const uint8_t* rows(int64_t i) const { return rows_[i]; }

@@ -55,9 +55,9 @@ struct FloatTerms {
                               int64_t stride) {
     constexpr int kAll = kUnits * kVectors;
     V sum[kRows][kAll];
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
+#pragma GCC unroll 8
       for (int v = 0; v < kAll; ++v) sum[r][v] = hn::LoadU(F32(), sums + r * stride + v * kLanes);
     }
     for (int64_t i = 0; i < inputs; ++i) {
@@ -66,9 +66,9 @@ struct FloatTerms {
                                 [&](int v) HWY_ATTR { return Weights<kUnits == 1>(from, v, n); },
                                 [&](int r, int v, V xi, V wv) HWY_ATTR { sum[r][v] = hn::MulAdd(xi, wv, sum[r][v]); });
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
+#pragma GCC unroll 8
       for (int v = 0; v < kAll; ++v) hn::StoreU(sum[r][v], F32(), sums + r * stride + v * kLanes);
     }
   }
@@ -102,9 +102,9 @@ struct IntegerTerms {
                               float* sums, int64_t stride) {
     VI32 sum[kRows][kUnits][2];
     auto* const kept = reinterpret_cast<int32_t*>(sums);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
+#pragma GCC unroll 8
       for (int v = 0; v < kUnits; ++v) {
         sum[r][v][0] = hn::LoadU(I32(), kept + r * stride + v * kUnit);
         // A unit of the scalar target has no second vector: what lies there is another thread's.
@@ -127,9 +127,9 @@ struct IntegerTerms {
             sum[r][v][1] = AddPairProducts<kVnni>(xi, wv.high, sum[r][v][1]);
           });
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
+#pragma GCC unroll 8
       for (int v = 0; v < kUnits; ++v) {
         hn::StoreU(sum[r][v][0], I32(), kept + r * stride + v * kUnit);
         if (kUnit > kLanes) hn::StoreU(sum[r][v][1], I32(), kept + r * stride + v * kUnit + kLanes);
@@ -228,7 +228,7 @@ class SumRun {
       const int64_t inputs = kFloats ? n : even;
       for (int64_t k = 0; k < inputs; ++k) w[inputs + k] = Row(std::min(i + n + k, job_.count - 1));
       GatherX(i, n, r0, rows);
-      const bool apart = rows > kTileRows && MostlyZero(n, rows);
+      const bool apart = rows > kTileRows && BetterApart(NonZero(n, rows), n * rows);
       if (apart) TakeOwn(w, n, rows);
       for (int64_t c = c0; c < c1; c += block) {
         const int64_t end = std::min(c + block, c1);
@@ -283,14 +283,14 @@ class SumRun {
   using X = std::conditional_t<kFloats, float, int16_t>;
   X* ChunkX(int64_t r) const { return reinterpret_cast<X*>(x_ + r * kChunkInputs); }
 
-  // Whether rows by themselves, each with the inputs that are not zero, take less time than all of them in tiles.
-  bool MostlyZero(int64_t n, int64_t rows) const {
+  // Activations of the chunk that are not zero.
+  int64_t NonZero(int64_t n, int64_t rows) const {
     int64_t terms = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const X* x = ChunkX(r);
       for (int64_t k = 0; k < n; ++k) terms += x[k] != 0;
     }
-    return terms * 3 < n * rows;
+    return terms;
   }
 
   // Of each row only the inputs that are not zero, with their weights.

@@ -146,12 +146,12 @@ template <int kLeft, int kRight, typename Left, typename Right, typename Term>
 HWY_INLINE void OuterProduct(const Left& left, const Right& right, const Term& term) {
   if constexpr (kLeft <= kRight) {
     decltype(left(0)) a[kLeft];
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int i = 0; i < kLeft; ++i) a[i] = left(i);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int j = 0; j < kRight; ++j) {
       const auto b = right(j);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
       for (int i = 0; i < kLeft; ++i) term(i, j, a[i], b);
     }
   } else {
@@ -373,6 +373,10 @@ HWY_INLINE void IntegerDotTile(const int8_t* const (&w)[kOutputs], const int8_t*
     }
   }
 }
+
+// Whether rows by themselves, each with the products that it needs, take less time than all products in tiles: a tile
+// of one row is half as fast, and lists of its own cost something.
+HWY_INLINE bool BetterApart(int64_t needed, int64_t all) { return needed * 3 < all; }
 
 // Calls function.template Tile<n>(first) for tiles of n <= kRows rows: as many of kRows as fit, then one of the rest. A
 // single row does not remain, since that costs nearly as much as two.

@@ -4,6 +4,9 @@
 #ifndef SERVER_API_DIALECT_H_
 #define SERVER_API_DIALECT_H_
 
+#include <cstddef>
+#include <vector>
+
 #include "absl/status/status.h"
 #include "dejavu/v1/generation.pb.h"
 #include "grpcpp/support/byte_buffer.h"
@@ -34,6 +37,29 @@ class Dialect {
   virtual const google::protobuf::MessageLite* Next(bool* more) = 0;
   // See RpcHandler::ReleaseReply.
   virtual void Release() {}
+};
+
+// The chunks of a request's samples, a whole one each, until one reply can hold them all.
+class GatheredSamples {
+ public:
+  void Expect(size_t samples) { expected_ = samples; }
+  size_t expected() const { return expected_; }
+  void Take(v1::GenerateChunk* chunk) {
+    if (chunk->sample() >= chunks_.size()) chunks_.resize(chunk->sample() + 1);
+    chunks_[chunk->sample()].Swap(chunk);
+    ++taken_;
+  }
+  // By sample, once all have come; only then, and once.
+  std::vector<v1::GenerateChunk>* All() {
+    if (taken_ < expected_) return nullptr;
+    taken_ = 0;
+    return &chunks_;
+  }
+  void Release() { chunks_ = std::vector<v1::GenerateChunk>(); }
+
+ private:
+  size_t expected_ = 0, taken_ = 0;
+  std::vector<v1::GenerateChunk> chunks_;
 };
 
 }  // namespace dejavu

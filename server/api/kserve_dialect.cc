@@ -132,7 +132,7 @@ absl::Status KServeDialect::Read(const grpc::ByteBuffer& bytes, v1::GenerateRequ
     return InvalidField("output_ids",
                         "is asked for, and the samples' ids are of different lengths: ask for one sample");
   }
-  samples_ = std::max(1u, request->sampling().samples());
+  gathered_.Expect(std::max(1u, request->sampling().samples()));
   return absl::OkStatus();
 }
 
@@ -269,9 +269,7 @@ void KServeDialect::Take(v1::GenerateChunk* chunk) {
     if (chunk->token_ids_size() > 0 || chunk->has_finish()) chunk_ = chunk;
     return;
   }
-  if (chunk->sample() >= chunks_.size()) chunks_.resize(chunk->sample() + 1);
-  chunks_[chunk->sample()].Swap(chunk);
-  ++taken_;
+  gathered_.Take(chunk);
 }
 
 const google::protobuf::MessageLite* KServeDialect::Next(bool* more) {
@@ -281,9 +279,9 @@ const google::protobuf::MessageLite* KServeDialect::Next(bool* more) {
     if (chunk_ == nullptr) return nullptr;
     samples.push_back(std::exchange(chunk_, nullptr));
   } else {
-    if (taken_ < samples_) return nullptr;
-    taken_ = 0;
-    for (v1::GenerateChunk& chunk : chunks_) samples.push_back(&chunk);
+    std::vector<v1::GenerateChunk>* const chunks = gathered_.All();
+    if (chunks == nullptr) return nullptr;
+    for (v1::GenerateChunk& chunk : *chunks) samples.push_back(&chunk);
   }
   inference::ModelInferResponse* const infer = Fill(samples, samples[0]->has_finish());
   if (in_stream_) return &response_;
@@ -293,7 +291,7 @@ const google::protobuf::MessageLite* KServeDialect::Next(bool* more) {
 // Assigned anew: Clear would keep the memory.
 void KServeDialect::Release() {
   prepended_ = std::string();
-  chunks_ = std::vector<v1::GenerateChunk>();
+  gathered_.Release();
   response_ = inference::ModelStreamInferResponse();
 }
 

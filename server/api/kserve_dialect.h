@@ -67,11 +67,9 @@ class KServeDialect final : public Dialect {
   SteadyTime::duration timeout_ = SteadyTime::duration::max();
   std::string prepended_;  // to the text of the output
   Asked asked_;
-  size_t samples_ = 1;
 
-  v1::GenerateChunk* chunk_ = nullptr;     // of a stream
-  std::vector<v1::GenerateChunk> chunks_;  // by sample
-  size_t taken_ = 0;
+  v1::GenerateChunk* chunk_ = nullptr;  // of a stream
+  GatheredSamples gathered_;            // else
   uint32_t prompt_tokens_ = 0;
   double cumulative_logprob_ = 0.0;
   inference::ModelStreamInferResponse response_;

@@ -132,21 +132,6 @@ absl::Status RepositoryIndex(const ServingState& state, const kserve::Repository
   return absl::OkStatus();
 }
 
-template <typename Request, typename Response>
-absl::Status RefuseRepository(const ServingState& /*state*/, const Request& /*request*/, Response* /*response*/) {
-  return absl::UnavailableError("explicit model load / unload is not allowed: the server holds one model");
-}
-
-// No region is ever registered: there are none to tell of or to forget.
-template <typename Request, typename Response>
-absl::Status NoRegions(const ServingState& /*state*/, const Request& /*request*/, Response* /*response*/) {
-  return absl::OkStatus();
-}
-template <typename Request, typename Response>
-absl::Status RefuseRegion(const ServingState& /*state*/, const Request& /*request*/, Response* /*response*/) {
-  return absl::UnavailableError("shared memory is not supported: send tensors in the request");
-}
-
 absl::Status TraceSetting(const ServingState& /*state*/, const kserve::TraceSettingRequest& request,
                           kserve::TraceSettingResponse* response) {
   if (!request.settings().empty())
@@ -193,6 +178,36 @@ void RegisterProbes(const ServingState* state, const Health* health, Dispatcher*
       });
 }
 
+// A method whose answer is the same for everybody: empty, or a refusal.
+template <typename Request, typename Response>
+void RegisterConstant(const char* method, const absl::Status& answer, Dispatcher* dispatcher) {
+  dispatcher->RegisterUnary<Request, Response>(kKServeService, method, {Caller::kTenant, Resource::kNone},
+                                               [answer](const Rpc&, const Request&, Response*) { return answer; });
+}
+
+// Models that come and go, and shared memory. No region is ever registered: there are none to tell of or to forget.
+void RegisterWhatThereIsNot(Dispatcher* dispatcher) {
+  const absl::Status one_model =
+      absl::UnavailableError("explicit model load / unload is not allowed: the server holds one model");
+  const absl::Status no_memory = absl::UnavailableError("shared memory is not supported: send tensors in the request");
+  RegisterConstant<kserve::RepositoryModelLoadRequest, kserve::RepositoryModelLoadResponse>("RepositoryModelLoad",
+                                                                                            one_model, dispatcher);
+  RegisterConstant<kserve::RepositoryModelUnloadRequest, kserve::RepositoryModelUnloadResponse>("RepositoryModelUnload",
+                                                                                                one_model, dispatcher);
+  RegisterConstant<kserve::SystemSharedMemoryStatusRequest, kserve::SystemSharedMemoryStatusResponse>(
+      "SystemSharedMemoryStatus", absl::OkStatus(), dispatcher);
+  RegisterConstant<kserve::SystemSharedMemoryUnregisterRequest, kserve::SystemSharedMemoryUnregisterResponse>(
+      "SystemSharedMemoryUnregister", absl::OkStatus(), dispatcher);
+  RegisterConstant<kserve::SystemSharedMemoryRegisterRequest, kserve::SystemSharedMemoryRegisterResponse>(
+      "SystemSharedMemoryRegister", no_memory, dispatcher);
+  RegisterConstant<kserve::CudaSharedMemoryStatusRequest, kserve::CudaSharedMemoryStatusResponse>(
+      "CudaSharedMemoryStatus", absl::OkStatus(), dispatcher);
+  RegisterConstant<kserve::CudaSharedMemoryUnregisterRequest, kserve::CudaSharedMemoryUnregisterResponse>(
+      "CudaSharedMemoryUnregister", absl::OkStatus(), dispatcher);
+  RegisterConstant<kserve::CudaSharedMemoryRegisterRequest, kserve::CudaSharedMemoryRegisterResponse>(
+      "CudaSharedMemoryRegister", no_memory, dispatcher);
+}
+
 }  // namespace
 
 void RegisterKServe(ServingState* state, const Health* health, Dispatcher* dispatcher) {
@@ -211,28 +226,7 @@ void RegisterKServe(ServingState* state, const Health* health, Dispatcher* dispa
   dispatcher->RegisterUnary(name, "ModelConfig", model, state, ModelConfig);
   dispatcher->RegisterUnary(name, "ModelStatistics", model, state, ModelStatistics);
   dispatcher->RegisterUnary(name, "RepositoryIndex", always, state, RepositoryIndex);
-  dispatcher->RegisterUnary(name, "RepositoryModelLoad", always, state,
-                            RefuseRepository<kserve::RepositoryModelLoadRequest, kserve::RepositoryModelLoadResponse>);
-  dispatcher->RegisterUnary(
-      name, "RepositoryModelUnload", always, state,
-      RefuseRepository<kserve::RepositoryModelUnloadRequest, kserve::RepositoryModelUnloadResponse>);
-  dispatcher->RegisterUnary(
-      name, "SystemSharedMemoryStatus", always, state,
-      NoRegions<kserve::SystemSharedMemoryStatusRequest, kserve::SystemSharedMemoryStatusResponse>);
-  dispatcher->RegisterUnary(
-      name, "SystemSharedMemoryUnregister", always, state,
-      NoRegions<kserve::SystemSharedMemoryUnregisterRequest, kserve::SystemSharedMemoryUnregisterResponse>);
-  dispatcher->RegisterUnary(
-      name, "SystemSharedMemoryRegister", always, state,
-      RefuseRegion<kserve::SystemSharedMemoryRegisterRequest, kserve::SystemSharedMemoryRegisterResponse>);
-  dispatcher->RegisterUnary(name, "CudaSharedMemoryStatus", always, state,
-                            NoRegions<kserve::CudaSharedMemoryStatusRequest, kserve::CudaSharedMemoryStatusResponse>);
-  dispatcher->RegisterUnary(
-      name, "CudaSharedMemoryUnregister", always, state,
-      NoRegions<kserve::CudaSharedMemoryUnregisterRequest, kserve::CudaSharedMemoryUnregisterResponse>);
-  dispatcher->RegisterUnary(
-      name, "CudaSharedMemoryRegister", always, state,
-      RefuseRegion<kserve::CudaSharedMemoryRegisterRequest, kserve::CudaSharedMemoryRegisterResponse>);
+  RegisterWhatThereIsNot(dispatcher);
   dispatcher->RegisterUnary(name, "TraceSetting", always, state, TraceSetting);
   dispatcher->RegisterUnary(name, "LogSettings", always, state, LogSettings);
 }

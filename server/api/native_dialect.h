@@ -3,8 +3,6 @@
 #ifndef SERVER_API_NATIVE_DIALECT_H_
 #define SERVER_API_NATIVE_DIALECT_H_
 
-#include <vector>
-
 #include "server/api/dialect.h"
 
 namespace dejavu {
@@ -21,10 +19,8 @@ class NativeDialect final : public Dialect {
 
  private:
   const bool streaming_;
-  size_t gathered_ = 0;                       // samples that one reply must hold; 0: each chunk is a reply
-  size_t taken_ = 0;                          // of them
+  GatheredSamples gathered_;                  // that one reply must hold; none expected: each chunk is a reply
   const v1::GenerateChunk* chunk_ = nullptr;  // to be sent
-  std::vector<v1::GenerateChunk> chunks_;     // by sample
   v1::GenerateResponse response_;
 };
 

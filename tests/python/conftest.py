@@ -31,12 +31,15 @@ def mpirun(processes):
     return ["mpirun", "-n", str(processes), "--oversubscribe"] if processes > 1 else []
 
 
+def compile_protos(out, *files):
+    """The modules of these files of proto/ can be imported from now on. `out`: a folder for them."""
+    assert protoc.main(["protoc", f"-I{ROOT / 'proto'}", f"--python_out={out}", f"--grpc_python_out={out}", *files]) == 0
+    sys.path.insert(0, str(out))
+
+
 def generate_api(out):
     """The generated modules: api.pb (messages) and api.rpc (stubs), and those of AdminService. `out`: a folder for their files."""
-    args = ["protoc", f"-I{ROOT / 'proto'}", f"--python_out={out}", f"--grpc_python_out={out}", "dejavu/v1/generation.proto",
-            "dejavu/v1/admin.proto"]
-    assert protoc.main(args) == 0
-    sys.path.insert(0, str(out))
+    compile_protos(out, "dejavu/v1/generation.proto", "dejavu/v1/admin.proto")
     from dejavu.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
 
     class Api:

@@ -1,9 +1,6 @@
 """The Open Inference Protocol by hand: requests as stock clients send them, and what a reply's tensors hold."""
 import json
 import struct
-import sys
-
-from grpc_tools import protoc
 
 SERVICE = "inference.GRPCInferenceService"
 NUMBERS = {"INT32": "i", "UINT32": "I", "FP32": "f", "INT64": "q"}
@@ -11,9 +8,8 @@ NUMBERS = {"INT32": "i", "UINT32": "I", "FP32": "f", "INT64": "q"}
 
 def generate(out):
     """The modules of proto/kserve. `out`: a folder for them."""
-    from conftest import ROOT
-    assert protoc.main(["protoc", f"-I{ROOT / 'proto'}", f"--python_out={out}", f"--grpc_python_out={out}", "kserve/inference.proto"]) == 0
-    sys.path.insert(0, str(out))
+    from conftest import compile_protos
+    compile_protos(out, "kserve/inference.proto")
     from kserve import inference_pb2, inference_pb2_grpc
     return inference_pb2, inference_pb2_grpc
 

@@ -1,11 +1,8 @@
 """Load reports as gRPC's proposals A51 and A58 have them: the modules of proto/xds, and what a call's trailers hold."""
 import base64
-import sys
-
-from grpc_tools import protoc
 
 import http2
-from conftest import PATIENCE_S, ROOT
+from conftest import PATIENCE_S, compile_protos
 
 TRAILER = "endpoint-load-metrics-bin"
 SERVICE = "xds.service.orca.v3.OpenRcaService"
@@ -14,8 +11,7 @@ FILES = ["xds/data/orca/v3/orca_load_report.proto", "xds/service/orca/v3/orca.pr
 
 def generate(out):
     """OrcaLoadReport, OrcaLoadReportRequest and the stub's class. `out`: a folder for the modules."""
-    assert protoc.main(["protoc", f"-I{ROOT / 'proto'}", f"--python_out={out}", f"--grpc_python_out={out}", *FILES]) == 0
-    sys.path.insert(0, str(out))
+    compile_protos(out, *FILES)
     from xds.data.orca.v3 import orca_load_report_pb2
     from xds.service.orca.v3 import orca_pb2, orca_pb2_grpc
     return orca_load_report_pb2.OrcaLoadReport, orca_pb2.OrcaLoadReportRequest, orca_pb2_grpc.OpenRcaServiceStub

@@ -1,18 +1,12 @@
 """vLLM's engine protocol by hand: requests as gateways send them, and what replies add up to."""
-import sys
-
-from grpc_tools import protoc
-
-from conftest import PATIENCE_S, ROOT
+from conftest import PATIENCE_S, compile_protos
 
 SERVICE = "vllm.grpc.engine.VllmEngine"
 
 
 def stubs(out):
     """The modules of proto/vllm and proto/smg. `out`: a folder for them."""
-    assert protoc.main(["protoc", f"-I{ROOT / 'proto'}", f"--python_out={out}", f"--grpc_python_out={out}", "vllm/engine.proto",
-                        "smg/common.proto"]) == 0
-    sys.path.insert(0, str(out))
+    compile_protos(out, "vllm/engine.proto", "smg/common.proto")
     from smg import common_pb2
     from vllm import engine_pb2, engine_pb2_grpc
     return engine_pb2, engine_pb2_grpc, common_pb2

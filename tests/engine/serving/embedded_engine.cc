@@ -4,7 +4,7 @@
 #include <bit>
 #include <fstream>
 #include <iterator>
-#include <latch>
+#include <optional>
 #include <utility>
 
 #include "engine/text/tokenizer.h"
@@ -77,25 +77,30 @@ Heard Listen(CollectingSink& sink) {
 
 Heard Generate(Engine& engine, Request request) { return GenerateTogether(engine, {std::move(request)})[0]; }
 
+HeldEngine::HeldEngine(Engine& engine)
+    : gate_(std::make_shared<CollectingSink>([this](size_t) {
+        all_there_.wait();
+        return true;
+      })) {
+  CHECK(engine.Submit(SparseRequest({2}, 1, {Tier::kDense, false, 0}), gate_).ok());
+  gate_->WaitForTokens(1);
+}
+
+void HeldEngine::LetGo() {
+  all_there_.count_down();
+  gate_->WaitForFinish();
+}
+
 std::vector<Heard> GenerateTogether(Engine& engine, const std::vector<Request>& requests) {
-  // Until all are submitted, another request, which counts nowhere, holds the engine in its only token.
-  std::latch all_there{1};
-  const auto gate = std::make_shared<CollectingSink>([&](size_t) {
-    all_there.wait();
-    return true;
-  });
-  if (requests.size() > 1) {
-    CHECK(engine.Submit(SparseRequest({2}, 1, {Tier::kDense, false, 0}), gate).ok());
-    gate->WaitForTokens(1);
-  }
+  std::optional<HeldEngine> held;
+  if (requests.size() > 1) held.emplace(engine);
   std::vector<std::shared_ptr<CollectingSink>> sinks;
   for (const Request& request : requests) {
     sinks.push_back(std::make_shared<CollectingSink>());
     const auto id = engine.Submit(request, sinks.back());
     CHECK(id.ok()) << id.status().ToString();
   }
-  all_there.count_down();
-  if (requests.size() > 1) gate->WaitForFinish();
+  if (held.has_value()) held->LetGo();
   std::vector<Heard> heard;
   heard.reserve(sinks.size());
   for (const auto& sink : sinks) heard.push_back(Listen(*sink));

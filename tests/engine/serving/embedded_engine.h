@@ -3,6 +3,7 @@
 #define TESTS_ENGINE_SERVING_EMBEDDED_ENGINE_H_
 
 #include <cstdint>
+#include <latch>
 #include <memory>
 #include <string>
 #include <vector>
@@ -26,6 +27,18 @@ const std::vector<std::vector<int32_t>>& TextPrompts();
 
 // Greedy, without an end token.
 Request SparseRequest(std::vector<int32_t> prompt, int max_new_tokens, const SparsityParams& sparsity);
+
+// Until it is let go, another request, which counts nowhere, holds the engine in its only token: what is submitted
+// meanwhile is all there at once.
+class HeldEngine {
+ public:
+  explicit HeldEngine(Engine& engine);
+  void LetGo();  // once
+
+ private:
+  std::latch all_there_{1};
+  const std::shared_ptr<CollectingSink> gate_;
+};
 
 struct Heard {
   std::vector<int32_t> ids;

@@ -2,7 +2,6 @@
 // whether sequences were sent back to the queue and computed again. Random loads, through the engine's public
 // interface.
 #include <algorithm>
-#include <latch>
 #include <random>
 
 #include "gtest/gtest.h"
@@ -58,13 +57,7 @@ std::vector<Asked> RandomLoad(uint32_t seed, int requests) {
 
 // All of them at once.
 std::vector<std::vector<Heard>> Play(Engine& engine, const std::vector<Asked>& load) {
-  std::latch all_there{1};
-  const auto gate = std::make_shared<CollectingSink>([&](size_t) {
-    all_there.wait();
-    return true;
-  });
-  EXPECT_TRUE(engine.Submit(SparseRequest({2}, 1, {Tier::kDense, false, 0}), gate).ok());
-  gate->WaitForTokens(1);
+  HeldEngine held(engine);
   std::vector<std::vector<std::shared_ptr<TokenSink>>> sinks;
   for (const Asked& asked : load) {
     std::vector<std::shared_ptr<TokenSink>>& samples = sinks.emplace_back();
@@ -74,7 +67,7 @@ std::vector<std::vector<Heard>> Play(Engine& engine, const std::vector<Asked>& l
     }
     EXPECT_TRUE(engine.SubmitSamples(asked.request, samples).ok());
   }
-  all_there.count_down();
+  held.LetGo();
   std::vector<std::vector<Heard>> heard;
   for (const auto& samples : sinks) {
     heard.emplace_back();

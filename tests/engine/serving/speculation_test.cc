@@ -2,7 +2,6 @@
 // through the engine's public interface.
 #include <algorithm>
 #include <bit>
-#include <latch>
 #include <random>
 
 #include "gtest/gtest.h"
@@ -96,13 +95,7 @@ struct Got {
 
 // All of them at once, with speculation as they ask for it or OFF.
 std::vector<std::vector<Got>> Play(Engine& engine, const std::vector<Asked>& load, bool speculate) {
-  std::latch all_there{1};
-  const auto gate = std::make_shared<CollectingSink>([&](size_t) {
-    all_there.wait();
-    return true;
-  });
-  EXPECT_TRUE(engine.Submit(SparseRequest({2}, 1, {Tier::kDense, false, 0}), gate).ok());
-  gate->WaitForTokens(1);
+  HeldEngine held(engine);
   std::vector<std::vector<std::shared_ptr<TokenSink>>> sinks;
   for (const Asked& asked : load) {
     std::vector<std::shared_ptr<TokenSink>>& samples = sinks.emplace_back();
@@ -119,7 +112,7 @@ std::vector<std::vector<Got>> Play(Engine& engine, const std::vector<Asked>& loa
     EXPECT_TRUE(submitted.ok()) << submitted.status();
     if (submitted.ok()) *id = *submitted;
   }
-  all_there.count_down();
+  held.LetGo();
   std::vector<std::vector<Got>> got;
   for (const auto& samples : sinks) {
     got.emplace_back();
