@@ -295,6 +295,13 @@ std::vector<Option> OptionTable(Config* config) {
        .help = "most tokens guessed at once, where the request names no number",
        .target = &s.speculation_most_tokens,
        .limits = {1, kMostDraftTokens}},
+      {.key = "speculation.draft_weights",
+       .group = "Speculation",
+       .help =
+           "what tiers guess with: the model's weights, or the attention's projections and the head once more in int8; "
+           "auto: that where it leaves enough memory for keys and values",
+       .target = &e.draft_weights,
+       .choices = {kAutoDrafts, kStoredDrafts, kInt8Drafts}},
       {.key = "speculation.gain",
        .group = "Speculation",
        .help = "share of tokens per second that auto must expect to gain",

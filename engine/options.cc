@@ -66,6 +66,10 @@ absl::Status CheckOptions(const EngineOptions& o) {
   RETURN_IF_ERROR(Check("kv.block_tokens", o.kv.block_tokens, KvOptions::kBlockTokens));
   RETURN_IF_ERROR(Check("kv.memory_mib", static_cast<double>(o.kv.memory_mib), KvOptions::kMemoryMib));
   RETURN_IF_ERROR(MetricEdgesFrom(o.metrics.edges).status());
+  if (o.draft_weights != kAutoDrafts && o.draft_weights != kStoredDrafts && o.draft_weights != kInt8Drafts) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("speculation.draft_weights is '", o.draft_weights, "'; it must be auto, stored or int8"));
+  }
   if (!(o.memory_share > 0.0 && o.memory_share <= 1.0)) {  // less than people may configure is of use to tests
     return absl::InvalidArgumentError(absl::StrCat("memory_share is ", o.memory_share, "; it must be in (0, 1]"));
   }

@@ -82,6 +82,9 @@ struct MetricsOptions {
   double slo_itl_ms = 0.0;   // between its tokens, on average
 };
 
+// EngineOptions::draft_weights.
+inline constexpr char kAutoDrafts[] = "auto", kStoredDrafts[] = "stored", kInt8Drafts[] = "int8";
+
 struct EngineOptions {
   static constexpr Limits kThreads = {0, 1024}, kTensorParallel = {0, 64}, kMemoryShare = {0.01, 1.0};
   static constexpr Limits kWatchdog = {-1.0, 1e6};
@@ -91,6 +94,9 @@ struct EngineOptions {
   // Predictor file; empty: predictor.safetensors in the model's directory, if there is one, or a synthetic model's own;
   // "none": none even then.
   std::string predictor;
+  // What drafts of a predicted tier compute with: stored, the model's weights; int8, DraftWeights; auto, int8 where the
+  // memory does for both those and keys and values.
+  std::string draft_weights = kAutoDrafts;
   bool shadow_fallback = true;  // a layer whose shadow checks fail runs EXACT until they pass again
   bool map_weights = true;      // compute with a mapped file of dejavu-convert where that can be (ModelOptions)
   std::string device = "auto";  // auto | cpu | cuda

@@ -29,6 +29,7 @@ struct CostParameters {
   double dense_ms = 0.0, exact_ms = 0.0, predicted_ms = 0.0;  // a step by itself
   double row_ms = 0.0, prefill_token_ms = 0.0, context_token_ms = 0.0;
   double check_row_ms = 0.0;  // of a draft that is checked, beside the row of its sequence
+  double draft_ms = 0.0;      // a step that drafts by itself
 };
 
 // A snapshot; the fields are read one by one and belong to the same moment only when nothing runs.

@@ -61,7 +61,7 @@ struct ServerOptions {
 
   // Speculation, where the request does not say otherwise: "off" or "auto"; the tier that drafts, or "none"; whether
   // what repeats itself is looked up; and how many tokens at once.
-  std::string speculation_mode = "off";
+  std::string speculation_mode = "auto";
   std::string speculation_draft_tier = "high";
   bool speculation_lookup = true;
   int speculation_most_tokens = 6;

@@ -50,6 +50,7 @@ absl::StatusOr<OptConfig> LoadModelConfig(const std::string& model) {
 
 absl::StatusOr<ModelBytes> MeasureModel(const ModelOptions& options, const OptConfig& config) {
   ASSIGN_OR_RETURN(const std::optional<DType> dtype, ParseWeights(options.weights));
+  DType in_memory = dtype.value_or(DType::kBFloat16);
   // Which neurons a rank owns makes no difference here.
   ASSIGN_OR_RETURN(const Shard shard, MakeShard(config, nullptr, options.rank, options.ranks));
   ModelBytes bytes;
@@ -65,6 +66,7 @@ absl::StatusOr<ModelBytes> MeasureModel(const ModelOptions& options, const OptCo
     ASSIGN_OR_RETURN(const std::optional<WeightsFile> converted, WeightsFile::Open(options.model, config));
     if (converted.has_value()) {
       ASSIGN_OR_RETURN(bytes.weights, converted->Measure(shard, dtype));
+      in_memory = dtype.value_or(converted->dtype());
     } else {
       ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(options.model));
       ASSIGN_OR_RETURN(bytes.weights, OptWeights::Measure(checkpoint, config, shard, dtype));
@@ -72,6 +74,8 @@ absl::StatusOr<ModelBytes> MeasureModel(const ModelOptions& options, const OptCo
   }
   std::error_code error;
   const auto size = predictor.empty() ? 0 : std::filesystem::file_size(predictor, error);
+  const bool predicted = bytes.predictor > 0 || !predictor.empty();
+  if (predicted && in_memory != DType::kInt8) bytes.drafts = DraftWeights::Measure(config, shard);
   if (!error) bytes.predictor += ShareOfPredictor(static_cast<int64_t>(size), config, shard);
   return bytes;
 }
@@ -112,6 +116,9 @@ absl::StatusOr<LoadedModel> LoadModel(const ModelOptions& options, const OptConf
     ASSIGN_OR_RETURN(model.weights, converted->Load(model.shard, backend, progress, dtype, options.map_weights));
   } else {
     ASSIGN_OR_RETURN(model.weights, OptWeights::Load(*checkpoint, config, model.shard, backend, progress, dtype));
+  }
+  if (options.draft_weights && model.predictor.has_value() && model.weights.dtype() != DType::kInt8) {
+    ASSIGN_OR_RETURN(model.drafts, DraftWeights::Create(model.weights, backend));
   }
   return model;
 }

@@ -3,10 +3,12 @@
 #ifndef ENGINE_LOAD_LOADED_MODEL_H_
 #define ENGINE_LOAD_LOADED_MODEL_H_
 
+#include <memory>
 #include <optional>
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "engine/model/draft_weights.h"
 #include "engine/model/opt_config.h"
 #include "engine/model/opt_weights.h"
 #include "engine/model/predictor_data.h"
@@ -23,13 +25,16 @@ struct ModelOptions {
   std::string predictor;
   int rank = 0, ranks = 1;  // which part is loaded; see MakeShard
   bool map_weights = true;  // a file of dejavu-convert is mapped where it can be, not copied
+  // DraftWeights for what a predictor drafts, where the weights are not int8 anyway.
+  bool draft_weights = false;
 };
 
 inline constexpr char kGeneratedPredictor[] = "generated";
 
 struct LoadedModel {
   Shard shard;
-  OptWeights weights;  // the shard's
+  OptWeights weights;                    // the shard's
+  std::unique_ptr<DraftWeights> drafts;  // likewise; nullptr: none
   // Of the whole model, as every rank reads it; of a synthetic model's own, stage B, thresholds and worth of neurons
   // that the shard does not own are zero.
   std::optional<PredictorData> predictor;
@@ -45,8 +50,9 @@ std::string PredictorPath(const ModelOptions& options);
 absl::StatusOr<OptConfig> LoadModelConfig(const std::string& model);
 
 // Bytes in memory of the part that is loaded, from the files' headers; a predictor that cannot be read counts as none.
+// `drafts`: of DraftWeights, whether they are wanted or not; 0 where there would be none.
 struct ModelBytes {
-  int64_t weights = 0, predictor = 0;
+  int64_t weights = 0, drafts = 0, predictor = 0;
 };
 absl::StatusOr<ModelBytes> MeasureModel(const ModelOptions& options, const OptConfig& config);
 

@@ -47,6 +47,7 @@ struct Batch {
   static constexpr int32_t kMostAdjustments = 1 << 15;
   std::vector<std::array<int32_t, kAdjustFields>> adjustments;  // of all draws
   bool keeps_logits = false;  // the host gets the logits of a step that draws, too; not of a group
+  bool drafts = false;        // all rows are drafts, for which DraftWeights do where there are any
   // The tokens are those that the step before, of the same rows, has drawn: the device has them, `tokens` has not. The
   // block table is that step's, too.
   bool follows_draws = false;
@@ -70,6 +71,7 @@ struct Batch {
     adjustments.clear();
     keeps_logits = false;
     follows_draws = false;
+    drafts = false;
   }
 
   // How many of kDetailFields the host gets of each draw; 0: no row asks for any.

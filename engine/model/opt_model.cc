@@ -41,11 +41,13 @@ size_t WordsOf(const StepCounts& counts) {
 absl::StatusOr<std::unique_ptr<OptModel>> OptModel::Create(const OptConfig& config, const Shard& shard,
                                                            const OptWeights& weights, Backend& backend,
                                                            Communicator& communicator, Predictor& predictor,
-                                                           const Batch& largest, int32_t candidates) {
+                                                           const Batch& largest, int32_t candidates,
+                                                           const DraftWeights* drafts) {
   CHECK(shard.rank == communicator.rank() && shard.ranks == communicator.size())
       << "shard " << shard.rank << " of " << shard.ranks << " for rank " << communicator.rank() << " of "
       << communicator.size();
-  std::unique_ptr<OptModel> model(new OptModel(config, shard, weights, backend, communicator, predictor, candidates));
+  std::unique_ptr<OptModel> model(
+      new OptModel(config, shard, weights, backend, communicator, predictor, candidates, drafts));
   RETURN_IF_ERROR(model->Allocate(largest));
   return model;
 }
@@ -95,6 +97,7 @@ absl::Status OptModel::Allocate(const Batch& largest) {
 uint64_t OptModel::Launch(const Batch& batch, const KvCache& kv, const StepOutputs& out) {
   const RowTable rows = Upload(batch);
   skip_zeros_ = std::find(batch.tiers.begin(), batch.tiers.end(), Tier::kDense) == batch.tiers.end();
+  step_weights_ = batch.drafts && drafts_ != nullptr ? &drafts_->weights() : &weights_;
   const auto logit_rows = static_cast<int64_t>(batch.logit_rows.size());
   const bool draws = !batch.draws.empty();
   // What all rows decode by is drawn to where the next step looks for its tokens.
@@ -234,7 +237,8 @@ void OptModel::GatherCounts(StepCounts* counts) {
 uint64_t OptModel::StepKey(const Batch& batch) const {
   if (batch.decode_rows < batch.rows() || observer_ != nullptr) return Backend::kOnce;
   const uint64_t key = predictor_.step_key() * 31 + batch.logit_rows.size();
-  return std::max<uint64_t>(1, key * 4 + 2 * skip_zeros_ + batch.draws.empty());
+  const bool drafts = step_weights_ != &weights_;
+  return std::max<uint64_t>(1, key * 8 + 4 * drafts + 2 * skip_zeros_ + batch.draws.empty());
 }
 
 RowTable OptModel::Upload(const Batch& batch) {
@@ -266,18 +270,18 @@ RowTable OptModel::Upload(const Batch& batch) {
 
 void OptModel::Embed(const RowTable& rows) {
   const Tensor x = x_.Rows(0, rows.rows()), tokens = inputs_->tokens().Cols(0, rows.rows());
-  const bool projects = !weights_.project_in.weight.empty();
+  const bool projects = !step_weights_->project_in.weight.empty();
   const Tensor embedded = projects ? embedded_.Rows(0, rows.rows()) : x;
-  dev_.Embed(embedded, tokens, weights_.token_embedding, -shard_.vocab.first, /*accumulate=*/false);
+  dev_.Embed(embedded, tokens, step_weights_->token_embedding, -shard_.vocab.first, /*accumulate=*/false);
   comm_.AllReduce(embedded);  // zero but on the rank that has the token
-  if (projects) dev_.Linear(x, embedded, weights_.project_in);
-  dev_.Embed(x, rows.positions, {weights_.position_embedding, {}}, kPositionOffset, /*accumulate=*/true);
+  if (projects) dev_.Linear(x, embedded, step_weights_->project_in);
+  dev_.Embed(x, rows.positions, {step_weights_->position_embedding, {}}, kPositionOffset, /*accumulate=*/true);
 }
 
 // Pre-norm: x += attention(norm(x)); x += mlp(norm(x)). Post-norm (OPT-350m): x = norm(x + attention(x)); x = norm(x +
 // mlp(x)).
 void OptModel::Layer(int32_t l, const KvLayer& kv, const RowTable& rows) {
-  const LayerWeights& w = weights_.layers[l];
+  const LayerWeights& w = step_weights_->layers[l];
   const int64_t n = rows.rows();
   const Tensor x = x_.Rows(0, n), h = config_.pre_norm ? h_.Rows(0, n) : x, partial = partial_.Rows(0, n);
 
@@ -327,7 +331,7 @@ void OptModel::Attend(int32_t l, const KvLayer& kv, const RowTable& rows, Tensor
   dev_.WriteKv(kv, qkv, rows);
   dev_.Attention(context, qkv, kv, rows, scale, heads);
   if (observer_ != nullptr) observer_->OnContext(l, context);
-  dev_.Linear(partial, context, weights_.layers[l].out, heads, config_.head_dim);
+  dev_.Linear(partial, context, step_weights_->layers[l].out, heads, config_.head_dim);
 }
 
 void OptModel::Compute(const Ride& stage_a, Tensor x) {
@@ -337,7 +341,7 @@ void OptModel::Compute(const Ride& stage_a, Tensor x) {
 // The predictor's stage A is part of the product. Where heads are chosen, K and V (of every head: one that is skipped
 // now may be wanted later) come first, then Q of the chosen ones.
 Selection OptModel::ProjectQkv(int32_t l, Tensor qkv, Tensor h) {
-  const LinearWeights& w = weights_.layers[l].qkv;
+  const LinearWeights& w = step_weights_->layers[l].qkv;
   const Ride stage_a = predictor_.StageA(l, Tap::kAttentionNorm);
   if (!predictor_.SelectsHeads(l)) {
     dev_.Linear(qkv, h, w, {}, 1, stage_a);
@@ -361,13 +365,13 @@ Selection OptModel::ProjectQkv(int32_t l, Tensor qkv, Tensor h) {
 void OptModel::Head(int64_t n, int64_t rows) {
   Tensor last = last_.Rows(0, n);
   dev_.GatherRows(last, x_.Rows(0, rows), logit_rows_);
-  if (config_.final_norm) dev_.LayerNorm(last, last, weights_.final_norm);
-  if (!weights_.project_out.weight.empty()) {
+  if (config_.final_norm) dev_.LayerNorm(last, last, step_weights_->final_norm);
+  if (!step_weights_->project_out.weight.empty()) {
     const Tensor projected = projected_.Rows(0, n);
-    dev_.Linear(projected, last, weights_.project_out);
+    dev_.Linear(projected, last, step_weights_->project_out);
     last = projected;
   }
-  dev_.Linear(logits_.Rows(0, n), last, weights_.head);
+  dev_.Linear(logits_.Rows(0, n), last, step_weights_->head);
 }
 
 }  // namespace dejavu

@@ -9,6 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "engine/model/batch.h"
+#include "engine/model/draft_weights.h"
 #include "engine/model/kv_cache.h"
 #include "engine/model/opt_config.h"
 #include "engine/model/opt_weights.h"
@@ -47,11 +48,13 @@ struct StepOutputs {
 class OptModel {
  public:
   // Takes the activations for batches of the shape of `largest`, of which ids below `candidates` may be drawn. Backend,
-  // communicator, weights and predictor must outlive the model; weights and predictor are those of `shard`.
+  // communicator, weights and predictor must outlive the model; weights and predictor are those of `shard`. `drafts`,
+  // which may be null, are what steps that draft compute with.
   static absl::StatusOr<std::unique_ptr<OptModel>> Create(const OptConfig& config, const Shard& shard,
                                                           const OptWeights& weights, Backend& backend,
                                                           Communicator& communicator, Predictor& predictor,
-                                                          const Batch& largest, int32_t candidates);
+                                                          const Batch& largest, int32_t candidates,
+                                                          const DraftWeights* drafts = nullptr);
 
   // Runs the rows of `batch` and writes their keys and values to `kv`. Rows of one sequence must come in ascending
   // position, with every earlier position already in `kv` or in the batch. Launch returns when the device has been told
@@ -70,11 +73,12 @@ class OptModel {
 
  private:
   OptModel(const OptConfig& config, const Shard& shard, const OptWeights& weights, Backend& backend,
-           Communicator& communicator, Predictor& predictor, int32_t candidates)
+           Communicator& communicator, Predictor& predictor, int32_t candidates, const DraftWeights* drafts)
       : config_(config),
         shard_(shard),
         candidates_(candidates),
         weights_(weights),
+        drafts_(drafts),
         dev_(backend),
         comm_(communicator),
         predictor_(predictor) {}
@@ -97,6 +101,7 @@ class OptModel {
   const Shard shard_;
   const int32_t candidates_;
   const OptWeights& weights_;
+  const DraftWeights* const drafts_;  // nullptr: none
   Backend& dev_;
   Communicator& comm_;
   Predictor& predictor_;
@@ -119,7 +124,8 @@ class OptModel {
   Tensor scratch_;    // [1, adjustments] of a model on one rank, as the next one
   Tensor details_;    // int32 [logit rows, kDetailFields]
 
-  bool skip_zeros_ = false;  // this step: no row is DENSE
+  bool skip_zeros_ = false;                   // this step: no row is DENSE
+  const OptWeights* step_weights_ = nullptr;  // that this step computes with
 
   // int32 on the device. What a step draws takes the place of its tokens, where the next one looks for its own.
   std::unique_ptr<StepInputs> inputs_;

@@ -75,12 +75,15 @@ absl::StatusOr<CapacityPlan> PlanCapacity(const PlannedModel& model, const Engin
   plan.budget_bytes = fit.budget;
   plan.weight_bytes = fit.weight_bytes;
   plan.predictor_bytes = fit.predictor_bytes;
+  plan.draft_bytes = fit.draft_bytes;
   plan.activation_bytes = fit.activations;
   plan.kv_bytes = fit.blocks * fit.block_bytes;
   plan.kv_token_bytes = fit.block_bytes / options.kv.block_tokens;
   plan.left_bytes = fit.for_kv - plan.kv_bytes;
   plan.kv_tokens = fit.blocks * options.kv.block_tokens;
-  plan.kv_tokens_room = std::max<int64_t>(fit.for_kv, 0) / fit.block_bytes * options.kv.block_tokens;
+  // Drafts give theirs back where keys and values would want it.
+  const int64_t room = fit.for_kv + (options.draft_weights == kAutoDrafts ? fit.draft_bytes : 0);
+  plan.kv_tokens_room = std::max<int64_t>(room, 0) / fit.block_bytes * options.kv.block_tokens;
   plan.largest_batch = options.scheduler.max_batch;
 
   plan.batches = model.batches;

@@ -45,6 +45,7 @@ struct CapacityPlan {
   int64_t budget_bytes = 0;
   RankWeights weight_bytes;
   RankPredictor predictor_bytes;
+  int64_t draft_bytes = 0;  // DraftWeights; 0: none
   int64_t activation_bytes = 0;
   int64_t kv_bytes = 0, kv_token_bytes = 0;
   int64_t left_bytes = 0;      // may be negative

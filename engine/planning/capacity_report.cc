@@ -54,6 +54,7 @@ std::string Memory(const CapacityPlan& plan) {
     add("weights", plan.weight_bytes.total(), "");
     add("predictor", plan.predictor_bytes.total(), "");
   }
+  add("weights for drafts", plan.draft_bytes, "attention and head once more, in int8");
   add("activations", plan.activation_bytes, "");
   add("keys and values", plan.kv_bytes,
       absl::StrFormat("%d tokens, %d sequences of %d", plan.kv_tokens, plan.kv_tokens / config.context,
@@ -132,6 +133,7 @@ std::string CapacityJson(const CapacityPlan& plan) {
                           {"weights_replicated", plan.weight_bytes.replicated},
                           {"weights_rank_0", plan.weight_bytes.first_rank},
                           {"predictor", plan.predictor_bytes.total()},
+                          {"draft_weights", plan.draft_bytes},
                           {"predictor_divided", plan.predictor_bytes.split},
                           {"predictor_replicated", plan.predictor_bytes.replicated},
                           {"activations", plan.activation_bytes},

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "engine/load/loaded_model.h"
+#include "engine/model/draft_weights.h"
 #include "engine/model/kv_cache.h"
 #include "engine/planning/memory_plan.h"
 #include "kernels/base/status_macros.h"
@@ -39,14 +40,17 @@ absl::StatusOr<MemoryFit> MeasureFit(const PlannedModel& model, const EngineOpti
   if (model.predictor.has_value()) fit.predictor_bytes = PredictorBytes(*model.predictor, config, fit.shard);
   fit.activations = ActivationBytes(options, config, fit.shard);
   fit.budget = static_cast<int64_t>(options.memory_share * static_cast<double>(MemoryBytes(devices)));
-  fit.for_kv = fit.budget - fit.weight_bytes.total() - fit.predictor_bytes.total() - fit.activations;
+  const int64_t left = fit.budget - fit.weight_bytes.total() - fit.predictor_bytes.total() - fit.activations;
 
   fit.block_bytes = KvCache::BlockBytes(config, options.kv.block_tokens, fit.kv, fit.shard.heads.count);
   fit.per_sequence = (config.context + options.kv.block_tokens - 1) / options.kv.block_tokens;
-  const int64_t useful = options.scheduler.max_batch * fit.per_sequence;
-  fit.blocks =
-      std::min(useful, (options.kv.memory_mib > 0 ? options.kv.memory_mib * kMib : std::max<int64_t>(fit.for_kv, 0)) /
-                           fit.block_bytes);
+  const auto blocks = [&](int64_t bytes) { return WantedBlocks(options, fit.per_sequence, fit.block_bytes, bytes); };
+  if (model.predictor.has_value() && fit.weights != DType::kInt8) {
+    fit.draft_bytes =
+        BytesForDrafts(options, DraftWeights::Measure(config, fit.shard), left, blocks(left) * fit.block_bytes);
+  }
+  fit.for_kv = left - fit.draft_bytes;
+  fit.blocks = blocks(fit.for_kv);
   return fit;
 }
 

@@ -22,6 +22,7 @@ struct MemoryFit {
   DType weights = DType::kFloat16, kv = DType::kFloat16;
   RankWeights weight_bytes;
   RankPredictor predictor_bytes;
+  int64_t draft_bytes = 0;  // DraftWeights; 0: none
   int64_t budget = 0, activations = 0;
   int64_t block_bytes = 0, per_sequence = 0;  // of keys and values
   int64_t blocks = 0;                         // that the daemon would take

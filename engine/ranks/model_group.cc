@@ -30,6 +30,7 @@ const MpiOptions kPatient = {.timeout_s = kForever};
 struct Hello {
   int32_t version = kStepMessageVersion;
   int32_t kv_blocks = 0;
+  int32_t draft_weights = 0;  // 1: made
   int64_t weight_bytes = 0;
   uint64_t fingerprint = 0;  // of the model
 };
@@ -48,6 +49,7 @@ absl::Status Agree(Communicator& group, const absl::Status& mine, Hello* hello) 
   };
   return Agree(group, mine, hello, [&](int rank, const absl::Status& said, const Hello& of_rank) {
     hello->kv_blocks = std::min(hello->kv_blocks, of_rank.kv_blocks);
+    hello->draft_weights = std::min(hello->draft_weights, of_rank.draft_weights);
     hello->weight_bytes += rank == 0 ? 0 : of_rank.weight_bytes;
     if (of_rank.version != first.version) return differs(rank, "version of dejavud");
     if (said.ok() && of_rank.fingerprint != first.fingerprint) return differs(rank, "model");
@@ -153,7 +155,10 @@ absl::Status ModelGroup::Rank::Join(std::unique_ptr<Communicator> group,
 }
 
 absl::Status ModelGroup::Rank::Plan() {
-  ASSIGN_OR_RETURN(hello_.kv_blocks, options_.plan_kv_blocks(*backend_, communicator_->rank(), communicator_->size()));
+  ASSIGN_OR_RETURN(const GroupOptions::Room room,
+                   options_.plan_memory(*backend_, communicator_->rank(), communicator_->size()));
+  hello_.kv_blocks = room.kv_blocks;
+  hello_.draft_weights = room.draft_weights ? 1 : 0;
   return absl::OkStatus();
 }
 
@@ -161,6 +166,7 @@ absl::Status ModelGroup::Rank::Load(const LoadProgress& progress) {
   ModelOptions model = options_.model;
   model.rank = communicator_->rank();
   model.ranks = communicator_->size();
+  model.draft_weights = hello_.draft_weights != 0;
   absl::StatusOr<LoadedModel> loaded = OrExhausted([&] { return LoadModel(model, config_, *backend_, progress); });
   if (!loaded.ok()) return Named(loaded.status(), "weights and predictor", "weights (int8), predictor (none)");
   loaded_ = *std::move(loaded);
@@ -184,7 +190,8 @@ absl::Status ModelGroup::Rank::MakeModel(const PredictorData* data) {
                    Predictor::Create(data, config_, loaded_.shard, *backend_, options_.max_rows, options_.max_audits));
   ASSIGN_OR_RETURN(model_,
                    OptModel::Create(config_, loaded_.shard, loaded_.weights, *backend_, *communicator_, *predictor_,
-                                    BatchOf(options_), options_.candidates > 0 ? options_.candidates : config_.vocab));
+                                    BatchOf(options_), options_.candidates > 0 ? options_.candidates : config_.vocab,
+                                    loaded_.drafts.get()));
   return absl::OkStatus();
 }
 

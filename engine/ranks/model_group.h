@@ -27,7 +27,7 @@
 namespace dejavu {
 
 struct GroupOptions {
-  ModelOptions model;           // rank and ranks are the group's
+  ModelOptions model;           // rank, ranks and draft_weights are the group's
   std::string device = "auto";  // as CreateDevice has it; each rank has a GPU of its own, and an equal part of the CPUs
   int threads = 0;              // of the CPU, all ranks of this process together; 0: one per CPU
   bool pin = true;
@@ -42,8 +42,12 @@ struct GroupOptions {
   int32_t block_tokens = 16;
   DType kv_dtype = DType::kFloat16;
   int32_t candidates = 0;  // ids below may be drawn; 0: all
-  // How many KV blocks a rank has room for, in front of its device; the least of all ranks is taken.
-  std::function<absl::StatusOr<int32_t>(const Backend&, int rank, int ranks)> plan_kv_blocks;
+  // What a rank has room for, in front of its device; the least of all ranks is taken.
+  struct Room {
+    int32_t kv_blocks = 0;
+    bool draft_weights = false;
+  };
+  std::function<absl::StatusOr<Room>(const Backend&, int rank, int ranks)> plan_memory;
   // What stands between rank 0's model and device, such as a decorator that measures; empty: nothing.
   std::function<std::unique_ptr<Backend>(std::unique_ptr<Backend>)> wrap_backend;
 };

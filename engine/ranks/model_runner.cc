@@ -27,7 +27,8 @@ absl::StatusOr<GroupOptions> ForGroup(const ModelRunner::Options& options) {
   group.block_tokens = kBlockTokens;
   group.blocks_per_slot = (options.window + kBlockTokens - 1) / kBlockTokens;
   ASSIGN_OR_RETURN(group.kv_dtype, ParseKvType(options.kv_dtype));
-  group.plan_kv_blocks = [blocks = group.blocks_per_slot * options.slots](const Backend&, int, int) { return blocks; };
+  const GroupOptions::Room room = {group.blocks_per_slot * options.slots, options.draft_weights};
+  group.plan_memory = [room](const Backend&, int, int) { return room; };
   group.wrap_backend = options.wrap_backend;
   return group;
 }

@@ -39,6 +39,7 @@ class ModelRunner {
     int max_audits = 0;              // rows of a step whose selections are compared with everything
     int window = 256;                // positions of a sequence
     std::string kv_dtype = "fp16";   // of keys and values: fp16 or fp32
+    bool draft_weights = false;      // as ModelOptions has it
     // What stands between model and device, such as a decorator that measures; empty: nothing.
     std::function<std::unique_ptr<Backend>(std::unique_ptr<Backend>)> wrap_backend;
   };

@@ -12,7 +12,7 @@ constexpr int32_t kMark = 0x564a4400 + kStepMessageVersion;  // "\x02DJV" in the
 constexpr size_t kHeader = 3;                                // mark, kind, words after the header
 constexpr size_t kFirst = 1024;                              // words that travel at once; the rest follows, if any
 
-enum Flags { kDraws = 1, kWantsCounts = 2, kHasTable = 4 };
+enum Flags { kDraws = 1, kWantsCounts = 2, kHasTable = 4, kDrafts = 8 };
 
 // Reads words one after the other; what is beyond the end or out of range is an error, and everything after it.
 class Reader {
@@ -65,9 +65,10 @@ void StepChannel::SendStep(const Batch& batch, const Predictor& predictor, bool 
     for (const auto& value : values) words_[used_++] = static_cast<int32_t>(value);
   };
   const auto size_of = [](const auto& values) { return static_cast<int32_t>(values.size()); };
-  put(std::initializer_list<int32_t>{
-      batch.rows(), batch.decode_rows, size_of(batch.logit_rows), size_of(batch.audit_rows),
-      (batch.draws.empty() ? 0 : kDraws) | (wants_counts ? kWantsCounts : 0) | (table ? kHasTable : 0)});
+  put(std::initializer_list<int32_t>{batch.rows(), batch.decode_rows, size_of(batch.logit_rows),
+                                     size_of(batch.audit_rows),
+                                     (batch.draws.empty() ? 0 : kDraws) | (wants_counts ? kWantsCounts : 0) |
+                                         (table ? kHasTable : 0) | (batch.drafts ? kDrafts : 0)});
   put(batch.tokens);
   put(batch.positions);
   put(batch.row_slots);
@@ -120,8 +121,9 @@ absl::Status StepChannel::Read(Batch* batch, Predictor* predictor, bool* wants_c
   const int32_t decode_rows = reader.Word("decode rows", 0, rows);
   const int32_t logit_rows = reader.Word("logit rows", 0, std::min(rows, batch->max_logit_rows));
   const int32_t audit_rows = reader.Word("audit rows", 0, std::min(decode_rows, predictor->max_audits()));
-  const int32_t flags = reader.Word("flags", 0, kDraws | kWantsCounts | kHasTable);
+  const int32_t flags = reader.Word("flags", 0, kDraws | kWantsCounts | kHasTable | kDrafts);
   batch->Clear();
+  batch->drafts = (flags & kDrafts) != 0;
   batch->decode_rows = decode_rows;
   reader.Words("tokens", rows, INT32_MIN, INT32_MAX, &batch->tokens);
   reader.Words("positions", rows, 0, context_ - 1, &batch->positions);

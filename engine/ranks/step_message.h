@@ -14,7 +14,7 @@
 
 namespace dejavu {
 
-inline constexpr int32_t kStepMessageVersion = 2;
+inline constexpr int32_t kStepMessageVersion = 3;
 
 enum class StepKind : int32_t {
   kStep,

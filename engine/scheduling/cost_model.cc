@@ -17,6 +17,8 @@ constexpr double kOutlier = 5.0, kOutlierShare = 0.5;
 constexpr double kLeastMs = 1e-6;  // of a prediction that something is divided by
 
 size_t BaseOf(Tier tier) { return tier == Tier::kDense ? 0 : tier == Tier::kExact ? 1 : 2; }
+// Drafts may have weights of their own, and are of predicted tiers alone.
+size_t BaseOf(const StepShape& shape) { return shape.drafts ? 3 : BaseOf(shape.tier); }
 
 }  // namespace
 
@@ -26,23 +28,23 @@ CostModel::CostModel(const CostParameters& known) : CostModel() {
   weights_ = {known.dense_ms,
               known.exact_ms,
               known.predicted_ms,
+              known.draft_ms > 0.0 ? known.draft_ms : known.predicted_ms,
               known.row_ms,
               known.prefill_token_ms * kPrefillUnit,
               known.context_token_ms * kContextUnit,
               known.check_row_ms};
   steps_ = kLearned;
-  seen_ = {1, 1, 1};
+  seen_.fill(1);
 }
 
 CostModel::Vector CostModel::Features(const StepShape& s) {
-  const size_t base = BaseOf(s.tier);
-  return {base == 0 ? 1.0 : 0.0,
-          base == 1 ? 1.0 : 0.0,
-          base == 2 ? 1.0 : 0.0,
-          static_cast<double>(s.decode_rows),
-          s.prefill_rows / kPrefillUnit,
-          static_cast<double>(s.context_tokens) / kContextUnit,
-          static_cast<double>(s.check_rows)};
+  Vector x = {};
+  x[BaseOf(s)] = 1.0;
+  x[kBases] = s.decode_rows;
+  x[kBases + 1] = s.prefill_rows / kPrefillUnit;
+  x[kBases + 2] = static_cast<double>(s.context_tokens) / kContextUnit;
+  x[kBases + 3] = s.check_rows;
+  return x;
 }
 
 void CostModel::Restart() {
@@ -55,7 +57,7 @@ void CostModel::Restart() {
 bool CostModel::has_run(Tier tier) const { return seen_[BaseOf(tier)] > 0; }
 
 void CostModel::Observe(const StepShape& shape, double ms) {
-  const size_t base = BaseOf(shape.tier);
+  const size_t base = BaseOf(shape);
   RecentSteps& recent = recent_[base][shape.prefill_rows > 0];
   recent.steps[recent.count++ % kRecent] = {shape, ms};
   if (seen_[base] == 0) weights_[base] = DearestBase();
@@ -141,7 +143,7 @@ void CostModel::ProjectOntoCosts() {
 
 double CostModel::Predict(const StepShape& s) const {
   const CostParameters p = parameters();
-  const double base = std::array{p.dense_ms, p.exact_ms, p.predicted_ms}[BaseOf(s.tier)];
+  const double base = std::array{p.dense_ms, p.exact_ms, p.predicted_ms, p.draft_ms}[BaseOf(s)];
   return base + p.row_ms * s.decode_rows + p.check_row_ms * s.check_rows + p.prefill_token_ms * s.prefill_rows +
          p.context_token_ms * static_cast<double>(s.context_tokens);
 }
@@ -169,7 +171,16 @@ double CostModel::DearestBase() const {
 CostParameters CostModel::parameters() const {
   const double dearest = DearestBase();
   const auto base = [&](int i) { return seen_[i] > 0 ? weights_[i] : dearest; };
-  return {base(0), base(1), base(2), weights_[3], weights_[4] / kPrefillUnit, weights_[5] / kContextUnit, weights_[6]};
+  CostParameters p;
+  p.dense_ms = base(0);
+  p.exact_ms = base(1);
+  p.predicted_ms = base(2);
+  p.draft_ms = base(3);
+  p.row_ms = weights_[kBases];
+  p.prefill_token_ms = weights_[kBases + 1] / kPrefillUnit;
+  p.context_token_ms = weights_[kBases + 2] / kContextUnit;
+  p.check_row_ms = weights_[kBases + 3];
+  return p;
 }
 
 }  // namespace dejavu

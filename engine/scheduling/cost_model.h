@@ -1,7 +1,7 @@
 // CostModel: how long a step takes, learned from the steps just run.
 //
-//   ms = base of the dearest tier in the step + row * decode rows + check_row * check rows + prefill_token * prompt
-//   rows + context_token * context
+//   ms = base of the dearest tier in the step, or of drafts + row * decode rows + check_row * check rows +
+//   prefill_token * prompt rows + context_token * context
 //
 // fitted by recursive least squares with forgetting (Haykin, Adaptive Filter Theory, 4th ed., 9.3) among coefficients
 // that are not negative. A few steps that the system held up, for however long, move the fit by a
@@ -30,7 +30,8 @@ struct StepShape {
 class CostModel {
  public:
   CostModel();
-  // A simulator's truth, or a start from an earlier run; counts as learned.
+  // A simulator's truth, or a start from an earlier run; counts as learned. Without a cost of drafts of their own (0)
+  // they cost what a predicted tier does.
   explicit CostModel(const CostParameters& known);
 
   void Observe(const StepShape& shape, double ms);
@@ -40,14 +41,15 @@ class CostModel {
   double best_share() const;
   // Predictions before that many steps are guesses.
   bool learned() const { return steps_ >= kLearned; }
-  // A tier like this one has run.
+  // A tier like this one has run, other than to draft.
   bool has_run(Tier tier) const;
   int64_t steps() const { return steps_; }
 
   static constexpr int kNewLevel = 8;  // steps in a row that are far off to the same side
 
  private:
-  static constexpr int kFeatures = 7;
+  static constexpr int kBases = 4;  // DENSE, EXACT, predicted tiers, drafts
+  static constexpr int kFeatures = kBases + 4;
   static constexpr int64_t kLearned = 8;
   static constexpr size_t kRecent = 16;  // steps of one kind that are remembered
   using Vector = std::array<double, kFeatures>;
@@ -68,12 +70,12 @@ class CostModel {
 
   Vector weights_ = {};
   std::array<Vector, kFeatures> covariance_ = {};
-  std::array<int64_t, 3> seen_ = {};  // steps of each base
-  double error_ms_ = 0.0;             // mean absolute error, recent
+  std::array<int64_t, kBases> seen_ = {};  // steps of each base
+  double error_ms_ = 0.0;                  // mean absolute error, recent
   int64_t steps_ = 0;
   int far_off_ = 0;  // how many steps in a row were, and which: above 0 slow ones, below fast ones
   std::array<Step, kNewLevel> late_;
-  std::array<std::array<RecentSteps, 2>, 3> recent_;  // of each base, without prompt rows and with them
+  std::array<std::array<RecentSteps, 2>, kBases> recent_;  // of each base, without prompt rows and with them
 };
 
 }  // namespace dejavu

@@ -174,7 +174,7 @@ bool Scheduler::PlanDrafts(Batch& batch) {
     ++shape_.decode_rows;
     shape_.context_tokens += s->computed + drafted;
     shape_.tier = std::min(shape_.tier, sparse.tier);
-    shape_.drafts = true;
+    shape_.drafts = batch.drafts = true;
   }
   return shape_.drafts;
 }

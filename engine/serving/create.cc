@@ -35,12 +35,12 @@ absl::StatusOr<GroupOptions> ForGroup(const EngineOptions& o, const OptConfig& c
   group.block_tokens = o.kv.block_tokens;
   group.candidates = sampled_vocab > 0 ? std::min(sampled_vocab, config.vocab) : config.vocab;
   ASSIGN_OR_RETURN(group.kv_dtype, ParseKvType(o.kv.dtype));
-  group.plan_kv_blocks = [o, config](const Backend& backend, int rank, int ranks) -> absl::StatusOr<int32_t> {
+  group.plan_memory = [o, config](const Backend& backend, int rank, int ranks) -> absl::StatusOr<GroupOptions::Room> {
     ASSIGN_OR_RETURN(const MemoryPlan plan, PlanMemory(o, config, backend, rank, ranks));
     if (rank == 0 && backend.ReadsHostMemory()) spdlog::info("CPU kernels: {}", cpu::DescribeTarget());
     const std::string who = ranks > 1 ? absl::StrCat("rank ", rank, " of ", ranks, ", ") : "";
     spdlog::info("{}{}: {}", who, backend.Description(), plan.ToString());
-    return plan.kv_blocks;
+    return GroupOptions::Room{plan.kv_blocks, plan.draft_bytes > 0};
   };
   return group;
 }

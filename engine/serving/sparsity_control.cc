@@ -14,17 +14,21 @@ double Ratio(double part, double whole) { return whole > 0.0 ? part / whole : 0.
 }  // namespace
 
 SparsityControl::SparsityControl(const OptConfig& config, const PredictorData* data, const OptWeights& weights,
-                                 Predictor& predictor, bool fall_back, EngineMetrics& metrics)
+                                 const DraftWeights* drafts, Predictor& predictor, bool fall_back,
+                                 EngineMetrics& metrics)
     : config_(config),
       predictor_(predictor),
       metrics_(metrics),
-      layer_bytes_(weights.layers.front(), config),
-      head_bytes_(BytesAfterLayers(weights)),
-      embedding_bytes_(EmbeddingBytes(weights)),
+      reads_(ReadsOf(weights, config)),
+      draft_reads_(drafts == nullptr ? reads_ : ReadsOf(drafts->weights(), config)),
       fall_back_(fall_back),
       monitor_(data, config.layers),
       layers_(config.layers),
       published_layers_(config.layers) {}
+
+SparsityControl::Reads SparsityControl::ReadsOf(const OptWeights& weights, const ModelShape& shape) {
+  return {LayerBytes(weights.layers.front(), shape), BytesAfterLayers(weights), EmbeddingBytes(weights)};
+}
 
 // Requests take turns, so that short ones are looked at too.
 bool SparsityControl::WantsShadow(const Sequence& s, int32_t generated_tokens) {
@@ -133,7 +137,8 @@ void SparsityControl::NoteUnion(const Batch& batch, const StepCounts& counts) {
 // Of a group, rank 0's shapes stand for all ranks'. Where no row decodes everything is read.
 void SparsityControl::NoteBytes(const Batch& batch, const StepCounts& counts) {
   const int64_t ranks = counts.ranks, layers = config_.layers;
-  const LayerBytes& of = layer_bytes_;
+  const Reads& reads = batch.drafts ? draft_reads_ : reads_;
+  const LayerBytes& of = reads.layer;
   const int64_t dense_mlp = config_.ffn * (of.up_row + of.down_row) + of.down_bias;
   const int64_t dense_attention = of.rest * ranks + config_.heads * of.head;
   int64_t mlp = layers * dense_mlp, attention = layers * dense_attention;
@@ -145,8 +150,8 @@ void SparsityControl::NoteBytes(const Batch& batch, const StepCounts& counts) {
     }
     metrics_.weight_bytes_saved.Add(layers * (dense_mlp + dense_attention) - mlp - attention);
   }
-  const int64_t predictor = predictor_.step_bytes() * ranks, embedding = batch.rows() * embedding_bytes_;
-  const int64_t head = batch.logit_rows.empty() ? 0 : head_bytes_ * ranks;
+  const int64_t predictor = predictor_.step_bytes() * ranks, embedding = batch.rows() * reads.embedding;
+  const int64_t head = batch.logit_rows.empty() ? 0 : reads.head * ranks;
   metrics_.weight_bytes_read[kMlpWeights].Add(mlp);
   metrics_.weight_bytes_read[kAttentionWeights].Add(attention);
   metrics_.weight_bytes_read[kPredictorWeights].Add(predictor);

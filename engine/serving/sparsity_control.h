@@ -10,6 +10,7 @@
 
 #include "engine/metrics.h"
 #include "engine/model/batch.h"
+#include "engine/model/draft_weights.h"
 #include "engine/model/predictor.h"
 #include "engine/model/weight_bytes.h"
 #include "engine/scheduling/sequence.h"
@@ -21,10 +22,10 @@ namespace dejavu {
 class SparsityControl {
  public:
   // `data` may be nullptr. With `fall_back` false, failed shadow checks change nothing. What is counted goes to
-  // `metrics`, too, but with `count` false what every step would add; `weights` says how many bytes that is. All but
-  // `data` must outlive the control.
-  SparsityControl(const OptConfig& config, const PredictorData* data, const OptWeights& weights, Predictor& predictor,
-                  bool fall_back, EngineMetrics& metrics);
+  // `metrics`, too, but with `count` false what every step would add; `weights`, and `drafts`, which may be null, say
+  // how many bytes that is. All but `data` must outlive the control.
+  SparsityControl(const OptConfig& config, const PredictorData* data, const OptWeights& weights,
+                  const DraftWeights* drafts, Predictor& predictor, bool fall_back, EngineMetrics& metrics);
 
   // Marks the rows of `batch` that are to be compared in this step and puts them, DENSE, into `shadow`. The dense step
   // comes first: the keys and values that it writes are then overwritten by the real one.
@@ -61,8 +62,13 @@ class SparsityControl {
   const OptConfig& config_;
   Predictor& predictor_;
   EngineMetrics& metrics_;
-  const LayerBytes layer_bytes_;  // of one layer of rank 0: all layers have one shape
-  const int64_t head_bytes_, embedding_bytes_;
+  // What steps read of rank 0, and those that draft.
+  struct Reads {
+    LayerBytes layer;  // all layers have one shape
+    int64_t head, embedding;
+  };
+  static Reads ReadsOf(const OptWeights& weights, const ModelShape& shape);
+  const Reads reads_, draft_reads_;
   int64_t step_bytes_ = 0;
   const bool fall_back_;
   ShadowMonitor monitor_;

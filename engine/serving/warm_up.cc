@@ -13,8 +13,9 @@ namespace {
 
 // How long the step took, in ms.
 double Step(ModelGroup& group, const ModelShape& shape, int32_t decode_rows, int32_t prefill_rows, Batch& batch,
-            float* logits, Tier tier = Tier::kExact) {
+            float* logits, Tier tier = Tier::kExact, bool drafts = false) {
   batch.Clear();
+  batch.drafts = drafts;
   SparsityParams sparsity;
   sparsity.tier = tier;
   const int32_t token = shape.bos_token.value_or(0);
@@ -52,8 +53,8 @@ void WarmUp(ModelGroup& group, const ModelShape& shape, const SchedulerOptions& 
   for (int i = 0; i < kTimes; ++i) {
     for (Kind& kind : kinds) {
       const StepShape& s = kind.step;
-      kind.best_ms = std::min(kind.best_ms,
-                              Step(group, shape, s.decode_rows + s.check_rows, s.prefill_rows, batch, logits, s.tier));
+      kind.best_ms = std::min(kind.best_ms, Step(group, shape, s.decode_rows + s.check_rows, s.prefill_rows, batch,
+                                                 logits, s.tier, s.drafts));
     }
   }
   // The quickest of the three counts thrice: the others may have been held up.

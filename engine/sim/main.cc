@@ -100,6 +100,7 @@ void AddCosts(CLI::App* app, CostParameters* costs) {
   app->add_option("--context-token-ms", costs->context_token_ms, "more for each token of context")
       ->default_val("0.0001");
   app->add_option("--check-row-ms", costs->check_row_ms, "more for each draft that is checked")->default_val("0.1");
+  app->add_option("--draft-ms", costs->draft_ms, "a step that drafts; default: as --predicted-ms");
 }
 
 void AddSpeculation(CLI::App* app, SimOptions* options) {

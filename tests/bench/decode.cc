@@ -49,6 +49,8 @@ struct DecodeOptions : ModelFlags {
   bool speculation = false;  // BenchSpeculation instead
   std::vector<int> drafts = SpeculationBenchOptions().drafts;
   float temperature = 0.0f;
+  std::string draft_weights = SpeculationBenchOptions().draft_weights;
+  bool auto_alone = false;
 };
 
 SpeculationBenchOptions ForSpeculation(const DecodeOptions& o) {
@@ -62,6 +64,8 @@ SpeculationBenchOptions ForSpeculation(const DecodeOptions& o) {
   options.tiers = o.tiers;
   options.drafts = o.drafts;
   options.temperature = o.temperature;
+  options.draft_weights = o.draft_weights;
+  options.auto_alone = o.auto_alone;
   options.steps = o.steps;
   options.repeats = o.repeats;
   return options;
@@ -455,8 +459,14 @@ Subcommand AddDecode(CLI::App& program) {
   command->add_option("--draft-tokens", options->drafts, "Of --speculation: guessed in a round, such as 2,4,6")
       ->delimiter(',')
       ->check(CLI::Range(1, kMostDraftTokens));
+  command
+      ->add_option("--draft-weights", options->draft_weights,
+                   "Of --speculation: what tiers guess with; int8: attention and head once more")
+      ->check(CLI::IsMember({kAutoDrafts, kStoredDrafts, kInt8Drafts}))
+      ->capture_default_str();
   command->add_option("--temperature", options->temperature, "Of --speculation; 0: greedy")
       ->check(CLI::Range(0.0, 100.0));
+  command->add_flag("--auto-alone", options->auto_alone, "Of --speculation: AUTO beside none, and nothing else");
   return {command, [options] {
             return ExitCode(options->speculation ? BenchSpeculation(ForSpeculation(*options)) : Bench(*options));
           }};

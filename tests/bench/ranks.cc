@@ -301,7 +301,9 @@ GroupOptions ShapeOf(const RanksOptions& options, int window) {
   group.max_rows = std::max(kPrefillRows, group.slots);
   group.block_tokens = kBlockTokens;
   group.blocks_per_slot = (window + kBlockTokens - 1) / kBlockTokens;
-  group.plan_kv_blocks = [blocks = group.blocks_per_slot * group.slots](const Backend&, int, int) { return blocks; };
+  group.plan_memory = [blocks = group.blocks_per_slot * group.slots](const Backend&, int, int) {
+    return GroupOptions::Room{blocks};
+  };
   return group;
 }
 

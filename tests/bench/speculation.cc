@@ -104,6 +104,7 @@ std::vector<Way> WaysOf(const SpeculationBenchOptions& options, const Engine& en
   for (const Tier tier : {Tier::kDense, Tier::kExact}) {
     add(tier, SpeculationMode::kOff, usual, false, defaults.most_tokens);
     add(tier, SpeculationMode::kAuto, usual, true, defaults.most_tokens);
+    if (options.auto_alone) continue;
     for (const int most : options.drafts) {
       for (const Tier draft : drafting) add(tier, SpeculationMode::kAlways, draft, false, most);
       add(tier, SpeculationMode::kAlways, Tier::kDense, true, most);
@@ -123,10 +124,13 @@ nlohmann::json Describe(const std::vector<Way>& ways, const std::vector<std::vec
     gains.push_back(results[way][i].tokens_per_s / results[off][i].tokens_per_s);
   }
   const Result& last = results[way].back();
+  const Interval interval = MedianInterval(gains);
   return {{"batch", batch},
           {"way", ways[way].Name()},
           {"tokens_per_s", Median(speeds)},
           {"gain", Median(gains)},
+          {"gain_low", interval.low},
+          {"gain_high", interval.high},
           {"gain_least", Least(gains)},
           {"gain_most", Most(gains)},
           {"rounds", last.rounds},
@@ -137,8 +141,8 @@ nlohmann::json Describe(const std::vector<Way>& ways, const std::vector<std::vec
 void PrintRow(const nlohmann::json& row) {
   const auto number = [&](const char* key) { return row.at(key).get<double>(); };
   std::printf("%5d %-18s %9.1f %7.3f %7.3f %7.3f %7.0f %8.1f%% %9.2f\n", row.at("batch").get<int>(),
-              row.at("way").get<std::string>().c_str(), number("tokens_per_s"), number("gain"), number("gain_least"),
-              number("gain_most"), number("rounds"), 100 * number("accepted_share"), number("tokens_per_round"));
+              row.at("way").get<std::string>().c_str(), number("tokens_per_s"), number("gain"), number("gain_low"),
+              number("gain_high"), number("rounds"), 100 * number("accepted_share"), number("tokens_per_round"));
 }
 
 }  // namespace
@@ -147,6 +151,7 @@ absl::Status BenchSpeculation(const SpeculationBenchOptions& options) {
   StopOnInterrupt();
   EngineOptions engine_options = EngineOptionsOf(options);
   engine_options.predictor = options.predictor;
+  engine_options.draft_weights = options.draft_weights;
   const int most = *std::max_element(options.batches.begin(), options.batches.end());
   engine_options.scheduler.max_batch = std::max(most, engine_options.scheduler.max_batch);
   engine_options.kv.prefix_cache = true;  // prompts are computed once
@@ -160,14 +165,17 @@ absl::Status BenchSpeculation(const SpeculationBenchOptions& options) {
   std::vector<double> bandwidth;
   nlohmann::json rows = nlohmann::json::array();
   std::printf(
-      "%s, %s weights, %s, %d repeats of %d tokens, temperature %g, %s\n\n%5s %-18s %9s %7s %7s %7s %7s %9s %9s\n",
+      "%s, %s weights, %s, %d repeats of %d tokens, temperature %g, drafts with %s weights, %s; low to high: 95 %% of "
+      "the median\n\n%5s %-18s %9s %7s %7s %7s %7s %9s %9s\n",
       options.model.c_str(), engine->weight_type(), engine->backend_description().c_str(), options.repeats,
-      bench.steps(), options.temperature, options.text.empty() ? "random tokens" : options.text.c_str(), "batch", "way",
-      "tokens/s", "/ off", "least", "most", "rounds", "right", "per round");
+      bench.steps(), options.temperature, options.draft_weights.c_str(),
+      options.text.empty() ? "random tokens" : options.text.c_str(), "batch", "way", "tokens/s", "/ off", "low", "high",
+      "rounds", "right", "per round");
   for (const int batch : options.batches) {
     std::vector<std::vector<Result>> results(ways.size());
     for (int repeat = -1; repeat < options.repeats; ++repeat) {  // one to warm up
-      for (size_t w = 0; w < ways.size(); ++w) {
+      for (size_t i = 0; i < ways.size(); ++i) {
+        const size_t w = repeat % 2 == 0 ? i : ways.size() - 1 - i;
         if (Interrupted()) return absl::CancelledError("interrupted");
         if (repeat >= 0) bandwidth.push_back(probe->Measure());
         ASSIGN_OR_RETURN(const Result result, bench.Measure(ways[w], batch));

@@ -17,12 +17,14 @@ struct SpeculationBenchOptions : ModelFlags {
   std::vector<std::string> tiers;  // that draft; empty: all that can be served
   std::vector<int> drafts = {2, 4, 6};
   float temperature = 0.0f;
-  int steps = 0;  // new tokens of a request; 0: 96
+  std::string draft_weights = EngineOptions().draft_weights;  // as EngineOptions has it
+  int steps = 0;                                              // new tokens of a request; 0: 96
   int repeats = 7;
+  bool auto_alone = false;  // of the ways to speculate
 };
 
 // DENSE and EXACT without, with AUTO, and ALWAYS with each tier and number of drafts and with what is looked up, in
-// turns; ratios are formed within a repeat.
+// turns, forth and back; ratios are formed within a repeat.
 absl::Status BenchSpeculation(const SpeculationBenchOptions& options);
 
 }  // namespace dejavu

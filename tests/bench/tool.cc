@@ -1,6 +1,7 @@
 #include "tests/bench/tool.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 
 namespace dejavu {
@@ -13,6 +14,20 @@ double Median(std::vector<double> values) {
 
 double Least(const std::vector<double>& values) { return *std::min_element(values.begin(), values.end()); }
 double Most(const std::vector<double>& values) { return *std::max_element(values.begin(), values.end()); }
+
+Interval MedianInterval(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  const size_t n = values.size();
+  // That fewer than k + 1 of n lie on one side of the median: a binomial's tail.
+  double term = std::pow(0.5, static_cast<double>(n)), tail = term;
+  size_t k = 0;
+  while (tail + term * static_cast<double>(n - k) / static_cast<double>(k + 1) <= 0.025) {
+    term *= static_cast<double>(n - k) / static_cast<double>(k + 1);
+    tail += term;
+    ++k;
+  }
+  return {values[k], values[n - 1 - k]};
+}
 
 double Spread(std::vector<double> values) {
   std::sort(values.begin(), values.end());

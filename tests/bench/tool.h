@@ -16,6 +16,11 @@ namespace dejavu {
 double Median(std::vector<double> values);
 double Least(const std::vector<double>& values);
 double Most(const std::vector<double>& values);
+// Where the median of what was drawn lies with at least 95 % (order statistics); of fewer than six values, all of them.
+struct Interval {
+  double low = 0.0, high = 0.0;
+};
+Interval MedianInterval(std::vector<double> values);
 // What the middle four fifths of the values span, over the median: one value that went astray spoils nothing.
 double Spread(std::vector<double> values);
 // The value below which that share of the others lies.

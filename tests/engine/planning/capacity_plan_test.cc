@@ -93,7 +93,9 @@ TEST(CapacityPlan, Opt175bOnEightDevicesOf80GibAgreesWithArithmeticByHand) {
   const auto budget = static_cast<int64_t>(0.9 * 80.0 * (int64_t{1} << 30));
   const int64_t rest = budget - plan.weight_bytes.total() - plan.predictor_bytes.total() - activations;
   EXPECT_EQ(plan.kv_tokens_room, rest / (16 * token) * 16);
-  EXPECT_EQ(plan.left_bytes, rest - plan.kv_tokens * token);
+  // Q, K, V, out and the head once more in int8, with a factor a row; rows of 12,288 bytes and a cache line.
+  EXPECT_EQ(plan.draft_bytes, (int64_t{96} * (4608 + 1536) + 6284) * (12288 + 64 + 4) + 208);
+  EXPECT_EQ(plan.left_bytes, rest - plan.draft_bytes - plan.kv_tokens * token);
 
   // Read by a step: attention with its biases, norms, the MLP and the biases that are added once; the head and the last
   // norm; a token's and a position's row. 2000 GB/s times 0.85; contexts of 512; 1 + 2 * 96 all-reduces of 10 us.
@@ -233,11 +235,35 @@ void ExpectAsTheEnginePlans(const std::string& directory) {
       EXPECT_EQ(plan.weight_bytes.total(), engine->weight_bytes) << weights << ", " << ranks << " ranks";
       EXPECT_EQ(plan.activation_bytes, engine->activation_bytes) << weights << ", " << ranks << " ranks";
       EXPECT_EQ(plan.kv_bytes, engine->kv_bytes) << weights << ", " << ranks << " ranks";
+      EXPECT_EQ(plan.draft_bytes, engine->draft_bytes) << weights << ", " << ranks << " ranks";
       // The engine goes by the size of the file, which holds names and frequencies too.
       EXPECT_LE(plan.predictor_bytes.total(), engine->predictor_bytes) << ranks << " ranks";
       EXPECT_GE(plan.predictor_bytes.total(), 0.8 * static_cast<double>(engine->predictor_bytes)) << ranks << " ranks";
     }
   }
+}
+
+// In memory that just does for the drafts' weights beside all that keys and values want, and in a MiB less.
+TEST(CapacityPlan, WeightsForDraftsTakeWhatKeysAndValuesLeave) {
+  EngineOptions options = Options("opt-6.7b");
+  options.memory_share = 1.0;
+  const CapacityPlan large = Plan(options, Devices(1, 80));
+  ASSERT_GT(large.draft_bytes, 0);
+  const double least_gib = 80.0 - static_cast<double>(large.left_bytes) / (1 << 30), mib = 1.0 / 1024;
+  const CapacityPlan enough = Plan(options, Devices(1, least_gib + mib)),
+                     less = Plan(options, Devices(1, least_gib - mib));
+  EXPECT_EQ(enough.draft_bytes, large.draft_bytes);
+  EXPECT_EQ(less.draft_bytes, 0);
+  EXPECT_EQ(less.kv_tokens, enough.kv_tokens);
+
+  options.draft_weights = kStoredDrafts;
+  EXPECT_EQ(Plan(options, Devices(1, 80)).draft_bytes, 0);
+  options.draft_weights = kInt8Drafts;
+  const CapacityPlan forced = Plan(options, Devices(1, least_gib - 1.0));
+  EXPECT_EQ(forced.draft_bytes, large.draft_bytes);
+  EXPECT_LT(forced.kv_tokens, less.kv_tokens) << "keys and values get the rest";
+  options.weights = "int8";
+  EXPECT_EQ(Plan(options, Devices(1, 80)).draft_bytes, 0) << "they are int8 anyway";
 }
 
 TEST(CapacityPlan, ADirectoryAgreesWithWhatTheEnginePlans) { ExpectAsTheEnginePlans(EMBEDDED_MODEL); }
