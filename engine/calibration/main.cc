@@ -128,6 +128,7 @@ int Main(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? kExitDone : kExitUsage;
   }
+  LogToStderr("dejavu-calibrate", /*warnings=*/true);
   StopOnInterrupt();
   ExitOnExhaustion("dejavu-calibrate", kExitFailed);
   const absl::Status status = Run(&arguments);

@@ -59,6 +59,7 @@ int Main(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     return program.exit(error) == 0 ? 0 : kExitUsage;  // 0: --help and --version
   }
+  LogToStderr("dejavu-convert", /*warnings=*/true);
   StopOnInterrupt();
   ExitOnExhaustion("dejavu-convert", kExitFailed);
   const absl::Status status = OrExhausted([&] { return Run(options); });

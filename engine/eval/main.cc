@@ -13,6 +13,7 @@
 #include "absl/strings/str_join.h"
 #include "engine/eval/evaluation.h"
 #include "engine/eval/report.h"
+#include "engine/eval/speculation_evaluation.h"
 #include "engine/eval/tool.h"
 #include "engine/load/loaded_model.h"
 #include "engine/ranks/model_runner.h"
@@ -32,10 +33,17 @@ constexpr char kFooter[] =
     "read, predictor included, against a dense MLP. bytes/token: all weights that a decoded token reads; ceiling:\n"
     "DENSE's over the tier's. --json has the same by layer, as fractions.\n"
     "\n"
+    "Of --speculation, which generates text behind each prompt: right, of the tokens that were drafted. per round, "
+    "tokens\n"
+    "that a check gave. / off, tokens per second against the same tier without speculation; dejavu-bench decode\n"
+    "--speculation repeats that measurement.\n"
+    "\n"
     "Exit codes: 0 done; 1 failed, with the reason on stderr; 2 wrong usage; 130 interrupted with Ctrl-C.\n"
     "\n"
     "  dejavu-eval --model deploy/models/opt-8m-books --text book.txt --max-tokens 20000 --json report.json\n"
-    "  dejavu-eval --model deploy/models/opt-8m-books --text book.txt --tiers balanced --batch 8 --union";
+    "  dejavu-eval --model deploy/models/opt-8m-books --text book.txt --tiers balanced --batch 8 --union\n"
+    "  dejavu-eval --model deploy/models/opt-8m-books --text book.txt --speculation --tiers high,fast --draft-tokens "
+    "2,4";
 
 struct Arguments {
   std::string model, weights = "stored", kv_dtype = "fp16", predictor, text, json;
@@ -43,6 +51,10 @@ struct Arguments {
   int64_t max_tokens = 0;
   int32_t batch = 1, window = 0, threads = 0;
   bool union_of_rows = false;
+  bool speculation = false;
+  std::vector<int> drafts = SpeculationWays().drafts;
+  float temperature = 0.0f;
+  std::string draft_weights = EngineOptions().draft_weights;
 };
 
 // What was asked for; without --tiers all that can be served.
@@ -71,11 +83,62 @@ std::string Heading(const Arguments& arguments, const ModelRunner& runner, const
                       "\n\n");
 }
 
+int WindowOf(const Arguments& arguments, const OptConfig& config) {
+  return arguments.window > 0 ? arguments.window : std::min(256, config.context);
+}
+
+// A progress line for `evaluate`, and what it returns.
+template <typename Evaluate>
+auto WithProgress(const Evaluate& evaluate) {
+  ProgressLine line("dejavu-eval");
+  return evaluate([&](int64_t done, int64_t total) {
+    line.Show("", static_cast<double>(done) / static_cast<double>(total));
+    return !Interrupted();
+  });
+}
+
+EngineOptions EngineOptionsFor(const Arguments& arguments) {
+  EngineOptions options;
+  options.model = arguments.model;
+  options.weights = arguments.weights;
+  options.predictor = arguments.predictor;
+  options.device = "cpu";
+  options.threads = arguments.threads;
+  options.kv.dtype = arguments.kv_dtype;
+  options.draft_weights = arguments.draft_weights;
+  options.scheduler.max_batch = arguments.batch;
+  options.scheduler.max_step_tokens = std::max(arguments.batch, options.scheduler.max_step_tokens);
+  options.admission.max_waiting_requests = std::max(arguments.batch, options.admission.max_waiting_requests);
+  return options;
+}
+
+absl::Status RunSpeculation(const Arguments& arguments, const OptConfig& config, absl::Span<const int32_t> tokens) {
+  SpeculationEvaluationOptions options;
+  for (const std::string& name : arguments.tier_names) options.ways.drafting.push_back(*ParseTier(name));
+  options.ways.drafts = arguments.drafts;
+  options.window = WindowOf(arguments, config);
+  options.batch = arguments.batch;
+  options.temperature = arguments.temperature;
+  ASSIGN_OR_RETURN(const auto engine,
+                   Engine::Create(EngineOptionsFor(arguments), 0, [](int64_t, int64_t) { return !Interrupted(); }));
+  const auto evaluation = WithProgress(
+      [&](const EvaluationProgress& progress) { return EvaluateSpeculation(*engine, tokens, options, progress); });
+  RETURN_IF_ERROR(evaluation.status());
+  absl::PrintF(
+      "model %s, %s weights, drafts with %s weights\ntext %s, %d windows, %d tokens behind prompts of %d, "
+      "batch %d, temperature %g\n\n%s",
+      arguments.model, engine->weight_type(), arguments.draft_weights, arguments.text, evaluation->windows,
+      evaluation->new_tokens, options.window / 2, arguments.batch, arguments.temperature,
+      SpeculationTable(*evaluation));
+  return arguments.json.empty() ? absl::OkStatus() : WriteText(arguments.json, SpeculationJson(*evaluation));
+}
+
 absl::Status Run(const Arguments& arguments) {
   RETURN_IF_ERROR(CheckWritable(arguments.json));
   ASSIGN_OR_RETURN(const OptConfig config, LoadModelConfig(arguments.model));
   ASSIGN_OR_RETURN(const std::vector<int32_t> tokens,
                    ReadTokens(arguments.model, arguments.text, arguments.max_tokens));
+  if (arguments.speculation) return RunSpeculation(arguments, config, tokens);
 
   ModelRunner::Options options;
   options.model = arguments.model;
@@ -86,17 +149,12 @@ absl::Status Run(const Arguments& arguments) {
   options.slots = arguments.batch;
   options.max_rows = arguments.union_of_rows ? arguments.batch : std::max(arguments.batch, kStepRows);
   options.max_audits = options.max_rows;
-  options.window = arguments.window > 0 ? arguments.window : std::min(256, config.context);
+  options.window = WindowOf(arguments, config);
   ASSIGN_OR_RETURN(const auto runner, ModelRunner::Create(options, [](int64_t, int64_t) { return !Interrupted(); }));
   const EvaluationOptions wanted = {WantedTiers(arguments, runner->predictor_data()), arguments.union_of_rows};
-  absl::StatusOr<Evaluation> evaluation;
-  {
-    ProgressLine line("dejavu-eval");
-    evaluation = Evaluate(*runner, runner->predictor_data(), tokens, wanted, [&](int64_t done, int64_t total) {
-      line.Show("", static_cast<double>(done) / static_cast<double>(total));
-      return !Interrupted();
-    });
-  }
+  const auto evaluation = WithProgress([&](const EvaluationProgress& progress) {
+    return Evaluate(*runner, runner->predictor_data(), tokens, wanted, progress);
+  });
   RETURN_IF_ERROR(evaluation.status());
   std::fputs(Heading(arguments, *runner, *evaluation).c_str(), stdout);
   std::fputs(EvaluationTable(*evaluation).c_str(), stdout);
@@ -141,6 +199,19 @@ void AddOptions(CLI::App* program, Arguments* arguments) {
   program->add_flag(
       "--union", arguments->union_of_rows,
       "Each step holds one row of each window of the batch, and all compute the union of what they select");
+  program->add_flag("--speculation", arguments->speculation,
+                    "Instead: how often what --tiers draft is right, and what that gains beside DENSE and EXACT");
+  program->add_option("--draft-tokens", arguments->drafts, "Of --speculation: drafted in a round, such as 2,4,6")
+      ->delimiter(',')
+      ->check(CLI::Range(1, kMostDraftTokens));
+  program->add_option("--temperature", arguments->temperature, "Of --speculation; 0: greedy")
+      ->check(CLI::Range(0.0, 100.0))
+      ->capture_default_str();
+  program
+      ->add_option("--draft-weights", arguments->draft_weights,
+                   "Of --speculation: what tiers draft with: auto, stored or int8")
+      ->check(CLI::IsMember({kAutoDrafts, kStoredDrafts, kInt8Drafts}))
+      ->capture_default_str();
   program->add_option("--threads", arguments->threads, "CPU threads; 0: one per CPU")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
@@ -162,6 +233,11 @@ int Main(int argc, char** argv) {
     std::fputs("dejavu-eval: --union needs --batch of 2 or more\n", stderr);
     return kExitUsage;
   }
+  if (arguments.union_of_rows && arguments.speculation) {
+    std::fputs("dejavu-eval: --union says nothing of --speculation\n", stderr);
+    return kExitUsage;
+  }
+  LogToStderr("dejavu-eval", /*warnings=*/true);
   StopOnInterrupt();
   ExitOnExhaustion("dejavu-eval", kExitFailed);
   const absl::Status status = Run(arguments);

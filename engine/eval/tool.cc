@@ -16,6 +16,8 @@
 #include "kernels/base/regular_file.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/base/utf8.h"
+#include "spdlog/sinks/stdout_sinks.h"
+#include "spdlog/spdlog.h"
 
 namespace dejavu {
 namespace {
@@ -25,6 +27,11 @@ constexpr int64_t kMaxTextBytes = int64_t{1} << 30;
 std::atomic<bool> interrupted{false};
 
 }  // namespace
+
+void LogToStderr(const char* program, bool warnings) {
+  spdlog::set_default_logger(spdlog::stderr_logger_mt(program));
+  if (warnings) spdlog::set_level(spdlog::level::warn);
+}
 
 void StopOnInterrupt() {
   struct sigaction action {};

@@ -15,6 +15,9 @@ namespace dejavu {
 // Exit codes.
 inline constexpr int kExitDone = 0, kExitFailed = 1, kExitUsage = 2, kExitInterrupted = 130;
 
+// What is logged goes to stderr: stdout is for tables alone. `warnings`: and nothing less than those.
+void LogToStderr(const char* program, bool warnings);
+
 // From now on the first Ctrl-C (or SIGTERM) only sets Interrupted; a second one ends the program at once.
 void StopOnInterrupt();
 bool Interrupted();

@@ -6,17 +6,16 @@
 #include "CLI/App.hpp"
 #include "CLI/Config.hpp"
 #include "CLI/Formatter.hpp"
+#include "engine/eval/tool.h"
 #include "kernels/base/end_output.h"
 #include "kernels/base/exhaustion.h"
-#include "spdlog/sinks/stdout_sinks.h"
-#include "spdlog/spdlog.h"
 #include "tests/bench/subcommand.h"
 
 namespace {
 
 int Main(int argc, char** argv) {
   dejavu::ExitOnExhaustion("dejavu-bench", 1);
-  spdlog::set_default_logger(spdlog::stderr_logger_mt("dejavu-bench"));  // tables alone go to stdout
+  dejavu::LogToStderr("dejavu-bench", /*warnings=*/false);
   CLI::App program("Measures dejavud on this machine. Figures are medians; compare ratios within one run.",
                    "dejavu-bench");
   program.require_subcommand(1);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "engine/eval/speculation_runs.h"
 #include "tests/bench/flags.h"
 
 namespace dejavu {
@@ -15,7 +16,7 @@ struct SpeculationBenchOptions : ModelFlags {
   std::vector<int> batches;
   int context = 256;               // tokens of each prompt
   std::vector<std::string> tiers;  // that draft; empty: all that can be served
-  std::vector<int> drafts = {2, 4, 6};
+  std::vector<int> drafts = SpeculationWays().drafts;
   float temperature = 0.0f;
   std::string draft_weights = EngineOptions().draft_weights;  // as EngineOptions has it
   int steps = 0;                                              // new tokens of a request; 0: 96

@@ -128,3 +128,40 @@ def test_ctrl_c_is_exit_code_130(tmp_path):
         assert process.stdout.read() == b""
         assert process.wait(timeout=PATIENCE_S) == 130
     assert not report.exists()
+
+
+def test_speculation_counts_what_tiers_and_lookups_guess_right(tmp_path):
+    flags = ["--speculation", "--tiers", "high,fast", "--draft-tokens", "1,3", "--window", "64", "--max-tokens", "300"]
+    counts = []
+    for batch in ("1", "2"):
+        report = tmp_path / "report.json"
+        done = run(*flags, "--batch", batch, "--json", report)
+        assert done.returncode == 0, done.stderr.decode()
+        result = json.loads(report.read_text())
+        assert result["windows"] == 4 and result["new_tokens"] == 32
+        names = [(w["tier"], w["mode"], w.get("drafts"), w.get("draft_tokens")) for w in result["ways"]]
+        assert names == [(tier, *way) for tier in ("dense", "exact") for way in
+                         [("off", None, None), ("auto", None, None),
+                          *[("always", source, k) for k in (1, 3) for source in ("high", "fast", "lookup")]]]
+        always = [w for w in result["ways"] if w["mode"] == "always"]
+        for way in always:
+            if way["drafts"] == "lookup":
+                continue
+            # Each of the 32 tokens but the first is one of a round, or the last one, behind which nothing is drafted.
+            assert 4 * 30 / (way["draft_tokens"] + 1) <= way["rounds"] <= 4 * 31
+            assert way["rounds"] <= way["drafted"] <= way["draft_tokens"] * way["rounds"]
+            assert 0.5 * way["drafted"] < way["accepted"] <= way["drafted"]
+            assert way["tokens_per_round"] == pytest.approx(1 + way["accepted"] / way["rounds"], rel=0.02)
+        counts.append([(w["rounds"], w["drafted"], w["accepted"]) for w in always])
+        # What checks are of DENSE and of EXACT gives the same tokens.
+        assert counts[-1][:6] == counts[-1][6:]
+        table = done.stdout.decode().split("\n\n")[1].splitlines()
+        assert table[0].split()[0] == "way" and len(table) == 1 + len(result["ways"])
+    assert os.listdir(tmp_path) == ["report.json"]
+
+
+def test_speculation_needs_a_whole_window():
+    expect_failure(run("--speculation", "--window", "128", "--batch", "2", "--max-tokens", "200"), 1,
+                   "the text has 200 tokens", "2 windows of 128 side by side need 256")
+    expect_failure(run("--speculation", "--union", "--batch", "2"), 2, "--union")
+    expect_failure(run("--speculation", "--draft-tokens", "17"), 2)
