@@ -36,7 +36,8 @@ class Engine {
   virtual const ModelShape& model() const = 0;
   virtual std::string backend_description() const = 0;
   virtual int64_t weight_bytes() const = 0;
-  virtual const char* weight_type() const = 0;  // of the matrices, such as "float16"
+  virtual int64_t draft_weight_bytes() const = 0;  // beside those; 0: drafts compute with the model's
+  virtual const char* weight_type() const = 0;     // of the matrices, such as "float16"
   virtual const PredictorInfo& predictor() const = 0;
   // How the weights were generated, on one line; empty for real ones.
   virtual const std::string& synthetic() const = 0;

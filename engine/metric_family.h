@@ -56,7 +56,7 @@ struct EngineView {
   const EngineMetrics& metrics;
   EngineStats stats;
   SparsityStats sparsity;
-  int64_t weight_bytes = 0;
+  int64_t weight_bytes = 0, draft_weight_bytes = 0;
 };
 
 class MetricFamily;

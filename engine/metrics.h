@@ -123,6 +123,8 @@ struct EngineMetrics final : MetricTable {
   CounterFamily<double> warm_up_seconds{*this, load_seconds, LabelOf<1>("stage", "warmup")};
   ReadFamily weight_bytes{*this, "weight_bytes", "Memory of the weights, on all ranks.", MetricLabels(),
                           [](const EngineView& e, size_t) { return e.weight_bytes; }};
+  ReadFamily draft_weight_bytes{*this, "draft_weight_bytes", "Memory of weights for drafts alone, on all ranks.",
+                                MetricLabels(), [](const EngineView& e, size_t) { return e.draft_weight_bytes; }};
   CounterFamily<int64_t> slo_attained{*this, "slo_attained_total",
                                       "Requests within their target, where one is configured.",
                                       LabelOf<kSlos>("slo", "ttft", "itl"), HasTarget};

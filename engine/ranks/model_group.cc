@@ -32,6 +32,7 @@ struct Hello {
   int32_t kv_blocks = 0;
   int32_t draft_weights = 0;  // 1: made
   int64_t weight_bytes = 0;
+  int64_t draft_weight_bytes = 0;
   uint64_t fingerprint = 0;  // of the model
 };
 
@@ -50,7 +51,10 @@ absl::Status Agree(Communicator& group, const absl::Status& mine, Hello* hello) 
   return Agree(group, mine, hello, [&](int rank, const absl::Status& said, const Hello& of_rank) {
     hello->kv_blocks = std::min(hello->kv_blocks, of_rank.kv_blocks);
     hello->draft_weights = std::min(hello->draft_weights, of_rank.draft_weights);
-    hello->weight_bytes += rank == 0 ? 0 : of_rank.weight_bytes;
+    if (rank > 0) {
+      hello->weight_bytes += of_rank.weight_bytes;
+      hello->draft_weight_bytes += of_rank.draft_weight_bytes;
+    }
     if (of_rank.version != first.version) return differs(rank, "version of dejavud");
     if (said.ok() && of_rank.fingerprint != first.fingerprint) return differs(rank, "model");
     return said;
@@ -178,6 +182,7 @@ absl::Status ModelGroup::Rank::Load(const LoadProgress& progress) {
                                            hello_.kv_blocks);
   hello_.fingerprint = Fingerprint(absl::StrCat(loaded_.weights_hash, " ", Name(loaded_.weights.dtype())));
   hello_.weight_bytes = loaded_.weights.bytes();
+  hello_.draft_weight_bytes = loaded_.drafts == nullptr ? 0 : loaded_.drafts->bytes();
   const PredictorData* const predictor = loaded_.predictor.has_value() ? &*loaded_.predictor : nullptr;
   return Named(OrExhausted([&] { return MakeModel(predictor); }), "predictor and activations of a step",
                "scheduler.max_step_tokens, scheduler.max_batch");
@@ -271,6 +276,7 @@ absl::StatusOr<std::unique_ptr<ModelGroup>> ModelGroup::Create(const GroupOption
   ASSIGN_OR_RETURN(group->rank_, Rank::Create(options, config, std::move(communicator), std::move(backend), progress));
   group->kv_blocks_ = group->rank_->hello_.kv_blocks;
   group->weight_bytes_ = group->rank_->hello_.weight_bytes;
+  group->draft_weight_bytes_ = group->rank_->hello_.draft_weight_bytes;
   return group;
 }
 

@@ -87,7 +87,9 @@ class ModelGroup {
   int ranks() const;
   int32_t kv_blocks() const { return kv_blocks_; }
   CommunicatorStats communication() const;
-  int64_t weight_bytes() const { return weight_bytes_; }  // of all ranks
+  // Of all ranks.
+  int64_t weight_bytes() const { return weight_bytes_; }
+  int64_t draft_weight_bytes() const { return draft_weight_bytes_; }
 
   // Of rank 0.
   Backend& backend();
@@ -108,7 +110,7 @@ class ModelGroup {
   std::unique_ptr<Threads> threads_;  // the other ranks of this process; ends after rank 0
   std::unique_ptr<Rank> rank_;
   int32_t kv_blocks_ = 0;
-  int64_t weight_bytes_ = 0;
+  int64_t weight_bytes_ = 0, draft_weight_bytes_ = 0;
   bool failed_ = false;  // a call threw: nobody is there to be stopped
 };
 

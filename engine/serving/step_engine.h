@@ -42,6 +42,7 @@ class StepEngine final : public Engine {
   const ModelShape& model() const override { return config_; }
   std::string backend_description() const override { return group_->Description(); }
   int64_t weight_bytes() const override { return group_->weight_bytes(); }
+  int64_t draft_weight_bytes() const override { return group_->draft_weight_bytes(); }
   const char* weight_type() const override { return Name(group_->loaded().weights.dtype()); }
   const PredictorInfo& predictor() const override { return predictor_info_; }
   const std::string& synthetic() const override { return group_->loaded().synthetic; }

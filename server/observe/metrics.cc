@@ -134,7 +134,8 @@ void Metrics::AddBorrowed(MetricsPage& page) const {
 
 void Metrics::AddEngine(const Engine& engine, MetricsPage& page) const {
   AddModel(engine, page);
-  const EngineView view{engine.metrics(), engine.stats(), engine.sparsity_stats(), engine.weight_bytes()};
+  const EngineView view{engine.metrics(), engine.stats(), engine.sparsity_stats(), engine.weight_bytes(),
+                        engine.draft_weight_bytes()};
   for (const MetricFamily* family : view.metrics.families()) page.Add(*family, view);
   if (per_layer_) AddLayers(view.sparsity.layers, engine.model().ffn, page);
   AddForEndpointPickers(view, page);

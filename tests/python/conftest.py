@@ -56,6 +56,11 @@ def api(tmp_path_factory):
     return generate_api(tmp_path_factory.mktemp("stubs"))
 
 
+# How many steps a text takes, and how many tokens come at once, must not hang on how quick the machine is. What the default
+# does is in test_speculation.py.
+SPECULATION = {"DEJAVUD_SPECULATION_MODE": "off"}
+
+
 class Daemon:
     def __init__(self, api, folder, *flags, model=MODEL, wait=True, environment=None, processes=PROCESSES,
                  connect=grpc.insecure_channel, listen="127.0.0.1:0", prefix=()):
@@ -71,7 +76,7 @@ class Daemon:
             [*mpirun(processes), *prefix, BIN / "dejavud", "--model", model, "--listen", listen, "--port-file", port_file,
              "--metrics-listen", "127.0.0.1:0", "--metrics-port-file", self.metrics_port_file, *flags],
             stderr=open(self.log_path, "wb"), stdout=subprocess.DEVNULL,
-            env={**os.environ, **MPI_ENVIRONMENT, **(environment or {})})
+            env={**SPECULATION, **os.environ, **MPI_ENVIRONMENT, **(environment or {})})
         self._await(lambda: port_file.exists())
         self.address = f"127.0.0.1:{int(port_file.read_text())}"
         self.channel = connect(self.address)

@@ -38,6 +38,7 @@ class FakeEngine final : public Engine {
   const ModelShape& model() const override { return config; }
   std::string backend_description() const override { return "fake"; }
   int64_t weight_bytes() const override { return 0; }
+  int64_t draft_weight_bytes() const override { return 0; }
   const char* weight_type() const override { return "float32"; }
   const PredictorInfo& predictor() const override { return predictor_info; }
   const std::string& synthetic() const override { return synthetic_description; }

@@ -23,6 +23,8 @@ struct Asked {
   int samples = 1;
   size_t leaves_after = 0;     // so many tokens, by what the sink says; 0: it stays to its end
   size_t cancelled_after = 0;  // by a call, whenever that is heard
+  int ends_after_ms = 0;       // by a deadline, or with what it has
+  bool deadline = false;
 
   // A scored prompt is the same in every tier.
   bool promised() const {
@@ -77,6 +79,8 @@ class RandomLoad {
     if (OneIn(4)) r.min_new_tokens = Below(r.max_new_tokens + 1);
     if (OneIn(6)) asked.leaves_after = static_cast<size_t>(1 + Below(10));
     if (OneIn(10)) asked.cancelled_after = static_cast<size_t>(1 + Below(10));
+    if (OneIn(10)) asked.ends_after_ms = 1 + Below(200);
+    asked.deadline = OneIn(2);
     SpeculationParams& s = r.speculation;
     s.mode = OneIn(6) ? SpeculationMode::kOff : OneIn(4) ? SpeculationMode::kAuto : SpeculationMode::kAlways;
     s.draft_tier = OneIn(4) ? Tier::kDense : kPredictedTiers[Below(3)];
@@ -108,6 +112,10 @@ std::vector<std::vector<Got>> Play(Engine& engine, const std::vector<Asked>& loa
     }
     Request request = asked.request;
     if (!speculate) request.speculation.mode = SpeculationMode::kOff;
+    if (asked.ends_after_ms > 0) {
+      (asked.deadline ? request.deadline : request.stop_at) =
+          std::chrono::steady_clock::now() + std::chrono::milliseconds(asked.ends_after_ms);
+    }
     const auto submitted = engine.SubmitSamples(std::move(request), samples);
     EXPECT_TRUE(submitted.ok()) << submitted.status();
     if (submitted.ok()) *id = *submitted;
@@ -145,11 +153,13 @@ void ExpectSameToken(const CollectingSink::HeardToken& got, const CollectingSink
   }
 }
 
-// Cancelled ones have got what they would have, as far as they came.
+// Those that were cut off have got what they would have, as far as they came.
 void ExpectSame(const Asked& asked, const Got& got, const Got& want) {
-  const bool cancelled =
-      got.finish.reason == FinishReason::kCancelled || want.finish.reason == FinishReason::kCancelled;
-  if (!cancelled) {
+  const auto cut_off = [](const Got& end) {
+    const FinishReason reason = end.finish.reason;
+    return reason == FinishReason::kCancelled || reason == FinishReason::kDeadline || reason == FinishReason::kTime;
+  };
+  if (!cut_off(got) && !cut_off(want)) {
     EXPECT_EQ(got.finish.reason, want.finish.reason);
     EXPECT_EQ(got.finish.status, want.finish.status);
     EXPECT_EQ(got.finish.stop_token_id, want.finish.stop_token_id);
@@ -157,7 +167,7 @@ void ExpectSame(const Asked& asked, const Got& got, const Got& want) {
     EXPECT_EQ(got.finish.saturated_kv_values, want.finish.saturated_kv_values);
     ASSERT_EQ(got.tokens.size(), want.tokens.size());
   } else {
-    ASSERT_GT(asked.cancelled_after, 0u);
+    ASSERT_TRUE(asked.cancelled_after > 0 || asked.ends_after_ms > 0);
   }
   for (size_t i = 0; i < std::min(got.tokens.size(), want.tokens.size()); ++i) {
     SCOPED_TRACE(testing::Message() << "token " << i);
@@ -209,6 +219,7 @@ class SpeculationTest : public testing::Test {
     options.scheduler.prefill_chunk_tokens = 5;
     options.scheduler.overcommit = world.overcommit;
     options.admission.max_waiting_requests = 1000;
+    options.admission.deadline_slack = 0.0;
     options.kv.block_tokens = 4;
     options.kv.dtype = world.kv;
     options.weights = world.weights;

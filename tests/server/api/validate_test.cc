@@ -419,17 +419,17 @@ TEST_F(ValidateTest, HoldsShadowChecksAgainstTheServersLimit) {
 
 TEST_F(ValidateTest, TakesTheServersSpeculationWhereTheRequestNamesNone) {
   SpeculationParams params = Check(Good()).value().request.speculation;
-  EXPECT_EQ(params.mode, SpeculationMode::kOff);
+  EXPECT_EQ(params.mode, SpeculationMode::kAuto);
   EXPECT_FALSE(params.tier_drafts()) << "no predictor is loaded";
   EXPECT_TRUE(params.lookup);
   EXPECT_EQ(params.most_tokens, 6);
   engine_.predictor_info.tiers = {Tier::kHigh, Tier::kBalanced, Tier::kFast};
-  options_.speculation_mode = "auto";
+  options_.speculation_mode = "off";
   options_.speculation_draft_tier = "fast";
   options_.speculation_lookup = false;
   options_.speculation_most_tokens = 3;
   params = Check(Good()).value().request.speculation;
-  EXPECT_EQ(params.mode, SpeculationMode::kAuto);
+  EXPECT_EQ(params.mode, SpeculationMode::kOff);
   EXPECT_EQ(params.draft_tier, Tier::kFast);
   EXPECT_FALSE(params.lookup);
   EXPECT_EQ(params.most_tokens, 3);
