@@ -10,6 +10,9 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "hwy/highway.h"
+#if HWY_ARCH_X86
+#include <cpuid.h>
+#endif
 
 namespace dejavu::cpu {
 namespace {
@@ -17,10 +20,18 @@ namespace {
 std::atomic<bool> vnni_is_allowed{true};
 std::atomic<bool> is_limited{false};
 
+#if HWY_ARCH_X86
+// Clang 14's __builtin_cpu_supports does not know it. That the system keeps the registers, Highway's AVX2 says.
+bool ProcessorHasAvxVnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & 1u << 4) != 0;
+}
+#endif
+
 bool ProcessorHasVnni(int64_t target) {
 #if HWY_ARCH_X86
   if (target == HWY_AVX3) return __builtin_cpu_supports("avx512vnni") != 0;
-  if (target == HWY_AVX2) return __builtin_cpu_supports("avxvnni") != 0;
+  if (target == HWY_AVX2) return ProcessorHasAvxVnni();
 #else
   (void)target;
 #endif
