@@ -1,23 +1,32 @@
 """The SMG gateway of PyPI in front of one daemon and of two, and OpenAI's client in front of the gateway. Run by ./run protocols."""
-import concurrent.futures
+import asyncio
 import contextlib
+import json
 import os
 import pathlib
-import random
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 
+import grpc
 import openai
 import pytest
 from google.protobuf import descriptor_pool
+from smg_grpc_proto.generated import vllm_engine_pb2, vllm_engine_pb2_grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+import every_protocol
+import groups
 import published
 from conftest import PATIENCE_S, Daemon, until
+from every_protocol import BRAKED, WORDS, long_request, mixed, text_request
+from speakers import Answer, Call, Ended, Relay, Speaker, grpc_speakers, parameters
 
 PROMPT = "It was a dark night, and"
 # The gateway leaves out what the tokenizer puts before a prompt, and takes a special token that is written for one.
@@ -33,6 +42,7 @@ def free_port():
 class Gateway:
     def __init__(self, folder, *daemons, policy="round_robin"):
         self.port, self.log_path = free_port(), folder / "gateway.log"
+        self.address = f"127.0.0.1:{self.port}"
         command = [pathlib.Path(sys.executable).parent / "smg", "launch", "--host", "127.0.0.1", "--port", str(self.port), "--prometheus-port",
                    str(free_port()), "--policy", policy, "--health-check-interval-secs", "1", "--health-failure-threshold", "1",
                    "--worker-urls", *(f"grpc://{daemon.address}" for daemon in daemons)]
@@ -54,6 +64,9 @@ class Gateway:
     def log(self):
         return self.log_path.read_text(errors="replace")[-4000:]
 
+    def cut(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+
     def stop(self):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
@@ -69,6 +82,81 @@ def gateway(daemon, tmp_path_factory):
     gateway = Gateway(tmp_path_factory.mktemp("gateway"), daemon)
     yield gateway
     gateway.stop()
+
+
+@pytest.fixture(scope="module")
+def braked_gateway(braked, tmp_path_factory):
+    gateway = Gateway(tmp_path_factory.mktemp("braked_gateway"), braked)
+    yield gateway
+    gateway.stop()
+
+
+@pytest.fixture(scope="module")
+def loop():
+    """Runs in a thread, so that a call can be left at any moment."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+
+
+@pytest.fixture
+def openai_speakers(loop):
+    """OpenAI's client before an address, as speakers by name."""
+    def to(address, model="opt-8m-books"):
+        client = openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0)
+
+        async def ask(request, stream, timeout, heard):
+            fields = parameters(request)
+            fields["top_k"] = fields["top_k"] or -1
+            extra = {name: fields.pop(name) for name in ("top_k", "ignore_eos", "stop_token_ids", "repetition_penalty")}
+            try:
+                async with asyncio.timeout(timeout):
+                    reply = await client.completions.create(model=model, prompt="</s>" + request.text, stream=stream, extra_body=extra,
+                                                            timeout=timeout, **fields)
+                    if not stream:
+                        heard.put(Answer(None, reply.choices[0].text, reply.usage.completion_tokens))
+                        return heard.put(None)
+                    async for chunk in reply:
+                        heard.put(Answer(None, chunk.choices[0].text, None))
+                    heard.put(None)
+            except asyncio.CancelledError:
+                heard.put(Ended("CANCELLED", "by the client"))
+            except (TimeoutError, openai.APITimeoutError) as error:
+                heard.put(Ended("DEADLINE_EXCEEDED", str(error)))
+            except openai.OpenAIError as error:
+                heard.put(Ended(getattr(error, "status_code", type(error).__name__), str(error)))
+
+        def pieces(heard):
+            while (piece := heard.get(timeout=PATIENCE_S)) is not None:
+                if isinstance(piece, Ended):
+                    raise piece
+                yield piece
+
+        def speaker(stream):
+            def begin(request, timeout):
+                heard = queue.Queue()
+                return Call(pieces(heard), asyncio.run_coroutine_threadsafe(ask(request, stream, timeout, heard), loop).cancel)
+
+            return Speaker(begin, stream, unavailable=503)
+
+        return {"openai": speaker(False), "openai stream": speaker(True)}
+
+    return to
+
+
+@pytest.fixture
+def everybody(api, openai_speakers):
+    """The speakers of a daemon and a gateway before it; the messages and stubs of gRPC are the published ones."""
+    with contextlib.ExitStack() as channels:
+        def to(daemon, gateway):
+            channel = channels.enter_context(grpc.insecure_channel(daemon.address, options=every_protocol.SOON))
+            published_ones = (service_pb2, service_pb2_grpc), (vllm_engine_pb2, vllm_engine_pb2_grpc)
+            return {**grpc_speakers(channel, api, *published_ones), **openai_speakers(gateway.address)}
+
+        yield to
 
 
 @pytest.fixture
@@ -125,41 +213,128 @@ def test_what_the_daemon_refuses_the_client_hears_by_name(gateway, model):
         gateway.client.completions.create(model=model, prompt=WHOLE, max_tokens=9999)
 
 
-def test_a_client_that_leaves_frees_its_blocks(daemon, gateway, model):
-    with gateway.client.completions.create(model=model, prompt=WHOLE, max_tokens=400, temperature=0, stream=True) as stream:
-        next(iter(stream))
-    daemon.expect_idle()
+OPENAI = ("openai", "openai stream")
+
+
+@pytest.mark.parametrize("name", OPENAI)
+def test_a_client_that_cancels_frees_everything(braked, braked_gateway, openai_speakers, name):
+    every_protocol.a_cancel_frees_everything(braked, openai_speakers(braked_gateway.address)[name])
+
+
+@pytest.mark.parametrize("name", OPENAI)
+def test_a_client_whose_deadline_passes_frees_everything(braked, braked_gateway, openai_speakers, name):
+    every_protocol.a_deadline_frees_everything(braked, openai_speakers(braked_gateway.address)[name])
+
+
+@pytest.mark.parametrize("name", OPENAI)
+def test_a_client_that_is_gone_leaves_nothing_behind(braked, braked_gateway, openai_speakers, name):
+    relay = Relay(braked_gateway.address)
+    every_protocol.a_client_that_is_gone_leaves_nothing(braked, openai_speakers(relay.address)[name], relay)
+
+
+def malformed():
+    """Bodies, the status of each, and a word of its error. The gateway refuses some by itself, the daemon the rest, by the same names."""
+    base = {"model": "opt-8m-books", "prompt": WHOLE, "max_tokens": 5, "temperature": 0}
+    bad_values = {
+        "temperature": [-1, 3, "hot", [1]], "top_p": [0, 1.5, -1, "x"], "top_k": [-2, 0, 1.5, "x"], "min_p": [-1, 2],
+        "max_tokens": [0, -1, 9999, 1.5, 1 << 40, "x"], "n": [0, -1, 17, 200, "x"], "stop": [1, [1], "", ["a"] * 9, ["x" * 300]],
+        "seed": [-2, 1.5, "x"], "presence_penalty": [-3, 101, "x"], "frequency_penalty": [3, "x"], "repetition_penalty": [-1, 101],
+        "logprobs": [-1, 101, "x"], "logit_bias": [1], "min_tokens": [17], "stop_token_ids": [[8192], [-1], "x"], "ignore_eos": ["x"],
+        "json_schema": ["{}"], "regex": [".*"], "stream": ["x"], "prompt": [1, None, {}, [], [[1]]]}
+    for name, values in bad_values.items():
+        for value in values:
+            yield {**base, name: value}, 400, name
+    yield {**base, "prompt": ""}, 400, "input_ids is empty"
+    yield {**base, "prompt": "</s>" + "a " * 600}, 400, "maximum context length is 512"
+    yield {**base, "ebnf": "x"}, 400, "grammar is not served here"
+    yield {**base, "model": "other"}, 404, "other"
+    yield {}, 400, "model"
+    for body in (b"", b"{", b"[]", b"null", b"\xff\xfe"):
+        yield body, 400, "JSON"
+
+
+def test_malformed_requests_have_errors_of_openai(daemon, gateway):
+    watched, wrong, cases = groups.Watched(daemon), [], list(malformed())
+    for body, status, words in cases:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://{gateway.address}/v1/completions", content, {"content-type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE_S) as reply:
+                wrong.append((content[-80:], reply.status))
+        except urllib.error.HTTPError as error:
+            said = json.loads(error.read())["error"]
+            if error.code != status or said["type"] != "invalid_request_error" or words not in said["message"]:
+                wrong.append((content[-80:], error.code, said))
+    assert wrong == [] and len(cases) >= 60
+    watched.expect_sound()
+
+
+def test_a_gateway_that_is_gone_leaves_nothing_behind(braked, openai_speakers, tmp_path):
+    gateway = Gateway(tmp_path, braked)
+    try:
+        every_protocol.a_client_that_is_gone_leaves_nothing(braked, openai_speakers(gateway.address)["openai stream"], gateway)
+    finally:
+        gateway.stop()
+
+
+def test_two_hundred_requests_have_the_same_tokens_in_every_protocol(daemon, gateway, everybody):
+    every_protocol.same_answers(daemon, everybody(daemon, gateway), [mixed(daemon.api, i) for i in range(200)])
+
+
+def test_a_drain_loses_nothing_in_any_protocol(daemon, start, everybody, gateway, tmp_path):
+    calm = everybody(daemon, gateway)
+    expected = [calm["dejavu"].ask(long_request(daemon.api, i)) for i in range(len(calm))]
+    draining = start(*BRAKED)
+    before_it = Gateway(tmp_path, draining)
+    try:
+        every_protocol.a_drain_loses_nothing(draining, everybody(draining, before_it), expected)
+    finally:
+        before_it.stop()
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGKILL))
+def test_a_restart_loses_nothing_in_any_protocol(daemon, start, everybody, gateway, tmp_path, number):
+    expected = everybody(daemon, gateway)["dejavu"].ask(text_request(daemon.api, WORDS[0], 60))
+    first = start("--scheduler-fault", "slow@5")
+    before_it = Gateway(tmp_path, first)
+    try:
+        every_protocol.restarts_lose_nothing(everybody(first, before_it), first, lambda: start(listen=first.address), number, expected)
+    finally:
+        before_it.stop()
+
+
+CLIENTS = 20
 
 
 @contextlib.contextmanager
-def loaded_gateway(api, folder):
-    """Two daemons behind a gateway that is asked all the time: the daemons, and how many answers there were. All of them must be right."""
+def loaded_gateway(api, folder, openai_speakers, names):
+    """Two daemons behind a gateway that CLIENTS ask all the time: the daemons, and how many answers there were. All of them must be right."""
     daemons = []
     for name in ("one", "two"):
         (folder / name).mkdir()
         daemons.append(Daemon(api, folder / name, "--scheduler-fault", "slow@5", "--scheduler-deadline-slack", "0", "--drain-linger-ms", "3000"))
     gateway = Gateway(folder, *daemons)
     try:
-        model = gateway.client.models.list().data[0].id
-        expected, wrong, done, stop = ours(daemons[0]).text, [], [0], threading.Event()
+        request, speakers = text_request(api, PROMPT, 20), openai_speakers(gateway.address)
+        expected, wrong, done, stop = daemons[0].stub.Generate(request, timeout=PATIENCE_S).text, [], [0] * CLIENTS, threading.Event()
 
-        def load():
+        def load(i):
+            speaker = speakers[names[i % len(names)]]
             while not stop.is_set():
                 try:
-                    text = gateway.client.completions.create(model=model, prompt=WHOLE, max_tokens=20, temperature=0).choices[0].text
-                    done[0] += 1
+                    text = speaker.ask(request).text
+                    done[i] += 1
                     if text != expected:
                         wrong.append(text)
-                except openai.OpenAIError as error:
-                    wrong.append(str(error))
+                except Ended as ended:
+                    wrong.append(str(ended))
 
-        threads = [threading.Thread(target=load) for _ in range(6)]
+        threads = [threading.Thread(target=load, args=(i,)) for i in range(CLIENTS)]
         for thread in threads:
             thread.start()
-        finished = lambda daemon: daemon.stub.GetServerInfo(api.pb.GetServerInfoRequest(), timeout=PATIENCE_S).admission.finished
-        until(lambda: all(finished(daemon) > 10 for daemon in daemons))
         try:
-            yield daemons, lambda: done[0]
+            until(lambda: all(every_protocol.account(daemon).finished > CLIENTS for daemon in daemons))
+            yield daemons, lambda: sum(done)
         finally:
             stop.set()
             for thread in threads:
@@ -171,37 +346,18 @@ def loaded_gateway(api, folder):
             daemon.stop()
 
 
-def test_two_daemons_of_which_one_drains_under_load(api, tmp_path):
-    """Nothing is lost: what runs ends, and what comes then goes to the other one."""
-    with loaded_gateway(api, tmp_path) as (daemons, done):
+def test_two_daemons_of_which_one_drains_under_load(api, tmp_path, openai_speakers):
+    """Nothing is lost: what runs ends, streams too, and what comes then goes to the other one."""
+    with loaded_gateway(api, tmp_path, openai_speakers, OPENAI) as (daemons, done):
         daemons[0].terminate()
         assert daemons[0].wait() == 0
         before = done()
-        until(lambda: done() > before + 50)
+        until(lambda: done() > before + 5 * CLIENTS)
 
 
-def test_two_hundred_requests_have_the_text_of_our_own_api(daemon, gateway, model):
-    words = "the sun was dark and he said that night of a little house by sea".split()
-
-    def one(i):
-        choose = random.Random(i)
-        prompt = " ".join(choose.choices(words, k=choose.randrange(2, 20)))
-        sampling = {"temperature": choose.choice([0, 0.5, 1]), "top_p": choose.choice([0.5, 0.75, 1]), "seed": i}
-        request = daemon.api.pb.GenerateRequest(text=prompt, sampling=sampling)
-        request.stopping.max_new_tokens = choose.randrange(1, 24)
-        theirs = gateway.client.completions.create(model=model, prompt="</s>" + prompt, max_tokens=request.stopping.max_new_tokens, **sampling)
-        ours = daemon.stub.Generate(request, timeout=PATIENCE_S)
-        return theirs.usage.completion_tokens == len(ours.token_ids) and theirs.choices[0].text == ours.text
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        same = list(pool.map(one, range(200)))
-    assert all(same), [i for i, s in enumerate(same) if not s]
-    daemon.expect_idle()
-
-
-def test_two_daemons_of_which_one_dies_under_load(api, tmp_path):
+def test_two_daemons_of_which_one_dies_under_load(api, tmp_path, openai_speakers):
     """What it had begun is asked of the other one: nothing of it had been sent."""
-    with loaded_gateway(api, tmp_path) as (daemons, done):
+    with loaded_gateway(api, tmp_path, openai_speakers, ("openai",)) as (daemons, done):
         daemons[0].process.kill()
         before = done()
-        until(lambda: done() > before + 50)
+        until(lambda: done() > before + 5 * CLIENTS)

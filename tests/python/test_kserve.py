@@ -5,6 +5,7 @@ import signal
 import struct
 import threading
 import time
+import types
 
 import grpc
 import pytest
@@ -510,6 +511,25 @@ def alone_text(pb, text):
 
 def test_malformed_requests_are_refused_by_name(daemon, pb):
     groups.run(daemon, "kserve", malformed(pb), at_least=100)
+
+
+def test_malformed_requests_of_a_stream_are_refused_one_by_one(daemon, pb):
+    """In replies: the stream goes on after each."""
+    raw = daemon.channel.stream_stream(f"/{oip.SERVICE}/ModelStreamInfer", response_deserializer=pb.ModelStreamInferResponse.FromString)
+    stream = Stream(types.SimpleNamespace(ModelStreamInfer=raw))
+    cases = [case for case in malformed(pb) if case.name != "a stream of one reply"]
+    wrong = []
+    for case in cases:
+        stream.send(case.message)
+        reply = stream.read()
+        if not reply.error_message or case.words not in reply.error_message:
+            wrong.append(f"{case.name}: {reply.error_message[:200]}, not {case.words}")
+    assert wrong == [] and len(cases) >= 100
+    stream.send(oip.infer(pb, PROMPT, id="good", max_tokens=3, **GREEDY).SerializeToString())
+    assert stream.read_until_final("good")
+    stream.close()
+    assert list(stream.call) == []
+    daemon.expect_idle()
 
 
 def test_a_refusal_names_the_field_in_its_details(stub, pb):

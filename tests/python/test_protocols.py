@@ -1,81 +1,78 @@
-"""One server, several protocols: the same requests have the same tokens in each of them, and each leaves nothing behind."""
+"""One server, several protocols: what clients do in each of them, one after another and all at once. Stock clients are ./run protocols' part."""
+import contextlib
 import random
-import threading
+import signal
 
+import grpc
 import pytest
 
+import every_protocol
 import open_inference as oip
 import vllm_engine
-from conftest import PATIENCE_S
+from every_protocol import BRAKED, SOON, WORDS, long_request, mixed, text_request
+from speakers import Relay, grpc_speakers
 
+NAMES = ("dejavu", "dejavu stream", "kserve", "kserve stream", "vllm", "vllm stream")
 REQUESTS = 200
 
 
 @pytest.fixture(scope="module")
-def speakers(daemon, tmp_path_factory):
-    """By protocol: the tokens of a request that is given as our API has it."""
-    kserve, kserve_rpc = oip.generate(tmp_path_factory.mktemp("kserve"))
-    engine, engine_rpc, _ = vllm_engine.stubs(tmp_path_factory.mktemp("vllm"))
-    triton, vllm = kserve_rpc.GRPCInferenceServiceStub(daemon.channel), engine_rpc.VllmEngineStub(daemon.channel)
-
-    def parameters(request):
-        sampling, stopping, penalties = request.sampling, request.stopping, request.penalties
-        return {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p, "seed": sampling.seed,
-                "max_tokens": stopping.max_new_tokens, "ignore_eos": stopping.ignore_eos, "stop_token_ids": list(stopping.stop_token_ids),
-                "repetition_penalty": penalties.repetition}
-
-    def of_dejavu(request):
-        return list(daemon.stub.Generate(request, timeout=PATIENCE_S).token_ids)
-
-    def of_kserve(request):
-        asked = oip.infer(kserve, ids=list(request.token_ids.ids), outputs=["output_ids"], **parameters(request))
-        return oip.tensors(triton.ModelInfer(asked, timeout=PATIENCE_S))["output_ids"]
-
-    def of_kserve_stream(request):
-        asked = oip.infer(kserve, ids=list(request.token_ids.ids), outputs=["output_ids"], stream=True, **parameters(request))
-        replies = list(triton.ModelStreamInfer(iter([asked]), timeout=PATIENCE_S))
-        return [id for reply in replies for id in oip.tensors(reply.infer_response)["output_ids"]]
-
-    def of_vllm(request, stream=False):
-        tokens, _, _ = vllm_engine.generate(vllm, vllm_engine.ask(engine, ids=list(request.token_ids.ids), stream=stream, **parameters(request)))
-        return tokens[0]
-
-    return {"dejavu": of_dejavu, "kserve": of_kserve, "kserve stream": of_kserve_stream, "vllm": of_vllm,
-            "vllm stream": lambda request: of_vllm(request, stream=True)}
+def modules(tmp_path_factory):
+    return oip.generate(tmp_path_factory.mktemp("kserve")), vllm_engine.stubs(tmp_path_factory.mktemp("vllm"))
 
 
-def mixed(daemon, i):
-    choose = random.Random(i)
-    request = daemon.request([2] + [choose.randrange(4, 8192) for _ in range(choose.randrange(1, 60))], choose.randrange(1, 24))
-    request.sampling.temperature = choose.choice([0, 0.5, 1, 1.5])
-    request.sampling.top_k, request.sampling.top_p, request.sampling.seed = choose.choice([0, 5, 40]), choose.choice([0.5, 0.75, 1]), i
-    request.penalties.repetition = choose.choice([1, 1.5])
-    request.stopping.ignore_eos = bool(i % 3)
-    request.stopping.stop_token_ids.extend(choose.sample(range(4, 300), i % 4))
-    return request
+@pytest.fixture
+def speak(api, modules):
+    """The speakers of an address, by name."""
+    with contextlib.ExitStack() as channels:
+        def to(address):
+            channel = channels.enter_context(grpc.insecure_channel(address, options=SOON))
+            return grpc_speakers(channel, api, *modules)
+
+        yield to
 
 
-def test_two_hundred_requests_have_the_same_tokens_in_every_protocol(daemon, speakers):
-    found = {name: [None] * REQUESTS for name in speakers}
-    turns = iter([(name, i) for i in range(REQUESTS) for name in speakers])
-    lock = threading.Lock()
+def test_two_hundred_requests_have_the_same_tokens_in_every_protocol(daemon, speak):
+    def request(i):
+        asked, choose = mixed(daemon.api, i), random.Random(i)
+        if i % 2:
+            asked.token_ids.ids.extend([2] + [choose.randrange(4, 8192) for _ in range(choose.randrange(1, 60))])
+        return asked
 
-    def client():
-        while True:
-            with lock:
-                turn = next(turns, None)
-            if turn is None:
-                return
-            name, i = turn
-            found[name][i] = speakers[name](mixed(daemon, i))
+    speakers = speak(daemon.address)
+    assert tuple(speakers) == NAMES
+    every_protocol.same_answers(daemon, speakers, [request(i) for i in range(REQUESTS)])
 
-    threads = [threading.Thread(target=client) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for name in speakers:
-        different = [i for i in range(REQUESTS) if found[name][i] != found["dejavu"][i]]
-        assert different == [], name
-    assert len({len(tokens) for tokens in found["dejavu"]}) > 10
-    daemon.expect_idle()
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_client_that_cancels_frees_everything(braked, speak, name):
+    every_protocol.a_cancel_frees_everything(braked, speak(braked.address)[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_client_whose_deadline_passes_frees_everything(braked, speak, name):
+    every_protocol.a_deadline_frees_everything(braked, speak(braked.address)[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_server_keeps_deadlines_itself(braked, speak, name):
+    every_protocol.the_server_keeps_the_deadline(braked, speak(braked.address)[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_client_that_is_gone_leaves_nothing_behind(braked, speak, name):
+    relay = Relay(braked.address)
+    every_protocol.a_client_that_is_gone_leaves_nothing(braked, speak(relay.address)[name], relay)
+
+
+def test_a_drain_loses_nothing_in_any_protocol(daemon, start, speak):
+    expected = [speak(daemon.address)["dejavu"].ask(long_request(daemon.api, i)) for i in range(len(NAMES))]
+    draining = start(*BRAKED)
+    every_protocol.a_drain_loses_nothing(draining, speak(draining.address), expected)
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGKILL))
+def test_a_restart_loses_nothing_in_any_protocol(daemon, start, speak, number):
+    expected = speak(daemon.address)["dejavu"].ask(text_request(daemon.api, WORDS[0], 60))
+    first = start("--scheduler-fault", "slow@5")
+    every_protocol.restarts_lose_nothing(speak(first.address), first, lambda: start(listen=first.address), number, expected)
