@@ -17,7 +17,7 @@ WORDS = "the sun was dark and he said that night of a little house by sea".split
 BRAKED = ("--scheduler-fault", "slow@10", "--scheduler-deadline-slack", "0")
 LONG = 480
 # A client that loses its server looks for it again soon.
-SOON = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200),
+SOON = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200),
         ("grpc.use_local_subchannel_pool", 1)]
 
 
@@ -173,7 +173,7 @@ def restarts_lose_nothing(speakers, daemon, restart, number, expected):
         at_least = lambda counts: all(done[name] >= counts[name] + 2 for name in done)
         until(lambda: at_least(dict.fromkeys(done, 0)))
         daemon.signal(number)
-        daemon.wait()
+        assert daemon.wait() == (-number if number == signal.SIGKILL else 0), daemon.log()
         restart()
         before = dict(done)
         until(lambda: at_least(before))

@@ -303,6 +303,29 @@ def test_a_restart_loses_nothing_in_any_protocol(daemon, start, everybody, gatew
         before_it.stop()
 
 
+def test_prefixes_stay_where_they_are_cached(api, tmp_path):
+    """The gateway's own picture of what each daemon holds is enough: SubscribeKvEvents, which would tell it, is refused."""
+    daemons = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        daemons.append(Daemon(api, tmp_path / name))
+    gateway = Gateway(tmp_path, *daemons, policy="cache_aware")
+    try:
+        model = gateway.client.models.list().data[0].id
+        for prefix in (WORDS, WORDS[::-1], WORDS[5:] + WORDS[:5]):
+            before, cached = [every_protocol.account(daemon).finished for daemon in daemons], []
+            for last in WORDS[:6]:
+                prompt = "</s>" + " ".join(prefix * 3 + [last])
+                reply = gateway.client.completions.create(model=model, prompt=prompt, max_tokens=4, temperature=0)
+                cached.append(reply.usage.prompt_tokens_details.cached_tokens)
+            after = [every_protocol.account(daemon).finished - b for daemon, b in zip(daemons, before)]
+            assert sorted(after) == [0, 6] and all(cached[1:]), (after, cached)
+    finally:
+        gateway.stop()
+        for daemon in daemons:
+            daemon.stop()
+
+
 CLIENTS = 20
 
 
