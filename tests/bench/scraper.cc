@@ -3,19 +3,14 @@
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <cstdint>
 
+#include "tests/bench/processor_time.h"
+
 namespace dejavu {
 namespace {
-
-double ProcessorMs(clockid_t clock) {
-  timespec time;
-  clock_gettime(clock, &time);
-  return 1e3 * static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_nsec);
-}
 
 void Fetch(int port) {
   const int fd = socket(AF_INET, SOCK_STREAM, 0);

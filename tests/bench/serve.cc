@@ -1,8 +1,8 @@
 // `dejavu-bench serve`: the cost of serving. The same tokens come from the engine called directly, and through the real
 // server and a gRPC client.
 //
-// Pairs of runs, engine then server, so that a neighbour's load on the machine meets both. Both sides run in this
-// process, as server and client would on one machine; the client is the generated synchronous one.
+// Rounds of runs, the engine and then each API, so that a neighbour's load on the machine meets all of them. Both sides
+// run in this process, as server and client would on one machine; clients are the generated synchronous ones.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -10,6 +10,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -22,7 +23,9 @@
 #include "kernels/base/status_macros.h"
 #include "nlohmann/json.hpp"
 #include "server/server.h"
+#include "tests/bench/api_client.h"
 #include "tests/bench/flags.h"
+#include "tests/bench/processor_time.h"
 #include "tests/bench/scraper.h"
 #include "tests/bench/subcommand.h"
 #include "tests/bench/tool.h"
@@ -34,6 +37,7 @@ namespace {
 struct ServeOptions : ModelFlags {
   int tokens = 256;
   int repeats = 15;
+  std::vector<std::string> apis = {kApis.front()};
   std::string json;
 };
 
@@ -41,11 +45,12 @@ double Microseconds(SteadyTime::duration d) { return std::chrono::duration<doubl
 
 struct Run {
   double ttft_us = 0;
-  double per_token_us = 0;  // mean time between tokens after the first
+  double per_token_us = 0;      // mean time between tokens after the first
+  double per_token_cpu_us = 0;  // processor time of server and client, without the engine's threads
 };
 
 Run Summarise(SteadyTime start, SteadyTime first, SteadyTime last, int tokens) {
-  return {Microseconds(first - start), Microseconds(last - first) / (tokens - 1)};
+  return {Microseconds(first - start), Microseconds(last - first) / (tokens - 1), 0};
 }
 
 class TimingSink final : public FinishSink {
@@ -79,35 +84,23 @@ absl::StatusOr<Run> RunEngine(Engine& engine, int tokens) {
   return sink->Wait(start);
 }
 
-v1::GenerateRequest RequestOf(int tokens) {
-  v1::GenerateRequest request;
-  for (int32_t id : kPrompt) request.mutable_token_ids()->add_ids(id);
-  request.mutable_stopping()->set_max_new_tokens(tokens);
-  request.mutable_stopping()->set_ignore_eos(true);
-  return request;
-}
-
 // The gaps between tokens go to `gaps_us`, if not null.
-absl::StatusOr<Run> RunServer(v1::GenerationService::Stub& stub, int tokens, std::vector<double>* gaps_us = nullptr) {
-  grpc::ClientContext context;
-  const SteadyTime start = std::chrono::steady_clock::now();
-  const auto reader = stub.GenerateStream(&context, RequestOf(tokens));
-  v1::GenerateChunk chunk;
+absl::StatusOr<Run> RunServer(ApiClient& client, int tokens, std::vector<double>* gaps_us = nullptr) {
   SteadyTime first, last;
   int count = 0;
-  while (reader->Read(&chunk)) {
-    if (chunk.token_ids().empty()) continue;
+  const SteadyTime start = std::chrono::steady_clock::now();
+  const grpc::Status status = client.Stream(tokens, [&](int arrived) {
     const SteadyTime now = std::chrono::steady_clock::now();
     if (count == 0) first = last = now;
-    for (int i = count == 0 ? 1 : 0; gaps_us != nullptr && i < chunk.token_ids_size(); ++i) {
+    for (int i = count == 0 ? 1 : 0; gaps_us != nullptr && i < arrived; ++i) {
       gaps_us->push_back(Microseconds(now - last));  // tokens of one message came at once
       last = now;
     }
     last = now;
-    count += chunk.token_ids_size();
-  }
-  const grpc::Status status = reader->Finish();
+    count += arrived;
+  });
   if (!status.ok()) return absl::UnknownError(status.error_message());
+  if (count != tokens) return absl::InternalError(absl::StrCat(count, " tokens came; ", tokens, " were asked for"));
   return Summarise(start, first, last, count);
 }
 
@@ -116,7 +109,7 @@ class Mate {
  public:
   Mate(const std::shared_ptr<grpc::Channel>& channel, int tokens, bool reads)
       : stub_(v1::GenerationService::NewStub(channel)) {
-    v1::GenerateRequest request = RequestOf(tokens);
+    v1::GenerateRequest request = OwnRequest(kPrompt, tokens);
     request.mutable_output()->set_top_logprobs(100);
     reader_ = stub_->GenerateStream(&context_, request);
     v1::GenerateChunk chunk;
@@ -143,8 +136,8 @@ class Mate {
 };
 
 // The 99th percentile of a stream's gaps beside a mate of either kind, in turns.
-absl::Status BesideSlowReader(const ServeOptions& options, v1::GenerationService::Stub& stub,
-                              const std::string& address, nlohmann::json* json) {
+absl::Status BesideSlowReader(const ServeOptions& options, ApiClient& client, const std::string& address,
+                              nlohmann::json* json) {
   std::vector<double> p99_us[2];
   for (int i = 0; i < options.repeats; ++i) {
     for (const bool reads : {true, false}) {
@@ -154,7 +147,7 @@ absl::Status BesideSlowReader(const ServeOptions& options, v1::GenerationService
       const Mate mate(grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments), options.tokens,
                       reads);
       std::vector<double> gaps;
-      RETURN_IF_ERROR(RunServer(stub, options.tokens, &gaps).status());
+      RETURN_IF_ERROR(RunServer(client, options.tokens, &gaps).status());
       std::sort(gaps.begin(), gaps.end());
       p99_us[reads].push_back(gaps[gaps.size() * 99 / 100]);
     }
@@ -211,67 +204,132 @@ absl::Status Watched(const ServeOptions& options, Engine& engine, int metrics_po
   return PrintPairs("the engine counts nothing / it counts", kShortPairs, counting(false), counting(true), json);
 }
 
-// By pair of runs.
-struct Pairs {
-  std::vector<double> engine_us, server_us, added_us;  // per token
-  std::vector<double> engine_ttft_us, server_ttft_us;
+// By round.
+struct Rounds {
+  std::vector<Run> engine;
+  std::vector<std::vector<Run>> served;  // by API
 };
 
-absl::StatusOr<Pairs> MeasurePairs(const ServeOptions& options, Engine& engine, v1::GenerationService::Stub& stub) {
-  Pairs pairs;
-  for (int i = -1; i < options.repeats; ++i) {  // one pair to warm up
+absl::StatusOr<Rounds> MeasureRounds(const ServeOptions& options, Engine& engine,
+                                     const std::vector<std::unique_ptr<ApiClient>>& clients,
+                                     const ProcessorTimeBeside& processor_time) {
+  Rounds rounds{{}, std::vector<std::vector<Run>>(clients.size())};
+  for (int i = -1; i < options.repeats; ++i) {  // one round to warm up
     ASSIGN_OR_RETURN(const Run direct, RunEngine(engine, options.tokens));
-    ASSIGN_OR_RETURN(const Run served, RunServer(stub, options.tokens));
+    if (i >= 0) rounds.engine.push_back(direct);
+    for (size_t turn = 0; turn < clients.size(); ++turn) {
+      const size_t api = (turn + static_cast<size_t>(i + 1)) % clients.size();  // each is the first in its turn
+      const double start_ms = processor_time.Ms();
+      ASSIGN_OR_RETURN(Run served, RunServer(*clients[api], options.tokens));
+      served.per_token_cpu_us = 1e3 * (processor_time.Ms() - start_ms) / options.tokens;
+      if (i >= 0) rounds.served[api].push_back(served);
+    }
     std::fprintf(stderr, "\r%d of %d", i + 1, options.repeats);
-    if (i < 0) continue;
-    pairs.engine_us.push_back(direct.per_token_us);
-    pairs.server_us.push_back(served.per_token_us);
-    pairs.added_us.push_back(served.per_token_us - direct.per_token_us);
-    pairs.engine_ttft_us.push_back(direct.ttft_us);
-    pairs.server_ttft_us.push_back(served.ttft_us);
   }
   std::fprintf(stderr, "\r                \r");
-  return pairs;
+  return rounds;
 }
 
-void Report(const ServeOptions& options, const std::string& backend, const Pairs& pairs, nlohmann::json* json) {
-  std::printf("%s\n%s, batch 1, %d tokens, %d pairs of runs\n\n", options.model.c_str(), backend.c_str(),
+std::vector<double> Of(const std::vector<Run>& runs, double Run::*figure) {
+  std::vector<double> values;
+  values.reserve(runs.size());
+  for (const Run& run : runs) values.push_back(run.*figure);
+  return values;
+}
+
+// By round: how much more the first take.
+std::vector<double> Added(const std::vector<Run>& runs, const std::vector<Run>& base, double Run::*figure) {
+  std::vector<double> added;
+  for (size_t i = 0; i < runs.size(); ++i) added.push_back(runs[i].*figure - base[i].*figure);
+  return added;
+}
+
+// The median of the rounds' shares.
+double AddedShare(const std::vector<double>& added, const std::vector<Run>& base) {
+  std::vector<double> shares;
+  for (size_t i = 0; i < added.size(); ++i) shares.push_back(added[i] / base[i].per_token_us);
+  return Median(shares);
+}
+
+void PrintFigure(const std::string& name, const std::vector<double>& us) {
+  std::printf("%-34s %10.1f %10.1f %10.1f\n", name.c_str(), Median(us), Least(us), Most(us));
+}
+
+void Report(const ServeOptions& options, const std::string& backend, const Rounds& rounds, nlohmann::json* json) {
+  std::printf("%s\n%s, batch 1, %d tokens, %d rounds of runs\n\n", options.model.c_str(), backend.c_str(),
               options.tokens, options.repeats);
   std::printf("%-34s %10s %10s %10s\n", "microseconds", "median", "least", "most");
   *json = {{"model", options.model},
            {"synthetic", IsSynthetic(options.model)},
            {"backend", backend},
            {"tokens", options.tokens}};
+  const std::vector<Run>& own = rounds.served.front();
+  const std::vector<double> added = Added(own, rounds.engine, &Run::per_token_us);
   for (const auto& [name, us] :
-       {std::pair("engine_us_per_token", &pairs.engine_us), std::pair("server_us_per_token", &pairs.server_us),
-        std::pair("added_us_per_token", &pairs.added_us), std::pair("engine_ttft_us", &pairs.engine_ttft_us),
-        std::pair("server_ttft_us", &pairs.server_ttft_us)}) {
-    std::printf("%-34s %10.1f %10.1f %10.1f\n", name, Median(*us), Least(*us), Most(*us));
-    (*json)[name] = Median(*us);
+       {std::pair("engine_us_per_token", Of(rounds.engine, &Run::per_token_us)),
+        std::pair("server_us_per_token", Of(own, &Run::per_token_us)), std::pair("added_us_per_token", added),
+        std::pair("engine_ttft_us", Of(rounds.engine, &Run::ttft_us)),
+        std::pair("server_ttft_us", Of(own, &Run::ttft_us))}) {
+    PrintFigure(name, us);
+    (*json)[name] = Median(us);
   }
-  std::vector<double> shares;  // of neighbouring runs
-  for (size_t i = 0; i < pairs.added_us.size(); ++i) shares.push_back(pairs.added_us[i] / pairs.engine_us[i]);
-  (*json)["added_share"] = Median(shares);
-  std::printf("\nThe server adds %.1f us, %.2f %%, to a token.\n", Median(pairs.added_us), 100 * Median(shares));
+  (*json)["added_share"] = AddedShare(added, rounds.engine);
+  std::printf("\nThe server adds %.1f us, %.2f %%, to a token.\n", Median(added),
+              100 * AddedShare(added, rounds.engine));
+}
+
+// Ours is the base. Neighbours of the machine move times, and processor time hardly.
+void ReportApis(const ServeOptions& options, const Rounds& rounds, nlohmann::json* json) {
+  static constexpr struct {
+    const char *title, *name;
+    double Run::*figure;
+  } kFigures[] = {{"time per token", "us_per_token", &Run::per_token_us},
+                  {"time to the first token", "ttft_us", &Run::ttft_us},
+                  {"processor time per token", "cpu_us_per_token", &Run::per_token_cpu_us}};
+  nlohmann::json& rows = (*json)["apis"];
+  for (const std::string& api : options.apis) rows.push_back({{"api", api}});
+  for (const auto& [title, name, figure] : kFigures) {
+    std::printf("\n%-34s %10s %10s %10s %10s\n", absl::StrCat(title, ", us").c_str(), "median", "over ours", "least",
+                "most");
+    for (size_t api = 0; api < options.apis.size(); ++api) {
+      const double us = Median(Of(rounds.served[api], figure));
+      const std::vector<double> over = Added(rounds.served[api], rounds.served.front(), figure);
+      std::printf("%-34s %10.1f %+10.2f %+10.2f %+10.2f\n", options.apis[api].c_str(), us, Median(over), Least(over),
+                  Most(over));
+      rows[api][name] = us;
+      rows[api][absl::StrCat("over_own_", name)] = Median(over);
+      rows[api][absl::StrCat("over_own_", name, "_least")] = Least(over);
+      rows[api][absl::StrCat("over_own_", name, "_most")] = Most(over);
+    }
+  }
 }
 
 absl::Status Bench(const ServeOptions& options) {
   RETURN_IF_ERROR(CheckWritable(options.json));
   const EngineOptions engine_options = EngineOptionsOf(options);
   ASSIGN_OR_RETURN(const auto engine, Engine::Create(engine_options, 0, nullptr));
+  const ProcessorTimeBeside processor_time;  // beside the engine's threads
   ServerOptions server_options;
   server_options.metrics_listen = "127.0.0.1:0";
   server_options.listen = "127.0.0.1:0";
   ASSIGN_OR_RETURN(const auto server, Server::Start(server_options, engine_options));
   server->SetReady(engine.get(), nullptr);
   const std::string address = absl::StrCat("127.0.0.1:", server->port());
-  const auto stub = v1::GenerationService::NewStub(grpc::CreateChannel(address, grpc::InsecureChannelCredentials()));
+  const auto channel = grpc::CreateChannel(address, grpc::InsecureChannelCredentials());
+  std::vector<std::unique_ptr<ApiClient>> clients;
+  for (const std::string& api : options.apis) {
+    clients.push_back(MakeApiClient(api, channel, server->model_name(), kPrompt));
+  }
 
   nlohmann::json json;
-  ASSIGN_OR_RETURN(const Pairs pairs, MeasurePairs(options, *engine, *stub));
-  Report(options, engine->backend_description(), pairs, &json);
-  RETURN_IF_ERROR(BesideSlowReader(options, *stub, address, &json));
-  RETURN_IF_ERROR(Watched(options, *engine, server->metrics_port(), &json));
+  ASSIGN_OR_RETURN(const Rounds rounds, MeasureRounds(options, *engine, clients, processor_time));
+  Report(options, engine->backend_description(), rounds, &json);
+  if (clients.size() > 1) {
+    ReportApis(options, rounds, &json);
+  } else {
+    RETURN_IF_ERROR(BesideSlowReader(options, *clients.front(), address, &json));
+    RETURN_IF_ERROR(Watched(options, *engine, server->metrics_port(), &json));
+  }
   return WriteJson(options.json, json);
 }
 
@@ -281,12 +339,30 @@ Subcommand AddServe(CLI::App& program) {
   const auto options = std::make_shared<ServeOptions>();
   CLI::App* const command =
       AddMeasuring(program, "serve",
-                   "What the server adds to a token: GenerateStream over loopback against the bare engine", *options);
+                   "What the server adds to a token: GenerateStream over loopback against the bare engine; and other "
+                   "APIs against it",
+                   *options);
   AddModel(command, *options);
   command->add_option("--tokens", options->tokens, "Tokens of one measurement")
       ->check(CLI::Range(2, 100000))
       ->capture_default_str();
-  return {command, [options] { return ExitCode(Bench(*options)); }};
+  command
+      ->add_option("--api", options->apis,
+                   "APIs beside each other, such as dejavu,kserve,vllm; ours is always measured. With several, nothing "
+                   "but these")
+      ->delimiter(',')
+      ->check(CLI::IsMember(kApis))
+      ->default_str(kApis.front());
+  return {command, [options] {
+            // Ours first, and each once.
+            std::vector<std::string> apis;
+            for (const std::string& api : kApis) {
+              const bool named = std::find(options->apis.begin(), options->apis.end(), api) != options->apis.end();
+              if (named || api == kApis.front()) apis.push_back(api);
+            }
+            options->apis = std::move(apis);
+            return ExitCode(Bench(*options));
+          }};
 }
 
 }  // namespace dejavu

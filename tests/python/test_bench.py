@@ -174,7 +174,19 @@ def test_serve(tmp_path):
     result, text = measure(tmp_path, "serve", "--model", SYNTHETIC, "--dtype", "int8", "--tokens", 4, "--repeats", 2)
     assert result["synthetic"] and result["engine_us_per_token"] > 0
     assert result["server_us_per_token"] >= 0  # so few tokens may all come in one message
-    assert {"added_us_per_token", "added_share"} <= set(result) and "adds" in text
+    assert {"added_us_per_token", "added_share"} <= set(result) and "adds" in text and "apis" not in result
+
+
+def test_serve_holds_other_apis_against_ours(tmp_path):
+    result, text = measure(tmp_path, "serve", "--model", MODEL, "--api", "vllm,kserve", "--tokens", 8, "--repeats", 2)
+    assert [row["api"] for row in result["apis"]] == ["dejavu", "kserve", "vllm"]
+    for row in result["apis"]:
+        assert row["api"] in text and row["cpu_us_per_token"] > 0 and row["ttft_us"] > 0
+        for figure in ("us_per_token", "ttft_us", "cpu_us_per_token"):
+            over = f"over_own_{figure}"
+            assert row[f"{over}_least"] <= row[over] <= row[f"{over}_most"]
+            assert row["api"] != "dejavu" or row[over] == row[f"{over}_most"] == 0
+    assert "p99_us_beside_reader" not in result  # which other APIs do not change
 
 
 def check_ranks(result, ranks):
@@ -238,6 +250,7 @@ def test_imbalance(tmp_path):
     (["bandwidth", "--threads", "-1"], "--threads"),
     (["checkpoint", "--model", "/nowhere", "--out", "/tmp/x"], "/nowhere"),
     (["serve", "--model", SYNTHETIC, "--tokens", "1"], "--tokens"),
+    (["serve", "--model", SYNTHETIC, "--api", "dejavu,triton"], "triton"),
     (["ranks", "--model", SYNTHETIC, "--ranks", "0"], "--ranks"),
     (["ranks", "--model", SYNTHETIC, "--context", "99999"], "99999"),
     (["ranks", "--model", SYNTHETIC, "--predictor", "none"], "balanced"),
