@@ -13,7 +13,7 @@ from conftest import BIN, PATIENCE_S, ROOT
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 FETCH = DEPLOY / "fetch-model.sh"
-OVERLAYS = ["cpu", "edge", "gpu", "inference-pool", "monitoring", "multi-host", "tls", "tp-8"]
+OVERLAYS = ["cpu", "edge", "gateway", "gpu", "inference-pool", "monitoring", "multi-host", "tls", "tp-8"]
 SCHEMAS = {path.stem: json.loads(path.read_text()) for path in (KUBERNETES / "schemas").iterdir()}
 
 overlays = pytest.mark.parametrize("overlay", OVERLAYS)
@@ -74,6 +74,11 @@ def environment(overlay, container):
         elif "resourceFieldRef" in source:
             assert source["resourceFieldRef"]["resource"] == "limits.cpu"
             variables[entry["name"]] = container["resources"]["limits"]["cpu"]
+        elif "fieldRef" in source:
+            assert source["fieldRef"]["fieldPath"] == "metadata.namespace"
+            variables[entry["name"]] = "default"
+        elif "secretKeyRef" in source:
+            variables[entry["name"]] = f"the key {source['secretKeyRef']['key']} of {source['secretKeyRef']['name']}"
         else:
             variables[entry["name"]] = entry["value"]
     return variables

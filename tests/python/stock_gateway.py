@@ -1,12 +1,14 @@
 """The SMG gateway of PyPI in front of one daemon and of two, and OpenAI's client in front of the gateway. Run by ./run protocols."""
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import pathlib
 import queue
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -17,6 +19,7 @@ import urllib.request
 import grpc
 import openai
 import pytest
+import yaml
 from google.protobuf import descriptor_pool
 from smg_grpc_proto.generated import vllm_engine_pb2, vllm_engine_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
@@ -24,8 +27,10 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 import every_protocol
 import groups
 import published
-from conftest import PATIENCE_S, Daemon, until
+from certificates import Authority
+from conftest import PATIENCE_S, ROOT, Daemon, until
 from every_protocol import BRAKED, WORDS, long_request, mixed, text_request
+from pod_list import PodList, pod
 from speakers import Answer, Call, Ended, Relay, Speaker, grpc_speakers, parameters
 
 PROMPT = "It was a dark night, and"
@@ -40,14 +45,20 @@ def free_port():
 
 
 class Gateway:
-    def __init__(self, folder, *daemons, policy="round_robin"):
-        self.port, self.log_path = free_port(), folder / "gateway.log"
+    """Serves when it has been made. Without daemons it is what `arguments` make of it; {port} and {health} stand for its ports there."""
+
+    def __init__(self, folder, *daemons, policy="round_robin", arguments=None, environment=None, scheme="http", **client):
+        self.port, self.health_port, self.log_path = free_port(), free_port(), folder / "gateway.log"
         self.address = f"127.0.0.1:{self.port}"
-        command = [pathlib.Path(sys.executable).parent / "smg", "launch", "--host", "127.0.0.1", "--port", str(self.port), "--prometheus-port",
-                   str(free_port()), "--policy", policy, "--health-check-interval-secs", "1", "--health-failure-threshold", "1",
-                   "--worker-urls", *(f"grpc://{daemon.address}" for daemon in daemons)]
-        self.process = subprocess.Popen(command, stdout=open(self.log_path, "wb"), stderr=subprocess.STDOUT, start_new_session=True)
-        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=PATIENCE_S, max_retries=0)
+        if arguments is None:
+            arguments = ["--host", "127.0.0.1", "--port", "{port}", "--prometheus-port", str(free_port()), "--health-check-port", "{health}",
+                         "--policy", policy, "--health-check-interval-secs", "1", "--health-failure-threshold", "1",
+                         "--worker-urls", *(f"grpc://{daemon.address}" for daemon in daemons)]
+        arguments = [each.replace("{port}", str(self.port)).replace("{health}", str(self.health_port)) for each in arguments]
+        self.process = subprocess.Popen([pathlib.Path(sys.executable).parent / "smg", "launch", *arguments], stdout=open(self.log_path, "wb"),
+                                        stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **(environment or {})})
+        self.url = f"{scheme}://{self.address}"
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", timeout=PATIENCE_S, max_retries=0, **{"api_key": "none", **client})
         deadline = time.monotonic() + PATIENCE_S
         while not self._serves():
             assert self.process.poll() is None and time.monotonic() < deadline, self.log()
@@ -55,7 +66,7 @@ class Gateway:
 
     def _serves(self):
         with contextlib.suppress(OSError, openai.OpenAIError):
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readiness", timeout=1):
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.health_port}/readiness", timeout=1):
                 pass
             self.client.completions.create(model=self.client.models.list().data[0].id, prompt="a", max_tokens=1)
             return True
@@ -384,3 +395,95 @@ def test_two_daemons_of_which_one_dies_under_load(api, tmp_path, openai_speakers
         daemons[0].process.kill()
         before = done()
         until(lambda: done() > before + 5 * CLIENTS)
+
+
+class TwoPods:
+    """Two daemons on one port of two addresses, as pods have it."""
+
+    def __init__(self, api, folder):
+        self.daemons = []
+        for name, host, port in (("one", "127.0.0.1", lambda: 0), ("two", "127.0.0.2", lambda: self.port)):
+            (folder / name).mkdir()
+            connect = lambda address, host=host: grpc.insecure_channel(address.replace("127.0.0.1", host))
+            self.daemons.append(Daemon(api, folder / name, listen=f"{host}:{port()}", connect=connect))
+        self.one, self.two = pod("one", "127.0.0.1"), pod("two", "127.0.0.2")
+
+    @property
+    def port(self):
+        return int(self.daemons[0].address.split(":")[1])
+
+    def finished(self):
+        return [daemon.stub.GetServerInfo(daemon.api.pb.GetServerInfoRequest(), timeout=PATIENCE_S).admission.finished for daemon in self.daemons]
+
+
+def overlay_arguments(folder, port, key):
+    """Those of deploy/kubernetes/overlays/gateway, with ports and files of this machine."""
+    deployment = yaml.safe_load((ROOT / "deploy/kubernetes/overlays/gateway/deployment.yaml").read_text())
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    here = {"--host": "127.0.0.1", "--port": "{port}", "--health-check-port": "{health}", "--prometheus-port": str(free_port()),
+            "--tls-cert-path": str(folder / "tls.crt"), "--tls-key-path": str(folder / "tls.key"), "--api-key": key,
+            "--service-discovery-namespace": "default", "--service-discovery-port": str(port)}
+    names = [each.split("=")[0] for each in container["args"]]
+    assert here.keys() <= set(names)
+    return [f"{name}={here[name]}" if name in here else each for name, each in zip(names, container["args"], strict=True)]
+
+
+def test_the_overlays_gateway_finds_pods_and_asks_for_its_key_over_tls(api, tmp_path):
+    authority, key = Authority(tmp_path, "authority"), "a key that nobody guesses"
+    certificate, private = authority.issue()
+    (tmp_path / "tls.crt").write_bytes(certificate)
+    (tmp_path / "tls.key").write_bytes(private)
+    with contextlib.ExitStack() as stack:
+        two = TwoPods(api, tmp_path)
+        for daemon in two.daemons:
+            stack.callback(daemon.stop)
+        listed = PodList(two.one, two.two, pod("starting", "127.0.0.3", ready=False))
+        stack.callback(listed.close)
+        trust = ssl.create_default_context(cadata=authority.pem.decode())
+        gateway = Gateway(tmp_path, arguments=overlay_arguments(tmp_path, two.port, key), environment={"KUBECONFIG": str(listed.kubeconfig(tmp_path))},
+                          scheme="https", api_key=key, http_client=openai.DefaultHttpxClient(verify=trust))
+        stack.callback(gateway.stop)
+        assert all(path.startswith("/api/v1/namespaces/default/pods?") for path in listed.asked)
+        model = gateway.client.models.list().data[0].id
+        complete = lambda client: client.completions.create(model=model, prompt=WHOLE, max_tokens=8, temperature=0).choices[0].text
+        expected = ours(two.daemons[0], 8).text
+
+        def both_have_answered():
+            assert complete(gateway.client) == expected
+            return min(two.finished()) > 3
+
+        until(both_have_answered)
+        with pytest.raises(openai.AuthenticationError):
+            complete(gateway.client.with_options(api_key="another"))
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{gateway.url}/workers", context=trust, timeout=PATIENCE_S)
+        with pytest.raises((OSError, http.client.HTTPException)):  # without TLS it understands nothing
+            urllib.request.urlopen(f"http://127.0.0.1:{gateway.port}/v1/models", timeout=PATIENCE_S)
+
+        listed.set(two.one, pod("two", "127.0.0.2", ready=False))
+
+        def the_first_answers_alone():
+            before = two.finished()
+            assert [complete(gateway.client) for _ in range(4)] == [expected] * 4
+            return [now - then for now, then in zip(two.finished(), before)] == [4, 0]
+
+        until(the_first_answers_alone)
+        listed.set()
+        health = lambda path: urllib.request.urlopen(f"http://127.0.0.1:{gateway.health_port}/{path}", timeout=PATIENCE_S).status
+
+        def nobody_is_ready():
+            try:
+                return health("readiness") != 200
+            except urllib.error.HTTPError as error:
+                return error.code == 503
+
+        until(nobody_is_ready)
+        assert health("liveness") == 200
+
+
+def test_what_the_gateway_cannot(gateway, model):
+    """docs/operations/gateway.md says so; a version that can is worth another look."""
+    reply = gateway.client.completions.create(model=model, prompt=WHOLE, max_tokens=2, temperature=0, logprobs=1)
+    assert reply.choices[0].logprobs is None
+    with pytest.raises(openai.APIStatusError):
+        gateway.client.completions.create(model=model, prompt=[2, 10, 20], max_tokens=2)

@@ -32,7 +32,7 @@ def chain(name):
     return (chain(base) if base in stages() else []) + instructions
 
 
-@pytest.mark.parametrize("target", ["cpu", "cuda", "multi-host", "proxy", "fetch"])
+@pytest.mark.parametrize("target", ["cpu", "cuda", "multi-host", "proxy", "gateway", "fetch"])
 def test_images_run_without_root(target):
     users = [rest for word, rest in chain(target) if word == "USER"]
     assert users[-1] == "65532:65532"

@@ -10,11 +10,12 @@ import yaml
 import kubectl
 from conftest import PATIENCE_S, ROOT
 from manifests import (DEPLOY, KUBERNETES, OVERLAYS, SCHEMAS, containers, environment, of_kind, overlays, pods, rendered, servers,
-                       templates)
+                       settings, templates)
 
 VERSION = re.search(r"project\(dejavud VERSION ([0-9.]+)", (ROOT / "CMakeLists.txt").read_text())[1]
 # Secrets are the cluster owner's; docs/operations says what must be in them.
-SECRETS = {"dejavud-tls", "dejavud-tokens", "dejavud-ssh"}
+SECRETS = {"dejavud-gateway-key", "dejavud-gateway-tls", "dejavud-tls", "dejavud-tokens", "dejavud-ssh"}
+GATEWAY = "Deployment/dejavud-gateway/template"
 
 
 def test_without_a_kubectl_the_message_says_what_to_do(monkeypatch, tmp_path):
@@ -56,7 +57,7 @@ def test_every_document_is_what_kubernetes_takes(overlay):
 def test_pods_are_restricted(overlay):
     for name, pod in pods(overlay):
         spec = pod["spec"]
-        assert spec["automountServiceAccountToken"] is False, name
+        assert spec["automountServiceAccountToken"] is (name == GATEWAY), name
         # Or a Service's variables would be taken for settings, DEJAVUD_PORT first.
         assert spec["enableServiceLinks"] is False, name
         assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys(), name
@@ -101,6 +102,8 @@ def test_references_lead_somewhere(overlay):
         assert mounted == volumes.keys(), name
         for container in containers(pod):
             environment(overlay, container)  # fails on a key that is not there
+            secrets = [entry["valueFrom"]["secretKeyRef"]["name"] for entry in container.get("env", []) if "secretKeyRef" in entry.get("valueFrom", {})]
+            assert set(secrets) <= SECRETS, name
             used |= {source["configMapRef"]["name"] for source in container.get("envFrom", [])}
     assert used == maps.keys()
 
@@ -112,7 +115,7 @@ def test_references_lead_somewhere(overlay):
                   if "matchLabels" in document["spec"]["podSelector"]]
     for selector in selectors:
         assert sum(selector.items() <= each.items() for each in labels) == 1, selector
-    ports = {port["name"] for pod, _ in servers(overlay) for container in pod["spec"]["containers"] for port in container["ports"]}
+    ports = {port["name"] for _, pod in pods(overlay) for container in pod["spec"]["containers"] for port in container.get("ports", [])}
     for document in of_kind(overlay, "NetworkPolicy"):
         for rule in document["spec"].get("ingress", []):
             assert {port["port"] for port in rule.get("ports", [])} <= ports
@@ -123,13 +126,15 @@ def test_references_lead_somewhere(overlay):
 def test_pods_can_reach_their_volume(overlay):
     """A volume of one node keeps all pods that mount it there."""
     claim, = of_kind(overlay, "PersistentVolumeClaim")
-    assert claim["spec"]["accessModes"] == ["ReadWriteOnce" if overlay in ("cpu", "edge", "inference-pool", "monitoring", "tls") else "ReadWriteMany"]
-    for name, pod in pods(overlay):
+    assert claim["spec"]["accessModes"] == ["ReadWriteOnce" if overlay in ("cpu", "edge", "gateway", "inference-pool", "monitoring", "tls") else "ReadWriteMany"]
+    mounting = [(name, pod) for name, pod in pods(overlay) if any("persistentVolumeClaim" in volume for volume in pod["spec"]["volumes"])]
+    assert len(mounting) >= 2
+    for name, pod in mounting:
         if claim["spec"]["accessModes"] == ["ReadWriteOnce"]:
             rule, = pod["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
             assert rule["topologyKey"] == "kubernetes.io/hostname"
             assert all(rule["labelSelector"]["matchLabels"].items() <= other["metadata"]["labels"].items()
-                       for _, other in pods(overlay)), name
+                       for _, other in mounting), name
         else:
             assert "affinity" not in pod["spec"], name
 
@@ -182,3 +187,50 @@ def test_the_inference_pool_has_the_servers_and_their_ports():
         assert {port["number"] for port in pool["spec"]["targetPorts"]} <= {port["containerPort"] for port in container["ports"]}
     (policy,) = [each for each in of_kind("inference-pool", "NetworkPolicy") if each["metadata"]["name"] == "dejavud-gateway"]
     assert {port["port"] for port in policy["spec"]["ingress"][0]["ports"]} == {"grpc", "metrics"}
+
+
+def test_the_gateway_finds_the_servers_and_no_more():
+    (pod, daemon), = servers("gateway")
+    gateway, = (each for name, each in pods("gateway") if name == GATEWAY)
+    container, = gateway["spec"]["containers"]
+    arguments = container["args"]
+    selected = dict(each.split("=") for each in arguments[arguments.index("--selector") + 1:] if not each.startswith("--"))
+    assert [selected.items() <= each["metadata"]["labels"].items() for _, each in pods("gateway")].count(True) == 1
+    assert selected.items() <= pod["metadata"]["labels"].items()
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    grpc_port, = (port["containerPort"] for port in daemon["ports"] if port["name"] == "grpc")
+    assert {f"--service-discovery-port={grpc_port}", f"--port={ports['https']}", f"--health-check-port={ports['gw-health']}",
+            f"--prometheus-port={ports['gw-metrics']}"} < set(arguments)
+    assert {container[probe]["httpGet"]["port"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")} == {"gw-health"}
+    # The daemon lets it in, it may go there, and the API shows it pods alone.
+    policies = {document["metadata"]["name"]: document["spec"] for document in of_kind("gateway", "NetworkPolicy")}
+    client = policies["dejavud"]["ingress"][0]["from"][0]["podSelector"]["matchLabels"]
+    assert client.items() <= gateway["metadata"]["labels"].items()
+    out = policies["dejavud-gateway"]["egress"]
+    assert out[0]["to"][0]["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    assert [port["port"] for port in out[0]["ports"]] == [grpc_port]
+    role, = of_kind("gateway", "Role")
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}]
+    binding, = of_kind("gateway", "RoleBinding")
+    assert (binding["roleRef"]["name"], binding["subjects"][0]["name"]) == (role["metadata"]["name"], gateway["spec"]["serviceAccountName"])
+
+
+def test_the_gateway_outlives_a_daemon_that_drains(tmp_path):
+    """It asks for health while a daemon that drains still takes requests, and waits as long as requests may run."""
+    (pod, daemon), = servers("gateway")
+    drain = settings("gateway", daemon, tmp_path)["drain"]
+    gateway, = (each for name, each in pods("gateway") if name == GATEWAY)
+    container, = gateway["spec"]["containers"]
+    value = lambda flag: int(next(each for each in container["args"] if each.startswith(flag + "=")).split("=")[1])
+    assert value("--health-check-interval-secs") * value("--health-failure-threshold") < drain["linger_ms"] / 1000
+    grace = value("--shutdown-grace-period-secs")
+    assert grace >= drain["timeout_s"]
+    assert gateway["spec"]["terminationGracePeriodSeconds"] >= container["lifecycle"]["preStop"]["sleep"]["seconds"] + grace + 10
+
+
+def test_the_gateways_versions_are_the_tested_ones():
+    tested = (ROOT / "tests/python/protocols-requirements.txt").read_text().splitlines()
+    wanted = [line for line in (DEPLOY / "gateway/requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert set(wanted) <= set(tested)
+    smg, = (line for line in wanted if line.startswith("smg=="))
+    assert f"pip install {smg}`" in (ROOT / "docs/operations/gateway.md").read_text()
