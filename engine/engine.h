@@ -53,7 +53,8 @@ class Engine {
     return SubmitSamples(std::move(request), {std::move(sink)});
   }
   // So many samples of one prompt, all or none: sample i draws with the request's seed + i and has the id that is
-  // returned + i. They share the blocks of the prompt, which the first of them computes.
+  // returned + i. They share the blocks of the prompt, which the first of them computes. Of a scored prompt the first
+  // alone tells.
   virtual absl::StatusOr<uint64_t> SubmitSamples(Request request, std::vector<std::shared_ptr<TokenSink>> sinks) = 0;
 
   // A request that was refused in front of the engine counts as one of its own refusals.

@@ -43,15 +43,16 @@ absl::string_view Name(Urgency urgency);  // "interactive", "normal", "batch"
 struct Request {
   std::vector<int32_t> prompt;  // 1 ... context ids, each below the vocabulary; taken as they are
   SamplingParams sampling;
-  SparsityParams sparsity;        // a scored prompt is prefill: its tier has no effect
-  SpeculationParams speculation;  // without effect in a predicted tier, and on a scored prompt
-  int32_t max_new_tokens = 0;     // 0 only with `score`; MaxPositions must fit the context
+  SparsityParams sparsity;        // of what is generated: a prompt, scored or not, is prefill
+  SpeculationParams speculation;  // without effect in a predicted tier
+  int32_t max_new_tokens = 0;     // 0: the prompt alone; MaxPositions must fit the context
   int32_t min_new_tokens = 0;     // no stop token before that many; stop strings are the sink's
   std::vector<int32_t> stop_token_ids;
   bool ignore_eos = false;
-  bool logprobs = false;     // fill Token::logprob and rank
-  int32_t top_logprobs = 0;  // and this many alternatives
-  bool score = false;        // report the log-probabilities of the prompt instead of generating
+  bool logprobs = false;           // fill Token::logprob and rank
+  int32_t top_logprobs = 0;        // and this many alternatives
+  bool score = false;              // report the log-probabilities of the prompt, before anything is generated
+  int32_t score_top_logprobs = 0;  // and after each of its tokens this many alternatives
   SteadyTime deadline = SteadyTime::max();
   SteadyTime stop_at = SteadyTime::max();  // then it ends regularly, with what it has
 
@@ -115,8 +116,8 @@ class TokenSink {
   // A new token. False ends the request with FinishReason::kSink, which OnFinish then reports.
   virtual bool OnToken(const Token& token) = 0;
 
-  // `score` only, once per prompt position, in order. The token's own log-probability given what stands before it
-  // (absent for the first) and the alternatives of the distribution *after* it.
+  // `score` only, once per prompt position, in order, before the first OnToken. The token's own log-probability given
+  // what stands before it (absent for the first) and the alternatives of the distribution *after* it.
   virtual bool OnPromptToken(const Token& token) = 0;
 
   // The last call, exactly once, for every request that Submit accepted.

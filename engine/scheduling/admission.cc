@@ -152,7 +152,9 @@ Expectation Admission::Predict(const Request& request, int samples) const {
     ms += outputs / slots * step_ms + prompts * load_.costs.prefill_token_ms;
   }
   const auto prompt = static_cast<double>(request.prompt.size());
-  ms += prompt * load_.costs.prefill_token_ms + std::ceil(prompt / scheduler_.prefill_chunk_tokens) * prompt_step_ms;
+  const int32_t chunk = request.score ? std::min(scheduler_.prefill_chunk_tokens, scheduler_.score_rows)
+                                      : scheduler_.prefill_chunk_tokens;
+  ms += prompt * load_.costs.prefill_token_ms + std::ceil(prompt / chunk) * prompt_step_ms;
   return {ms * margin_, step_ms * margin_};
 }
 

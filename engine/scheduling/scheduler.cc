@@ -109,7 +109,7 @@ void Scheduler::Plan(SteadyTime now, Batch& batch) {
       if (s->decodes() || Index(s->request.urgency) != u) continue;
       int32_t rows =
           std::min({s->prefill_tokens - s->computed, options_.prefill_chunk_tokens, batch.rows_left(), budget});
-      if (s->request.score) {
+      if (s->scores()) {
         rows = std::min(rows, score_rows_left);
         score_rows_left -= rows;
       }
@@ -306,8 +306,10 @@ bool Scheduler::MayRun(const Sequence& s) const {
   });
 }
 
-// Blocks of its prompt that others may have computed. The last token is always computed anew: its logits are wanted.
+// Blocks of its prompt that others may have computed. The last token is always computed anew: its logits are wanted. To
+// score, those of all tokens are.
 size_t Scheduler::Sharable(const Sequence& s) const {
+  if (s.request.score) return 0;
   return std::min<size_t>(s.keys.size(), (s.prompt_tokens() - 1) / pool_.block_tokens());
 }
 
@@ -412,7 +414,8 @@ void Scheduler::AddDecodeRows(Sequence& s, Batch& batch) {
   s.step_rows = s.step_logits = batch.rows() - s.first_row;
 }
 
-// The next `rows` uncomputed tokens of the sequence. Logits are wanted after its last token, or, to score, after each.
+// The next `rows` uncomputed tokens of the sequence. Logits are wanted after its last token, or, to score its prompt,
+// after each.
 void Scheduler::AddRows(Sequence& s, int32_t rows, Batch& batch) {
   s.step_use = Sequence::Use::kText;
   s.step_rows = s.kept_rows = rows;
@@ -421,7 +424,7 @@ void Scheduler::AddRows(Sequence& s, int32_t rows, Batch& batch) {
   for (int32_t i = 0; i < rows; ++i) {
     const int32_t position = s.computed + i;
     const bool last = position + 1 == static_cast<int32_t>(s.tokens.size());
-    const bool wants_logits = last || s.request.score;
+    const bool wants_logits = last || s.scores();
     if (s.decodes()) {
       batch.AddDecodeRow(s.slot, position, s.tokens[position], wants_logits, s.request.sparsity);
     } else {

@@ -110,8 +110,14 @@ struct Sequence {
   int32_t prompt_tokens() const { return static_cast<int32_t>(request.prompt.size()); }
   int32_t generated_tokens() const { return static_cast<int32_t>(tokens.size()) - prompt_tokens(); }
   bool decodes() const { return computed >= prefill_tokens; }
+  // Whether the rows of its next step are of a prompt whose log-probabilities are wanted. It is computed once: Grows.
+  bool scores() const { return request.score && computed < prompt_tokens(); }
   bool speculates() const {
-    return request.speculation.mode != SpeculationMode::kOff && !request.score && !IsPredicted(request.sparsity.tier);
+    return request.speculation.mode != SpeculationMode::kOff && !IsPredicted(request.sparsity.tier);
+  }
+  // Whether the last of the step's rows brings a token, or a draft.
+  bool draws() const {
+    return request.max_new_tokens > 0 && computed + step_rows >= static_cast<int32_t>(tokens.size());
   }
   // The next token, drawn behind row `kept_rows` of a check, or the last of the step. Whether the row after that holds
   // for it: the token is what was drafted.

@@ -14,20 +14,20 @@ absl::Status CheckRequest(const Request& r, const ModelShape& shape) {
     if (0 <= id && id < shape.vocab) return absl::OkStatus();
     return absl::InvalidArgumentError(absl::StrCat(what, " has id ", id, "; ids go from 0 to ", shape.vocab - 1));
   };
+  const auto check_top = [&](const char* what, int32_t count) {
+    if (0 <= count && count <= shape.vocab) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat(what, " is ", count, "; it must be in 0 ... ", shape.vocab));
+  };
   if (r.prompt.empty()) return absl::InvalidArgumentError("the prompt is empty; it needs at least one token");
   for (int32_t id : r.prompt) RETURN_IF_ERROR(check_id("the prompt", id));
   for (int32_t id : r.stop_token_ids) RETURN_IF_ERROR(check_id("stop_token_ids", id));
   for (int32_t id : r.sampling.allowed_token_ids) RETURN_IF_ERROR(check_id("allowed_token_ids", id));
   for (const auto& bias : r.sampling.logit_bias) RETURN_IF_ERROR(check_id("logit_bias", bias.first));
-  if (r.max_new_tokens < (r.score ? 0 : 1)) {
-    return absl::InvalidArgumentError(absl::StrCat("max_new_tokens is ", r.max_new_tokens, "; it must be at least 1"));
+  if (r.max_new_tokens < 0) {
+    return absl::InvalidArgumentError(absl::StrCat("max_new_tokens is ", r.max_new_tokens, "; it must be at least 0"));
   }
-  if (r.score && r.max_new_tokens != 0)
-    return absl::InvalidArgumentError("a scored prompt generates nothing: max_new_tokens must be 0");
-  if (r.top_logprobs < 0 || r.top_logprobs > shape.vocab) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("top_logprobs is ", r.top_logprobs, "; it must be in 0 ... ", shape.vocab));
-  }
+  RETURN_IF_ERROR(check_top("top_logprobs", r.top_logprobs));
+  RETURN_IF_ERROR(check_top("score_top_logprobs", r.score_top_logprobs));
   if (r.speculation.most_tokens < 1 || r.speculation.most_tokens > kMostDraftTokens) {
     return absl::InvalidArgumentError(absl::StrCat("speculation.most_tokens is ", r.speculation.most_tokens,
                                                    "; it must be in 1 ... ", kMostDraftTokens));

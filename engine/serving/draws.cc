@@ -20,9 +20,8 @@ bool Draws::Plan(const std::vector<std::unique_ptr<Sequence>>& running, int32_t 
   bool more = false;
   for (const auto& s : running) {
     if (s->step_logits == 0) continue;
-    if (s->request.score) {
-      batch.keeps_logits = true;
-    } else {
+    if (s->scores()) batch.keeps_logits = true;
+    if (s->draws()) {
       PlanRows(*s, ahead, batch);
       for (int32_t i = 0; i < s->step_logits; ++i) {
         more = more || (batch.draws[s->first_logit + i][kDrawWants] & kDrawMore) != 0;
@@ -40,7 +39,7 @@ bool Draws::Plan(const std::vector<std::unique_ptr<Sequence>>& running, int32_t 
 // A check's rows follow no draft, the first, the first two and so on; a draft's one row follows those that there are.
 void Draws::PlanRows(const Sequence& s, int32_t ahead, Batch& batch) {
   const absl::Span<const int32_t> drafts = s.round.drafts;
-  if (s.step_use == Sequence::Use::kText) return PlanRow(s, s.first_logit, ahead, batch);
+  if (s.step_use == Sequence::Use::kText) return PlanRow(s, s.first_logit + s.step_logits - 1, ahead, batch);
   WithOutput counts(hand_out_.counts(s));
   const bool check = s.step_use == Sequence::Use::kCheck;
   for (int32_t i = 0; i < s.step_logits; ++i) {

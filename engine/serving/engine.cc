@@ -91,7 +91,7 @@ void StepEngine::Prepare() {
 
 absl::StatusOr<uint64_t> StepEngine::SubmitSamples(Request request, std::vector<std::shared_ptr<TokenSink>> sinks) {
   const auto samples = static_cast<int>(sinks.size());
-  CHECK(samples > 0 && (samples == 1 || !request.score)) << samples << " samples";
+  CHECK(samples > 0) << samples << " samples";
   absl::Status valid = CheckRequest(request, config_);
   valid.Update(CheckTier(request.sparsity.tier));
   if (request.speculation.mode != SpeculationMode::kOff) valid.Update(CheckTier(request.speculation.draft_tier));
@@ -99,8 +99,9 @@ absl::StatusOr<uint64_t> StepEngine::SubmitSamples(Request request, std::vector<
   // All that needs no lock.
   const SteadyTime now = std::chrono::steady_clock::now();
   std::vector<BlockKey> keys;
-  const bool cached = options_.kv.prefix_cache && request.prefix_cache;
-  if (!request.score && (cached || samples > 1)) {
+  // What has been scored once is not kept for others: few score texts that begin alike.
+  const bool cached = options_.kv.prefix_cache && request.prefix_cache && !request.score;
+  if (cached || samples > 1) {
     keys =
         BlockKeys(request.tenant, request.cache_salt, request.prompt, options_.kv.block_tokens, cached ? 0 : ++groups_);
   }
@@ -111,6 +112,7 @@ absl::StatusOr<uint64_t> StepEngine::SubmitSamples(Request request, std::vector<
     sequence->arrival = sequence->finish.queued = now;
     sequences.push_back(std::move(sequence));
     ++request.sampling.seed;
+    request.score = false;  // one of them tells of the prompt, and leaves it to the others
   }
   return inbox_.Submit(std::move(sequences));
 }

@@ -27,11 +27,17 @@ void HandOut::Begin(const Sequence& s) {
 
 std::optional<Ending> HandOut::Give(Sequence& s, const StepResults& results) {
   recorder_.NotePromptTokens(std::min(s.step_rows, std::max(0, s.prompt_tokens() - s.computed)));
-  if (s.request.score) return GiveScores(s, results);
   if (s.step_logits == 0) return std::nullopt;
-  if (s.step_use != Sequence::Use::kDraft) return GiveTokens(s, results);
-  KeepDraft(s, results);
-  return std::nullopt;
+  if (s.step_use == Sequence::Use::kDraft) {
+    KeepDraft(s, results);
+    return std::nullopt;
+  }
+  if (s.scores()) {
+    if (std::optional<Ending> ending = GiveScores(s, results)) return ending;
+  }
+  if (s.draws()) return GiveTokens(s, results);
+  if (s.computed + s.step_rows < s.prompt_tokens()) return std::nullopt;
+  return Ending{FinishReason::kLength, absl::OkStatus()};
 }
 
 std::optional<Ending> HandOut::GiveScores(Sequence& s, const StepResults& results) {
@@ -47,9 +53,9 @@ std::optional<Ending> HandOut::GiveScores(Sequence& s, const StepResults& result
     token.has_logprob = position > 0;
     token.logprob = s.next_logprob;
     token.rank = s.next_rank;
-    token.top = sampler_.Top(logits, s.request.top_logprobs);
+    token.top = sampler_.Top(logits, s.request.score_top_logprobs);
     if (!s.sink->OnPromptToken(token)) return Ending{FinishReason::kSink, absl::OkStatus()};
-    if (position + 1 == s.prompt_tokens()) return Ending{FinishReason::kLength, absl::OkStatus()};
+    if (position + 1 == s.prompt_tokens()) break;
     const Sampler::Choice next = sampler_.Describe(logits, s.tokens[position + 1]);
     s.next_logprob = next.logprob;
     s.next_rank = next.rank;
@@ -97,11 +103,12 @@ void HandOut::KeepDraft(Sequence& s, const StepResults& results) {
   if (id < 0 || StopAt(s.request, id).has_value()) round.wanted = static_cast<int32_t>(round.drafts.size());
 }
 
-// One token, or those of a check as far as each is what was drafted.
+// One token, behind rows that may have told of the prompt; or those of a check as far as each is what was drafted.
 std::optional<Ending> HandOut::GiveTokens(Sequence& s, const StepResults& results) {
   bool more = true;
-  for (int32_t i = 0; more && i < s.step_logits; ++i) {
-    if (std::optional<Ending> ending = GiveToken(s, s.first_logit + i, /*first=*/i == 0, results, &more)) return ending;
+  const int32_t first = s.step_use == Sequence::Use::kCheck ? 0 : s.step_logits - 1;
+  for (int32_t i = first; more && i < s.step_logits; ++i) {
+    if (std::optional<Ending> ending = GiveToken(s, s.first_logit + i, i == first, results, &more)) return ending;
   }
   return std::nullopt;
 }

@@ -422,9 +422,9 @@ absl::StatusOr<Request> CheckScore(const v1::ScoreRequest& request, const Server
   ASSIGN_OR_RETURN(checked.prompt, CheckPrompt(request, model));
   RETURN_IF_ERROR(CheckScheduling(request.scheduling(), &checked));
   checked.score = true;
-  checked.logprobs = true;
-  checked.top_logprobs = static_cast<int32_t>(request.top_logprobs());
-  RETURN_IF_ERROR(CheckReplySize("top_logprobs", static_cast<int64_t>(checked.prompt.size()), checked.top_logprobs));
+  checked.score_top_logprobs = static_cast<int32_t>(request.top_logprobs());
+  RETURN_IF_ERROR(
+      CheckReplySize("top_logprobs", static_cast<int64_t>(checked.prompt.size()), checked.score_top_logprobs));
   return checked;
 }
 

@@ -125,7 +125,8 @@ class World {
     for (int32_t i = 0; i < length; ++i)
       r.prompt.push_back(i < 12 ? 100 * family + i : static_cast<int32_t>(input_.Below(2)));
     r.score = (kind & 0x1c) == 0 || length == kContext;
-    r.max_new_tokens = r.score ? 0 : 1 + static_cast<int32_t>(input_.Below(kContext - length));
+    const bool alone = length == kContext || (kind & 0x1d) == 0;
+    r.max_new_tokens = alone ? 0 : 1 + static_cast<int32_t>(input_.Below(kContext - length));
     r.urgency = static_cast<Urgency>(input_.Below(3));
     r.priority = static_cast<int32_t>(input_.Below(3)) - 1;
     r.tenant = std::string(input_.Below(2), static_cast<char>('a' + input_.Below(3)));
@@ -136,7 +137,7 @@ class World {
     if ((kind & 0x20) != 0) r.deadline = now_ + AnyTime();
     if ((kind & 0x40) != 0) r.stop_at = now_ + AnyTime();
     if ((kind & 0x80) != 0) r.inter_token_target_ms = 1.0 + input_.Below(256);
-    const int samples = r.score ? 1 : 1 + static_cast<int>(input_.Below(3));
+    const int samples = 1 + static_cast<int>(input_.Below(3));
 
     Expectation expected;
     const absl::Status admitted = admission_.Admit(r, now_, &expected, samples);
@@ -144,8 +145,9 @@ class World {
     CHECK(std::isfinite(expected.first_token_ms) && expected.first_token_ms >= 0.0) << expected.first_token_ms;
     CHECK(std::isfinite(expected.token_ms) && expected.token_ms >= 0.0) << expected.token_ms;
     std::vector<BlockKey> keys;
-    if (!r.score && (family != 3 || samples > 1)) {
-      keys = BlockKeys(r.tenant, "", r.prompt, limits_.block_tokens, family != 3 ? 0 : ++groups_);
+    const bool cached = !r.score && family != 3;
+    if (cached || samples > 1) {
+      keys = BlockKeys(r.tenant, "", r.prompt, limits_.block_tokens, cached ? 0 : ++groups_);
     }
     for (int i = 0; i < samples; ++i) {
       auto s = std::make_unique<Sequence>(r, nullptr);
@@ -155,6 +157,7 @@ class World {
       s->keys = keys;
       alive_.insert(s->id);
       scheduler_.Enqueue(std::move(s));
+      r.score = false;  // the first alone tells of the prompt
     }
   }
 
@@ -191,13 +194,13 @@ class World {
 
   // Whether `s` ends by what the step brings it.
   bool TakeResults(Sequence& s) {
-    if (s.request.score) return s.computed + s.step_rows == s.prompt_tokens();
     if (s.step_logits == 0) return false;
     if (s.step_use == Sequence::Use::kDraft) {
       s.round.drafts.push_back(static_cast<int32_t>(input_.Below(2)));
       if (input_.Below(16) == 15) s.round.wanted = static_cast<int32_t>(s.round.drafts.size());
       return false;
     }
+    if (!s.draws()) return s.computed + s.step_rows == s.prompt_tokens();
     bool more = true, ends = false;
     while (more && !ends) {
       more = s.Take(static_cast<int32_t>(input_.Below(2)));

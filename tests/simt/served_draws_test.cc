@@ -109,9 +109,35 @@ TEST_F(ServedDraws, KeepTheLogitsOfAStepThatWantsThemWhole) {
   requests[1].top_logprobs = kMostTop + 1;
   requests[2].score = true;
   requests[2].max_new_tokens = 0;
-  requests[2].logprobs = true;
-  requests[2].top_logprobs = 2;
+  requests[2].score_top_logprobs = 2;
   ExpectSame(Serve(*engine, requests), Serve(*cpu, requests));
+}
+
+// Bit by bit what the same device says of the prompt, and then what it generates without being asked.
+TEST_F(ServedDraws, FollowAPromptThatIsScored) {
+  const auto engine = MakeEngine(kModel, "cuda"), cpu = MakeEngine(kModel, "cpu");
+  std::vector<Request> both(3, Draw(0.8f, 3));
+  both[1].sampling.top_k = 5;
+  both[2].sampling.repetition_penalty = 1.3f;
+  std::vector<Request> prompts, outputs;
+  for (Request& request : both) {
+    request.logprobs = true;
+    request.top_logprobs = 1;
+    outputs.push_back(request);
+    request.score = true;
+    request.score_top_logprobs = 2;
+    prompts.push_back(request);
+    prompts.back().max_new_tokens = 0;
+  }
+  const Heard got = Serve(*engine, both), of_output = Serve(*engine, outputs);
+  Heard want = Serve(*engine, prompts);
+  for (size_t r = 0; r < want.size(); ++r) {
+    want[r].insert(want[r].end(), of_output[r].begin(), of_output[r].end());
+    ASSERT_EQ(got[r].size(), want[r].size());
+    for (size_t i = 0; i < want[r].size(); ++i) EXPECT_EQ(got[r][i].logprob, want[r][i].logprob) << "token " << i;
+  }
+  ExpectSame(got, want);
+  ExpectSame(got, Serve(*cpu, both));
 }
 
 TEST_F(ServedDraws, RunAheadUnlessAPenaltyWaitsForTheToken) {

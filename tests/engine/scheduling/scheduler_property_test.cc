@@ -84,7 +84,7 @@ class World {
     const int family = Draw(4), length = 1 + Draw(28);
     for (int i = 0; i < length; ++i) r.prompt.push_back(i < 16 ? 1000 * family + i : Draw(3));
     r.score = Draw(12) == 0;
-    r.max_new_tokens = r.score ? 0 : 1 + Draw(20);
+    r.max_new_tokens = Draw(r.score ? 2 : 40) == 0 ? 0 : 1 + Draw(20);
     r.urgency = crowded_ && Draw(4) != 0 ? Urgency::kInteractive : static_cast<Urgency>(Draw(3));
     r.priority = Draw(3);
     r.tenant = std::string(1, static_cast<char>('a' + Draw(3)));
@@ -126,7 +126,7 @@ class World {
       if (s->step_use == Sequence::Use::kDraft) {
         s->round.drafts.push_back(Draw(3));
         if (Draw(10) == 0) s->round.wanted = static_cast<int32_t>(s->round.drafts.size());
-      } else if (s->request.score ? s->computed + s->step_rows == s->prompt_tokens() : TakeTokens(*s)) {
+      } else if (s->draws() ? TakeTokens(*s) : s->computed + s->step_rows == s->prompt_tokens()) {
         done.push_back(s.get());
       }
     }

@@ -55,7 +55,7 @@ class SchedulerTest : public testing::Test {
   void Step() {
     scheduler_.Plan(now_, batch_);
     for (const auto& s : scheduler_.running()) {
-      if (s->step_logits > 0 && !s->request.score) s->tokens.push_back(7);
+      if (s->step_logits > 0 && s->draws()) s->tokens.push_back(7);
     }
     scheduler_.NoteStep(1.0);
   }
@@ -152,6 +152,19 @@ TEST_F(SchedulerTest, AScoredPromptWantsLogitsEverywhereInSmallSteps) {
   EXPECT_THAT(batch_.positions, ElementsAre(2, 3));
   Step();
   EXPECT_THAT(batch_.positions, ElementsAre(4));
+}
+
+TEST_F(SchedulerTest, BehindAScoredPromptItDecodesAsAllDo) {
+  Enqueue(3, 3, /*score=*/true);
+  Step();
+  EXPECT_THAT(batch_.logit_rows, ElementsAre(0, 1));
+  Step();
+  EXPECT_THAT(batch_.positions, ElementsAre(2));
+  EXPECT_THAT(batch_.logit_rows, ElementsAre(0));
+  EXPECT_EQ(batch_.decode_rows, 0);
+  Step();
+  EXPECT_THAT(batch_.positions, ElementsAre(3));
+  EXPECT_EQ(batch_.decode_rows, 1);
 }
 
 TEST_F(SchedulerTest, TheMoreUrgentGoFirstThenPriorityThenTheEarlierDeadline) {

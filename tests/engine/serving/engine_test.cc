@@ -91,7 +91,7 @@ TEST_P(EngineGolden, ScoresPromptsAsTransformersDoes) {
   for (const Golden& golden : LoadGoldens(GetParam())) {
     Request request = Prompt(golden.prompt, 0);
     request.score = true;
-    request.top_logprobs = 4;
+    request.score_top_logprobs = 4;
     auto sink = std::make_shared<CollectingSink>();
     ASSERT_TRUE(engine->Submit(request, sink).ok());
     EXPECT_EQ(sink->WaitForFinish().reason, FinishReason::kLength);
@@ -241,6 +241,18 @@ TEST(Engine, ReportsLogprobsRanksAndAlternatives) {
   }
 }
 
+TEST(Engine, ComputesAPromptAndGeneratesNothing) {
+  const auto engine = MakeEngine(EMBEDDED_MODEL);
+  std::vector<int32_t> prompt = {2};
+  while (prompt.size() < 100) prompt.push_back(5 + static_cast<int32_t>(prompt.size()));
+  const Result alone = Generate(*engine, Prompt(prompt, 0));
+  EXPECT_EQ(alone.finish.reason, FinishReason::kLength);
+  EXPECT_TRUE(alone.ids.empty());
+  EXPECT_EQ(alone.finish.generated_tokens, 0);
+  EXPECT_GT(Generate(*engine, Prompt(prompt, 1)).finish.cached_prompt_tokens, 0);
+  ExpectIdle(*engine);
+}
+
 TEST(Engine, RefusesRequestsThatCanNeverRun) {
   const auto engine = MakeEngine(EMBEDDED_MODEL);
   const auto code = [&](Request request) {
@@ -250,7 +262,7 @@ TEST(Engine, RefusesRequestsThatCanNeverRun) {
   EXPECT_EQ(code(Prompt({}, 1)), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(code(Prompt({vocab}, 1)), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(code(Prompt({-1}, 1)), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(code(Prompt({2}, 0)), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(code(Prompt({2}, -1)), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(code(Prompt(std::vector<int32_t>(context + 1, 5), 1)), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(code(Prompt(std::vector<int32_t>(context, 5), 2)), absl::StatusCode::kInvalidArgument);
   Request outside = Prompt({2}, 1);
@@ -273,7 +285,7 @@ TEST(Engine, FillsTheContextAndSaysWhatComesNext) {
     ASSERT_EQ(full.ids.size(), 1u);
     Request score = Prompt(prompt, 0);
     score.score = true;
-    score.top_logprobs = 1;
+    score.score_top_logprobs = 1;
     auto scored = std::make_shared<CollectingSink>();
     ASSERT_TRUE(engine->Submit(score, scored).ok());
     scored->WaitForFinish();

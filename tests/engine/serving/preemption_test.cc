@@ -22,9 +22,9 @@ struct Asked {
   int samples = 1;
   size_t leaves_after = 0;  // so many tokens; 0: it stays to its end
 
-  // A scored prompt is the same in every tier.
+  // A prompt is the same in every tier.
   bool promised() const {
-    return request.score || !IsPredicted(request.sparsity.tier) || request.sparsity.deterministic;
+    return request.max_new_tokens == 0 || !IsPredicted(request.sparsity.tier) || request.sparsity.deterministic;
   }
 };
 
@@ -40,12 +40,13 @@ std::vector<Asked> RandomLoad(uint32_t seed, int requests) {
     const SparsityParams sparsity = {kAllTiers[draw(5)], draw(3) != 0, draw(4) == 0 ? 3 : 0};
     const bool score = draw(6) == 0;
     while (score && prompt.size() < 90) prompt.push_back(4 + draw(500));  // it takes many steps
-    asked.request = SparseRequest(prompt, score ? 0 : 1 + draw(kContext - length), sparsity);
+    asked.request =
+        SparseRequest(prompt, score ? (draw(2) == 0 ? 0 : 1 + draw(30)) : 1 + draw(kContext - length), sparsity);
     asked.request.score = score;
     asked.request.urgency = score ? Urgency::kBatch : static_cast<Urgency>(draw(3));
     asked.request.priority = draw(2);
     asked.request.sampling.seed = static_cast<uint64_t>(draw(1000));
-    if (draw(2) == 0 && !score) {
+    if (draw(2) == 0 && asked.request.max_new_tokens > 0) {
       asked.request.sampling.temperature = 0.9f;
       asked.samples = 1 + draw(3);
     }

@@ -26,9 +26,9 @@ struct Asked {
   int ends_after_ms = 0;       // by a deadline, or with what it has
   bool deadline = false;
 
-  // A scored prompt is the same in every tier.
+  // A prompt is the same in every tier.
   bool promised() const {
-    return request.score || !IsPredicted(request.sparsity.tier) || request.sparsity.deterministic;
+    return request.max_new_tokens == 0 || !IsPredicted(request.sparsity.tier) || request.sparsity.deterministic;
   }
 };
 
@@ -54,13 +54,14 @@ class RandomLoad {
     const Tier tier = OneIn(6) ? kAllTiers[Below(5)] : kAllTiers[Below(2)];
     const bool score = OneIn(12);
     Request& r = asked.request;
-    r = SparseRequest(prompt, score ? 0 : 1 + Below(OneIn(3) ? kContext - length : 24), {tier, OneIn(2), 0});
+    r = SparseRequest(prompt, score && OneIn(2) ? 0 : 1 + Below(OneIn(3) ? kContext - length : 24),
+                      {tier, OneIn(2), 0});
     r.score = score;
     r.urgency = static_cast<Urgency>(Below(3));
     r.logprobs = true;
     r.top_logprobs = OneIn(3) ? Below(4) : OneIn(10) ? 200 : 0;
     r.ignore_eos = OneIn(2);
-    if (score) return asked;
+    if (r.max_new_tokens == 0) return asked;
     if (!OneIn(3)) {
       r.sampling.temperature = 0.3f + 0.1f * static_cast<float>(Below(13));
       asked.samples = OneIn(6) ? 1 + Below(3) : 1;

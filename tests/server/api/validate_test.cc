@@ -505,7 +505,7 @@ TEST_F(ValidateTest, ScoreAsksForNothingNew) {
   EXPECT_FALSE(IsPredicted(request.sparsity.tier));
   EXPECT_TRUE(request.score);
   EXPECT_EQ(request.max_new_tokens, 0);
-  EXPECT_EQ(request.top_logprobs, 3);
+  EXPECT_EQ(request.score_top_logprobs, 3);
   EXPECT_EQ(request.prompt.size(), 64u);
 }
 
