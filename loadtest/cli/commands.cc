@@ -26,6 +26,7 @@ class ScoreCommand : public Command {
   explicit ScoreCommand(CLI::App* program)
       : Command(program->add_subcommand("score", "Log-probabilities of the tokens of a prompt")) {
     AddPromptFlags(app_, &prompt_, true);
+    AddLinesFlag(app_, &prompt_);
     app_->add_option("--top-logprobs", top_, "Most likely tokens after each one");
     app_->add_option("--model", model_, "Name of the model");
     AddJsonFlag();
@@ -40,6 +41,8 @@ class ScoreCommand : public Command {
     v1::ScoreRequest request;
     request.set_model(model_);
     SetPrompt(prompt_, &request);
+    if (!prompt_.lines.empty()) request.clear_prompt();
+    for (const std::string& line : prompt_.lines) request.add_prompts()->set_text(line);
     request.set_top_logprobs(top_);
     v1::ScoreResponse response;
     const grpc::Status status = connection->Call(
@@ -48,33 +51,32 @@ class ScoreCommand : public Command {
     if (json_) {
       PrintJson(ResponseJson(response));
     } else {
-      PrintTable(response);
+      if (response.scores().empty()) PrintTable(response.tokens());
+      for (const v1::PromptScore& score : response.scores()) PrintTable(score.tokens());
     }
     return kExitOk;
   }
 
  private:
   static Json ResponseJson(const v1::ScoreResponse& response) {
-    Json tokens = Json::array();
-    for (const v1::ScoredToken& token : response.tokens()) {
-      Json entry = {{"id", token.id()},
-                    {"logprob", token.has_logprob() ? Json(token.logprob()) : Json()},
-                    {"rank", token.has_logprob() ? Json(token.rank()) : Json()},
-                    {"top", Json::array()}};
-      for (const v1::TokenLogprob& alternative : token.top()) entry["top"].push_back(ToJson(alternative));
-      tokens.push_back(std::move(entry));
+    Json scores = Json::array();
+    for (const v1::PromptScore& score : response.scores()) {
+      scores.push_back({{"tokens", ToJson(score.tokens())}, {"server_timings", ToJson(score.timings())}});
+    }
+    if (!scores.empty()) {
+      return {{"request_id", response.request_id()}, {"model", response.model()}, {"scores", std::move(scores)}};
     }
     return {{"request_id", response.request_id()},
             {"model", response.model()},
-            {"tokens", std::move(tokens)},
+            {"tokens", ToJson(response.tokens())},
             {"server_timings", ToJson(response.timings())}};
   }
 
-  static void PrintTable(const v1::ScoreResponse& response) {
+  static void PrintTable(const google::protobuf::RepeatedPtrField<v1::ScoredToken>& tokens) {
     double sum = 0;
     int scored = 0;
     std::printf("%8s %14s %8s\n", "id", "logprob", "rank");
-    for (const v1::ScoredToken& token : response.tokens()) {
+    for (const v1::ScoredToken& token : tokens) {
       if (token.has_logprob()) {
         std::printf("%8u %14.9g %8u\n", token.id(), token.logprob(), token.rank());
         sum += token.logprob();

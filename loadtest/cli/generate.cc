@@ -74,6 +74,7 @@ void AddTokensJson(const v1::GenerateChunk& chunk, const std::string& text, Json
   (*json)["text"] = text;
   (*json)["token_ids"] = std::vector<uint32_t>(chunk.token_ids().begin(), chunk.token_ids().end());
   if (chunk.logprobs_size() > 0) (*json)["logprobs"] = LogprobsJson(chunk);
+  if (chunk.prompt_logprobs_size() > 0) (*json)["prompt_logprobs"] = ToJson(chunk.prompt_logprobs());
 }
 
 void AddPromptJson(const v1::PromptInfo& prompt, Json* json) {
@@ -82,6 +83,9 @@ void AddPromptJson(const v1::PromptInfo& prompt, Json* json) {
   (*json)["prompt_tokens"] = prompt.prompt_tokens();
   (*json)["seed"] = prompt.seed();
   (*json)["max_new_tokens"] = prompt.max_new_tokens();
+  if (prompt.token_ids().empty()) return;
+  (*json)["prompt"] = prompt.text();
+  (*json)["prompt_token_ids"] = std::vector<uint32_t>(prompt.token_ids().begin(), prompt.token_ids().end());
 }
 
 void AddSparsityJson(const v1::SparsityReport& sparsity, Json* json) {
@@ -184,6 +188,14 @@ class GenerateCommand : public Command {
         ->group("Output");
     app_->add_flag("--logprobs", logprobs_, "Log-probability and rank of every token")->needs(json)->group("Output");
     app_->add_option("--top-logprobs", top_logprobs_, "And that many alternatives")->needs(json)->group("Output");
+    app_->add_flag("--echo", echo_, "Write the prompt, too, as the server has it, before what follows it")
+        ->group("Output");
+    app_->add_flag("--prompt-logprobs", prompt_logprobs_, "Log-probability and rank of every token of the prompt")
+        ->needs(json)
+        ->group("Output");
+    app_->add_option("--prompt-top-logprobs", prompt_top_logprobs_, "And that many alternatives")
+        ->needs(json)
+        ->group("Output");
   }
 
   absl::Status Prepare() override {
@@ -205,7 +217,7 @@ class GenerateCommand : public Command {
       samples = std::vector<Completion>(std::max<uint32_t>(1, samples_), Completion(std::chrono::steady_clock::now()));
       return Receive(connection, attempt, &samples);
     });
-    if (!json_ && samples.size() == 1) EndLine(samples[0].text());
+    if (!json_ && samples.size() == 1) EndLine(samples[0].prompt().text() + samples[0].text());
     std::fflush(stdout);
     if (!status.ok()) return ReportFailure(status, connection->interrupted(), json_);
     if (json_ && !stream_) PrintWhole(samples);
@@ -246,7 +258,7 @@ class GenerateCommand : public Command {
     const auto add = [&](const char* name, auto& value, const char* help) {
       return app_->add_option(name, value, help)->group("Stopping");
     };
-    add("--max-new-tokens", max_new_tokens_, "Most new tokens; without it, the server's default");
+    add("--max-new-tokens", max_new_tokens_, "Most new tokens; without it, the server's default; 0: the prompt alone");
     add("--min-new-tokens", min_new_tokens_, "Neither an end nor a stop token before that many");
     add("--stop", stop_strings_, "Text at which to stop; may be repeated")->allow_extra_args(false);
     add("--stop-token-ids", stop_token_ids_, "Tokens at which to stop, such as 5,7")
@@ -296,8 +308,12 @@ class GenerateCommand : public Command {
     FillStopping();
     FillSparsity();
     FillScheduling();
-    request_.mutable_output()->set_logprobs(logprobs_);
-    request_.mutable_output()->set_top_logprobs(top_logprobs_);
+    v1::Output& output = *request_.mutable_output();
+    output.set_logprobs(logprobs_);
+    output.set_top_logprobs(top_logprobs_);
+    output.set_echo(echo_);
+    output.set_prompt_logprobs(prompt_logprobs_);
+    output.set_prompt_top_logprobs(prompt_top_logprobs_);
   }
 
   void FillSampling() {
@@ -359,12 +375,13 @@ class GenerateCommand : public Command {
       } else if (samples->size() > 1) {
         // Side by side they could not be read.
         if (!chunk.has_finish()) continue;
+        const std::string text = samples->front().prompt().text() + sample.text();
         std::printf("--- sample %u, seed %llu\n%s", chunk.sample(),
-                    static_cast<unsigned long long>(sample.prompt().seed()), sample.text().c_str());
-        EndLine(sample.text());
-      } else if (!chunk.text().empty()) {
-        std::fwrite(chunk.text().data(), 1, chunk.text().size(), stdout);
-        std::fflush(stdout);
+                    static_cast<unsigned long long>(sample.prompt().seed()), text.c_str());
+        EndLine(text);
+      } else {
+        Write(chunk.prompt().text());
+        Write(chunk.text());
       }
     }
     return reader->Finish();
@@ -383,6 +400,12 @@ class GenerateCommand : public Command {
     PrintJson(samples.size() == 1 ? all[0] : Json{{"samples", std::move(all)}});
   }
 
+  static void Write(const std::string& text) {
+    if (text.empty()) return;
+    std::fwrite(text.data(), 1, text.size(), stdout);
+    std::fflush(stdout);
+  }
+
   // Like a shell command, end on a line of its own, whatever the text ended with.
   static void EndLine(const std::string& text) {
     if (!text.empty() && text.back() != '\n') std::puts("");
@@ -399,7 +422,8 @@ class GenerateCommand : public Command {
   std::optional<uint64_t> seed_;
   std::vector<std::string> logit_bias_, stop_strings_;
   std::vector<uint32_t> allowed_token_ids_, stop_token_ids_;
-  uint32_t min_new_tokens_ = 0, top_logprobs_ = 0, samples_ = 0;
+  uint32_t min_new_tokens_ = 0, top_logprobs_ = 0, prompt_top_logprobs_ = 0, samples_ = 0;
+  bool echo_ = false, prompt_logprobs_ = false;
   bool include_stop_string_ = false, ignore_eos_ = false, logprobs_ = false;
   bool deterministic_ = false;
   bool stats_ = false, stream_ = false;

@@ -120,6 +120,19 @@ Json ToJson(const v1::TokenLogprob& alternative) {
   return {{"id", alternative.id()}, {"logprob", alternative.logprob()}};
 }
 
+Json ToJson(const google::protobuf::RepeatedPtrField<v1::ScoredToken>& prompt) {
+  Json tokens = Json::array();
+  for (const v1::ScoredToken& token : prompt) {
+    Json entry = {{"id", token.id()},
+                  {"logprob", token.has_logprob() ? Json(token.logprob()) : Json()},
+                  {"rank", token.has_logprob() ? Json(token.rank()) : Json()},
+                  {"top", Json::array()}};
+    for (const v1::TokenLogprob& alternative : token.top()) entry["top"].push_back(ToJson(alternative));
+    tokens.push_back(std::move(entry));
+  }
+  return tokens;
+}
+
 Json ToJson(const v1::ShadowReport& shadow) {
   return {{"tokens", shadow.tokens()},       {"top1_agreement", shadow.top1_agreement()},
           {"kl_nats", shadow.kl_nats()},     {"recall", shadow.recall()},

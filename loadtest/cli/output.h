@@ -28,6 +28,7 @@ int ReportFailure(const grpc::Status& status, bool interrupted, bool json);
 
 nlohmann::ordered_json ToJson(const v1::Timings& timings);
 nlohmann::ordered_json ToJson(const v1::TokenLogprob& alternative);
+nlohmann::ordered_json ToJson(const google::protobuf::RepeatedPtrField<v1::ScoredToken>& prompt);
 nlohmann::ordered_json ToJson(const v1::ShadowReport& shadow);
 nlohmann::ordered_json ToJson(const v1::SparsityInfo& sparsity);
 

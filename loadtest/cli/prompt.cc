@@ -9,6 +9,8 @@
 #include <iterator>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 #include "kernels/base/utf8.h"
 
 namespace dejavu {
@@ -39,6 +41,14 @@ void AddPromptFlags(CLI::App* command, PromptSource* source, bool with_ids) {
   source->ids_flag =
       command->add_option("--token-ids", source->ids, "Prompt as token ids, such as 2,5,7; taken as they are");
   source->ids_flag->delimiter(',')->allow_extra_args(false)->excludes(source->text_flag)->excludes(file);
+  command->add_option("--truncate-prompt-tokens", source->last_tokens,
+                      "Keep only so many last tokens of the prompt; -1: as many as fit");
+}
+
+void AddLinesFlag(CLI::App* command, PromptSource* source) {
+  CLI::Option* lines = command->add_option("--prompts-file", source->lines_file,
+                                           "File that holds a prompt in each line: all of them in one call");
+  lines->excludes(source->text_flag)->excludes(source->ids_flag)->excludes(command->get_option("--prompt-file"));
 }
 
 absl::Status CheckUtf8(absl::string_view what, absl::string_view text) {
@@ -50,10 +60,14 @@ absl::Status CheckUtf8(absl::string_view what, absl::string_view text) {
 absl::Status ReadPrompt(PromptSource* source) {
   if (source->ids_flag != nullptr && source->ids_flag->count() > 0) return absl::OkStatus();
   absl::Status read;
-  if (!source->file.empty()) {
-    std::ifstream file(source->file, std::ios::binary);
-    if (!file.is_open()) return absl::InvalidArgumentError(absl::StrCat(source->file, " cannot be opened"));
-    read = ReadAll(&file, source->file, &source->text);
+  const std::string& name = source->lines_file.empty() ? source->file : source->lines_file;
+  if (!name.empty()) {
+    std::ifstream file(name, std::ios::binary);
+    if (!file.is_open()) return absl::InvalidArgumentError(absl::StrCat(name, " cannot be opened"));
+    read = ReadAll(&file, name, &source->text);
+    absl::string_view text = source->text;
+    absl::ConsumeSuffix(&text, "\n");
+    if (!source->lines_file.empty()) source->lines = absl::StrSplit(text, '\n');
   } else if (source->text_flag->count() == 0) {
     if (isatty(STDIN_FILENO) != 0) std::fputs("Prompt, ended with Ctrl-D:\n", stderr);
     read = ReadAll(&std::cin, "standard input", &source->text);

@@ -106,11 +106,13 @@ void EngineCall::Stop(const absl::Status& reason) {
   StopEngine();
 }
 
-absl::Status EngineCall::Submit(Request request, int64_t most_tokens, std::vector<std::shared_ptr<ReplySink>> sinks,
-                                const std::shared_ptr<Rpc>& rpc) {
-  request.deadline = std::min(request.deadline, rpc->deadline());
-  ASSIGN_OR_RETURN(request.tenant, CheckTenant(rpc->tenant()));
-  tenant_ = request.tenant;
+absl::Status EngineCall::Submit(std::vector<Request> prompts, int64_t most_tokens,
+                                std::vector<std::shared_ptr<ReplySink>> sinks, const std::shared_ptr<Rpc>& rpc) {
+  ASSIGN_OR_RETURN(tenant_, CheckTenant(rpc->tenant()));
+  for (Request& request : prompts) {
+    request.deadline = std::min(request.deadline, rpc->deadline());
+    request.tenant = tenant_;
+  }
   most_tokens_ = most_tokens;
   key_ = {state_.knows_tenants() ? tenant_ : "", asked().request_id};
   sinks_ = std::move(sinks);  // before Stop can be called
@@ -119,13 +121,13 @@ absl::Status EngineCall::Submit(Request request, int64_t most_tokens, std::vecto
   entered_ = true;
   // Once the id is found to be taken, NextReply may run at any moment: all that it needs is there before.
   waiting_ = Waiting();  // emplace() is not for clang 14: a nested type with an initializer
-  waiting_->request = std::move(request);
+  waiting_->prompts = std::move(prompts);
   waiting_->rpc = rpc;
   waiting_->until = std::chrono::steady_clock::now() + kPatience;
   if (!TakeId(rpc).ok()) return absl::OkStatus();
-  request = std::move(waiting_->request);
+  prompts = std::move(waiting_->prompts);
   waiting_.reset();
-  return HandOver(std::move(request));
+  return HandOver(std::move(prompts));
 }
 
 absl::Status EngineCall::TakeId(const std::shared_ptr<Rpc>& rpc) {
@@ -146,30 +148,50 @@ absl::Status EngineCall::TakeQuota() {
   return absl::OkStatus();
 }
 
-absl::StatusOr<uint64_t> EngineCall::Begin(Request request) {
-  RETURN_IF_ERROR(TakeQuota());
-  record_->sinks = sinks_;  // before they have an end to tell of
-  absl::StatusOr<uint64_t> engine_id =
-      state_.model().engine->SubmitSamples(std::move(request), {sinks_.begin(), sinks_.end()});
-  if (engine_id.ok()) return engine_id;
-  record_->sinks.clear();
-  if (record_->lease != nullptr) record_->lease->Settle(0, /*taken=*/false);
-  return engine_id;
+// All, or none: where one is refused, those before it end, and those behind it are refused, too.
+absl::StatusOr<std::vector<uint64_t>> EngineCall::SubmitAll(std::vector<Request> prompts) {
+  Engine& engine = *state_.model().engine;
+  const size_t samples = sinks_.size() / prompts.size();
+  std::vector<uint64_t> ids;
+  for (Request& prompt : prompts) {
+    const auto first = sinks_.begin() + static_cast<ptrdiff_t>(ids.size());
+    const absl::StatusOr<uint64_t> id =
+        engine.SubmitSamples(std::move(prompt), {first, first + static_cast<ptrdiff_t>(samples)});
+    if (!id.ok()) {
+      for (const uint64_t taken : ids) engine.Cancel(taken);
+      const std::optional<RefusalInfo> refusal = RefusalOf(id.status());
+      const auto left = static_cast<int>(sinks_.size() - ids.size() - samples);
+      if (left > 0) engine.CountRefused(refusal->reason.value_or(Refusal::kInvalid), left);
+      return id.status();
+    }
+    for (size_t i = 0; i < samples; ++i) ids.push_back(*id + i);
+  }
+  return ids;
 }
 
-absl::Status EngineCall::HandOver(Request request) {
-  const absl::StatusOr<uint64_t> engine_id = Begin(std::move(request));
+absl::StatusOr<std::vector<uint64_t>> EngineCall::Begin(std::vector<Request> prompts) {
+  RETURN_IF_ERROR(TakeQuota());
+  record_->sinks = sinks_;  // before they have an end to tell of
+  absl::StatusOr<std::vector<uint64_t>> ids = SubmitAll(std::move(prompts));
+  if (ids.ok()) return ids;
+  record_->sinks.clear();
+  if (record_->lease != nullptr) record_->lease->Settle(0, /*taken=*/false);
+  return ids;
+}
+
+absl::Status EngineCall::HandOver(std::vector<Request> prompts) {
+  const absl::StatusOr<std::vector<uint64_t>> ids = Begin(std::move(prompts));
   bool stopped = false;
-  if (engine_id.ok()) {
+  if (ids.ok()) {
     MutexLock lock(mutex_);
-    engine_id_ = *engine_id;
+    engine_ids_ = *ids;
     stay_ = LoadMeter::Stay(&state_.load_meter(), std::max(1, asked().samples));
     stopped = stop_;
     if (stop_) CancelAll();
   }
   // The client has gone, or will hear of a refusal next.
-  if (stopped || !engine_id.ok()) Release();
-  return engine_id.status();
+  if (stopped || !ids.ok()) Release();
+  return ids.status();
 }
 
 absl::StatusOr<bool> EngineCall::EndWaiting() {
@@ -177,9 +199,9 @@ absl::StatusOr<bool> EngineCall::EndWaiting() {
   if (rpc == nullptr) return false;  // it is over
   const absl::Status taken = TakeId(rpc);
   if (taken.ok()) {
-    Request request = std::move(waiting_->request);
+    std::vector<Request> prompts = std::move(waiting_->prompts);
     waiting_.reset();
-    RETURN_IF_ERROR(HandOver(std::move(request)));
+    RETURN_IF_ERROR(HandOver(std::move(prompts)));
     return true;
   }
   const bool stopped = state_.phase() == Phase::kStopped;
@@ -213,11 +235,11 @@ void EngineCall::NoteAsked(const std::string& request_id, absl::string_view text
 void EngineCall::StopEngine() {
   MutexLock lock(mutex_);
   stop_ = true;
-  if (engine_id_ != 0) CancelAll();
+  CancelAll();
 }
 
 void EngineCall::CancelAll() {
-  for (size_t i = 0; i < sinks_.size(); ++i) state_.model().engine->Cancel(engine_id_ + i);
+  for (const uint64_t id : engine_ids_) state_.model().engine->Cancel(id);
 }
 
 }  // namespace dejavu

@@ -76,10 +76,10 @@ class EngineCall : public RpcHandler, public LiveRequest {
     NoteAsked(request.request_id(), request.text());
   }
 
-  // The last that Read does. A sink for each sample; their first reply may be pulled as soon as this has returned
-  // OK. The refusals of the engine are passed on as they are. `most_tokens`: what it may take of the tenant's quota.
-  // The call's deadline holds beside the request's own.
-  absl::Status Submit(Request request, int64_t most_tokens, std::vector<std::shared_ptr<ReplySink>> sinks,
+  // The last that Read does. A sink for each sample of each prompt, in order; their first reply may be pulled as soon
+  // as this has returned OK. The refusals of the engine are passed on as they are. `most_tokens`: what it may take of
+  // the tenant's quota. The call's deadline holds beside the request's own.
+  absl::Status Submit(std::vector<Request> prompts, int64_t most_tokens, std::vector<std::shared_ptr<ReplySink>> sinks,
                       const std::shared_ptr<Rpc>& rpc);
 
   ServingState& state() const { return state_; }
@@ -88,7 +88,7 @@ class EngineCall : public RpcHandler, public LiveRequest {
  private:
   // A request whose id another one has.
   struct Waiting {
-    Request request;
+    std::vector<Request> prompts;
     std::weak_ptr<Rpc> rpc;
     SteadyTime until;
     bool timed = false;
@@ -100,8 +100,9 @@ class EngineCall : public RpcHandler, public LiveRequest {
   void NoteAsked(const std::string& request_id, absl::string_view text);
   absl::Status TakeId(const std::shared_ptr<Rpc>& rpc);
   absl::Status TakeQuota();
-  absl::StatusOr<uint64_t> Begin(Request request);
-  absl::Status HandOver(Request request);
+  absl::StatusOr<std::vector<uint64_t>> Begin(std::vector<Request> prompts);
+  absl::StatusOr<std::vector<uint64_t>> SubmitAll(std::vector<Request> prompts);
+  absl::Status HandOver(std::vector<Request> prompts);
   // True: it waits no more. An error: the call's end.
   absl::StatusOr<bool> EndWaiting();
   // The id is free, and the place among the tenant's concurrent requests.
@@ -127,7 +128,7 @@ class EngineCall : public RpcHandler, public LiveRequest {
   std::atomic<bool> released_{false};
 
   Mutex mutex_;
-  uint64_t engine_id_ ABSL_GUARDED_BY(mutex_) = 0;  // of the first sample; 0: not submitted
+  std::vector<uint64_t> engine_ids_ ABSL_GUARDED_BY(mutex_);  // of each sink; empty: not submitted
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
   LoadMeter::Stay stay_ ABSL_GUARDED_BY(mutex_);
   QuotaLease* lease_ ABSL_GUARDED_BY(mutex_) = nullptr;  // the record's

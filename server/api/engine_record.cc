@@ -1,6 +1,7 @@
 #include "server/api/engine_record.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace dejavu {
 namespace {
@@ -27,17 +28,19 @@ bool EngineRecord::Finished() {
   return std::all_of(sinks.begin(), sinks.end(), [](const auto& sink) { return sink->outcome().has_value(); });
 }
 
-// The prompt counts once, however many samples it has, and if any of them ever ran.
+// Each prompt counts once, however many samples it has, and if any of them ever ran.
 bool EngineRecord::Settle() {
   if (!Finished()) return false;
   if (lease == nullptr || sinks.empty()) return true;
-  int64_t prompt = 0, generated = 0;
-  for (const auto& sink : sinks) {
-    const Finish finish = sink->outcome()->finish;
+  const size_t samples = sinks.size() / static_cast<size_t>(asked.prompts);
+  int64_t prompts = 0, prompt = 0, generated = 0;
+  for (size_t i = 0; i < sinks.size(); ++i) {
+    const Finish finish = sinks[i]->outcome()->finish;
     if (finish.scheduled < finish.finished) prompt = finish.prompt_tokens;
     generated += finish.generated_tokens;
+    if ((i + 1) % samples == 0) prompts += std::exchange(prompt, 0);
   }
-  lease->Settle(prompt + generated);
+  lease->Settle(prompts + generated);
   return true;
 }
 

@@ -36,6 +36,14 @@ int64_t MostTokens(const CheckedGenerate& checked) {
          int64_t{checked.samples} * checked.request.max_new_tokens;
 }
 
+// The last character may be unfinished: then it is the output's.
+void Echo(const std::vector<int32_t>& prompt, const Tokenizer* tokenizer, v1::PromptInfo* info) {
+  info->mutable_token_ids()->Add(prompt.begin(), prompt.end());
+  if (tokenizer == nullptr) return;
+  Detokenizer detokenizer(*tokenizer, /*skip_special_tokens=*/true);
+  for (const int32_t id : prompt) detokenizer.Append(id, info->mutable_text());
+}
+
 }  // namespace
 
 absl::Status GenerateCall::Read(const Asking& asking, const grpc::ByteBuffer& bytes) {
@@ -53,7 +61,7 @@ absl::Status GenerateCall::Read(const Asking& asking, const grpc::ByteBuffer& by
   }
   std::vector<std::shared_ptr<ReplySink>> streams = MakeStreams(&*checked, asking);
   const int64_t tokens = MostTokens(*checked);
-  return Submit(std::move(checked->request), tokens, std::move(streams), asking.rpc);
+  return Submit({std::move(checked->request)}, tokens, std::move(streams), asking.rpc);
 }
 
 absl::StatusOr<CheckedGenerate> GenerateCall::Check(v1::GenerateRequest* request, const std::string& tenant) {
@@ -86,6 +94,7 @@ std::vector<std::shared_ptr<ReplySink>> GenerateCall::MakeStreams(CheckedGenerat
   options.prompt.set_seed(request.sampling.seed);
   options.prompt.set_max_new_tokens(static_cast<uint32_t>(request.max_new_tokens));
   options.prompt.set_tier(ToMessage(request.sparsity.tier));
+  if (checked->echo) Echo(request.prompt, state().model().tokenizer, &options.prompt);
   options.streaming = dialect_->streams();
   options.tokenizer = state().model().tokenizer;
   options.prompt_tail.assign(request.prompt.end() - std::min<ptrdiff_t>(kPromptTail, request.prompt.size()),
@@ -101,6 +110,8 @@ std::vector<std::shared_ptr<ReplySink>> GenerateCall::MakeStreams(CheckedGenerat
     options.sample = static_cast<uint32_t>(i);
     streams.push_back(std::make_shared<TokenStream>(options, [asking] { asking.Wake(); }));
     options.prompt.set_seed(options.prompt.seed() + 1);
+    options.prompt.clear_text();  // the first tells it
+    options.prompt.clear_token_ids();
   }
   return streams;
 }

@@ -36,7 +36,7 @@ constexpr KServeTensor kOutputs[] = {
     {"text_output", inference::TYPE_STRING, -1, false},       {"output_ids", inference::TYPE_INT32, -1, false},
     {"finish_reason", inference::TYPE_STRING, -1, false},     {"cumulative_logprob", inference::TYPE_FP32, -1, false},
     {"logprobs", inference::TYPE_STRING, -1, false},          {"num_input_tokens", inference::TYPE_UINT32, 1, false},
-    {"num_output_tokens", inference::TYPE_UINT32, -1, false},
+    {"num_output_tokens", inference::TYPE_UINT32, -1, false}, {"prompt_logprobs", inference::TYPE_STRING, 1, false},
 };
 
 // About what a token's log-probability takes as JSON.
@@ -128,6 +128,7 @@ absl::Status KServeDialect::Read(const grpc::ByteBuffer& bytes, v1::GenerateRequ
   RETURN_IF_ERROR(CheckKServeVersion(infer.model_version()));
   RETURN_IF_ERROR(ReadTensors(infer, request));
   RETURN_IF_ERROR(ReadOutputs(infer));
+  RETURN_IF_ERROR(CheckLogprobs(*request));
   if (asked_.output_ids && request->sampling().samples() > 1) {
     return InvalidField("output_ids",
                         "is asked for, and the samples' ids are of different lengths: ask for one sample");
@@ -186,30 +187,45 @@ absl::Status KServeDialect::CheckCombination(const std::optional<bool>& exclude_
   const bool by_ids = request->has_token_ids();
   const bool exclude = exclude_input.value_or(stream_ || by_ids);
   if (!exclude && stream_) return InvalidField("exclude_input_in_output", "is false; a stream has the output alone");
-  if (!exclude && by_ids) return InvalidField("exclude_input_in_output", "is false, and the prompt is no text");
-  if (!exclude) prepended_ = request->text();
+  request->mutable_output()->set_echo(!exclude && by_ids);
+  if (!exclude && !by_ids) prepended_ = request->text();
   if (asked_.cumulative_logprob || asked_.logprobs) {
     logprobs_asked_ = request->output().logprobs();
     request->mutable_output()->set_logprobs(true);
   }
-  return CheckLogprobs(*request);
+  asked_.prompt_logprobs = request->output().prompt_logprobs();
+  return absl::OkStatus();
 }
 
 // In doubles: nothing has checked the counts yet, and their product may be beyond 64 bits.
 absl::Status KServeDialect::CheckLogprobs(const v1::GenerateRequest& request) const {
-  if (stream_ || !asked_.logprobs || !logprobs_asked_) return absl::OkStatus();
-  const double samples = std::max(1u, request.sampling().samples());
-  const double entries = samples * request.stopping().max_new_tokens() * (1.0 + request.output().top_logprobs());
-  const int64_t most = in_stream_ ? kMostStreamLogprobs : kMaxReplyBytes / kLogprobTextBytes;
-  if (entries <= static_cast<double>(most)) return absl::OkStatus();
-  return InvalidField("logprobs",
-                      absl::StrCat("makes a reply of about ", entries, " entries; at most ", most,
-                                   in_stream_ ? " can be sent here: stream, or use ModelInfer" : " can be sent"));
+  const double most = in_stream_ ? kMostStreamLogprobs : kMaxReplyBytes / kLogprobTextBytes;
+  const char* const instead = in_stream_ ? " can be sent here: stream, or use ModelInfer" : " can be sent";
+  double entries = 0.0;
+  if (!stream_ && asked_.logprobs && logprobs_asked_) {
+    const double samples = std::max(1u, request.sampling().samples());
+    entries = samples * request.stopping().max_new_tokens() * (1.0 + request.output().top_logprobs());
+  }
+  if (entries > most) {
+    return InvalidField("logprobs",
+                        absl::StrCat("makes a reply of about ", entries, " entries; at most ", most, instead));
+  }
+  if (!asked_.prompt_logprobs) return absl::OkStatus();
+  // A text has no more tokens than bytes, but for what stands around it.
+  const double given = request.has_text() ? 2.0 + static_cast<double>(request.text().size())
+                                          : static_cast<double>(request.token_ids().ids_size());
+  const double kept = request.truncate_prompt_tokens() > 0 ? request.truncate_prompt_tokens() : model_.context;
+  entries += std::min(given, kept) * (1.0 + request.output().prompt_top_logprobs());
+  if (entries <= most) return absl::OkStatus();
+  return InvalidField("prompt_logprobs",
+                      absl::StrCat("makes a reply of up to ", entries, " entries; at most ", most, instead));
 }
 
 absl::Status KServeDialect::ReadOutputs(const inference::ModelInferRequest& infer) {
   if (infer.outputs().empty()) return absl::OkStatus();
   asked_.text_output = false;
+  const bool told = std::any_of(infer.outputs().begin(), infer.outputs().end(),
+                                [](const auto& output) { return output.name() == "prompt_logprobs"; });
   for (const auto& output : infer.outputs()) {
     const std::string& name = output.name();
     const auto known =
@@ -227,11 +243,15 @@ absl::Status KServeDialect::ReadOutputs(const inference::ModelInferRequest& infe
     if (name == "finish_reason") asked_.finish_reason = true;
     if (name == "num_input_tokens") asked_.num_input_tokens = true;
     if (name == "num_output_tokens") asked_.num_output_tokens = true;
+    if (name == "prompt_logprobs" && !asked_.prompt_logprobs) {
+      return InvalidField("prompt_logprobs", "is asked for by the sampling parameter of that name");
+    }
     if (name == "logprobs" && !asked_.logprobs) return InvalidField("logprobs", "is asked for by return_logprobs");
     if (name == "cumulative_logprob" && !asked_.cumulative_logprob) {
       return InvalidField("cumulative_logprob", "is asked for by return_cumulative_logprob");
     }
   }
+  asked_.prompt_logprobs = told;
   return absl::OkStatus();
 }
 
@@ -264,6 +284,8 @@ absl::Status KServeDialect::Renamed(absl::Status status) const {
 
 void KServeDialect::Take(v1::GenerateChunk* chunk) {
   if (chunk->has_prompt()) prompt_tokens_ = chunk->prompt().prompt_tokens();
+  if (chunk->has_prompt() && !chunk->prompt().text().empty()) prepended_ = chunk->prompt().text();
+  prompt_.MergeFrom(chunk->prompt_logprobs());
   if (stream_) {
     // The first one tells of the prompt alone, and what is held back has no token.
     if (chunk->token_ids_size() > 0 || chunk->has_finish()) chunk_ = chunk;
@@ -291,6 +313,7 @@ const google::protobuf::MessageLite* KServeDialect::Next(bool* more) {
 // Assigned anew: Clear would keep the memory.
 void KServeDialect::Release() {
   prepended_ = std::string();
+  prompt_ = {};
   gathered_.Release();
   response_ = inference::ModelStreamInferResponse();
 }
@@ -326,28 +349,47 @@ inference::ModelInferResponse* KServeDialect::Fill(const std::vector<v1::Generat
     AppendNumber(prompt_tokens_, &tokens);
     AddOutput("num_input_tokens", "UINT32", 1, std::move(tokens), infer);
   }
+  if (asked_.prompt_logprobs && !prompt_.empty()) {
+    std::string told;
+    AppendBytes(PromptLogprobsText(), &told);
+    AddOutput("prompt_logprobs", "BYTES", 1, std::move(told), infer);
+    prompt_.Clear();  // of a stream, the first reply has it
+  }
   if (asked_.num_output_tokens) AddOutput("num_output_tokens", "UINT32", rows, std::move(counts), infer);
   return infer;
 }
 
-// A list with an object for each token: the token's own entry and its alternatives, by id.
-std::string KServeDialect::LogprobsText(const v1::GenerateChunk& chunk) const {
-  const auto entry = [&](uint32_t id, float logprob, uint32_t rank) {
-    nlohmann::json made = {{"logprob", logprob}, {"rank", rank}, {"decoded_token", nullptr}};
+// The token's own entry and its alternatives, by id.
+nlohmann::json KServeDialect::LogprobsOf(uint32_t id, float logprob, uint32_t rank, const Alternatives& top) const {
+  const auto entry = [&](uint32_t of, float its, uint32_t at) {
+    nlohmann::json made = {{"logprob", its}, {"rank", at}, {"decoded_token", nullptr}};
     if (model_.tokenizer != nullptr)
-      made["decoded_token"] = model_.tokenizer->Decode({static_cast<int32_t>(id)}, false);
+      made["decoded_token"] = model_.tokenizer->Decode({static_cast<int32_t>(of)}, false);
     return made;
   };
+  nlohmann::json token = nlohmann::json::object();
+  for (int k = 0; k < top.size(); ++k) {
+    token[std::to_string(top[k].id())] = entry(top[k].id(), top[k].logprob(), static_cast<uint32_t>(k + 1));
+  }
+  token[std::to_string(id)] = entry(id, logprob, rank);
+  return token;
+}
+
+// A list with an object for each token.
+std::string KServeDialect::LogprobsText(const v1::GenerateChunk& chunk) const {
   nlohmann::json tokens = nlohmann::json::array();
   for (int i = 0; i < chunk.logprobs_size(); ++i) {
     const v1::TokenLogprobs& logprobs = chunk.logprobs(i);
-    nlohmann::json token = nlohmann::json::object();
-    for (int k = 0; k < logprobs.top_size(); ++k) {
-      const v1::TokenLogprob& top = logprobs.top(k);
-      token[std::to_string(top.id())] = entry(top.id(), top.logprob(), static_cast<uint32_t>(k + 1));
-    }
-    token[std::to_string(chunk.token_ids(i))] = entry(chunk.token_ids(i), logprobs.logprob(), logprobs.rank());
-    tokens.push_back(std::move(token));
+    tokens.push_back(LogprobsOf(chunk.token_ids(i), logprobs.logprob(), logprobs.rank(), logprobs.top()));
+  }
+  return tokens.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+// Likewise, null for the first. Alternatives are those to the token, where ours are those to what follows it.
+std::string KServeDialect::PromptLogprobsText() const {
+  nlohmann::json tokens = nlohmann::json::array({nullptr});
+  for (int i = 1; i < prompt_.size(); ++i) {
+    tokens.push_back(LogprobsOf(prompt_[i].id(), prompt_[i].logprob(), prompt_[i].rank(), prompt_[i - 1].top()));
   }
   return tokens.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kserve/inference.pb.h"
+#include "nlohmann/json_fwd.hpp"
 #include "server/api/dialect.h"
 #include "server/api/serving_state.h"
 
@@ -48,7 +49,7 @@ class KServeDialect final : public Dialect {
  private:
   struct Asked {
     bool output_ids = false, finish_reason = false, cumulative_logprob = false, logprobs = false;
-    bool num_input_tokens = false, num_output_tokens = false, text_output = true;
+    bool num_input_tokens = false, num_output_tokens = false, prompt_logprobs = false, text_output = true;
   };
   absl::Status ReadTensors(const inference::ModelInferRequest& infer, v1::GenerateRequest* request);
   absl::Status ReadOutputs(const inference::ModelInferRequest& infer);
@@ -57,7 +58,10 @@ class KServeDialect final : public Dialect {
   absl::Status CheckCombination(const std::optional<bool>& exclude_input, v1::GenerateRequest* request);
   absl::Status CheckLogprobs(const v1::GenerateRequest& request) const;
   inference::ModelInferResponse* Fill(const std::vector<v1::GenerateChunk*>& samples, bool last);
+  using Alternatives = google::protobuf::RepeatedPtrField<v1::TokenLogprob>;
+  nlohmann::json LogprobsOf(uint32_t id, float logprob, uint32_t rank, const Alternatives& top) const;
   std::string LogprobsText(const v1::GenerateChunk& chunk) const;
+  std::string PromptLogprobsText() const;
 
   const ServedModel& model_;
   const bool in_stream_;
@@ -71,6 +75,7 @@ class KServeDialect final : public Dialect {
   v1::GenerateChunk* chunk_ = nullptr;  // of a stream
   GatheredSamples gathered_;            // else
   uint32_t prompt_tokens_ = 0;
+  google::protobuf::RepeatedPtrField<v1::ScoredToken> prompt_;  // that no reply has told of
   double cumulative_logprob_ = 0.0;
   inference::ModelStreamInferResponse response_;
 };

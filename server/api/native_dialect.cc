@@ -34,6 +34,7 @@ const google::protobuf::MessageLite* NativeDialect::Next(bool* more) {
   response_.mutable_text()->swap(*first.mutable_text());
   response_.mutable_token_ids()->Swap(first.mutable_token_ids());
   response_.mutable_logprobs()->Swap(first.mutable_logprobs());
+  response_.mutable_prompt_logprobs()->Swap(first.mutable_prompt_logprobs());
   response_.mutable_finish()->Swap(first.mutable_finish());
   for (size_t i = 1; i < chunks->size(); ++i) response_.add_more_samples()->Swap(&(*chunks)[i]);
   return &response_;

@@ -155,6 +155,19 @@ absl::Status SetLogprobs(absl::string_view name, const json& value, v1::Generate
   return absl::OkStatus();
 }
 
+absl::Status SetPromptLogprobs(absl::string_view name, const json& value, v1::GenerateRequest* request) {
+  ASSIGN_OR_RETURN(const uint32_t top, ToCount(name, value));
+  request->mutable_output()->set_prompt_logprobs(true);
+  request->mutable_output()->set_prompt_top_logprobs(top);
+  return absl::OkStatus();
+}
+
+absl::Status SetTruncation(absl::string_view name, const json& value, v1::GenerateRequest* request) {
+  ASSIGN_OR_RETURN(const int64_t tokens, ToWhole(name, value, -1, std::numeric_limits<int32_t>::max()));
+  request->set_truncate_prompt_tokens(static_cast<int32_t>(tokens));
+  return absl::OkStatus();
+}
+
 // Spaces between special tokens, which are left out of the text anyway.
 absl::Status SetNothing(absl::string_view name, const json& value, v1::GenerateRequest* /*request*/) {
   return ToFlag(name, value).status();
@@ -186,6 +199,8 @@ constexpr Parameter kParameters[] = {
     {"min_tokens", SetCount<kStopping, &v1::Stopping::set_min_new_tokens>},
     {"include_stop_str_in_output", SetFlag<kStopping, &v1::Stopping::set_include_stop_string>},
     {"logprobs", SetLogprobs},
+    {"prompt_logprobs", SetPromptLogprobs},
+    {"truncate_prompt_tokens", SetTruncation},
     {"logit_bias", SetBias},
     {"allowed_token_ids", SetAllowedIds},
     {"spaces_between_special_tokens", SetNothing},
@@ -202,8 +217,6 @@ constexpr Fixed kFixed[] = {{"best_of", "1"},
                             {"length_penalty", "1"},
                             {"early_stopping", "false"},
                             {"bad_words", "[]"},
-                            {"prompt_logprobs", ""},
-                            {"truncate_prompt_tokens", ""},
                             {"guided_decoding", ""},
                             {"structured_outputs", ""},
                             {"lora_name", ""},
@@ -286,7 +299,7 @@ absl::Span<const FieldName> VllmNames() {
                                          {"stopping.stop_strings", "stop"},
                                          {"stopping.", ""},
                                          {"output.top_logprobs", "logprobs"},
-
+                                         {"output.prompt_top_logprobs", "prompt_logprobs"},
                                          {"token_ids.ids", "input_ids"},
                                          {"token_ids", "input_ids"}};
   return kNames;

@@ -14,15 +14,35 @@ absl::Status ScoreCall::Read(const Asking& asking, const grpc::ByteBuffer& bytes
   v1::ScoreRequest request;
   RETURN_IF_ERROR(ParseMessage(bytes, &request));
   Note(request);
-  ASSIGN_OR_RETURN(Request checked, CheckScore(request, state().options(), state().model()));
-  v1::ScoreResponse response;
-  response.set_request_id(asked().request_id);
-  response.set_model(state().model().name);
-  asked().urgency = checked.urgency;
-  asked().samples = 1;
-  auto collector = std::make_shared<ScoreCollector>(std::move(response), asking.arrival, [asking] { asking.Wake(); });
-  const auto tokens = static_cast<int64_t>(checked.prompt.size());
-  return Submit(std::move(checked), tokens, {std::move(collector)}, asking.rpc);
+  ASSIGN_OR_RETURN(std::vector<Request> checked, CheckScore(request, state().options(), state().model()));
+  response_.set_request_id(asked().request_id);
+  response_.set_model(state().model().name);
+  asked().urgency = checked[0].urgency;
+  asked().prompts = asked().samples = static_cast<int32_t>(checked.size());
+  std::vector<std::shared_ptr<ReplySink>> sinks;
+  int64_t tokens = 0;
+  for (const Request& prompt : checked) {
+    const auto collector = std::make_shared<ScoreCollector>(response_, asking.arrival, [asking] { asking.Wake(); });
+    sinks.push_back(collector);
+    if (!request.prompts().empty()) collectors_.push_back(collector);
+    tokens += static_cast<int64_t>(prompt.prompt.size());
+  }
+  return Submit(std::move(checked), tokens, std::move(sinks), asking.rpc);
+}
+
+// The collectors keep their replies until all have ended.
+const google::protobuf::MessageLite* ScoreCall::NextReply(std::optional<absl::Status>* end) {
+  if (collectors_.empty()) return NextSinkReply(end);
+  while (!end->has_value() && NextSinkReply(end) != nullptr) {
+  }
+  if (!end->has_value() || !(*end)->ok()) return nullptr;
+  for (const auto& collector : collectors_) collector->MoveTo(response_.add_scores());
+  return &response_;
+}
+
+void ScoreCall::ReleaseReply() {
+  EngineCall::ReleaseReply();
+  response_ = v1::ScoreResponse();
 }
 
 }  // namespace dejavu

@@ -16,9 +16,7 @@ bool ScoreCollector::OnToken(const Token& /*token*/) {
 
 bool ScoreCollector::OnPromptToken(const Token& token) {
   MutexLock lock(mutex_);
-  top_.insert(top_.end(), token.top.begin(), token.top.end());
-  scored_.push_back({token, top_.size()});
-  scored_.back().token.top = {};
+  scores_.Add(token);
   return true;
 }
 
@@ -35,26 +33,20 @@ void ScoreCollector::OnFinish(const dejavu::Finish& finish) {
   wake_();
 }
 
-void ScoreCollector::MakeMessage() {
-  size_t begin = 0;
-  for (const Scored& scored : scored_) {
-    Token token = scored.token;
-    token.top = absl::MakeConstSpan(top_).subspan(begin, scored.top_ends - begin);
-    begin = scored.top_ends;
-    v1::ScoredToken* message = response_.add_tokens();
-    message->set_id(static_cast<uint32_t>(token.id));
-    FillLogprobs(token, message);
-  }
-  scored_ = {};
-  top_ = {};
-}
-
 google::protobuf::MessageLite* ScoreCollector::NextReply(std::optional<absl::Status>* end) {
   MutexLock lock(mutex_);
   *end = end_;
   if (!end_.has_value() || !end_->ok()) return nullptr;
-  MakeMessage();
+  scores_.AppendTo(response_.mutable_tokens());
+  scores_ = PromptScores();
   return &response_;  // nothing changes it any more
+}
+
+void ScoreCollector::MoveTo(v1::PromptScore* score) {
+  MutexLock lock(mutex_);
+  score->mutable_tokens()->Swap(response_.mutable_tokens());
+  score->mutable_timings()->Swap(response_.mutable_timings());
+  score->set_saturated_kv_values(response_.saturated_kv_values());
 }
 
 void ScoreCollector::ReleaseReply() {

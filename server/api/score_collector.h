@@ -4,8 +4,8 @@
 
 #include <functional>
 #include <optional>
-#include <vector>
 
+#include "server/api/prompt_scores.h"
 #include "server/api/reply_sink.h"
 
 namespace dejavu {
@@ -22,19 +22,14 @@ class ScoreCollector final : public ReplySink {
   google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
   void ReleaseReply() override;
 
+  // What NextReply has given, as one of several.
+  void MoveTo(v1::PromptScore* score);
+
  private:
   const SteadyTime arrival_;
   const std::function<void()> wake_;
-  // What the engine's thread leaves here; the message, which takes longer to make, is made when it is asked for.
-  struct Scored {
-    Token token;      // without `top`
-    size_t top_ends;  // in top_
-  };
-  void MakeMessage() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-
   v1::ScoreResponse response_ ABSL_GUARDED_BY(mutex_);
-  std::vector<Scored> scored_ ABSL_GUARDED_BY(mutex_);
-  std::vector<TokenLogprob> top_ ABSL_GUARDED_BY(mutex_);
+  PromptScores scores_ ABSL_GUARDED_BY(mutex_);
   std::optional<absl::Status> end_ ABSL_GUARDED_BY(mutex_);
 };
 

@@ -5,6 +5,7 @@
 
 #include "server/api/sparsity_messages.h"
 #include "server/api/speculation_messages.h"
+#include "server/api/validate.h"
 #include "server/rpc/error_details.h"
 
 namespace dejavu {
@@ -21,6 +22,7 @@ void FillLimits(const ServerOptions& options, const EngineOptions& engine, v1::L
   limits->set_max_logit_bias(static_cast<uint32_t>(options.max_logit_bias));
   limits->set_max_message_bytes(static_cast<uint64_t>(options.max_message_bytes));
   limits->set_max_samples(static_cast<uint32_t>(options.max_samples));
+  limits->set_max_score_prompts(kMaxScorePrompts);
   limits->set_max_waiting_tokens(static_cast<uint64_t>(engine.admission.max_waiting_tokens));
   limits->set_tenant_max_waiting_requests(static_cast<uint32_t>(engine.admission.tenant_max_waiting_requests));
   limits->set_tenant_max_waiting_tokens(static_cast<uint64_t>(engine.admission.tenant_max_waiting_tokens));

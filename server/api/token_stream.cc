@@ -38,6 +38,7 @@ bool TokenStream::OnToken(const Token& token) {
     if (options_.streaming && pending_bytes_ > options_.max_outbox_bytes) {
       overflowed_ = true;  // the client does not read; what waits for it is of no use without what would follow
       pending_.Clear();
+      scores_ = PromptScores();
       has_pending_ = false;
     }
     if (overflowed_ || matched_stop_ >= 0) return false;  // OnFinish comes next
@@ -46,9 +47,14 @@ bool TokenStream::OnToken(const Token& token) {
   return true;
 }
 
-bool TokenStream::OnPromptToken(const Token& /*token*/) {
-  CHECK(false) << "a generation request got the log-probability of a prompt token";
-  return false;
+bool TokenStream::OnPromptToken(const Token& token) {
+  {
+    MutexLock lock(mutex_);
+    scores_.Add(token);
+    has_pending_ = true;
+  }
+  if (options_.streaming) wake_();
+  return true;
 }
 
 void TokenStream::OnFinish(const dejavu::Finish& finish) {
@@ -132,16 +138,21 @@ void TokenStream::FillFinish(const dejavu::Finish& finish) {
 }
 
 google::protobuf::MessageLite* TokenStream::NextReply(std::optional<absl::Status>* end) {
-  MutexLock lock(mutex_);
-  *end = end_;
-  const bool partial = !end_.has_value();
-  const bool failed = end_.has_value() && !end_->ok();
-  if (!has_pending_ || (!options_.streaming && (partial || failed))) return nullptr;
-  sent_.Clear();
-  sent_.Swap(&pending_);  // both keep their memory
-  sent_.set_sample(options_.sample);
-  has_pending_ = false;
-  pending_bytes_ = 0;
+  PromptScores scores;
+  {
+    MutexLock lock(mutex_);
+    *end = end_;
+    const bool partial = !end_.has_value();
+    const bool failed = end_.has_value() && !end_->ok();
+    if (!has_pending_ || (!options_.streaming && (partial || failed))) return nullptr;
+    sent_.Clear();
+    sent_.Swap(&pending_);  // both keep their memory
+    sent_.set_sample(options_.sample);
+    std::swap(scores, scores_);
+    has_pending_ = false;
+    pending_bytes_ = 0;
+  }
+  scores.AppendTo(sent_.mutable_prompt_logprobs());
   return &sent_;
 }
 

@@ -1,6 +1,7 @@
 // TokenStream: hears one request's tokens from the engine and makes the replies of Generate and GenerateStream of them:
 // text, stop strings, log-probabilities, the finish. What the client has not been sent yet is one pending chunk into
-// which further tokens are merged; its size is bounded.
+// which further tokens are merged; its size is bounded, but for the log-probabilities of the prompt, whose number was
+// checked with the request.
 #ifndef SERVER_API_TOKEN_STREAM_H_
 #define SERVER_API_TOKEN_STREAM_H_
 
@@ -14,6 +15,7 @@
 #include "dejavu/v1/generation.pb.h"
 #include "engine/text/stop_matcher.h"
 #include "engine/text/tokenizer.h"
+#include "server/api/prompt_scores.h"
 #include "server/api/reply_sink.h"
 
 namespace dejavu {
@@ -58,8 +60,9 @@ class TokenStream final : public ReplySink {
   // A GenerateResponse is a GenerateChunk that holds everything: same fields, same numbers (server_test compares them).
   v1::GenerateChunk sent_;  // what NextReply gave out; touched by NextReply only
   v1::GenerateChunk pending_ ABSL_GUARDED_BY(mutex_);
+  PromptScores scores_ ABSL_GUARDED_BY(mutex_);  // that belong to `pending_`
   bool has_pending_ ABSL_GUARDED_BY(mutex_) = false;
-  int64_t pending_bytes_ ABSL_GUARDED_BY(mutex_) = 0;  // about what `pending_` takes on the wire
+  int64_t pending_bytes_ ABSL_GUARDED_BY(mutex_) = 0;  // about what `pending_` takes on the wire, without `scores_`
   std::optional<absl::Status> end_ ABSL_GUARDED_BY(mutex_);
   bool overflowed_ ABSL_GUARDED_BY(mutex_) = false;
   int matched_stop_ ABSL_GUARDED_BY(mutex_) = -1;  // index into stop_strings

@@ -82,46 +82,69 @@ absl::Status CheckTokenizer(absl::string_view what, const ServedModel& model) {
 }
 
 // What no tokenisation could make short enough is refused before it costs anything.
-absl::Status CheckTextCanFit(absl::string_view text, const ServedModel& model) {
+absl::Status CheckTextCanFit(const std::string& field, absl::string_view text, const ServedModel& model) {
   const size_t most = model.tokenizer->longest_token_bytes() * static_cast<size_t>(model.context);
   if (text.size() <= most) return absl::OkStatus();
-  return InvalidField("text", absl::StrCat("has ", text.size(), " bytes; no text of more than ", most,
-                                           " bytes fits the model's context of ", model.context, " tokens"));
+  return InvalidField(field, absl::StrCat("has ", text.size(), " bytes; no text of more than ", most,
+                                          " bytes fits the model's context of ", model.context, " tokens"));
 }
 
 // A tokenizer may put nothing around a prompt, and may know tokens that the model does not (the log says so at start).
-absl::Status CheckEncoded(const std::vector<int32_t>& ids, const ServedModel& model) {
+absl::Status CheckEncoded(const std::string& field, const std::vector<int32_t>& ids, const ServedModel& model) {
   if (ids.empty()) {
-    return InvalidField("text", "is empty, and the model's tokenizer puts nothing before a prompt; give a character");
+    return InvalidField(field, "is empty, and the model's tokenizer puts nothing before a prompt; give a character");
   }
   const auto unknown = std::find_if(ids.begin(), ids.end(), [&](int32_t id) { return id >= model.vocab; });
   if (unknown == ids.end()) return absl::OkStatus();
-  return InvalidField("text", absl::StrCat("holds ", Printable(std::string(model.tokenizer->Piece(*unknown))),
-                                           ", which has id ", *unknown, "; ids of this model are below ", model.vocab));
+  return InvalidField(field, absl::StrCat("holds ", Printable(std::string(model.tokenizer->Piece(*unknown))),
+                                          ", which has id ", *unknown, "; ids of this model are below ", model.vocab));
 }
 
-// 1 ... context ids.
+// So many of a prompt's last tokens are kept; nothing where it is to be whole. `new_tokens` may follow it.
 template <typename ProtoRequest>
-absl::StatusOr<std::vector<int32_t>> CheckPrompt(const ProtoRequest& request, const ServedModel& model) {
+absl::StatusOr<std::optional<int64_t>> CheckTruncation(const ProtoRequest& request, int64_t new_tokens,
+                                                       const ServedModel& model) {
+  if (!request.has_truncate_prompt_tokens()) return std::nullopt;
+  const int64_t most = request.truncate_prompt_tokens();
+  if (most == -1) return std::max<int64_t>(1, model.context - std::max<int64_t>(0, new_tokens - 1));
+  if (1 <= most && most <= model.context) return most;
+  return InvalidField("truncate_prompt_tokens", absl::StrCat("is ", most, "; it must be -1, or 1 ... ", model.context));
+}
+
+// What a prompt is taken as.
+struct PromptRules {
+  std::string prefix;           // of its fields, in errors: "prompts[3]."
+  bool parse_special = false;   // special tokens that are written out
+  std::optional<int64_t> most;  // so many last tokens are kept
+};
+
+// 1 ... context ids.
+template <typename Prompt>
+absl::StatusOr<std::vector<int32_t>> CheckPrompt(const Prompt& prompt, const PromptRules& rules,
+                                                 const ServedModel& model) {
   std::vector<int32_t> ids;
-  absl::string_view field = "token_ids";
-  switch (request.prompt_case()) {
-    case ProtoRequest::kText:
-      field = "text";
+  std::string field = rules.prefix + "token_ids";
+  switch (prompt.prompt_case()) {
+    case Prompt::kText:
+      field = rules.prefix + "text";
       RETURN_IF_ERROR(CheckTokenizer("a prompt in text", model));
-      RETURN_IF_ERROR(CheckTextCanFit(request.text(), model));
-      ids = model.tokenizer->EncodePrompt(request.text(), request.parse_special_tokens());
-      RETURN_IF_ERROR(CheckEncoded(ids, model));
+      if (!rules.most.has_value()) RETURN_IF_ERROR(CheckTextCanFit(field, prompt.text(), model));
+      ids = model.tokenizer->EncodePrompt(prompt.text(), rules.parse_special);
+      RETURN_IF_ERROR(CheckEncoded(field, ids, model));
       break;
-    case ProtoRequest::kTokenIds: {
-      if (request.token_ids().ids().empty()) {
-        return InvalidField("token_ids.ids", "is empty; a prompt needs at least one token");
+    case Prompt::kTokenIds: {
+      if (prompt.token_ids().ids().empty()) {
+        return InvalidField(field + ".ids", "is empty; a prompt needs at least one token");
       }
-      ASSIGN_OR_RETURN(ids, CheckTokenIds("token_ids.ids", request.token_ids().ids(), model));
+      ASSIGN_OR_RETURN(ids, CheckTokenIds(field + ".ids", prompt.token_ids().ids(), model));
       break;
     }
-    case ProtoRequest::PROMPT_NOT_SET:
-      return InvalidField("prompt", "is missing; give text or token_ids");
+    case Prompt::PROMPT_NOT_SET:
+      return InvalidField(rules.prefix.empty() ? "prompt" : rules.prefix.substr(0, rules.prefix.size() - 1),
+                          "is missing; give text or token_ids");
+  }
+  if (rules.most.has_value() && *rules.most < static_cast<int64_t>(ids.size())) {
+    ids.erase(ids.begin(), ids.end() - *rules.most);
   }
   if (ids.size() > static_cast<size_t>(model.context)) {
     return InvalidField(field, absl::StrCat("has ", ids.size(), " tokens; the model allows ", model.context));
@@ -129,8 +152,11 @@ absl::StatusOr<std::vector<int32_t>> CheckPrompt(const ProtoRequest& request, co
   return ids;
 }
 
-absl::Status CheckReplySize(absl::string_view field, int64_t tokens, int64_t top_logprobs) {
-  const int64_t bytes = tokens * (top_logprobs + 1) * kLogprobEntryBytes;
+int64_t LogprobBytes(int64_t tokens, int64_t top_logprobs) { return tokens * (top_logprobs + 1) * kLogprobEntryBytes; }
+
+// `beside`: bytes that the reply has anyway.
+absl::Status CheckReplySize(absl::string_view field, int64_t tokens, int64_t top_logprobs, int64_t beside = 0) {
+  const int64_t bytes = LogprobBytes(tokens, top_logprobs) + beside;
   if (bytes <= kMaxReplyBytes) return absl::OkStatus();
   return InvalidField(
       field, absl::StrCat("is ", top_logprobs, ", which with ", tokens, " tokens makes a reply of about ", bytes,
@@ -293,6 +319,32 @@ absl::Status CheckScheduling(const v1::Scheduling& scheduling, Request* request)
   return absl::OkStatus();
 }
 
+absl::Status CheckOutput(const v1::Output& output, const ServerOptions& options, CheckedGenerate* checked) {
+  Request& request = checked->request;
+  RETURN_IF_ERROR(CheckAtMost("output.top_logprobs", output.top_logprobs(), options.max_top_logprobs));
+  RETURN_IF_ERROR(CheckAtMost("output.prompt_top_logprobs", output.prompt_top_logprobs(), options.max_top_logprobs));
+  request.top_logprobs = static_cast<int32_t>(output.top_logprobs());
+  request.logprobs = output.logprobs() || request.top_logprobs > 0;
+  request.score_top_logprobs = static_cast<int32_t>(output.prompt_top_logprobs());
+  request.score = output.prompt_logprobs() || request.score_top_logprobs > 0;
+  checked->echo = output.echo();
+  return absl::OkStatus();
+}
+
+// A stream's prompt may be told at once, its output is not.
+absl::Status CheckLogprobs(const CheckedGenerate& checked, bool streaming) {
+  const Request& request = checked.request;
+  int64_t bytes = 0;
+  if (request.logprobs && !streaming) {
+    const int64_t tokens = int64_t{checked.samples} * request.max_new_tokens;
+    RETURN_IF_ERROR(CheckReplySize("output.top_logprobs", tokens, request.top_logprobs));
+    bytes = LogprobBytes(tokens, request.top_logprobs);
+  }
+  if (!request.score) return absl::OkStatus();
+  return CheckReplySize("output.prompt_top_logprobs", static_cast<int64_t>(request.prompt.size()),
+                        request.score_top_logprobs, bytes);
+}
+
 absl::Status CheckStopping(const v1::Stopping& stopping, const ServerOptions& options, const ServedModel& model,
                            CheckedGenerate* checked) {
   Request& request = checked->request;
@@ -306,8 +358,14 @@ absl::Status CheckStopping(const v1::Stopping& stopping, const ServerOptions& op
   int64_t max_new_tokens = std::min<int64_t>(options.default_max_new_tokens, room);
   if (stopping.has_max_new_tokens()) {
     max_new_tokens = stopping.max_new_tokens();
-    if (max_new_tokens == 0)
-      return InvalidField("stopping.max_new_tokens", "is 0; at least 1 is needed (Score generates nothing)");
+    if (max_new_tokens == 0 && !checked->echo && !request.score) {
+      return InvalidField("stopping.max_new_tokens",
+                          "is 0; at least 1 is needed where neither the prompt's echo nor its log-probabilities are "
+                          "asked for");
+    }
+    if (max_new_tokens == 0 && checked->samples > 1) {
+      return InvalidField("sampling.samples", absl::StrCat("is ", checked->samples, ", and max_new_tokens is 0"));
+    }
     if (max_new_tokens > room) {
       return InvalidField("stopping.max_new_tokens",
                           absl::StrCat("is ", max_new_tokens, " after a prompt of ", prompt_tokens,
@@ -397,34 +455,47 @@ absl::StatusOr<CheckedGenerate> CheckGenerate(const v1::GenerateRequest& request
         absl::StrCat("is ", checked.samples, "; more than 1 needs a temperature above 0, or all are alike"));
   }
   RETURN_IF_ERROR(CheckPenalties(request.penalties(), options, model, &checked.request.sampling));
-  RETURN_IF_ERROR(CheckAtMost("output.top_logprobs", request.output().top_logprobs(), options.max_top_logprobs));
-  checked.request.top_logprobs = static_cast<int32_t>(request.output().top_logprobs());
-  checked.request.logprobs = request.output().logprobs() || checked.request.top_logprobs > 0;
+  RETURN_IF_ERROR(CheckOutput(request.output(), options, &checked));
   RETURN_IF_ERROR(CheckSparsity(request.sparsity(), options, model, &checked.request.sparsity));
   RETURN_IF_ERROR(CheckSpeculation(request.speculation(), options, model, &checked.request.speculation));
   RETURN_IF_ERROR(CheckScheduling(request.scheduling(), &checked.request));
   // Last, as tokenising costs most.
-  ASSIGN_OR_RETURN(checked.request.prompt, CheckPrompt(request, model));
+  const int64_t new_tokens = request.stopping().has_max_new_tokens()
+                                 ? int64_t{request.stopping().max_new_tokens()}
+                                 : std::min(options.default_max_new_tokens, model.context / 2);
+  PromptRules rules{"", request.parse_special_tokens(), std::nullopt};
+  ASSIGN_OR_RETURN(rules.most, CheckTruncation(request, new_tokens, model));
+  ASSIGN_OR_RETURN(checked.request.prompt, CheckPrompt(request, rules, model));
   RETURN_IF_ERROR(CheckStopping(request.stopping(), options, model, &checked));
-  if (!streaming && checked.request.logprobs) {
-    RETURN_IF_ERROR(CheckReplySize("output.top_logprobs", int64_t{checked.samples} * checked.request.max_new_tokens,
-                                   checked.request.top_logprobs));
-  }
+  RETURN_IF_ERROR(CheckLogprobs(checked, streaming));
   return checked;
 }
 
-absl::StatusOr<Request> CheckScore(const v1::ScoreRequest& request, const ServerOptions& options,
-                                   const ServedModel& model) {
-  Request checked;
+absl::StatusOr<std::vector<Request>> CheckScore(const v1::ScoreRequest& request, const ServerOptions& options,
+                                                const ServedModel& model) {
+  Request common;
   RETURN_IF_ERROR(CheckRequestId(request.request_id()));
   RETURN_IF_ERROR(CheckModelName(request.model(), model));
   RETURN_IF_ERROR(CheckAtMost("top_logprobs", request.top_logprobs(), options.max_top_logprobs));
-  ASSIGN_OR_RETURN(checked.prompt, CheckPrompt(request, model));
-  RETURN_IF_ERROR(CheckScheduling(request.scheduling(), &checked));
-  checked.score = true;
-  checked.score_top_logprobs = static_cast<int32_t>(request.top_logprobs());
-  RETURN_IF_ERROR(
-      CheckReplySize("top_logprobs", static_cast<int64_t>(checked.prompt.size()), checked.score_top_logprobs));
+  RETURN_IF_ERROR(CheckScheduling(request.scheduling(), &common));
+  common.score = true;
+  common.score_top_logprobs = static_cast<int32_t>(request.top_logprobs());
+  PromptRules rules{"", request.parse_special_tokens(), std::nullopt};
+  ASSIGN_OR_RETURN(rules.most, CheckTruncation(request, 0, model));
+  RETURN_IF_ERROR(CheckCount("prompts", request.prompts_size(), kMaxScorePrompts));
+  std::vector<Request> checked(std::max(1, request.prompts_size()), common);
+  if (request.prompts().empty()) {
+    ASSIGN_OR_RETURN(checked[0].prompt, CheckPrompt(request, rules, model));
+  } else if (request.prompt_case() != v1::ScoreRequest::PROMPT_NOT_SET) {
+    return InvalidField("prompts", "is given beside text or token_ids");
+  }
+  for (int i = 0; i < request.prompts_size(); ++i) {
+    rules.prefix = absl::StrCat("prompts[", i, "].");
+    ASSIGN_OR_RETURN(checked[i].prompt, CheckPrompt(request.prompts(i), rules, model));
+  }
+  int64_t tokens = 0;
+  for (const Request& one : checked) tokens += static_cast<int64_t>(one.prompt.size());
+  RETURN_IF_ERROR(CheckReplySize("top_logprobs", tokens, common.score_top_logprobs));
   return checked;
 }
 

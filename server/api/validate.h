@@ -19,6 +19,9 @@ namespace dejavu {
 // Replies beyond it are refused: gRPC clients read 4 MiB by default.
 inline constexpr int64_t kMaxReplyBytes = 3'500'000;
 
+// Of one Score.
+inline constexpr int kMaxScorePrompts = 64;
+
 // A request for the engine, and what the server keeps to itself. The deadline is left to the caller.
 struct CheckedGenerate {
   Request request;
@@ -26,14 +29,16 @@ struct CheckedGenerate {
   std::vector<int32_t> special_stops;  // [stop_strings]: the special token that it is, or -1
   bool include_stop_string = false;
   int samples = 1;
+  bool echo = false;  // of the prompt
 };
 
-// `drawn_seed` is taken when the request has none. `streaming`: the reply may have any size in all.
+// `drawn_seed` is taken when the request has none. `streaming`: the output may have any size in all.
 absl::StatusOr<CheckedGenerate> CheckGenerate(const v1::GenerateRequest& request, const ServerOptions& options,
                                               const ServedModel& model, uint64_t drawn_seed, bool streaming);
 
-absl::StatusOr<Request> CheckScore(const v1::ScoreRequest& request, const ServerOptions& options,
-                                   const ServedModel& model);
+// Of `prompts` in their order, else of the one prompt.
+absl::StatusOr<std::vector<Request>> CheckScore(const v1::ScoreRequest& request, const ServerOptions& options,
+                                                const ServedModel& model);
 
 absl::StatusOr<std::vector<int32_t>> CheckTokenize(const v1::TokenizeRequest& request, const ServedModel& model);
 absl::StatusOr<std::string> CheckDetokenize(const v1::DetokenizeRequest& request, const ServedModel& model);

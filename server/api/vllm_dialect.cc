@@ -56,8 +56,6 @@ absl::Status CheckUnserved(const engine::SamplingParams& params) {
       break;
   }
   if (params.grammar_from_first_token()) return NotServed("grammar_from_first_token");
-  if (params.has_prompt_logprobs()) return NotServed("prompt_logprobs");
-  if (params.has_truncate_prompt_tokens()) return NotServed("truncate_prompt_tokens");
   return absl::OkStatus();
 }
 
@@ -90,14 +88,35 @@ absl::Status ReadStopping(const engine::SamplingParams& params, v1::GenerateRequ
   *stopping.mutable_stop_token_ids() = params.stop_token_ids();
   stopping.set_ignore_eos(params.ignore_eos());
   stopping.set_include_stop_string(params.include_stop_str_in_output());
-  if (!params.has_logprobs()) return absl::OkStatus();
-  if (params.logprobs() < 0) {
-    return InvalidField("logprobs",
-                        absl::StrCat("is ", params.logprobs(), "; all of the vocabulary is not served here"));
-  }
-  request->mutable_output()->set_logprobs(true);
-  request->mutable_output()->set_top_logprobs(static_cast<uint32_t>(params.logprobs()));
   return absl::OkStatus();
+}
+
+// -1 is all of the vocabulary.
+absl::StatusOr<uint32_t> TopOf(absl::string_view field, int32_t count) {
+  if (count >= 0) return static_cast<uint32_t>(count);
+  return InvalidField(field, absl::StrCat("is ", count, "; all of the vocabulary is not served here"));
+}
+
+absl::Status ReadLogprobs(const engine::SamplingParams& params, v1::GenerateRequest* request) {
+  v1::Output& output = *request->mutable_output();
+  if (params.has_logprobs()) {
+    output.set_logprobs(true);
+    ASSIGN_OR_RETURN(const uint32_t top, TopOf("logprobs", params.logprobs()));
+    output.set_top_logprobs(top);
+  }
+  if (params.has_prompt_logprobs()) {
+    output.set_prompt_logprobs(true);
+    ASSIGN_OR_RETURN(const uint32_t top, TopOf("prompt_logprobs", params.prompt_logprobs()));
+    output.set_prompt_top_logprobs(top);
+  }
+  return absl::OkStatus();
+}
+
+void FillTop(const google::protobuf::RepeatedPtrField<v1::TokenLogprob>& alternatives, engine::TopLogProbs* top) {
+  for (const v1::TokenLogprob& alternative : alternatives) {
+    top->add_values(alternative.logprob());
+    top->add_token_ids(alternative.id());
+  }
 }
 
 void FillLogprobs(const v1::GenerateChunk& chunk, engine::OutputLogProbs* output) {
@@ -106,11 +125,20 @@ void FillLogprobs(const v1::GenerateChunk& chunk, engine::OutputLogProbs* output
     output->add_token_logprobs(logprobs.logprob());
     output->add_token_ids(chunk.token_ids(i));
     if (logprobs.top().empty()) continue;
-    engine::TopLogProbs* const top = output->add_top_logprobs();
-    for (const v1::TokenLogprob& alternative : logprobs.top()) {
-      top->add_values(alternative.logprob());
-      top->add_token_ids(alternative.id());
-    }
+    FillTop(logprobs.top(), output->add_top_logprobs());
+  }
+}
+
+// Alternatives are those to the token, where ours are those to what follows it. The first token has none.
+void FillLogprobs(const google::protobuf::RepeatedPtrField<v1::ScoredToken>& prompt, engine::InputLogProbs* input) {
+  const bool tops = !prompt[0].top().empty();
+  for (int i = 0; i < prompt.size(); ++i) {
+    engine::InputTokenLogProb* const logprob = input->add_token_logprobs();
+    if (prompt[i].has_logprob()) logprob->set_value(prompt[i].logprob());
+    input->add_token_ids(prompt[i].id());
+    if (!tops) continue;
+    engine::TopLogProbs* const top = input->add_top_logprobs();
+    if (i > 0) FillTop(prompt[i - 1].top(), top);
   }
 }
 
@@ -134,13 +162,18 @@ absl::Status VllmDialect::Read(const grpc::ByteBuffer& bytes, v1::GenerateReques
   RETURN_IF_ERROR(CheckInputs(theirs));
   RETURN_IF_ERROR(CheckUnserved(theirs.sampling_params()));
   RETURN_IF_ERROR(ReadSampling(theirs.sampling_params(), request));
-  return ReadStopping(theirs.sampling_params(), request);
+  RETURN_IF_ERROR(ReadStopping(theirs.sampling_params(), request));
+  if (theirs.sampling_params().has_truncate_prompt_tokens()) {
+    request->set_truncate_prompt_tokens(theirs.sampling_params().truncate_prompt_tokens());
+  }
+  return ReadLogprobs(theirs.sampling_params(), request);
 }
 
 absl::Status VllmDialect::Renamed(absl::Status status) const { return WithFieldNames(std::move(status), VllmNames()); }
 
 void VllmDialect::Take(v1::GenerateChunk* chunk) {
   if (chunk->has_prompt()) prompt_tokens_ = chunk->prompt().prompt_tokens();
+  prompt_.MergeFrom(chunk->prompt_logprobs());
   chunk_ = chunk->token_ids_size() > 0 || chunk->has_finish() ? chunk : nullptr;
   chunk_sent_ = false;
 }
@@ -160,10 +193,19 @@ const google::protobuf::MessageLite* VllmDialect::Next(bool* more) {
   chunk->set_completion_tokens(static_cast<uint32_t>(chunk_->token_ids_size()));  // of this chunk, as vLLM has it
   chunk->set_cached_tokens(chunk_->finish().cached_prompt_tokens());
   if (chunk_->logprobs_size() > 0) FillLogprobs(*chunk_, chunk->mutable_output_logprobs());
+  TellPrompt(*chunk_, chunk);
   chunk->set_index(chunk_->sample());
   chunk_sent_ = *more = chunk_->has_finish();
   if (!*more) chunk_ = nullptr;
   return &response_;
+}
+
+// In the first reply of the first sample.
+template <typename Reply>
+void VllmDialect::TellPrompt(const v1::GenerateChunk& chunk, Reply* reply) {
+  if (chunk.sample() > 0 || prompt_.empty()) return;
+  FillLogprobs(prompt_, reply->mutable_input_logprobs());
+  prompt_.Clear();
 }
 
 void VllmDialect::FillComplete(const v1::GenerateChunk& chunk) {
@@ -175,6 +217,7 @@ void VllmDialect::FillComplete(const v1::GenerateChunk& chunk) {
   complete->set_completion_tokens(finish.generated_tokens());
   complete->set_cached_tokens(finish.cached_prompt_tokens());
   if (chunk.logprobs_size() > 0) FillLogprobs(chunk, complete->mutable_output_logprobs());
+  TellPrompt(chunk, complete);
   complete->set_index(chunk.sample());
   if (finish.reason() == v1::FINISH_REASON_STOP_TOKEN) complete->set_matched_token_id(finish.stop_token_id());
   if (finish.reason() == v1::FINISH_REASON_STOP_STRING) complete->set_matched_stop_str(finish.stop_string());

@@ -16,15 +16,21 @@ class VllmDialect final : public Dialect {
   bool streams() const override { return stream_; }
   void Take(v1::GenerateChunk* chunk) override;
   const google::protobuf::MessageLite* Next(bool* more) override;
-  void Release() override { response_.Clear(); }
+  void Release() override {
+    response_.Clear();
+    prompt_.Clear();
+  }
 
  private:
+  template <typename Reply>
+  void TellPrompt(const v1::GenerateChunk& chunk, Reply* reply);
   void FillComplete(const v1::GenerateChunk& chunk);
 
   bool stream_ = false;
   uint32_t prompt_tokens_ = 0;
-  v1::GenerateChunk* chunk_ = nullptr;  // what the next reply is made of
-  bool chunk_sent_ = false;             // of a stream: its tokens, and the last word is left
+  google::protobuf::RepeatedPtrField<v1::ScoredToken> prompt_;  // what the first sample's first reply will say of it
+  v1::GenerateChunk* chunk_ = nullptr;                          // what the next reply is made of
+  bool chunk_sent_ = false;                                     // of a stream: its tokens, and the last word is left
   vllm::grpc::engine::GenerateResponse response_;
 };
 

@@ -35,7 +35,8 @@ void AccessLog::OnRequestEnd(const RequestRecord& record) {
   fields.Text("finish_reason", record.finish_reason);
   if (record.tier.has_value()) fields.Text("tier", Name(*record.tier));
   if (record.urgency.has_value()) fields.Text("priority", Name(*record.urgency));
-  if (record.samples > 1) fields.Count("samples", record.samples);
+  if (record.prompts > 1) fields.Count("prompts", record.prompts);
+  if (record.samples > record.prompts) fields.Count("samples", record.samples);
   if (record.engine()) {
     fields.Count("prompt_tokens", record.prompt_tokens).Count("generated_tokens", record.generated_tokens);
     fields.Count("cached_tokens", record.cached_tokens);

@@ -72,6 +72,8 @@ class SpanMaker {
   otlp::ScopeSpans* const spans_;
 };
 
+int64_t SamplesOfAPrompt(const RequestRecord& record) { return std::max(record.samples / record.prompts, 1); }
+
 void DescribeRequest(const RequestRecord& record, const std::string& model, otlp::Span* span) {
   span->set_kind(otlp::Span::SPAN_KIND_SERVER);
   Add("rpc.system", "grpc", span);
@@ -93,11 +95,11 @@ void DescribeRequest(const RequestRecord& record, const std::string& model, otlp
   if (record.tier.has_value()) Add("dejavu.tier", Name(*record.tier), span);
   if (record.urgency.has_value()) Add("dejavu.priority", Name(*record.urgency), span);
   if (!record.engine()) return;
-  if (record.samples > 1) AddCount("gen_ai.request.choice.count", record.samples, span);
+  if (SamplesOfAPrompt(record) > 1) AddCount("gen_ai.request.choice.count", SamplesOfAPrompt(record), span);
   otlp::KeyValue* reasons = span->add_attributes();
   reasons->set_key("gen_ai.response.finish_reasons");
   reasons->mutable_value()->mutable_array_value()->add_values()->set_string_value(record.finish_reason);
-  AddCount("gen_ai.usage.input_tokens", record.prompt_tokens / std::max(record.samples, 1), span);
+  AddCount("gen_ai.usage.input_tokens", record.prompt_tokens / SamplesOfAPrompt(record), span);
   AddCount("gen_ai.usage.output_tokens", record.generated_tokens, span);
   AddCount("dejavu.cached_tokens", record.cached_tokens, span);
   AddNumber("gen_ai.latency.time_in_queue", Seconds(record.arrival, record.scheduled), span);
@@ -127,7 +129,7 @@ void AppendSpans(const RequestRecord& record, const std::string& model, const Tr
   maker.Make("queue", parent, record.queued, record.scheduled)->set_kind(otlp::Span::SPAN_KIND_INTERNAL);
   otlp::Span* const prefill = maker.Make("prefill", parent, record.scheduled, record.first_token);
   prefill->set_kind(otlp::Span::SPAN_KIND_INTERNAL);
-  AddCount("gen_ai.usage.input_tokens", record.prompt_tokens / std::max(record.samples, 1), prefill);
+  AddCount("gen_ai.usage.input_tokens", record.prompt_tokens / SamplesOfAPrompt(record), prefill);
   AddCount("dejavu.cached_tokens", record.cached_tokens, prefill);
   otlp::Span* const decode = maker.Make("decode", parent, record.first_token, record.finished);
   decode->set_kind(otlp::Span::SPAN_KIND_INTERNAL);

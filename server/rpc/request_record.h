@@ -23,7 +23,8 @@ struct RequestAsked {
   std::string prompt_text;   // its first log.prompt_chars characters
   std::optional<Tier> tier;  // not for Score
   std::optional<Urgency> urgency;
-  int32_t samples = 0;
+  int32_t prompts = 1;              // of Score there may be more
+  int32_t samples = 0;              // of all prompts together
   int64_t asked_prompt_tokens = 0;  // of a sample, as the next; also where the request was refused then
   int32_t max_new_tokens = 0;       // 0 for Score
   std::optional<uint64_t> seed;     // of the first sample; not for Score

@@ -63,6 +63,7 @@ void CheckRunnable(const Request& request, const ServerOptions& options, const W
     CHECK(s.allowed_token_ids[i - 1] < s.allowed_token_ids[i]) << i;
   CHECK(request.min_new_tokens >= 0 && request.min_new_tokens <= request.max_new_tokens) << request.min_new_tokens;
   CHECK(request.top_logprobs <= options.max_top_logprobs) << request.top_logprobs;
+  CHECK(request.score_top_logprobs <= options.max_top_logprobs) << request.score_top_logprobs;
   CHECK(request.sparsity.shadow_every >= 0 && request.sparsity.shadow_every <= kMaxShadowEvery)
       << request.sparsity.shadow_every;
   CHECK(request.cache_salt.size() <= 128 && std::abs(request.priority) <= 100) << request.priority;
@@ -115,9 +116,10 @@ void Run(absl::string_view bytes) {
     case 1: {
       v1::ScoreRequest request;
       if (!Parse(input.Rest(), cut, &request)) break;
-      const absl::StatusOr<Request> checked = CheckScore(request, world.options, world.model);
+      const absl::StatusOr<std::vector<Request>> checked = CheckScore(request, world.options, world.model);
       if (!checked.ok()) return CheckRefused(checked.status());
-      CheckRunnable(*checked, world.options, world);
+      CHECK(!checked->empty() && checked->size() <= static_cast<size_t>(kMaxScorePrompts)) << checked->size();
+      for (const Request& prompt : *checked) CheckRunnable(prompt, world.options, world);
       break;
     }
     case 2: {

@@ -208,6 +208,34 @@ def test_sampling_flags_reach_the_server(daemon):
     assert stopped["finish_reason"] == "stop_token" and stopped["stop_token_id"] == 300
 
 
+def test_the_prompt_is_written_too_where_it_is_asked_for(daemon):
+    text = "It was a dark night, and"
+    plain = succeed(daemon, "generate", text, "--max-new-tokens", "8", "--ignore-eos")
+    assert succeed(daemon, "generate", text, "--max-new-tokens", "8", "--ignore-eos", "--echo") == text + plain
+    assert succeed(daemon, "generate", text, "--max-new-tokens", "0", "--echo") == text + "\n"
+    scored = json.loads(succeed(daemon, "score", text, "--top-logprobs", "2", "--json"))
+    both = json.loads(succeed(daemon, "generate", text, "--max-new-tokens", "8", "--ignore-eos", "--echo", "--prompt-top-logprobs", "2", "--json"))
+    assert both["prompt_logprobs"] == scored["tokens"] and both["prompt"] == text
+    assert both["prompt_token_ids"] == [token["id"] for token in scored["tokens"]]
+    assert both["text"] + "\n" == plain or both["text"] == plain
+    alone = json.loads(succeed(daemon, "generate", text, "--max-new-tokens", "0", "--prompt-logprobs", "--json"))
+    assert alone["token_ids"] == [] and [t["logprob"] for t in alone["prompt_logprobs"]] == [t["logprob"] for t in scored["tokens"]]
+    kept = json.loads(succeed(daemon, "score", text, "--truncate-prompt-tokens", "3", "--json"))
+    assert [t["id"] for t in kept["tokens"]] == both["prompt_token_ids"][-3:]
+
+
+def test_a_file_of_prompts_is_scored_in_one_call(daemon, tmp_path):
+    prompts = ["It was a dark night, and", "", "Call me Ishmael."]
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("".join(f"{prompt}\n" for prompt in prompts))
+    result = json.loads(succeed(daemon, "score", "--prompts-file", str(lines), "--top-logprobs", "1", "--json"))
+    alone = [json.loads(succeed(daemon, "score", "--prompt", prompt, "--top-logprobs", "1", "--json"))["tokens"] for prompt in prompts]
+    assert [score["tokens"] for score in result["scores"]] == alone
+    assert succeed(daemon, "score", "--prompts-file", str(lines)).count("logprob") == len(prompts)
+    failed = run(daemon, "score", "--prompts-file", str(lines), "--token-ids", "2")
+    assert failed.returncode == 2 and b"excludes" in failed.stderr
+
+
 def test_score_has_one_entry_for_each_token_and_none_for_the_first(daemon, api):
     result = json.loads(succeed(daemon, "score", "--token-ids", IDS_FLAG, "--top-logprobs", "3", "--json"))
     request = api.pb.ScoreRequest(top_logprobs=3)

@@ -92,6 +92,59 @@ def test_the_prompt_stands_before_the_output_unless_it_is_excluded(daemon, stub,
     assert oip.tensors(reply) == {"text_output": [(PROMPT + ours.text).encode()]}
 
 
+def test_a_prompt_of_ids_may_stand_before_the_output_too(daemon, stub, pb):
+    ids = list(daemon.stub.Tokenize(daemon.api.pb.TokenizeRequest(text=PROMPT), timeout=PATIENCE_S).token_ids)
+    ours = native(daemon, PROMPT, 8)
+    reply = stub.ModelInfer(oip.infer(pb, ids=ids, exclude=False, max_tokens=8, **GREEDY), timeout=PATIENCE_S)
+    assert oip.tensors(reply) == {"text_output": [(PROMPT + ours.text).encode()]}
+
+
+def test_prompt_logprobs_are_told_once(daemon, stub, pb):
+    score = daemon.api.pb.ScoreRequest(text=PROMPT, top_logprobs=2)
+    ours = daemon.stub.Score(score, timeout=PATIENCE_S).tokens
+    plain = oip.tensors(stub.ModelInfer(oip.infer(pb, PROMPT, max_tokens=6, **GREEDY), timeout=PATIENCE_S))
+
+    def expect(found, top):
+        (text,) = found["prompt_logprobs"]
+        told = json.loads(text)
+        assert len(told) == len(ours) and told[0] is None
+        for before, token, entries in zip(ours, ours[1:], told[1:]):
+            own = entries[str(token.id)]
+            assert (own["logprob"], own["rank"]) == (pytest.approx(token.logprob, abs=1e-6), token.rank)
+            others = {str(a.id): pytest.approx(a.logprob, abs=1e-6) for a in before.top[:top]}
+            assert {id: e["logprob"] for id, e in entries.items() if id != str(token.id)} == {
+                id: logprob for id, logprob in others.items() if id != str(token.id)}
+            assert own["decoded_token"] == daemon.stub.Detokenize(daemon.api.pb.DetokenizeRequest(token_ids=[token.id])).text
+
+    for top in (0, 2):
+        found = oip.tensors(stub.ModelInfer(oip.infer(pb, PROMPT, max_tokens=6, prompt_logprobs=top, **GREEDY), timeout=PATIENCE_S))
+        expect(found, top)
+        assert found["text_output"] == plain["text_output"]
+    found = oip.tensors(stub.ModelInfer(oip.infer(pb, PROMPT, outputs=["prompt_logprobs"], max_tokens=0, prompt_logprobs=1), timeout=PATIENCE_S))
+    assert list(found) == ["prompt_logprobs"]
+    expect(found, 1)
+    found = oip.tensors(stub.ModelInfer(oip.infer(pb, PROMPT, outputs=["text_output"], max_tokens=1, prompt_logprobs=1), timeout=PATIENCE_S))
+    assert list(found) == ["text_output"]
+    stream = Stream(stub)
+    stream.send(oip.infer(pb, PROMPT, stream=True, id="s", max_tokens=6, prompt_logprobs=2, **GREEDY))
+    replies = stream.read_until_final("s")
+    expect(replies[0], 2)
+    assert not any("prompt_logprobs" in reply for reply in replies[1:])
+    # As many as a reply among others may hold.
+    stream.send(oip.infer(pb, ids=[5] * 300, id="t", max_tokens=1, prompt_logprobs=20))
+    assert "prompt_logprobs makes a reply of up to 6300 entries; at most 4096" in stream.read().error_message
+    stream.close()
+
+
+def test_the_end_of_a_prompt_is_kept(daemon, stub, pb):
+    ids = [2] + [5 + i % 700 for i in range(700)]
+    for most, kept in ((7, ids[-7:]), (-1, ids[-(512 - 4):])):
+        request = oip.infer(pb, ids=ids, outputs=["output_ids", "num_input_tokens"], max_tokens=5, truncate_prompt_tokens=most, **GREEDY)
+        found = oip.tensors(stub.ModelInfer(request, timeout=PATIENCE_S))
+        assert found["num_input_tokens"] == [len(kept)]
+        assert found["output_ids"] == list(daemon.stub.Generate(daemon.request(kept, 5), timeout=PATIENCE_S).token_ids)
+
+
 @pytest.mark.parametrize("datatype", ["INT32", "UINT32", "INT64"])
 def test_token_ids_are_taken_as_they_are(daemon, stub, pb, datatype):
     ours = daemon.stub.Generate(daemon.request([2, 100, 200], 12), timeout=PATIENCE_S)
@@ -438,8 +491,8 @@ def malformed(pb):
         "min_p": [-0.1, 2], "seed": [-2, 1.5, "x", 1 << 70], "stop": [1, [1], [""], ["x" * 300], ["a"] * 9], "stop_token_ids": [1, ["x"], [-1], [8192]],
         "max_tokens": [0, -1, 1.5, 10000, "many"], "min_tokens": [17, -1], "logprobs": [-1, 101, "x"], "logit_bias": [1, {"x": 1}, {"8192": 1}, {"1": "x"}, {"1": 1e3}],
         "allowed_token_ids": [[], 1, [8192]], "ignore_eos": ["true", 1], "presence_penalty": [101], "frequency_penalty": [-101], "repetition_penalty": [0],
-        "include_stop_str_in_output": [0], "prompt_logprobs": [1], "best_of": [2], "use_beam_search": [True], "guided_decoding": [{}], "structured_outputs": [{}],
-        "bad_words": [["x"]], "lora_name": ["x"], "skip_special_tokens": [False], "truncate_prompt_tokens": [0], "no_such_parameter": [1]}
+        "include_stop_str_in_output": [0], "prompt_logprobs": [-1, 101, "x"], "best_of": [2], "use_beam_search": [True], "guided_decoding": [{}], "structured_outputs": [{}],
+        "bad_words": [["x"]], "lora_name": ["x"], "skip_special_tokens": [False], "truncate_prompt_tokens": [0, -2, 513, 1.5, "x"], "no_such_parameter": [1]}
     cases = [case(f"{name} {value}", only({"max_tokens": 16, name: value}), name) for name, values in bad_values.items() for value in values]
     cases += [
         case("garbage", b"\xff\xff\xff", "well-formed"),

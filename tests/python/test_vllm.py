@@ -104,6 +104,48 @@ def test_logprobs(daemon, stub, pb):
     assert not completes[0].HasField("output_logprobs")
 
 
+def test_prompt_logprobs_come_with_the_first_reply(daemon, stub, pb):
+    ids = [2] + [5 + i * 7 % 700 for i in range(150)]  # of several steps
+    score = daemon.api.pb.ScoreRequest(top_logprobs=2)
+    score.token_ids.ids.extend(ids)
+    ours = daemon.stub.Score(score, timeout=PATIENCE_S).tokens
+    plain, _, _ = generate(stub, ask(pb, ids=ids))
+
+    def expect(found, tops):
+        assert list(found.token_ids) == ids
+        assert [l.value if l.HasField("value") else None for l in found.token_logprobs] == [
+            t.logprob if t.HasField("logprob") else None for t in ours]
+        # Of the token, where ours are of what follows it.
+        assert [[*zip(top.token_ids, top.values)] for top in found.top_logprobs] == (
+            [[]] + [[(a.id, a.logprob) for a in t.top] for t in ours[:-1]] if tops else [])
+
+    for tops in (2, 0):
+        tokens, completes, _ = generate(stub, ask(pb, ids=ids, prompt_logprobs=tops))
+        assert tokens == plain and not completes[0].HasField("output_logprobs")
+        expect(completes[0].input_logprobs, tops)
+        tokens, completes, chunks = generate(stub, ask(pb, ids=ids, prompt_logprobs=tops, stream=True))
+        assert tokens == plain and not completes[0].HasField("input_logprobs")
+        expect(chunks[0].input_logprobs, tops)
+        assert not any(chunk.HasField("input_logprobs") for chunk in chunks[1:])
+    # The prompt alone, and of several samples the first.
+    for stream in (False, True):
+        (reply,) = stub.Generate(ask(pb, ids=ids, prompt_logprobs=2, max_tokens=0, stream=stream), timeout=PATIENCE_S)
+        expect(reply.complete.input_logprobs, 2)
+        assert (list(reply.complete.output_ids), reply.complete.finish_reason, reply.complete.prompt_tokens) == ([], "length", len(ids))
+    _, completes, _ = generate(stub, ask(pb, ids=ids, prompt_logprobs=2, n=2, temperature=1))
+    expect(completes[0].input_logprobs, 2)
+    assert not completes[1].HasField("input_logprobs")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_end_of_a_prompt_is_kept(daemon, stub, pb, stream):
+    ids = [2] + [5 + i % 700 for i in range(700)]
+    for most, kept in ((7, ids[-7:]), (-1, ids[-(512 - 19):])):
+        tokens, completes, _ = generate(stub, ask(pb, ids=ids, truncate_prompt_tokens=most, stream=stream))
+        assert completes[0].prompt_tokens == len(kept)
+        assert tokens == {0: list(daemon.stub.Generate(daemon.request(kept, 20), timeout=PATIENCE_S).token_ids)}
+
+
 def test_abort_cancel_and_deadline_free_everything(braked, vllm):
     stub, pb = stub_of(braked, vllm), vllm[0]
     calls = [stub.Generate(ask(pb, ids=[2, 100 + i], stream=True, max_tokens=400, request_id=f"r{i}"), timeout=PATIENCE_S) for i in range(3)]
@@ -185,7 +227,7 @@ def test_malformed_requests_are_refused_by_name(daemon, pb):
     params = {"temperature": [-1, float("nan"), float("inf"), 101], "top_p": [1.5, -0.1, float("nan")], "min_p": [-1, 2], "n": [2, 17, 1 << 31],
               "repetition_penalty": [-1, 101], "presence_penalty": [101], "frequency_penalty": [-101], "max_tokens": [0, 513, (1 << 32) - 1],
               "min_tokens": [21], "stop": [[""], ["x" * 300], ["a"] * 9], "stop_token_ids": [[8192], list(range(65))], "logprobs": [-1, 101],
-              "prompt_logprobs": [-1], "seed": [-2], "logit_bias": [{-1: 1}, {8192: 1}, {5: 101}], "truncate_prompt_tokens": [-2],
+              "prompt_logprobs": [-1, 101], "seed": [-2], "logit_bias": [{-1: 1}, {8192: 1}, {5: 101}], "truncate_prompt_tokens": [-2, 0, 513],
               "json_schema": ["{}"], "regex": [".*"], "grammar": ["x"], "structural_tag": ["x"], "json_object": [True],
               "grammar_from_first_token": [True]}
     cases = [case(f"{name} {value}", ask(pb, ids=[2, 5], **{name: value}), name) for name, values in params.items() for value in values]

@@ -97,6 +97,31 @@ TEST_F(TokenStreamTest, SendsWhatItMadeOfTheRequestAtOnce) {
   EXPECT_FALSE(got_);
 }
 
+TEST_F(TokenStreamTest, TellsOfThePromptBeforeTheOutput) {
+  options_.max_outbox_bytes = 100;  // is for the output
+  Take();
+  const TokenLogprob top[] = {{3, -0.25f}, {9, -1.5f}};
+  Token first = Plain(2);
+  first.top = top;
+  EXPECT_TRUE(Stream().OnPromptToken(first));
+  Token second = Plain(3);
+  second.has_logprob = true;
+  second.logprob = -0.25f;
+  second.rank = 1;
+  for (int i = 0; i < 50; ++i) EXPECT_TRUE(Stream().OnPromptToken(second));
+  EXPECT_TRUE(Stream().OnToken(Plain(100)));
+  v1::GenerateChunk chunk = Take();
+  ASSERT_EQ(chunk.prompt_logprobs_size(), 51);
+  EXPECT_EQ(chunk.prompt_logprobs(0).id(), 2u);
+  EXPECT_FALSE(chunk.prompt_logprobs(0).has_logprob());
+  EXPECT_EQ(chunk.prompt_logprobs(0).top(1).logprob(), -1.5f);
+  EXPECT_EQ(chunk.prompt_logprobs(1).logprob(), -0.25f);
+  EXPECT_EQ(chunk.prompt_logprobs(1).rank(), 1u);
+  EXPECT_THAT(chunk.token_ids(), ElementsAre(100));
+  EXPECT_TRUE(Stream().OnToken(Plain(101)));
+  EXPECT_EQ(Take().prompt_logprobs_size(), 0);
+}
+
 TEST_F(TokenStreamTest, SendsEachTokenWhenTheClientKeepsUp) {
   Take();
   const std::vector<int32_t> ids = tokenizer_->Encode("one two three");

@@ -222,7 +222,7 @@ TEST_F(ValidateTest, ParsesSpecialTokensOnlyWhereTheRequestAsksForIt) {
   v1::ScoreRequest score;
   score.set_text("a</s>");
   score.set_parse_special_tokens(true);
-  EXPECT_EQ(CheckScore(score, options_, model_)->prompt.back(), 2);
+  EXPECT_EQ(CheckScore(score, options_, model_)->front().prompt.back(), 2);
 }
 
 TEST_F(ValidateTest, AStopStringThatIsASpecialTokenIsAStopToken) {
@@ -494,6 +494,18 @@ TEST_F(ValidateTest, RefusesRepliesThatDefaultClientsCouldNotRead) {
   generate.mutable_output()->set_top_logprobs(100);
   EXPECT_TRUE(CheckGenerate(generate, options_, model_, 0, /*streaming=*/true).ok());
   EXPECT_FALSE(CheckGenerate(generate, options_, model_, 0, /*streaming=*/false).ok());
+
+  // A prompt is told at once, in streams too, and beside the output.
+  *generate.mutable_token_ids() = score.token_ids();
+  generate.mutable_stopping()->set_max_new_tokens(1000);
+  generate.mutable_output()->set_prompt_top_logprobs(100);
+  for (const bool streaming : {true, false}) {
+    EXPECT_FALSE(CheckGenerate(generate, options_, model_, 0, streaming).ok());
+  }
+  generate.mutable_output()->set_prompt_top_logprobs(80);
+  EXPECT_TRUE(CheckGenerate(generate, options_, model_, 0, /*streaming=*/true).ok());
+  const absl::Status both = CheckGenerate(generate, options_, model_, 0, /*streaming=*/false).status();
+  EXPECT_THAT(std::string(both.message()), HasSubstr("output.prompt_top_logprobs is 80"));
 }
 
 TEST_F(ValidateTest, ScoreAsksForNothingNew) {
@@ -501,12 +513,116 @@ TEST_F(ValidateTest, ScoreAsksForNothingNew) {
   for (int i = 0; i < 64; ++i) score.mutable_token_ids()->add_ids(2);  // the whole context
   score.set_top_logprobs(3);
   options_.default_tier = Tier::kFast;  // nothing is decoded: no predictor is needed
-  const Request request = CheckScore(score, options_, model_).value();
+  const Request request = CheckScore(score, options_, model_)->front();
   EXPECT_FALSE(IsPredicted(request.sparsity.tier));
   EXPECT_TRUE(request.score);
   EXPECT_EQ(request.max_new_tokens, 0);
   EXPECT_EQ(request.score_top_logprobs, 3);
   EXPECT_EQ(request.prompt.size(), 64u);
+}
+
+TEST_F(ValidateTest, ScoresSeveralPromptsOrNone) {
+  v1::ScoreRequest score;
+  for (uint32_t i = 0; i < 3; ++i) {
+    for (uint32_t k = 0; k <= i; ++k) score.add_prompts()->mutable_token_ids()->add_ids(5 + k);
+  }
+  score.mutable_prompts(4)->set_text("a</s>");
+  score.set_parse_special_tokens(true);
+  score.set_top_logprobs(2);
+  score.mutable_scheduling()->set_urgency(v1::URGENCY_BATCH);
+  const std::vector<Request> checked = CheckScore(score, options_, model_).value();
+  ASSERT_EQ(checked.size(), 6u);
+  EXPECT_THAT(checked[2].prompt, ElementsAre(6));
+  EXPECT_EQ(checked[4].prompt.back(), 2);
+  for (const Request& request : checked) {
+    EXPECT_TRUE(request.score);
+    EXPECT_EQ(request.score_top_logprobs, 2);
+    EXPECT_EQ(request.urgency, Urgency::kBatch);
+  }
+  const auto message = [&] { return std::string(CheckScore(score, options_, model_).status().message()); };
+  v1::ScoreRequest good = score;
+  score.mutable_prompts(3)->mutable_token_ids()->add_ids(static_cast<uint32_t>(model_.vocab));
+  EXPECT_THAT(message(), testing::StartsWith(absl::StrCat("prompts[3].token_ids.ids[1] is ", model_.vocab)));
+  (score = good).mutable_prompts(1)->clear_prompt();
+  EXPECT_EQ(message(), "prompts[1] is missing; give text or token_ids");
+  (score = good).mutable_prompts(5)->mutable_token_ids()->clear_ids();
+  EXPECT_THAT(message(), testing::StartsWith("prompts[5].token_ids.ids is empty"));
+  score = good;
+  for (int i = 0; i < 100; ++i) score.mutable_prompts(0)->mutable_token_ids()->add_ids(2);
+  EXPECT_EQ(message(), "prompts[0].token_ids has 101 tokens; the model allows 64");
+  (score = good).set_text("beside");
+  EXPECT_THAT(message(), testing::StartsWith("prompts is given beside text or token_ids"));
+  score = good;
+  while (score.prompts_size() <= kMaxScorePrompts) *score.add_prompts() = good.prompts(0);
+  EXPECT_THAT(message(), HasSubstr(absl::StrCat("prompts has ", kMaxScorePrompts + 1, " entries; at most ")));
+}
+
+TEST_F(ValidateTest, APromptMayBeAskedForBesideTheOutputOrAlone) {
+  v1::GenerateRequest request = Good();
+  request.mutable_stopping()->set_max_new_tokens(0);
+  const auto message = [&] { return std::string(Check(request).status().message()); };
+  EXPECT_THAT(message(), HasSubstr("stopping.max_new_tokens is 0; at least 1 is needed where neither"));
+  request.mutable_output()->set_echo(true);
+  EXPECT_TRUE(Check(request)->echo);
+  EXPECT_FALSE(Check(request)->request.score);
+  EXPECT_EQ(Check(request)->request.max_new_tokens, 0);
+  request.mutable_output()->clear_echo();
+  request.mutable_output()->set_prompt_top_logprobs(2);  // implies the others
+  EXPECT_TRUE(Check(request)->request.score);
+  EXPECT_FALSE(Check(request)->request.logprobs);
+  EXPECT_EQ(Check(request)->request.score_top_logprobs, 2);
+  EXPECT_EQ(Check(request)->request.top_logprobs, 0);
+  request.mutable_sampling()->set_temperature(1);
+  request.mutable_sampling()->set_samples(2);
+  EXPECT_THAT(message(), HasSubstr("sampling.samples is 2, and max_new_tokens is 0"));
+  request.mutable_stopping()->set_max_new_tokens(1);
+  EXPECT_TRUE(Check(request).ok());
+  request.mutable_output()->set_prompt_top_logprobs(static_cast<uint32_t>(options_.max_top_logprobs) + 1);
+  EXPECT_THAT(message(), HasSubstr("output.prompt_top_logprobs is 101; at most 100 is allowed"));
+}
+
+TEST_F(ValidateTest, KeepsTheEndOfAPromptWhereItIsAskedTo) {
+  v1::GenerateRequest request = Good();
+  request.clear_token_ids();
+  for (uint32_t i = 0; i < 100; ++i) request.mutable_token_ids()->add_ids(3 + i);  // the context has 64
+  EXPECT_THAT(std::string(Check(request).status().message()), HasSubstr("token_ids has 100 tokens"));
+  const auto kept = [&](int32_t most) {
+    request.set_truncate_prompt_tokens(most);
+    const auto checked = Check(request);
+    EXPECT_TRUE(checked.ok()) << checked.status();
+    EXPECT_EQ(checked->request.prompt.back(), 102);
+    return checked->request.prompt.size();
+  };
+  request.mutable_stopping()->set_max_new_tokens(1);
+  for (const int32_t most : {1, 7, 64}) EXPECT_EQ(kept(most), static_cast<size_t>(most));
+  EXPECT_EQ(kept(-1), 64u) << "the last token that is generated takes no place";
+  request.mutable_stopping()->set_max_new_tokens(5);
+  EXPECT_EQ(kept(-1), 60u);
+  request.mutable_stopping()->clear_max_new_tokens();
+  EXPECT_EQ(kept(-1), 33u) << "the default is more than half of the context";
+  request.mutable_stopping()->set_max_new_tokens(5);
+  for (const int32_t bad : {0, -2, 65, std::numeric_limits<int32_t>::max(), std::numeric_limits<int32_t>::min()}) {
+    request.set_truncate_prompt_tokens(bad);
+    EXPECT_THAT(std::string(Check(request).status().message()),
+                HasSubstr(absl::StrCat("truncate_prompt_tokens is ", bad, "; it must be -1, or 1 ... 64")));
+  }
+  request.set_truncate_prompt_tokens(64);  // and 5 behind it
+  EXPECT_THAT(std::string(Check(request).status().message()),
+              HasSubstr("stopping.max_new_tokens is 5 after a prompt of 64"));
+  request.set_truncate_prompt_tokens(-1);
+  request.mutable_stopping()->set_max_new_tokens(1000);
+  EXPECT_THAT(std::string(Check(request).status().message()), HasSubstr("stopping.max_new_tokens is 1000"));
+
+  v1::ScoreRequest score;
+  *score.mutable_token_ids() = request.token_ids();
+  score.set_truncate_prompt_tokens(-1);
+  EXPECT_EQ(CheckScore(score, options_, model_)->front().prompt.size(), 64u);
+  score.set_truncate_prompt_tokens(3);
+  EXPECT_EQ(CheckScore(score, options_, model_)->front().prompt, (std::vector<int32_t>{100, 101, 102}));
+  std::string text;
+  for (int i = 0; i < 3000; ++i) absl::StrAppend(&text, "word ");
+  score.set_text(text);
+  EXPECT_EQ(CheckScore(score, options_, model_)->front().prompt.size(), 3u) << "however long the text is";
 }
 
 }  // namespace
