@@ -168,8 +168,9 @@ class Backend {
   virtual double ElapsedMs(int from, int to) = 0;
 
   // y[r] = table[ids[r] + offset], widened, or y[r] += with `accumulate`. What lies outside the table is zero. ids
-  // int32 [1, rows].
-  virtual void Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) = 0;
+  // int32 [1, rows]. With `drawn` int32 [1, any], an id below zero names a place there (DrawnId), where the id is.
+  virtual void Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate,
+                     Tensor drawn = {}) = 0;
 
   // y = (x - mean) / sqrt(variance + epsilon) * weight + bias over the features of each row. y may be x.
   virtual void LayerNorm(Tensor y, Tensor x, const NormWeights& norm) = 0;

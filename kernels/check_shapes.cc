@@ -30,10 +30,11 @@ void CheckMasks(const Selection& selection, int64_t rows, int64_t all) {
   CHECK(selection.strict.empty() || selection.strict.cols >= rows) << selection.strict.cols << " flags for " << rows;
 }
 
-void CheckEmbed(const Tensor& y, const Tensor& ids, const EmbeddingWeights& table) {
+void CheckEmbed(const Tensor& y, const Tensor& ids, const EmbeddingWeights& table, const Tensor& drawn) {
   CheckShape("ids of Embed", ids, DType::kInt32, 1, y.rows);
   CheckShape("y of Embed", y, DType::kFloat32, ids.cols, table.weight.cols);
   CheckScale("scale of Embed", table.weight, table.scale);
+  if (!drawn.empty()) CheckShape("drawn of Embed", drawn, DType::kInt32, 1, drawn.cols);
 }
 
 void CheckLayerNorm(const Tensor& y, const Tensor& x, const NormWeights& norm) {

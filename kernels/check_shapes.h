@@ -13,7 +13,7 @@ void CheckShape(const char* what, const Tensor& t, DType dtype, int64_t rows, in
 void CheckMasks(const Selection& selection, int64_t rows, int64_t all);
 
 // Of the op of the same name.
-void CheckEmbed(const Tensor& y, const Tensor& ids, const EmbeddingWeights& table);
+void CheckEmbed(const Tensor& y, const Tensor& ids, const EmbeddingWeights& table, const Tensor& drawn);
 void CheckLayerNorm(const Tensor& y, const Tensor& x, const NormWeights& norm);
 void CheckLinear(const Tensor& y, const Tensor& x, const LinearWeights& w);
 void CheckLinear(const Tensor& y, const Tensor& x, const LinearWeights& w, int64_t group, const Ride& ride);

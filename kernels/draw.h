@@ -65,6 +65,9 @@ enum DetailField {
 constexpr int32_t kNotFinite = -1;
 constexpr int32_t kNothingAllowed = -2;
 
+// An id of Backend::Embed that stands for the one at `place` of those that Draw has chosen; its own inverse.
+DJ_DEVICE int32_t DrawnId(int32_t place) { return -1 - place; }
+
 // What Draw's choice for a row is worth beside those from other logits of the row, as columns of float32 [rows,
 // kBestFields]: the largest logit, and by how much the score of what was drawn differs from that one's.
 enum BestField { kBestLogit, kBestScore, kBestFields };

@@ -33,7 +33,8 @@ struct Batch {
   const int32_t slots;            // sequences that may run at once
   const int32_t blocks_per_slot;  // KV blocks of a full context
 
-  std::vector<int32_t> tokens;      // [rows]
+  // [rows] DrawnId(r): the one that row r of the logits of the step before has drawn. The device has it, not the host.
+  std::vector<int32_t> tokens;
   std::vector<int32_t> positions;   // [rows]
   std::vector<int32_t> row_slots;   // [rows] which line of the block table
   std::vector<Tier> tiers;          // [rows]
@@ -46,11 +47,8 @@ struct Batch {
   std::vector<std::array<int32_t, kDrawFields>> draws;
   static constexpr int32_t kMostAdjustments = 1 << 15;
   std::vector<std::array<int32_t, kAdjustFields>> adjustments;  // of all draws
-  bool keeps_logits = false;  // the host gets the logits of a step that draws, too; not of a group
-  bool drafts = false;        // all rows are drafts, for which DraftWeights do where there are any
-  // The tokens are those that the step before, of the same rows, has drawn: the device has them, `tokens` has not. The
-  // block table is that step's, too.
-  bool follows_draws = false;
+  bool keeps_logits = false;         // the host gets the logits of a step that draws, too; not of a group
+  bool drafts = false;               // all rows are drafts, for which DraftWeights do where there are any
   std::vector<int32_t> block_table;  // [slots, blocks_per_slot]
 
   int32_t rows() const { return static_cast<int32_t>(tokens.size()); }
@@ -70,7 +68,6 @@ struct Batch {
     draws.clear();
     adjustments.clear();
     keeps_logits = false;
-    follows_draws = false;
     drafts = false;
   }
 

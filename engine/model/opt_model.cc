@@ -70,11 +70,12 @@ absl::Status OptModel::Allocate(const Batch& largest) {
   floats.Reserve(&logits_, DType::kFloat32, logit_rows, shard_.vocab.count);
   floats.Reserve(&bests_, DType::kFloat32, logit_rows, shard_.whole() ? 0 : kBestFields);
   floats.Reserve(&scratch_, DType::kFloat32, 1, shard_.whole() ? Batch::kMostAdjustments : 0);
+  ints.Reserve(&drawn_, DType::kInt32, 1, logit_rows);
   ints.Reserve(&details_, DType::kInt32, logit_rows, shard_.whole() ? kDetailFields : 0);
   ints.Reserve(&no_head_, DType::kInt32, 1, width == 0 ? rows : 0);
   ASSIGN_OR_RETURN(floats_, floats.Allocate(dev_));
   ASSIGN_OR_RETURN(ints_, ints.Allocate(dev_));
-  const int64_t input_words = 3 * StepInputs::WordsOf(1, rows) + StepInputs::WordsOf(1, logit_rows) +
+  const int64_t input_words = 4 * StepInputs::WordsOf(1, rows) + StepInputs::WordsOf(1, logit_rows) +
                               StepInputs::WordsOf(logit_rows, kDrawFields) +
                               StepInputs::WordsOf(scratch_.cols, kAdjustFields) + predictor_.input_words();
   ASSIGN_OR_RETURN(inputs_, StepInputs::Create(dev_, largest, input_words));
@@ -100,8 +101,7 @@ uint64_t OptModel::Launch(const Batch& batch, const KvCache& kv, const StepOutpu
   step_weights_ = batch.drafts && drafts_ != nullptr ? &drafts_->weights() : &weights_;
   const auto logit_rows = static_cast<int64_t>(batch.logit_rows.size());
   const bool draws = !batch.draws.empty();
-  // What all rows decode by is drawn to where the next step looks for its tokens.
-  const Tensor drawn = inputs_->tokens().Cols(0, logit_rows);
+  const Tensor drawn = drawn_.Cols(0, logit_rows);
   dev_.Run(StepKey(batch), [&] {
     Embed(rows);
     for (int32_t l = 0; l < config_.layers; ++l) Layer(l, kv.layer(l), rows);
@@ -247,6 +247,7 @@ RowTable OptModel::Upload(const Batch& batch) {
   CHECK(batch.draws.empty() || batch.draws.size() == batch.logit_rows.size()) << batch.draws.size() << " draws";
   CHECK(shard_.whole() || (batch.adjustments.empty() && !batch.keeps_logits)) << "more than a group of ranks can draw";
   inputs_->Begin(batch);
+  tokens_ = inputs_->Add(batch.tokens);
   const Tensor positions = inputs_->Add(batch.positions), slots = inputs_->Add(batch.row_slots);
   const StepInputs::Array saturated = inputs_->Add(1, n);
   std::fill_n(saturated.values, n, 0);
@@ -269,10 +270,10 @@ RowTable OptModel::Upload(const Batch& batch) {
 }
 
 void OptModel::Embed(const RowTable& rows) {
-  const Tensor x = x_.Rows(0, rows.rows()), tokens = inputs_->tokens().Cols(0, rows.rows());
+  const Tensor x = x_.Rows(0, rows.rows());
   const bool projects = !step_weights_->project_in.weight.empty();
   const Tensor embedded = projects ? embedded_.Rows(0, rows.rows()) : x;
-  dev_.Embed(embedded, tokens, step_weights_->token_embedding, -shard_.vocab.first, /*accumulate=*/false);
+  dev_.Embed(embedded, tokens_, step_weights_->token_embedding, -shard_.vocab.first, /*accumulate=*/false, drawn_);
   comm_.AllReduce(embedded);  // zero but on the rank that has the token
   if (projects) dev_.Linear(x, embedded, step_weights_->project_in);
   dev_.Embed(x, rows.positions, {step_weights_->position_embedding, {}}, kPositionOffset, /*accumulate=*/true);

@@ -127,8 +127,10 @@ class OptModel {
   bool skip_zeros_ = false;                   // this step: no row is DENSE
   const OptWeights* step_weights_ = nullptr;  // that this step computes with
 
-  // int32 on the device. What a step draws takes the place of its tokens, where the next one looks for its own.
+  // int32 on the device.
+  Tensor drawn_;  // [1, logit rows] what a step draws, where the next one may look for its tokens
   std::unique_ptr<StepInputs> inputs_;
+  Tensor tokens_;       // [1, rows] of the step
   Tensor logit_rows_;   // [1, logit rows] of the step
   Tensor draws_;        // [logit rows, kDrawFields] of the step, if it draws, as the next one
   Tensor adjustments_;  // [any, kAdjustFields]

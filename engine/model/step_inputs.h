@@ -1,5 +1,5 @@
-// StepInputs: what a step tells the device, gathered on the host and sent in one copy: the block table, the tokens and
-// what the model and its predictor add. Engine thread only.
+// StepInputs: what a step tells the device, gathered on the host and sent in one copy: the block table, and what the
+// model and its predictor add. Engine thread only.
 #ifndef ENGINE_MODEL_STEP_INPUTS_H_
 #define ENGINE_MODEL_STEP_INPUTS_H_
 
@@ -23,7 +23,7 @@ class StepInputs {
     return (rows * cols + kAlignment - 1) / kAlignment * kAlignment;
   }
 
-  // The next step: its block table and its tokens, unless it follows draws. Then Add, and Send at last.
+  // The next step and its block table. Then Add, and Send at last.
   void Begin(const Batch& batch);
 
   // Packed, to be filled until Send. Steps that add the same sizes in the same order find them at the same places.
@@ -36,9 +36,8 @@ class StepInputs {
 
   void Send();
 
-  // On the device.
-  Tensor tokens() const { return tokens_; }            // int32 [1, max rows]; those of the step come first
-  Tensor block_table() const { return block_table_; }  // int32 [slots, blocks per slot]
+  // On the device, int32 [slots, blocks per slot].
+  Tensor block_table() const { return block_table_; }
 
  private:
   static constexpr int64_t kAlignment = 16;  // words
@@ -48,9 +47,9 @@ class StepInputs {
   // Constant after Create.
   Backend& dev_;
   Buffer memory_;
-  Tensor all_;                   // int32 [1, words]: the block table, the tokens, then what is added
-  Tensor tokens_, block_table_;  // of it
-  int64_t first_token_ = 0, first_added_ = 0;
+  Tensor all_;          // int32 [1, words]: the block table, then what is added
+  Tensor block_table_;  // of it
+  int64_t first_added_ = 0;
 
   std::vector<int32_t> words_;     // what is on the device, or will be
   int64_t first_ = 0, added_ = 0;  // of this step: the first word that is sent, the end of the last

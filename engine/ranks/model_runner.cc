@@ -85,7 +85,7 @@ void ModelRunner::Decode(int steps) {
   for (int step = 1; step < steps; ++step) {
     if (!runs_ahead) group_->Await(mark, batch, now);
     for (int32_t& position : batch.positions) ++position;
-    batch.follows_draws = true;
+    for (size_t r = 0; r < batch.tokens.size(); ++r) batch.tokens[r] = DrawnId(static_cast<int32_t>(r));
     const uint64_t next = group_->Launch(batch, ahead);
     if (runs_ahead) group_->Await(mark, batch, now);
     mark = next;

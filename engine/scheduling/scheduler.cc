@@ -18,6 +18,14 @@ constexpr size_t kNobody = std::numeric_limits<size_t>::max();
 
 int Index(Urgency urgency) { return static_cast<int>(urgency); }
 
+// Of what is there or is being drafted. What the step that is being computed draws, the device has alone.
+int32_t TokenAt(const Sequence& s, int32_t position) {
+  const auto tokens = static_cast<int32_t>(s.tokens.size());
+  if (position < tokens) return s.tokens[position];
+  const auto draft = static_cast<size_t>(position - tokens);
+  return s.round.open() && draft < s.round.drafts.size() ? s.round.drafts[draft] : DrawnId(s.first_logit);
+}
+
 TenantWeights WeightsIn(const SchedulerOptions& options) {
   absl::StatusOr<TenantWeights> weights = ParseTenantWeights(options.tenant_weights);
   CHECK(weights.ok()) << weights.status();
@@ -93,12 +101,13 @@ void Scheduler::Plan(SteadyTime now, Batch& batch) {
   Admit(now, batch);
   batch.Clear();
   const bool drafted = std::exchange(shape_, StepShape{Tier::kFast, 0, 0, 0}).drafts;
-  for (const auto& s : running_) s->step_rows = s->step_logits = 0;
+  for (const auto& s : running_) static_cast<StepShare&>(*s) = {};
   if (options_.overcommit) GrowAll(batch);
   OpenRounds(drafted, batch);
-  if (PlanDrafts(batch)) return;
+  const Planning next{batch, shape_, /*ahead=*/false};
+  if (PlanDrafts(next)) return;
   for (const auto& s : running_) {
-    if (s->decodes()) AddDecodeRows(*s, batch);
+    if (s->decodes()) AddDecodeRows(*s, next);
   }
   const StepShape decoding = shape_;
   int32_t score_rows_left = options_.score_rows - shape_.check_rows;
@@ -114,7 +123,7 @@ void Scheduler::Plan(SteadyTime now, Batch& batch) {
         score_rows_left -= rows;
       }
       if (rows <= 0) continue;
-      AddRows(*s, rows, batch);
+      AddRows(*s, rows, next);
       budget -= rows;
       shape_.prefill_rows += rows;
       shape_.tier = std::min({shape_.tier, s->request.sparsity.tier, Tier::kExact});
@@ -157,42 +166,59 @@ int32_t Scheduler::RoomFor(Sequence& s, int32_t drafts, Batch& batch) {
 }
 
 // A row for the next draft of each sequence that drafts. False: none does.
-bool Scheduler::PlanDrafts(Batch& batch) {
+bool Scheduler::PlanDrafts(const Planning& next) {
   for (const auto& s : running_) {
-    DraftRound& round = s->round;
-    if (!round.drafting()) continue;
-    const auto drafted = static_cast<int32_t>(round.drafts.size());
-    s->step_use = Sequence::Use::kDraft;
-    s->step_rows = s->step_logits = 1;
-    s->kept_rows = 0;
-    s->first_row = batch.rows();
-    s->first_logit = static_cast<int32_t>(batch.logit_rows.size());
+    const int32_t drafted = next.Drafted(*s);
+    if (drafted >= s->round.wanted) continue;
+    StepShare share;
+    share.step_use = Sequence::Use::kDraft;
+    share.step_rows = share.step_logits = 1;
+    share.first_row = next.batch.rows();
+    share.first_logit = static_cast<int32_t>(next.batch.logit_rows.size());
+    share.step_after = s->generated_tokens() + drafted;
     SparsityParams sparse;
     sparse.tier = s->request.speculation.draft_tier;
-    batch.AddDecodeRow(s->slot, s->computed + drafted, drafted == 0 ? s->tokens.back() : round.drafts.back(),
-                       /*wants_logits=*/true, sparse);
-    ++shape_.decode_rows;
-    shape_.context_tokens += s->computed + drafted;
-    shape_.tier = std::min(shape_.tier, sparse.tier);
-    shape_.drafts = batch.drafts = true;
+    const int32_t position = s->computed + drafted;
+    next.batch.AddDecodeRow(s->slot, position, TokenAt(*s, position), /*wants_logits=*/true, sparse);
+    next.ShareOf(*s) = share;
+    ++next.shape.decode_rows;
+    next.shape.context_tokens += position;
+    next.shape.tier = std::min(next.shape.tier, sparse.tier);
+    next.shape.drafts = next.batch.drafts = true;
   }
-  return shape_.drafts;
+  return next.shape.drafts;
 }
 
-bool Scheduler::PlanAhead(Batch& batch) {
+bool Scheduler::PlanAhead(const Batch& batch, Batch& ahead) {
   const bool may_admit = !waiting_.empty() && !free_slots_.empty() && !nothing_fits_;
-  if (may_admit || shape_.prefill_rows > 0 || shape_.drafts ||
-      batch.decode_rows != static_cast<int32_t>(running_.size()))
-    return false;
+  if (may_admit || shape_.prefill_rows > 0 || shape_.check_rows > 0) return false;
+  if (!shape_.drafts && !TextFollows(batch)) return false;
+  ahead.Clear();
+  ahead.block_table = batch.block_table;
+  ahead_shape_ = {Tier::kFast, 0, 0, 0};
+  for (const auto& s : running_) s->ahead = {};
+  const Planning next{ahead, ahead_shape_, /*ahead=*/true};
+  if (PlanDrafts(next)) return true;
+  for (const auto& s : running_) {
+    if (!s->decodes()) return false;
+    AddDecodeRows(*s, next);
+  }
+  return ahead.rows() > 0;
+}
+
+// Whether all that run may have the next row of their text behind the one of the present step.
+bool Scheduler::TextFollows(const Batch& batch) {
+  if (batch.decode_rows != static_cast<int32_t>(running_.size())) return false;
   for (const auto& s : running_) {
     const bool room = pool_.BlocksFor(s->computed + 2) <= static_cast<int32_t>(s->blocks.size());
     if (s->step_rows != 1 || s->generated_tokens() + 1 >= s->request.max_new_tokens || !room) return false;
   }
-  if (RowsForDrafts(batch) > 0 && rounds_.MayOpen(running_)) return false;
-  for (int32_t& position : batch.positions) ++position;
-  batch.follows_draws = true;
-  shape_.context_tokens += shape_.decode_rows;
-  return true;
+  return RowsForDrafts(batch) <= 0 || !rounds_.MayOpen(running_);
+}
+
+void Scheduler::TakeAhead() {
+  shape_ = ahead_shape_;
+  for (const auto& s : running_) static_cast<StepShare&>(*s) = s->ahead;
 }
 
 // Of `all`, the prompt rows that leave the step within the target of the rows that decode and are as urgent. Where
@@ -390,48 +416,53 @@ void Scheduler::SetBlocks(const Sequence& s, Batch& batch) const {
 
 // The last token of a sequence that decodes, and the drafts that may follow it. A check of DENSE is as good in EXACT,
 // and reads less.
-void Scheduler::AddDecodeRows(Sequence& s, Batch& batch) {
-  ++shape_.decode_rows;
-  shape_.context_tokens += s.computed;
+void Scheduler::AddDecodeRows(Sequence& s, const Planning& next) {
+  ++next.shape.decode_rows;
+  next.shape.context_tokens += next.Computed(s);
   if (!s.round.open()) {
-    AddRows(s, 1, batch);
-    shape_.tier = std::min(shape_.tier, s.request.sparsity.tier);
+    AddRows(s, 1, next);
+    next.shape.tier = std::min(next.shape.tier, s.request.sparsity.tier);
     return;
   }
   SparsityParams exact;
   exact.tier = Tier::kExact;
-  shape_.tier = std::min(shape_.tier, exact.tier);
-  s.step_use = Sequence::Use::kCheck;
-  s.kept_rows = 0;
-  s.first_row = batch.rows();
-  s.first_logit = static_cast<int32_t>(batch.logit_rows.size());
-  batch.AddDecodeRow(s.slot, s.computed, s.tokens.back(), /*wants_logits=*/true, exact);
-  int32_t position = s.computed;
-  for (const int32_t draft : s.round.drafts) {
-    batch.AddDecodeRow(s.slot, ++position, draft, /*wants_logits=*/true, exact);
-    ++shape_.check_rows;
+  next.shape.tier = std::min(next.shape.tier, exact.tier);
+  const int32_t drafts = std::min(next.Drafted(s), s.round.wanted);
+  StepShare share;
+  share.step_use = Sequence::Use::kCheck;
+  share.first_row = next.batch.rows();
+  share.first_logit = static_cast<int32_t>(next.batch.logit_rows.size());
+  share.step_after = s.generated_tokens();
+  share.step_rows = share.step_logits = 1 + drafts;
+  for (int32_t position = s.computed; position <= s.computed + drafts; ++position) {
+    next.batch.AddDecodeRow(s.slot, position, TokenAt(s, position), /*wants_logits=*/true, exact);
   }
-  s.step_rows = s.step_logits = batch.rows() - s.first_row;
+  next.shape.check_rows += drafts;
+  next.ShareOf(s) = share;
 }
 
 // The next `rows` uncomputed tokens of the sequence. Logits are wanted after its last token, or, to score its prompt,
 // after each.
-void Scheduler::AddRows(Sequence& s, int32_t rows, Batch& batch) {
-  s.step_use = Sequence::Use::kText;
-  s.step_rows = s.kept_rows = rows;
-  s.first_row = batch.rows();
-  s.first_logit = static_cast<int32_t>(batch.logit_rows.size());
-  for (int32_t i = 0; i < rows; ++i) {
-    const int32_t position = s.computed + i;
-    const bool last = position + 1 == static_cast<int32_t>(s.tokens.size());
-    const bool wants_logits = last || s.scores();
+void Scheduler::AddRows(Sequence& s, int32_t rows, const Planning& next) {
+  Batch& batch = next.batch;
+  const int32_t first = next.Computed(s), more = first - s.computed;
+  const int32_t tokens = static_cast<int32_t>(s.tokens.size()) + more;
+  StepShare share;
+  share.step_rows = share.kept_rows = rows;
+  share.first_row = batch.rows();
+  share.first_logit = static_cast<int32_t>(batch.logit_rows.size());
+  share.step_after = s.generated_tokens() + more;
+  for (int32_t position = first; position < first + rows; ++position) {
+    const bool wants_logits = position + 1 == tokens || s.scores();
+    const int32_t token = TokenAt(s, position);
     if (s.decodes()) {
-      batch.AddDecodeRow(s.slot, position, s.tokens[position], wants_logits, s.request.sparsity);
+      batch.AddDecodeRow(s.slot, position, token, wants_logits, s.request.sparsity);
     } else {
-      batch.AddRow(s.slot, position, s.tokens[position], wants_logits, std::min(s.request.sparsity.tier, Tier::kExact));
+      batch.AddRow(s.slot, position, token, wants_logits, std::min(s.request.sparsity.tier, Tier::kExact));
     }
-    s.step_logits += wants_logits;
+    share.step_logits += wants_logits;
   }
+  next.ShareOf(s) = share;
 }
 
 int64_t Scheduler::NoteSaturated(const std::vector<int32_t>& of_rows) {

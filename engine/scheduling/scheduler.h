@@ -50,10 +50,13 @@ class Scheduler {
   // and one more for each draft that is checked, then prompts in chunks, the most urgent first, as far as the target
   // allows. While a round drafts (engine/scheduling/rounds.h): one row for each sequence that does, and nothing else.
   void Plan(SteadyTime now, Batch& batch);
-  // Turns `batch`, the last plan, which is being computed, into the step that follows it: the same rows, each a token
-  // further, whatever that token is. False, and `batch` as it was, where somebody's last token is on its way or Plan
-  // might have another idea. NoteStep is called for each of them, Plan when both are done.
-  bool PlanAhead(Batch& batch);
+  // Fills `ahead`, and each running sequence's share of it, with the step that follows `batch`, the last plan, while
+  // that is being computed. Tokens that it draws are named as what it draws. After text the same rows come, each a
+  // token further; after a step that drafts the next one that does, or that with the checks. False where somebody's
+  // last token is on its way or Plan might have another idea. When `batch` has been noted and handed out, TakeAhead
+  // puts the step in its place; Plan may be called when nothing is under way.
+  bool PlanAhead(const Batch& batch, Batch& ahead);
+  void TakeAhead();
   // Since when Plan has last begun; valid until something is removed.
   const std::vector<Sequence*>& admitted() const { return admitted_; }
   const std::vector<Sequence*>& preempted() const { return preempted_; }
@@ -118,11 +121,24 @@ class Scheduler {
   int32_t PrefillBudget(const StepShape& decoding, Urgency urgency, int32_t all) const;
   void CountNotBatch(SteadyTime now);
   void OpenRounds(bool drafted, Batch& batch);
-  bool PlanDrafts(Batch& batch);
+  // A step that is planned; `ahead`: behind the one that is being computed, which is that of the sequences' fields.
+  struct Planning {
+    Batch& batch;
+    StepShape& shape;
+    bool ahead;
+    StepShare& ShareOf(Sequence& s) const { return ahead ? s.ahead : s; }
+    int32_t Computed(const Sequence& s) const { return s.computed + (ahead ? s.kept_rows : 0); }
+    int32_t Drafted(const Sequence& s) const {
+      const bool drafts = ahead && s.step_rows > 0 && s.step_use == Sequence::Use::kDraft;
+      return static_cast<int32_t>(s.round.drafts.size()) + (drafts ? 1 : 0);
+    }
+  };
+  bool TextFollows(const Batch& batch);
+  bool PlanDrafts(const Planning& next);
   int32_t RowsForDrafts(const Batch& batch) const;
   int32_t RoomFor(Sequence& s, int32_t drafts, Batch& batch);
-  void AddDecodeRows(Sequence& s, Batch& batch);
-  void AddRows(Sequence& s, int32_t rows, Batch& batch);
+  static void AddDecodeRows(Sequence& s, const Planning& next);
+  static void AddRows(Sequence& s, int32_t rows, const Planning& next);
   void SetBlocks(const Sequence& s, Batch& batch) const;
   void Release(Sequence& s);
 
@@ -142,7 +158,7 @@ class Scheduler {
   int since_aged_admission_ = 0;   // admissions that went before an old one
   uint64_t turns_ = 0, admissions_ = 0;
   bool nothing_fits_ = false;  // nor will it until something arrives or leaves
-  StepShape shape_;
+  StepShape shape_, ahead_shape_;
   Rounds rounds_;
 };
 

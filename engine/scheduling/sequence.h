@@ -54,7 +54,22 @@ struct DraftOdds {
   }
 };
 
-struct Sequence {
+// What a sequence has in a step.
+struct StepShare {
+  int32_t step_rows = 0;  // rows that the batch holds for it, from first_row on
+  int32_t first_row = 0;
+  int32_t step_logits = 0;  // of those, how many want logits: the last ones
+  int32_t first_logit = 0;  // their first row among the batch's logits
+  int32_t step_after = 0;   // output, and drafts, that stand before what that one draws
+  enum class Use : uint8_t {
+    kText,   // its tokens, computed for good
+    kDraft,  // one row of the draft tier, for the next draft
+    kCheck,  // its last token, then its drafts: what they leave counts as far as they turn out to be right
+  } step_use = Use::kText;
+  int32_t kept_rows = 0;  // of step_rows, those that are computed for good
+};
+
+struct Sequence : StepShare {
   Sequence(Request request, std::shared_ptr<TokenSink> sink)
       : request(std::move(request)), sink(std::move(sink)), tokens(this->request.prompt) {
     tokens.reserve(static_cast<size_t>(max_tokens()));
@@ -82,17 +97,7 @@ struct Sequence {
   uint64_t admission = 0;       // order of admission
   int32_t preemptions = 0;
 
-  // This step.
-  int32_t step_rows = 0;  // rows that the batch holds for it, from first_row on
-  int32_t first_row = 0;
-  int32_t step_logits = 0;  // of those, how many want logits: the last ones
-  int32_t first_logit = 0;  // their first row among the batch's logits
-  enum class Use : uint8_t {
-    kText,   // its tokens, computed for good
-    kDraft,  // one row of the draft tier, for the next draft
-    kCheck,  // its last token, then its drafts: what they leave counts as far as they turn out to be right
-  } step_use = Use::kText;
-  int32_t kept_rows = 0;  // of step_rows, those that are computed for good
+  StepShare ahead;  // in the step after this one, where that is planned
 
   // `score`: what the distribution at the last computed position says of the next prompt token.
   float next_logprob = 0.0f;
@@ -115,9 +120,10 @@ struct Sequence {
   bool speculates() const {
     return request.speculation.mode != SpeculationMode::kOff && !IsPredicted(request.sparsity.tier);
   }
-  // Whether the last of the step's rows brings a token, or a draft.
-  bool draws() const {
-    return request.max_new_tokens > 0 && computed + step_rows >= static_cast<int32_t>(tokens.size());
+  // Whether the last of a step's rows brings a token, or a draft.
+  bool draws(const StepShare& share) const {
+    const bool last = decodes() || computed + share.step_rows >= static_cast<int32_t>(tokens.size());
+    return request.max_new_tokens > 0 && last;
   }
   // The next token, drawn behind row `kept_rows` of a check, or the last of the step. Whether the row after that holds
   // for it: the token is what was drafted.

@@ -13,18 +13,19 @@ void AddBanned(const ModelShape& shape, const Request& r, int32_t generated, std
   banned->insert(banned->end(), r.stop_token_ids.begin(), r.stop_token_ids.end());
 }
 
-bool Draws::Plan(const std::vector<std::unique_ptr<Sequence>>& running, int32_t ahead, Batch& batch) {
+bool Draws::Plan(const std::vector<std::unique_ptr<Sequence>>& running, bool ahead, Batch& batch) {
   batch.adjustments.clear();
   batch.draws.assign(batch.logit_rows.size(), {});
   batch.keeps_logits = false;
   bool more = false;
   for (const auto& s : running) {
-    if (s->step_logits == 0) continue;
+    const StepShare& share = ahead ? s->ahead : *s;
+    if (share.step_logits == 0) continue;
     if (s->scores()) batch.keeps_logits = true;
-    if (s->draws()) {
-      PlanRows(*s, ahead, batch);
-      for (int32_t i = 0; i < s->step_logits; ++i) {
-        more = more || (batch.draws[s->first_logit + i][kDrawWants] & kDrawMore) != 0;
+    if (s->draws(share)) {
+      PlanRows(*s, share, batch);
+      for (int32_t i = 0; i < share.step_logits; ++i) {
+        more = more || (batch.draws[share.first_logit + i][kDrawWants] & kDrawMore) != 0;
       }
     }
   }
@@ -37,26 +38,29 @@ bool Draws::Plan(const std::vector<std::unique_ptr<Sequence>>& running, int32_t 
 }
 
 // A check's rows follow no draft, the first, the first two and so on; a draft's one row follows those that there are.
-void Draws::PlanRows(const Sequence& s, int32_t ahead, Batch& batch) {
+// Those that are not known yet count for no penalty (MayFollow).
+void Draws::PlanRows(const Sequence& s, const StepShare& share, Batch& batch) {
   const absl::Span<const int32_t> drafts = s.round.drafts;
-  if (s.step_use == Sequence::Use::kText) return PlanRow(s, s.first_logit + s.step_logits - 1, ahead, batch);
+  // Of a prompt that is scored only what comes behind it is drawn.
+  if (share.step_use == Sequence::Use::kText) {
+    return PlanRow(s, share.first_logit + share.step_logits - 1, share.step_after, /*details=*/true, batch);
+  }
   WithOutput counts(hand_out_.counts(s));
-  const bool check = s.step_use == Sequence::Use::kCheck;
-  for (int32_t i = 0; i < s.step_logits; ++i) {
-    const int32_t before = check ? i : static_cast<int32_t>(drafts.size());
-    counts.Grow(drafts.first(before));
-    PlanRow(s, s.first_logit + i, before, batch);
+  for (int32_t i = 0; i < share.step_logits; ++i) {
+    const int32_t generated = share.step_after + i;
+    counts.Grow(drafts.first(std::min<size_t>(generated - s.generated_tokens(), drafts.size())));
+    PlanRow(s, share.first_logit + i, generated, share.step_use != Sequence::Use::kDraft, batch);
   }
 }
 
-void Draws::PlanRow(const Sequence& s, int32_t row, int32_t ahead, Batch& batch) {
+// For the token after so many generated ones.
+void Draws::PlanRow(const Sequence& s, int32_t row, int32_t generated, bool details, Batch& batch) {
   const Request& r = s.request;
-  const int32_t generated = s.generated_tokens() + ahead;
   banned_.clear();
   AddBanned(shape_, r, generated, &banned_);
   DrawFields& draw = batch.draws[row];
   draw = PlanDraw(r.sampling, hand_out_.counts(s), banned_, static_cast<uint64_t>(generated), &batch.adjustments);
-  if (!r.logprobs || s.step_use == Sequence::Use::kDraft) return;
+  if (!r.logprobs || !details) return;
   draw[kDrawWants] |= kDrawMore | kDrawLogprobs;
   if (r.top_logprobs <= kMostTop) {
     draw[kDrawTop] = std::min(r.top_logprobs, shape_.vocab);
@@ -66,7 +70,8 @@ void Draws::PlanRow(const Sequence& s, int32_t row, int32_t ahead, Batch& batch)
 }
 
 bool Draws::MayFollow(const std::vector<std::unique_ptr<Sequence>>& running) {
-  return std::none_of(running.begin(), running.end(), [](const auto& s) { return IsPenalised(s->request.sampling); });
+  return std::none_of(running.begin(), running.end(),
+                      [](const auto& s) { return s->step_rows > 0 && IsPenalised(s->request.sampling); });
 }
 
 }  // namespace dejavu

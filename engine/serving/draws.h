@@ -21,17 +21,17 @@ class Draws {
   // A group of ranks draws only what temperature and logits decide. `hand_out` must outlive the object.
   Draws(const ModelShape& shape, bool group, HandOut& hand_out) : shape_(shape), group_(group), hand_out_(hand_out) {}
 
-  // Fills the batch's draws, for the tokens that follow the next `ahead` ones, of a draft or its check for those that
-  // follow the drafts. False: the device cannot draw them all,
-  // and draws none.
-  bool Plan(const std::vector<std::unique_ptr<Sequence>>& running, int32_t ahead, Batch& batch);
+  // Fills the draws of the planned step; `ahead`: of that which was planned ahead. False: the device cannot draw them
+  // all, and draws none.
+  bool Plan(const std::vector<std::unique_ptr<Sequence>>& running, bool ahead, Batch& batch);
 
-  // Whether the draws of the step after this one are known before this one's tokens: no penalty waits for them.
+  // Whether the draws of the step after this one are known before this one's tokens and drafts: no penalty waits for
+  // them.
   static bool MayFollow(const std::vector<std::unique_ptr<Sequence>>& running);
 
  private:
-  void PlanRows(const Sequence& s, int32_t ahead, Batch& batch);
-  void PlanRow(const Sequence& s, int32_t row, int32_t ahead, Batch& batch);
+  void PlanRows(const Sequence& s, const StepShare& share, Batch& batch);
+  void PlanRow(const Sequence& s, int32_t row, int32_t generated, bool details, Batch& batch);
 
   const ModelShape shape_;
   const bool group_;

@@ -45,11 +45,11 @@ StepEngine::StepEngine(const EngineOptions& options, const OptConfig& config, in
       scheduler_(pool_, options.scheduler),
       sparsity_(config_, PredictorOf(*group_), group_->loaded().weights, group_->loaded().drafts.get(),
                 group_->predictor(), options.shadow_fallback, recorder_.metrics()),
-      batch_(options.scheduler.max_step_tokens, options.scheduler.max_batch + options.scheduler.score_rows,
-             options.scheduler.max_batch, pool_.BlocksFor(config.context)),
-      flights_(*group_, batch_.max_logit_rows, config.vocab),
+      flights_(*group_, config.vocab, options.scheduler.max_step_tokens,
+               options.scheduler.max_batch + options.scheduler.score_rows, options.scheduler.max_batch,
+               pool_.BlocksFor(config.context)),
       shadow_batch_(options.scheduler.max_batch, options.scheduler.max_batch, options.scheduler.max_batch,
-                    batch_.blocks_per_slot),
+                    pool_.BlocksFor(config.context)),
       hand_out_(config, candidates, options.scheduler.max_batch, recorder_),
       draws_(config, group_->ranks() > 1, hand_out_) {
   if (PredictorOf(*group_) != nullptr)
@@ -81,7 +81,7 @@ void StepEngine::Prepare() {
   recorder_.metrics().measured_bandwidth.Set(MeasureBandwidth(*group_));
   const std::vector<Tier>& predicted = predictor_info_.tiers;
   const std::optional<Tier> draft = predicted.empty() ? std::nullopt : std::make_optional(predicted.front());
-  WarmUp(*group_, config_, options_.scheduler, draft, batch_, flights_.logits(), scheduler_);
+  WarmUp(*group_, config_, options_.scheduler, draft, flights_.batch(), flights_.logits(), scheduler_);
   recorder_.metrics().warm_up_seconds.Set(SecondsSince(start));
   watchdog_.Expect(scheduler_.LongestStepMs());
   recorder_.NoteCosts(scheduler_.costs());
@@ -136,7 +136,7 @@ void StepEngine::Run() {
     while (TakeMail()) {
       if (failed()) throw std::runtime_error("a step took longer than the watchdog allows");
       EndOverdue();
-      if (flights_.ahead() && scheduler_.running().empty()) flights_.DropAhead(batch_);  // nobody is left who wants it
+      if (flights_.ahead() && scheduler_.running().empty()) flights_.DropAhead();  // nobody is left who wants it
       if (!idle()) Step();
     }
     EndAll(FinishReason::kShutdown, absl::OkStatus());
@@ -200,32 +200,32 @@ void StepEngine::Step() {
   StepTimes times;
   times.start = times.planned = times.shadowed = std::chrono::steady_clock::now();
   if (flights_.TakeAhead()) {
+    scheduler_.TakeAhead();
     watchdog_.BeginStep();
   } else {
-    scheduler_.Plan(times.start, batch_);
+    scheduler_.Plan(times.start, flights_.batch());
     NoteAdmissions();
-    if (batch_.rows() == 0) return;
+    if (flights_.batch().rows() == 0) return;
     if (watchdog_.BeginStep() == fault_.step) InjectFault();
     LaunchPlanned(&times);
   }
-  const bool drawn = !batch_.draws.empty();
-  const int32_t detail_fields = batch_.detail_fields();
   RunAhead();
-  flights_.Await(batch_);
+  flights_.Await();
   if (fault_.kind == Fault::Kind::kSlow) absl::SleepFor(absl::Milliseconds(fault_.delay_ms));
   times.done = std::chrono::steady_clock::now();
   times.since = std::exchange(since_, times.done);
 
   recorder_.CountStep();
   const int64_t step = watchdog_.steps_begun();
-  HandOutAll(
-      {flights_.logits(), drawn ? flights_.drawn() : nullptr, flights_.details(), detail_fields, step, times.done});
+  const Batch& batch = flights_.batch();
+  HandOutAll({flights_.logits(), batch.draws.empty() ? nullptr : flights_.drawn(), flights_.details(),
+              batch.detail_fields(), step, times.done});
   // Of a check only what holds is noted of its sequence.
-  sparsity_.NoteStep(scheduler_.running(), batch_, flights_.counts(), flights_.logits(), shadow_logits_.data());
+  sparsity_.NoteStep(scheduler_.running(), batch, flights_.counts(), flights_.logits(), shadow_logits_.data());
   recorder_.NoteSaturated(scheduler_.NoteSaturated(flights_.counts().saturated));
   scheduler_.NoteStep(Milliseconds(times.since, times.done));
   watchdog_.Expect(scheduler_.LongestStepMs());
-  recorder_.NoteStep(times, {step, scheduler_.shape(), batch_.rows(), shadow_batch_.rows(), sparsity_.step_bytes()});
+  recorder_.NoteStep(times, {step, scheduler_.shape(), batch.rows(), shadow_batch_.rows(), sparsity_.step_bytes()});
   watchdog_.EndStep();
   recorder_.NoteCosts(scheduler_.costs());
   recorder_.NoteSpeculation(scheduler_.speculation());
@@ -234,27 +234,29 @@ void StepEngine::Step() {
 
 // Runs the shadow of the planned step first, where it has one: the step then overwrites its keys and values.
 void StepEngine::LaunchPlanned(StepTimes* times) {
-  sparsity_.PlanShadow(scheduler_.running(), batch_, shadow_batch_);
+  Batch& batch = flights_.batch();
+  sparsity_.PlanShadow(scheduler_.running(), batch, shadow_batch_);
   const bool shadow = shadow_batch_.rows() > 0;
   times->planned = std::chrono::steady_clock::now();
   if (shadow) group_->Forward(shadow_batch_, {shadow_logits_.data()});
   // The shadow is held against the logits, which a group that draws has not.
-  if (!shadow || group_->ranks() == 1) draws_.Plan(scheduler_.running(), 0, batch_);
-  if (shadow && !batch_.draws.empty()) batch_.keeps_logits = true;
+  if (!shadow || group_->ranks() == 1) draws_.Plan(scheduler_.running(), /*ahead=*/false, batch);
+  if (shadow && !batch.draws.empty()) batch.keeps_logits = true;
   since_ = times->shadowed = std::chrono::steady_clock::now();
   if (!shadow) times->planned = times->shadowed;  // the parts leave nothing out
-  flights_.Launch(batch_);
+  flights_.Launch();
 }
 
 // Launches the step after the current one, if it can be had without knowing what the current one draws. A sequence that
 // ends by that is computed once more for nothing.
 void StepEngine::RunAhead() {
-  if (!group_->RunsAhead() || batch_.draws.empty() || batch_.keeps_logits || inbox_.has_mail()) return;
-  if (!Draws::MayFollow(scheduler_.running())) return;
-  if (watchdog_.steps_begun() + 1 == fault_.step || sparsity_.ShadowFollows(scheduler_.running())) return;
-  if (!scheduler_.PlanAhead(batch_)) return;
-  CHECK(draws_.Plan(scheduler_.running(), 1, batch_)) << "a step draws what the one before it did";
-  flights_.LaunchAhead(batch_);
+  const Batch& batch = flights_.batch();
+  if (!group_->RunsAhead() || batch.draws.empty() || batch.keeps_logits || inbox_.has_mail()) return;
+  if (watchdog_.steps_begun() + 1 == fault_.step || !Draws::MayFollow(scheduler_.running())) return;
+  Batch& ahead = flights_.batch_ahead();
+  if (!scheduler_.PlanAhead(batch, ahead) || sparsity_.ShadowFollows(scheduler_.running())) return;
+  if (!draws_.Plan(scheduler_.running(), /*ahead=*/true, ahead) || ahead.keeps_logits) return;
+  flights_.LaunchAhead();
 }
 
 void StepEngine::HandOutAll(const StepResults& results) {

@@ -1,5 +1,5 @@
-// Flights: the steps that the device has been given and the host has not seen yet, two at most, and what they leave.
-// Where the device runs ahead, the next step is launched before this one is awaited. Engine thread.
+// Flights: the steps that the device is given, two at most that the host has not seen yet, and what they leave. Where
+// the device runs ahead, the next step is launched before this one is awaited. Engine thread.
 #ifndef ENGINE_SERVING_FLIGHTS_H_
 #define ENGINE_SERVING_FLIGHTS_H_
 
@@ -16,19 +16,20 @@ namespace dejavu {
 
 class Flights {
  public:
-  Flights(ModelGroup& group, int32_t max_logit_rows, int32_t vocab)
-      : group_(group), logits_(static_cast<size_t>(max_logit_rows) * vocab) {
-    for (Flight& flight : flights_) {
-      flight.drawn.resize(max_logit_rows);
-      flight.details.resize(static_cast<size_t>(max_logit_rows) * kDetailFields);
-      flight.counts = group.predictor().MakeCounts();
-    }
-  }
+  // Batches have those sizes.
+  Flights(ModelGroup& group, int32_t vocab, int32_t max_rows, int32_t max_logit_rows, int32_t slots,
+          int32_t blocks_per_slot)
+      : group_(group),
+        logits_(static_cast<size_t>(max_logit_rows) * vocab),
+        flights_{Flight(group, Batch(max_rows, max_logit_rows, slots, blocks_per_slot)),
+                 Flight(group, Batch(max_rows, max_logit_rows, slots, blocks_per_slot))} {}
 
-  // The step that Await waits for next, or the one after it.
-  void Launch(const Batch& batch) { Launch(batch, flights_[current_]); }
-  void LaunchAhead(const Batch& batch) {
-    Launch(batch, flights_[1 - current_]);
+  // The step that Await waits for next, and the one after it: to be planned, then launched.
+  Batch& batch() { return flights_[current_].batch; }
+  Batch& batch_ahead() { return flights_[1 - current_].batch; }
+  void Launch() { Launch(flights_[current_]); }
+  void LaunchAhead() {
+    Launch(flights_[1 - current_]);
     ahead_ = true;
   }
   bool ahead() const { return ahead_; }
@@ -40,13 +41,13 @@ class Flights {
     return true;
   }
   // The step that was launched ahead is of no use any more.
-  void DropAhead(const Batch& batch) {
+  void DropAhead() {
     ahead_ = false;
-    Await(batch, flights_[1 - current_]);
+    Await(flights_[1 - current_]);
   }
 
   // Waits. What the step left is valid until the next launch but one; logits() until the next launch.
-  void Await(const Batch& batch) { Await(batch, flights_[current_]); }
+  void Await() { Await(flights_[current_]); }
   const StepCounts& counts() const { return flights_[current_].counts; }
   const int32_t* drawn() const { return flights_[current_].drawn.data(); }      // [logit rows], where the device drew
   const int32_t* details() const { return flights_[current_].details.data(); }  // [logit rows, batch.detail_fields()]
@@ -54,6 +55,12 @@ class Flights {
 
  private:
   struct Flight {
+    Flight(ModelGroup& group, Batch planned)
+        : batch(std::move(planned)),
+          drawn(batch.max_logit_rows),
+          details(static_cast<size_t>(batch.max_logit_rows) * kDetailFields),
+          counts(group.predictor().MakeCounts()) {}
+    Batch batch;
     uint64_t mark = 0;
     std::vector<int32_t> drawn;    // [max logit rows]
     std::vector<int32_t> details;  // [max logit rows, kDetailFields]
@@ -62,8 +69,8 @@ class Flights {
   StepOutputs OutputsOf(Flight& flight) {
     return {logits_.data(), flight.drawn.data(), &flight.counts, /*counts_dense=*/false, flight.details.data()};
   }
-  void Launch(const Batch& batch, Flight& flight) { flight.mark = group_.Launch(batch, OutputsOf(flight)); }
-  void Await(const Batch& batch, Flight& flight) { group_.Await(flight.mark, batch, OutputsOf(flight)); }
+  void Launch(Flight& flight) { flight.mark = group_.Launch(flight.batch, OutputsOf(flight)); }
+  void Await(Flight& flight) { group_.Await(flight.mark, flight.batch, OutputsOf(flight)); }
 
   ModelGroup& group_;
   std::vector<float> logits_;

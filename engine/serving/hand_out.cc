@@ -35,7 +35,7 @@ std::optional<Ending> HandOut::Give(Sequence& s, const StepResults& results) {
   if (s.scores()) {
     if (std::optional<Ending> ending = GiveScores(s, results)) return ending;
   }
-  if (s.draws()) return GiveTokens(s, results);
+  if (s.draws(s)) return GiveTokens(s, results);
   if (s.computed + s.step_rows < s.prompt_tokens()) return std::nullopt;
   return Ending{FinishReason::kLength, absl::OkStatus()};
 }
@@ -92,9 +92,11 @@ absl::Span<const TokenLogprob> HandOut::Top(const Sequence& s, int32_t row, cons
   return top_;
 }
 
-// What cannot be drawn, or ends the text, is not drafted on: the check sees what becomes of it.
+// What cannot be drawn, or ends the text, is not drafted on: the check sees what becomes of it. What has been drafted
+// on it ahead is dropped.
 void HandOut::KeepDraft(Sequence& s, const StepResults& results) {
   DraftRound& round = s.round;
+  if (!round.drafting()) return;
   const auto drafted = static_cast<int32_t>(round.drafts.size());
   WithOutput counts(counts_[s.slot]);
   counts.Grow(round.drafts);

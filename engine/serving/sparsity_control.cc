@@ -31,22 +31,21 @@ SparsityControl::Reads SparsityControl::ReadsOf(const OptWeights& weights, const
 }
 
 // Requests take turns, so that short ones are looked at too.
-bool SparsityControl::WantsShadow(const Sequence& s, int32_t generated_tokens) {
+bool SparsityControl::WantsShadow(const Sequence& s, const StepShare& share) {
   const SparsityParams& wanted = s.request.sparsity;
-  return s.step_rows > 0 && s.decodes() && IsPredicted(wanted.tier) && wanted.shadow_every > 0 &&
-         (static_cast<uint64_t>(generated_tokens) + s.id) % static_cast<uint64_t>(wanted.shadow_every) == 0;
+  return share.step_rows > 0 && s.decodes() && IsPredicted(wanted.tier) && wanted.shadow_every > 0 &&
+         (static_cast<uint64_t>(share.step_after) + s.id) % static_cast<uint64_t>(wanted.shadow_every) == 0;
 }
 
 bool SparsityControl::ShadowFollows(const std::vector<std::unique_ptr<Sequence>>& running) const {
-  return std::any_of(running.begin(), running.end(),
-                     [](const auto& s) { return WantsShadow(*s, s->generated_tokens() + 1); });
+  return std::any_of(running.begin(), running.end(), [](const auto& s) { return WantsShadow(*s, s->ahead); });
 }
 
 void SparsityControl::PlanShadow(const std::vector<std::unique_ptr<Sequence>>& running, Batch& batch,
                                  Batch& shadow) const {
   shadow.Clear();
   for (const auto& s : running) {
-    if (!WantsShadow(*s, s->generated_tokens())) continue;
+    if (!WantsShadow(*s, *s)) continue;
     if (static_cast<int32_t>(batch.audit_rows.size()) == predictor_.max_audits()) break;
     batch.audit_rows.push_back(s->first_row);
     shadow.AddRow(s->slot, batch.positions[s->first_row], batch.tokens[s->first_row], /*wants_logits=*/true,

@@ -31,7 +31,7 @@ class SparsityControl {
   // comes first: the keys and values that it writes are then overwritten by the real one.
   void PlanShadow(const std::vector<std::unique_ptr<Sequence>>& running, Batch& batch, Batch& shadow) const;
 
-  // Whether PlanShadow would mark a row of the step after the one that is planned.
+  // Whether PlanShadow would mark a row of the step that was planned ahead.
   bool ShadowFollows(const std::vector<std::unique_ptr<Sequence>>& running) const;
 
   // After the step, when it is known which rows hold; `logits` are the real ones, `shadow_logits` those of the rows of
@@ -50,7 +50,7 @@ class SparsityControl {
   SparsityStats stats() const;
 
  private:
-  static bool WantsShadow(const Sequence& sequence, int32_t generated_tokens);
+  static bool WantsShadow(const Sequence& sequence, const StepShare& share);
   void NoteRow(Sequence& sequence, int32_t row, const Batch& batch, const StepCounts& counts);
   void NoteUnion(const Batch& batch, const StepCounts& counts);
   void NoteBytes(const Batch& batch, const StepCounts& counts);

@@ -101,7 +101,6 @@ class StepEngine final : public Engine {
   BlockPool pool_;
   Scheduler scheduler_;
   SparsityControl sparsity_;
-  Batch batch_;
   Flights flights_;
   Batch shadow_batch_;
   std::vector<float> shadow_logits_;  // [max batch, vocab], where there is a predictor

@@ -108,7 +108,8 @@ class CpuBackend final : public Backend {
   void Stamp(int event) override { stamps_[event] = std::chrono::steady_clock::now(); }
   double ElapsedMs(int from, int to) override { return Milliseconds(stamps_[from], stamps_[to]); }
 
-  void Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) override;
+  void Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate,
+             Tensor drawn) override;
   void LayerNorm(Tensor y, Tensor x, const NormWeights& norm) override;
   void Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& selected, int64_t group,
               const Ride& ride) override;
@@ -144,10 +145,12 @@ class CpuBackend final : public Backend {
   std::vector<int64_t> row_groups_;  // first row of each group that attends together, then the number of rows
 };
 
-void CpuBackend::Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) {
-  CheckEmbed(y, ids, table);
-  parts_.ForRows(y.rows, y.cols,
-                 [&](int64_t first, int64_t last) { cpu::Embed(y, ids, table, offset, accumulate, first, last); });
+void CpuBackend::Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate,
+                       Tensor drawn) {
+  CheckEmbed(y, ids, table, drawn);
+  parts_.ForRows(y.rows, y.cols, [&](int64_t first, int64_t last) {
+    cpu::Embed(y, ids, drawn, table, offset, accumulate, first, last);
+  });
 }
 
 void CpuBackend::LayerNorm(Tensor y, Tensor x, const NormWeights& norm) {

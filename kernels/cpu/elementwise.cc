@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "kernels/cpu/kernels.h"
+#include "kernels/draw.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/elementwise.cc"
@@ -27,11 +28,17 @@ void EmbedRow(float* y, const W* row, float scale, int64_t n, bool accumulate) {
   StorePart(accumulate ? hn::Add(WidenPart(y + i, n - i), v) : v, y + i, n - i);
 }
 
-void Embed(const Tensor& y, const Tensor& ids, const EmbeddingWeights& embedding, int64_t offset, bool accumulate,
-           int64_t first, int64_t last) {
+void Embed(const Tensor& y, const Tensor& ids, const Tensor& drawn, const EmbeddingWeights& embedding, int64_t offset,
+           bool accumulate, int64_t first, int64_t last) {
   const Tensor& table = embedding.weight;
   for (int64_t r = first; r < last; ++r) {
-    const int64_t id = ids.row<int32_t>(0)[r] + offset;
+    int64_t id = ids.row<int32_t>(0)[r];
+    if (id < 0 && !drawn.empty()) {
+      const int32_t place = DrawnId(static_cast<int32_t>(id));
+      CHECK(place < drawn.cols) << "place " << place << " of " << drawn.cols;
+      id = drawn.row<int32_t>(0)[place];
+    }
+    id += offset;
     float* to = y.row<float>(r);
     if (id < 0 || id >= table.rows) {
       if (!accumulate) std::fill_n(to, y.cols, 0.0f);
@@ -157,9 +164,9 @@ HWY_EXPORT(LayerNorm);
 HWY_EXPORT(Quantize);
 HWY_EXPORT(Add);
 
-void Embed(const Tensor& y, const Tensor& ids, const EmbeddingWeights& table, int64_t offset, bool accumulate,
-           int64_t first, int64_t last) {
-  HWY_DYNAMIC_DISPATCH(Embed)(y, ids, table, offset, accumulate, first, last);
+void Embed(const Tensor& y, const Tensor& ids, const Tensor& drawn, const EmbeddingWeights& table, int64_t offset,
+           bool accumulate, int64_t first, int64_t last) {
+  HWY_DYNAMIC_DISPATCH(Embed)(y, ids, drawn, table, offset, accumulate, first, last);
 }
 
 void LayerNorm(const Tensor& y, const Tensor& x, const NormWeights& norm, int64_t first, int64_t last) {

@@ -107,8 +107,8 @@ constexpr int kAttentionHeads = 16;
 void Attend(const AttentionJob& job, int64_t first, int64_t last, const int32_t* heads, int64_t count);
 
 // Rows `first` ... `last` of the Backend op of the same name.
-void Embed(const Tensor& y, const Tensor& ids, const EmbeddingWeights& table, int64_t offset, bool accumulate,
-           int64_t first, int64_t last);
+void Embed(const Tensor& y, const Tensor& ids, const Tensor& drawn, const EmbeddingWeights& table, int64_t offset,
+           bool accumulate, int64_t first, int64_t last);
 void LayerNorm(const Tensor& y, const Tensor& x, const NormWeights& norm, int64_t first, int64_t last);
 void Add(const Tensor& x, const Tensor& y, int64_t first, int64_t last);
 // A row; `draw` has kDrawFields.

@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define DEJAVU_CUDA_ABI_VERSION 7
+#define DEJAVU_CUDA_ABI_VERSION 8
 #define DEJAVU_CUDA_ENTRY "DejavuCudaEntry"  // const DejavuCudaModule* (*)(void); all that the module exports
 #define DEJAVU_CUDA_GROUP_ID_BYTES 128
 #define DEJAVU_CUDA_PEER_LOST 1000000  // what a call returns because another rank did not come; the context is lost

@@ -88,7 +88,8 @@ class CudaBackend final : public Backend {
     return ms;
   }
 
-  void Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) override;
+  void Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate,
+             Tensor drawn) override;
   void LayerNorm(Tensor y, Tensor x, const NormWeights& norm) override;
   void Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& selected, int64_t group,
               const Ride& ride) override;
@@ -120,12 +121,14 @@ class CudaBackend final : public Backend {
   FragmentStore::Forms of_up_;  // in which the last up-projection read its rows: the next norm leaves them so
 };
 
-void CudaBackend::Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) {
-  CheckEmbed(y, ids, table);
+void CudaBackend::Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate,
+                        Tensor drawn) {
+  CheckEmbed(y, ids, table, drawn);
   held_.Flush();
   fragments_.Wrote(y);
   const EmbedParams p = {.y = MatrixFrom<float>(y),
                          .ids = VectorFrom<int32_t>(ids),
+                         .drawn = VectorFrom<int32_t>(drawn),
                          .table = table.weight.data,
                          .entries = table.weight.rows,
                          .stride = table.weight.stride,

@@ -4,12 +4,14 @@
 #define KERNELS_CUDA_ELEMENTWISE_CUH_
 
 #include "kernels/cuda/common.cuh"
+#include "kernels/draw.h"
 
 namespace dejavu::cuda {
 
 template <typename W>
 DJ_DEVICE void EmbedRow(const EmbedParams& p, int row) {
-  const int64_t id = p.ids[row] + p.offset;
+  const int32_t given = p.ids[row];
+  const int64_t id = (given < 0 && p.drawn != nullptr ? p.drawn[DrawnId(given)] : given) + p.offset;
   const bool known = id >= 0 && id < p.entries;
   const W* from = static_cast<const W*>(p.table) + (known ? id : 0) * p.stride;
   const float scale = known && p.scale != nullptr ? p.scale[id] : 1.0f;

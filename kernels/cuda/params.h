@@ -80,9 +80,10 @@ struct SelectionParams {
 };
 
 struct EmbedParams {
-  MatrixOf<float> y;   // [rows, features]
-  const int32_t* ids;  // [rows]
-  const void* table;   // [entries, stride]
+  MatrixOf<float> y;     // [rows, features]
+  const int32_t* ids;    // [rows]
+  const int32_t* drawn;  // [any], where ids below zero lie, or nullptr
+  const void* table;     // [entries, stride]
   int64_t entries, stride, offset;
   const float* scale;  // [entries], int8 alone
   int32_t features, accumulate;

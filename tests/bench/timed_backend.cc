@@ -59,8 +59,9 @@ std::vector<double> TimedBackend::GapMs() {
   return ms;
 }
 
-void TimedBackend::Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) {
-  Time(StepPart::kRest, [&] { timed_->Embed(y, ids, table, offset, accumulate); });
+void TimedBackend::Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate,
+                         Tensor drawn) {
+  Time(StepPart::kRest, [&] { timed_->Embed(y, ids, table, offset, accumulate, drawn); });
 }
 
 void TimedBackend::LayerNorm(Tensor y, Tensor x, const NormWeights& norm) {

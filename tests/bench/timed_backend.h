@@ -58,7 +58,8 @@ class TimedBackend final : public Backend {
   void Run(uint64_t key, absl::FunctionRef<void()> ops) override;
   void Stamp(int event) override { timed_->Stamp(event); }
   double ElapsedMs(int from, int to) override { return timed_->ElapsedMs(from, to); }
-  void Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate) override;
+  void Embed(Tensor y, Tensor ids, const EmbeddingWeights& table, int64_t offset, bool accumulate,
+             Tensor drawn) override;
   void LayerNorm(Tensor y, Tensor x, const NormWeights& norm) override;
   void Linear(Tensor y, Tensor x, const LinearWeights& w, const Selection& selected, int64_t group,
               const Ride& ride) override;

@@ -58,8 +58,8 @@ class World {
         pool_(limits.blocks, limits.block_tokens),
         scheduler_(pool_, limits.scheduler),
         admission_(limits.admission, limits.scheduler),
-        batch_(limits.scheduler.max_step_tokens, limits.scheduler.max_batch + kScoreRows, limits.scheduler.max_batch,
-               pool_.BlocksFor(kContext)) {}
+        batches_{MakeBatch(limits), MakeBatch(limits)},
+        drawn_(batches_[0].max_logit_rows) {}
 
   void Event() {
     const uint32_t what = input_.Below(32);
@@ -93,6 +93,11 @@ class World {
   }
 
  private:
+  static Batch MakeBatch(const WorldLimits& limits) {
+    return {limits.scheduler.max_step_tokens, limits.scheduler.max_batch + kScoreRows, limits.scheduler.max_batch,
+            (kContext + limits.block_tokens - 1) / limits.block_tokens};
+  }
+  Batch& batch() { return batches_[current_]; }
   bool idle() const { return scheduler_.running().empty() && scheduler_.waiting().empty(); }
   // From microseconds to weeks.
   SteadyTime::duration AnyTime() {
@@ -173,13 +178,17 @@ class World {
   void Step() {
     EndOverdue();
     if (scheduler_.running().empty()) ahead_ = false;
-    if (!std::exchange(ahead_, false) && !Plan()) {
+    if (std::exchange(ahead_, false)) {
+      scheduler_.TakeAhead();
+      current_ = 1 - current_;
+      CheckPlanned();
+    } else if (!Plan()) {
       now_ += std::chrono::milliseconds(1);
       return;
     }
     const bool follow = (input_.Byte() & 1) != 0;
-    if (follow) ahead_ = scheduler_.PlanAhead(batch_);
-    const double usual_ms = 1.0 + 0.1 * batch_.rows();
+    if (follow) ahead_ = scheduler_.PlanAhead(batch(), batches_[1 - current_]);
+    const double usual_ms = 1.0 + 0.1 * batch().rows();
     // One step in eight takes any time at all.
     const SteadyTime before = now_;
     now_ += input_.Below(8) == 7 ? AnyTime() : Lasting(usual_ms / 1000.0);
@@ -196,40 +205,60 @@ class World {
   bool TakeResults(Sequence& s) {
     if (s.step_logits == 0) return false;
     if (s.step_use == Sequence::Use::kDraft) {
-      s.round.drafts.push_back(static_cast<int32_t>(input_.Below(2)));
+      const int32_t draft = Draw(s.first_logit);
+      if (!s.round.drafting()) return false;
+      s.round.drafts.push_back(draft);
       if (input_.Below(16) == 15) s.round.wanted = static_cast<int32_t>(s.round.drafts.size());
       return false;
     }
-    if (!s.draws()) return s.computed + s.step_rows == s.prompt_tokens();
+    if (!s.draws(s)) return s.computed + s.step_rows == s.prompt_tokens();
     bool more = true, ends = false;
-    while (more && !ends) {
-      more = s.Take(static_cast<int32_t>(input_.Below(2)));
+    for (int32_t row = s.first_logit; more && !ends; ++row) {
+      more = s.Take(Draw(row));
       ends = s.generated_tokens() == s.request.max_new_tokens || input_.Below(16) == 15;
     }
     CHECK(s.generated_tokens() <= s.request.max_new_tokens) << s.generated_tokens();
     return ends;
   }
 
+  int32_t Draw(int32_t logit_row) { return drawn_[logit_row] = static_cast<int32_t>(input_.Below(2)); }
+
   // False where nobody has anything to do.
   bool Plan() {
-    scheduler_.Plan(now_, batch_);
+    scheduler_.Plan(now_, batch());
     for (const Sequence* s : scheduler_.admitted()) admission_.Scheduled(s->request);
     for (const Sequence* s : scheduler_.preempted()) admission_.Requeued(s->request);
     scheduler_.Inform(admission_);
-    CHECK(batch_.rows() <= batch_.max_rows) << batch_.rows() << " rows";
-    CHECK(static_cast<int32_t>(batch_.logit_rows.size()) <= batch_.max_logit_rows) << batch_.logit_rows.size();
+    CheckPlanned();
+    return batch().rows() > 0;
+  }
+
+  // Of a step that was planned ahead when the one before it has been noted: each row has the token of its place, by its
+  // name or as what that one has drawn there.
+  void CheckPlanned() {
+    const Batch& b = batch();
+    CHECK(b.rows() <= b.max_rows) << b.rows() << " rows";
+    CHECK(static_cast<int32_t>(b.logit_rows.size()) <= b.max_logit_rows) << b.logit_rows.size();
     CHECK(static_cast<int32_t>(scheduler_.running().size()) <= limits_.scheduler.max_batch) << "too many run";
     for (const auto& s : scheduler_.running()) {
-      CHECK(static_cast<int32_t>(s->blocks.size()) <= batch_.blocks_per_slot) << s->blocks.size() << " blocks";
-      const bool drafts = s->step_rows > 0 && s->step_use == Sequence::Use::kDraft;
-      const int64_t first = s->computed + (drafts ? static_cast<int64_t>(s->round.drafts.size()) : 0);
-      CHECK(first + s->step_rows <= static_cast<int64_t>(s->blocks.size()) * limits_.block_tokens) << s->computed;
+      CHECK(static_cast<int32_t>(s->blocks.size()) <= b.blocks_per_slot) << s->blocks.size() << " blocks";
       for (size_t i = 0; i < s->blocks.size(); ++i) {
-        const int32_t in_table = batch_.block_table[s->slot * batch_.blocks_per_slot + static_cast<int32_t>(i)];
+        const int32_t in_table = b.block_table[s->slot * b.blocks_per_slot + static_cast<int32_t>(i)];
         CHECK(in_table == s->blocks[i]) << "block " << i << " of slot " << s->slot;
       }
+      std::vector<int32_t> tokens = s->tokens;
+      if (s->round.open()) tokens.insert(tokens.end(), s->round.drafts.begin(), s->round.drafts.end());
+      const bool drafts = s->step_use == Sequence::Use::kDraft;
+      const int32_t first = s->computed + (drafts ? s->step_after - s->generated_tokens() : 0);
+      CHECK(first + s->step_rows <= static_cast<int64_t>(s->blocks.size()) * limits_.block_tokens) << s->computed;
+      for (int32_t i = 0; i < s->step_rows; ++i) {
+        const int32_t position = b.positions[s->first_row + i], token = b.tokens[s->first_row + i];
+        CHECK(position == first + i) << position << " in the place of " << first + i;
+        if (position >= static_cast<int32_t>(tokens.size())) continue;  // behind a draft that is not drafted on
+        const int32_t found = token >= 0 ? token : drawn_[DrawnId(token)];
+        CHECK(found == tokens[position]) << "at " << position << " of " << tokens.size();
+      }
     }
-    return batch_.rows() > 0;
   }
 
   void EndSome(FinishReason reason) {
@@ -287,7 +316,9 @@ class World {
   BlockPool pool_;
   Scheduler scheduler_;
   Admission admission_;
-  Batch batch_;
+  std::array<Batch, 2> batches_;
+  size_t current_ = 0;
+  std::vector<int32_t> drawn_;  // [logit rows] of the last step
   SteadyTime now_;
   bool ahead_ = false;  // the step after the last one is planned already
   uint64_t next_id_ = 1, groups_ = 0, events_ = 0;

@@ -153,6 +153,7 @@ int Replay(DejavuCudaContext* context, DejavuCudaGraph* graph) {
     MutexLock lock(mutex);
     if (Fails(devices[context], "a graph")) return 1;
     Add(graphs[graph]);
+    ++GetEmulation().replays;
   }
   return real->replay(context, graph);
 }
@@ -223,7 +224,7 @@ Emulation& GetEmulation() {
 
 void Emulation::ResetCounts() {
   launches.assign(ModuleKernels().size(), 0);
-  all_launches = gemms = all_reduces = waits_behind = 0;
+  all_launches = gemms = all_reduces = replays = waits_behind = 0;
 }
 
 }  // namespace dejavu::simt

@@ -44,13 +44,15 @@ TEST_P(CudaBackendTest, LayerNormAddEmbedAndGatherRowsAreThoseOfTheCpu) {
     for (const DType dtype : kWeightTypes) {
       const EmbeddingWeights table = {arena_.Put(Random(10, features, 1), dtype),
                                       dtype == DType::kInt8 ? arena_.Put(Random(1, 10, 2)) : Tensor()};
-      // The last two lie outside the table.
-      const Tensor ids = arena_.PutInts({7, 0, -9, 8}), embedded = arena_.Put(Matrix(4, features, 0.5f));
+      // The last two lie outside the table; beside what was drawn, they are the last two there, one of them outside.
+      const Tensor ids = arena_.PutInts({7, 0, -3, 8, -2}), embedded = arena_.Put(Matrix(5, features, 0.5f));
       const Tensor on = Device(embedded);
-      for (const bool accumulate : {false, true}) {
-        cpu_->Embed(embedded, ids, table, 2, accumulate);
-        cuda_->Embed(on, Device(ids), {Device(table.weight), Device(table.scale)}, 2, accumulate);
-        EXPECT_TRUE(SameBits(Got(on), Get(embedded))) << Name(dtype);
+      for (const Tensor& drawn : {Tensor(), arena_.PutInts({5, 1, -4})}) {
+        for (const bool accumulate : {false, true}) {
+          cpu_->Embed(embedded, ids, table, 2, accumulate, drawn);
+          cuda_->Embed(on, Device(ids), {Device(table.weight), Device(table.scale)}, 2, accumulate, Device(drawn));
+          EXPECT_TRUE(SameBits(Got(on), Get(embedded))) << Name(dtype);
+        }
       }
     }
     const Tensor gathered = Put(Matrix(3, features));

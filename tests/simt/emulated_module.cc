@@ -79,6 +79,7 @@ absl::Status EndCapture(DejavuCudaContext* context, DejavuCudaGraph** graph) {
 
 absl::Status Replay(DejavuCudaContext* context, DejavuCudaGraph* graph) {
   RETURN_IF_ERROR(CheckNoCapture(context, "replay"));
+  ++GetEmulation().replays;
   for (const Work& work : graph->work) RETURN_IF_ERROR(work());
   return absl::OkStatus();
 }
@@ -229,7 +230,7 @@ Emulation& GetEmulation() {
 
 void Emulation::ResetCounts() {
   std::ranges::fill(launches, 0);
-  all_launches = gemms = all_reduces = waits_behind = 0;
+  all_launches = gemms = all_reduces = replays = waits_behind = 0;
   uploads = fetches = fetched_bytes = 0;
 }
 

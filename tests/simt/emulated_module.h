@@ -49,6 +49,7 @@ struct Emulation {
   std::vector<int64_t> launches = std::vector<int64_t>(ModuleKernels().size());  // by kernel number
   int64_t all_launches = 0, gemms = 0, all_reduces = 0;
   int64_t uploads = 0, fetches = 0, fetched_bytes = 0;
+  int64_t replays = 0;       // of graphs
   int64_t waits_behind = 0;  // for an event that was not the last one: the queue went on meanwhile
 
   int64_t captured_launches = 0, captured_gemms = 0, captured_all_reduces = 0,

@@ -126,7 +126,7 @@ class World {
       if (s->step_use == Sequence::Use::kDraft) {
         s->round.drafts.push_back(Draw(3));
         if (Draw(10) == 0) s->round.wanted = static_cast<int32_t>(s->round.drafts.size());
-      } else if (s->draws() ? TakeTokens(*s) : s->computed + s->step_rows == s->prompt_tokens()) {
+      } else if (s->draws(*s) ? TakeTokens(*s) : s->computed + s->step_rows == s->prompt_tokens()) {
         done.push_back(s.get());
       }
     }

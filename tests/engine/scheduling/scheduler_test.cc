@@ -55,7 +55,7 @@ class SchedulerTest : public testing::Test {
   void Step() {
     scheduler_.Plan(now_, batch_);
     for (const auto& s : scheduler_.running()) {
-      if (s->step_logits > 0 && s->draws()) s->tokens.push_back(7);
+      if (s->step_logits > 0 && s->draws(*s)) s->tokens.push_back(7);
     }
     scheduler_.NoteStep(1.0);
   }

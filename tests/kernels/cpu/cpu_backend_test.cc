@@ -404,6 +404,14 @@ TEST_P(CpuBackendTest, EmbedAddsItsOffsetAndAccumulates) {
       want.at(2, c) += values.at(5, c);
     }
     EXPECT_TRUE(SameBits(Get(y), want));
+    // The second and the first of what was drawn, and an id of its own; what was drawn may be none.
+    backend_->Embed(y, arena_.PutInts({-2, -1, 3}), {table, {}}, 0, false, arena_.PutInts({6, -1, 4}));
+    for (int64_t c = 0; c < 37; ++c) {
+      want.at(0, c) = 0.0f;
+      want.at(1, c) = values.at(6, c);
+      want.at(2, c) = values.at(3, c);
+    }
+    EXPECT_TRUE(SameBits(Get(y), want));
   }
 }
 
