@@ -26,11 +26,11 @@ constexpr int kMutations = 300;  // of each target
 
 const std::vector<FuzzTarget>& Targets() {
   static const std::vector<FuzzTarget>& targets = *new std::vector<FuzzTarget>{
-      CertificatesTarget(), CommandLineTarget(), CostModelTarget(),   ModelConfigTarget(),
-      PickleTarget(),       PredictorTarget(),   RequestTarget(),     SafetensorsTarget(),
-      SchedulerTarget(),    StopMatcherTarget(), TokenizerTarget(),   TokenizerJsonTarget(),
-      TokensTarget(),       TraceparentTarget(), VocabMergesTarget(), YamlTarget(),
-      ZipTarget()};
+      CertificatesTarget(),  CommandLineTarget(), CostModelTarget(),   KserveRequestTarget(),
+      ModelConfigTarget(),   PickleTarget(),      PredictorTarget(),   RequestTarget(),
+      SafetensorsTarget(),   SchedulerTarget(),   StopMatcherTarget(), TokenizerTarget(),
+      TokenizerJsonTarget(), TokensTarget(),      TraceparentTarget(), VllmRequestTarget(),
+      VocabMergesTarget(),   YamlTarget(),        ZipTarget()};
   return targets;
 }
 

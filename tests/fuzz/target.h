@@ -28,6 +28,7 @@ struct FuzzTarget {
 FuzzTarget CertificatesTarget();
 FuzzTarget CommandLineTarget();
 FuzzTarget CostModelTarget();
+FuzzTarget KserveRequestTarget();
 FuzzTarget ModelConfigTarget();
 FuzzTarget PickleTarget();
 FuzzTarget PredictorTarget();
@@ -39,6 +40,7 @@ FuzzTarget TokenizerTarget();
 FuzzTarget TokenizerJsonTarget();
 FuzzTarget TokensTarget();
 FuzzTarget TraceparentTarget();
+FuzzTarget VllmRequestTarget();
 FuzzTarget VocabMergesTarget();
 FuzzTarget YamlTarget();
 FuzzTarget ZipTarget();
