@@ -239,19 +239,13 @@ absl::Status KServeDialect::ReadOutputs(const inference::ModelInferRequest& infe
     }
     if (name == "text_output") asked_.text_output = true;
     if (name == "output_ids") asked_.output_ids = true;
-    // What a flag has not asked for the backend does not make; a client that names it wants it.
+    // A client that names it wants it. Log-probabilities cost more: without their flags they are left out, as Triton's
+    // backend does it; perf_analyzer names all outputs that there are.
     if (name == "finish_reason") asked_.finish_reason = true;
     if (name == "num_input_tokens") asked_.num_input_tokens = true;
     if (name == "num_output_tokens") asked_.num_output_tokens = true;
-    if (name == "prompt_logprobs" && !asked_.prompt_logprobs) {
-      return InvalidField("prompt_logprobs", "is asked for by the sampling parameter of that name");
-    }
-    if (name == "logprobs" && !asked_.logprobs) return InvalidField("logprobs", "is asked for by return_logprobs");
-    if (name == "cumulative_logprob" && !asked_.cumulative_logprob) {
-      return InvalidField("cumulative_logprob", "is asked for by return_cumulative_logprob");
-    }
   }
-  asked_.prompt_logprobs = told;
+  asked_.prompt_logprobs = asked_.prompt_logprobs && told;
   return absl::OkStatus();
 }
 

@@ -114,6 +114,10 @@ absl::Status ModelStatistics(const ServingState& state, const std::string& tenan
   FillDuration(engine.metrics().queue, all->mutable_queue());
   FillDuration(engine.metrics().prefill, all->mutable_compute_input());
   FillDuration(engine.metrics().decode, all->mutable_compute_infer());
+  // perf_analyzer ends itself where the three counts differ; a request of one token has no decoding.
+  for (auto* const part : {all->mutable_compute_infer(), all->mutable_compute_output()}) {
+    part->set_count(all->compute_input().count());
+  }
   return absl::OkStatus();
 }
 

@@ -238,6 +238,13 @@ def test_logprobs_are_those_of_our_api(daemon, stub, pb):
     assert found["cumulative_logprob"][0] == pytest.approx(sum(l.logprob for l in ours.logprobs), rel=1e-5)
 
 
+def test_outputs_that_nothing_asks_to_make_are_left_out(stub, pb):
+    """As Triton's backend does it; perf_analyzer names all that the model has."""
+    names = [each.name for each in stub.ModelMetadata(pb.ModelMetadataRequest(name=stub.RepositoryIndex(pb.RepositoryIndexRequest()).models[0].name)).outputs]
+    found = oip.tensors(stub.ModelInfer(oip.infer(pb, PROMPT, outputs=names, max_tokens=4, **GREEDY), timeout=PATIENCE_S))
+    assert set(names) - set(found) == {"cumulative_logprob", "logprobs", "prompt_logprobs"}
+
+
 def test_a_stream_gives_the_text_in_pieces(braked, kserve):
     stub, pb = stub_of(braked, kserve), kserve[0]
     ours = native(braked, PROMPT, 60)
@@ -399,9 +406,12 @@ def test_what_clients_ask_at_start_is_answered(daemon, stub, pb):
     (index,) = stub.RepositoryIndex(pb.RepositoryIndexRequest()).models
     assert (index.name, index.version, index.state) == (model, "1", "READY")
     before = stub.ModelStatistics(pb.ModelStatisticsRequest(name=model)).model_stats[0]
-    stub.ModelInfer(oip.infer(pb, PROMPT, max_tokens=4, **GREEDY), timeout=PATIENCE_S)
+    for tokens in (4, 1):
+        stub.ModelInfer(oip.infer(pb, PROMPT, max_tokens=tokens, **GREEDY), timeout=PATIENCE_S)
     after = stub.ModelStatistics(pb.ModelStatisticsRequest(name=model)).model_stats[0]
-    assert after.inference_count == before.inference_count + 1 and after.inference_stats.success.ns > before.inference_stats.success.ns
+    assert after.inference_count == before.inference_count + 2 and after.inference_stats.success.ns > before.inference_stats.success.ns
+    computed = lambda of: {getattr(of.inference_stats, f"compute_{part}").count for part in ("input", "infer", "output")}
+    assert computed(after) == {count + 2 for count in computed(before)} and len(computed(after)) == 1  # or perf_analyzer ends itself
     assert not stub.SystemSharedMemoryStatus(pb.SystemSharedMemoryStatusRequest()).regions
     stub.SystemSharedMemoryUnregister(pb.SystemSharedMemoryUnregisterRequest())
     stub.CudaSharedMemoryUnregister(pb.CudaSharedMemoryUnregisterRequest())
@@ -537,7 +547,6 @@ def malformed(pb):
         case("shared memory", edited(lambda r: r.inputs[0].parameters["shared_memory_region"].MergeFrom(pb.InferParameter(string_param="x"))), "shared_memory_region"),
         case("an unknown output", edited(lambda r: r.outputs.add(name="embedding")), "embedding"),
         case("an output as classes", edited(lambda r: r.outputs.add(name="text_output").parameters["classification"].MergeFrom(pb.InferParameter(int64_param=1))), "classification"),
-        case("logprobs that nobody made", edited(lambda r: r.outputs.add(name="logprobs")), "return_logprobs"),
         case("another model", edited(lambda r: setattr(r, "model_name", "other")), "other", "NOT_FOUND"),
         case("another version", edited(lambda r: setattr(r, "model_version", "2")), "version 2", "NOT_FOUND"),
         case("a version that is none", edited(lambda r: setattr(r, "model_version", "x")), "model_version"),
