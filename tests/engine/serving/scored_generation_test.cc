@@ -199,8 +199,8 @@ TEST_P(ScoredGeneration, IsTheScoreAndThenTheGeneration) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Worlds, ScoredGeneration, testing::Values(World{1, false}, World{1, true}, World{2, false, 20}),
-                         [](const auto& info) {
+INSTANTIATE_TEST_SUITE_P(Worlds, ScoredGeneration,
+                         testing::Values(World{1, false}, World{1, true}, World{2, false, 20}), [](const auto& info) {
                            return "Ranks" + std::to_string(info.param.ranks) +
                                   (info.param.overcommit ? "Overcommitted" : "");
                          });
