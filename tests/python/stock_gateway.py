@@ -487,3 +487,19 @@ def test_what_the_gateway_cannot(gateway, model):
     assert reply.choices[0].logprobs is None
     with pytest.raises(openai.APIStatusError):
         gateway.client.completions.create(model=model, prompt=[2, 10, 20], max_tokens=2)
+
+
+def test_a_stream_whose_daemon_dies_ends_with_an_error(api, tmp_path):
+    daemon = Daemon(api, tmp_path, "--scheduler-fault", "slow@5", "--scheduler-deadline-slack", "0")
+    gateway = Gateway(tmp_path, daemon)
+    try:
+        model = gateway.client.models.list().data[0].id
+        stream = iter(gateway.client.completions.create(model=model, prompt=WHOLE, max_tokens=400, temperature=0, stream=True))
+        next(stream)
+        daemon.process.kill()
+        with pytest.raises(openai.APIError):
+            for chunk in stream:
+                assert not chunk.choices or chunk.choices[0].finish_reason is None
+    finally:
+        gateway.stop()
+        daemon.stop()
