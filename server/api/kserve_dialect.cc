@@ -4,7 +4,6 @@
 #include <array>
 #include <utility>
 
-#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
@@ -259,7 +258,7 @@ absl::Status KServeDialect::ReadParameters(const inference::ModelInferRequest& i
     } else if (name == "triton_enable_empty_final_response") {
       // The last reply of a stream is never empty, and says that it is the last.
       if (!parameter.has_bool_param()) return InvalidField(name, "must be true or false");
-    } else if (name == "priority" || absl::StartsWith(name, "sequence_")) {
+    } else if (name == "priority" || name == "sequence_id" || name == "sequence_start" || name == "sequence_end") {
       const bool none = ToJson(parameter) == 0 || ToJson(parameter) == false;
       if (!none) return InvalidField(name, "is not served here");
     } else if (has_sampling_tensor) {

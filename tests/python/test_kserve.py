@@ -551,6 +551,7 @@ def malformed(pb):
         case("another version", edited(lambda r: setattr(r, "model_version", "2")), "version 2", "NOT_FOUND"),
         case("a version that is none", edited(lambda r: setattr(r, "model_version", "x")), "model_version"),
         case("a sequence", parameter("sequence_id", int64_param=7), "sequence_id"),
+        case("a parameter with control characters", parameter("sequence_\x01\n", int64_param=1), "\\x01"),
         case("a priority", parameter("priority", uint64_param=1), "priority"),
         case("a timeout below zero", parameter("timeout", int64_param=-1), "timeout"),
         case("a timeout in words", parameter("timeout", string_param="soon"), "timeout"),
