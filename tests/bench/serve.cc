@@ -312,6 +312,7 @@ absl::Status Bench(const ServeOptions& options) {
   ServerOptions server_options;
   server_options.metrics_listen = "127.0.0.1:0";
   server_options.listen = "127.0.0.1:0";
+  server_options.speculation_mode = "off";  // a token a message
   ASSIGN_OR_RETURN(const auto server, Server::Start(server_options, engine_options));
   server->SetReady(engine.get(), nullptr);
   const std::string address = absl::StrCat("127.0.0.1:", server->port());

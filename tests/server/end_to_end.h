@@ -51,6 +51,7 @@ class EndToEnd : public testing::Test {
     server_.reset();
     options.listen = "127.0.0.1:0";
     options.metrics_listen = "";
+    options.speculation_mode = "off";  // how many steps a text takes must not hang on how quick the machine is
     EngineOptions engine_options;
     engine_options.model = EMBEDDED_MODEL;
     server_ = Server::Start(options, engine_options).value();
