@@ -127,8 +127,8 @@ absl::Status RunSpeculation(const Arguments& arguments, const OptConfig& config,
   absl::PrintF(
       "model %s, %s weights, drafts with %s weights\ntext %s, %d windows, %d tokens behind prompts of %d, "
       "batch %d, temperature %g\n\n%s",
-      arguments.model, engine->weight_type(), arguments.draft_weights, arguments.text, evaluation->windows,
-      evaluation->new_tokens, options.window / 2, arguments.batch, arguments.temperature,
+      arguments.model, engine->weight_type(), engine->draft_weight_bytes() > 0 ? "int8" : "the same", arguments.text,
+      evaluation->windows, evaluation->new_tokens, options.window / 2, arguments.batch, arguments.temperature,
       SpeculationTable(*evaluation));
   return arguments.json.empty() ? absl::OkStatus() : WriteText(arguments.json, SpeculationJson(*evaluation));
 }

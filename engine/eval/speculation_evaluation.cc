@@ -22,7 +22,8 @@ absl::StatusOr<SpeculationEvaluation> EvaluateSpeculation(Engine& engine, absl::
   SpeculationEvaluation evaluation;
   evaluation.windows = batches * options.batch;
   evaluation.new_tokens = static_cast<int>(window - window / 2);
-  for (SpeculationWay& way : ListWays(options.ways, engine)) evaluation.ways.push_back({std::move(way), {}, 1.0});
+  ASSIGN_OR_RETURN(std::vector<SpeculationWay> listed, ListWays(options.ways, engine));
+  for (SpeculationWay& way : listed) evaluation.ways.push_back({std::move(way), {}, 1.0});
   const auto ways = static_cast<int64_t>(evaluation.ways.size());
   for (int64_t b = 0; b < batches; ++b) {
     std::vector<std::vector<int32_t>> prompts;

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "kernels/base/clock.h"
 #include "kernels/base/mutex.h"
 #include "kernels/base/status_macros.h"
@@ -54,15 +55,19 @@ SpeculationYield& SpeculationYield::operator+=(const SpeculationYield& other) {
   return *this;
 }
 
-std::vector<SpeculationWay> ListWays(const SpeculationWays& wanted, const Engine& engine) {
+absl::StatusOr<std::vector<SpeculationWay>> ListWays(const SpeculationWays& wanted, const Engine& engine) {
   std::vector<SpeculationWay> ways;
   const auto add = [&](Tier tier, SpeculationMode mode, Tier draft, bool lookup, int most) {
     ways.push_back({tier, {mode, draft, lookup, most}});
   };
-  std::vector<Tier> drafting;
-  for (const Tier tier : engine.predictor().tiers) {
-    const bool named = std::count(wanted.drafting.begin(), wanted.drafting.end(), tier) > 0;
-    if (named || wanted.drafting.empty()) drafting.push_back(tier);
+  const std::vector<Tier>& there = engine.predictor().tiers;
+  const std::vector<Tier>& drafting = wanted.drafting.empty() ? there : wanted.drafting;
+  for (const Tier tier : drafting) {
+    if (std::count(there.begin(), there.end(), tier) > 0) continue;
+    const auto append = [](std::string* out, Tier each) { absl::StrAppend(out, Name(each)); };
+    return absl::FailedPreconditionError(
+        absl::StrCat("tier ", Name(tier), " cannot draft; those that can: ",
+                     there.empty() ? "none, as there is no predictor" : absl::StrJoin(there, ", ", append)));
   }
   const SpeculationParams defaults;
   const Tier usual = drafting.empty() ? Tier::kDense : drafting.front();

@@ -22,13 +22,13 @@ struct SpeculationWay {
 };
 
 struct SpeculationWays {
-  std::vector<Tier> drafting;  // those that draft; empty: all that the engine serves
+  std::vector<Tier> drafting;  // those that draft; empty: all that the engine's predictor has
   std::vector<int> drafts = {2, 4, 6};
   bool auto_alone = false;  // no ways but AUTO
 };
 // DENSE and then EXACT: without, which comes first of each, with AUTO, and ALWAYS with each tier, and with what is
-// looked up, for each number of drafts.
-std::vector<SpeculationWay> ListWays(const SpeculationWays& wanted, const Engine& engine);
+// looked up, for each number of drafts. FAILED_PRECONDITION for a tier that is not to be had.
+absl::StatusOr<std::vector<SpeculationWay>> ListWays(const SpeculationWays& wanted, const Engine& engine);
 
 struct SpeculationYield {
   double seconds = 0.0;                                       // from the last first token on

@@ -109,16 +109,30 @@ absl::StatusOr<LoadedModel> LoadModel(const ModelOptions& options, const OptConf
   }
   ASSIGN_OR_RETURN(model.shard, MakeShard(config, model.predictor.has_value() ? &*model.predictor : nullptr,
                                           options.rank, options.ranks));
+  // The drafts' weights are a part of the whole.
+  const bool drafts = options.draft_weights && model.predictor.has_value();
+  const int64_t draft_bytes = drafts ? DraftWeights::Measure(config, model.shard) : 0;
+  int64_t before = 0;
+  LoadProgress part;
+  if (progress) {
+    part = [&](int64_t done, int64_t total) {
+      before = total;
+      return progress(done, total + draft_bytes);
+    };
+  }
   if (synthetic.has_value()) {
     ASSIGN_OR_RETURN(model.weights, GenerateModel(*synthetic, model.shard, dtype.value_or(DType::kBFloat16), backend,
-                                                  progress, generated ? &*model.predictor : nullptr));
+                                                  part, generated ? &*model.predictor : nullptr));
   } else if (converted.has_value()) {
-    ASSIGN_OR_RETURN(model.weights, converted->Load(model.shard, backend, progress, dtype, options.map_weights));
+    ASSIGN_OR_RETURN(model.weights, converted->Load(model.shard, backend, part, dtype, options.map_weights));
   } else {
-    ASSIGN_OR_RETURN(model.weights, OptWeights::Load(*checkpoint, config, model.shard, backend, progress, dtype));
+    ASSIGN_OR_RETURN(model.weights, OptWeights::Load(*checkpoint, config, model.shard, backend, part, dtype));
   }
-  if (options.draft_weights && model.predictor.has_value() && model.weights.dtype() != DType::kInt8) {
-    ASSIGN_OR_RETURN(model.drafts, DraftWeights::Create(model.weights, backend));
+  if (drafts && model.weights.dtype() != DType::kInt8) {
+    const auto of_drafts = [&](int64_t done, int64_t total) {
+      return !progress || progress(before + done * draft_bytes / total, before + draft_bytes);
+    };
+    ASSIGN_OR_RETURN(model.drafts, DraftWeights::Create(model.weights, backend, of_drafts));
   }
   return model;
 }

@@ -41,7 +41,8 @@ void Quantise(Backend& backend, const Tensor& from, LinearWeights* to) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<DraftWeights>> DraftWeights::Create(const OptWeights& weights, Backend& backend) {
+absl::StatusOr<std::unique_ptr<DraftWeights>> DraftWeights::Create(const OptWeights& weights, Backend& backend,
+                                                                   const LoadProgress& progress) {
   CHECK(weights.dtype() != DType::kInt8) << "no drafts are cheaper than int8";
   std::unique_ptr<DraftWeights> draft(new DraftWeights);
   OptWeights& w = draft->weights_;
@@ -60,11 +61,18 @@ absl::StatusOr<std::unique_ptr<DraftWeights>> DraftWeights::Create(const OptWeig
   }
   Reserve(&layout, w.head.weight.rows, w.head.weight.cols, &w.head);
   ASSIGN_OR_RETURN(draft->storage_, layout.Allocate(backend));
+  int64_t done = 0;
+  const auto quantise = [&](const LinearWeights& from, LinearWeights* to) -> absl::Status {
+    Quantise(backend, from.weight, to);
+    done += to->weight.bytes() + to->scale.bytes();
+    if (progress && !progress(done, draft->bytes())) return absl::CancelledError("loading was cancelled");
+    return absl::OkStatus();
+  };
   for (size_t l = 0; l < w.layers.size(); ++l) {
-    Quantise(backend, weights.layers[l].qkv.weight, &w.layers[l].qkv);
-    Quantise(backend, weights.layers[l].out.weight, &w.layers[l].out);
+    RETURN_IF_ERROR(quantise(weights.layers[l].qkv, &w.layers[l].qkv));
+    RETURN_IF_ERROR(quantise(weights.layers[l].out, &w.layers[l].out));
   }
-  Quantise(backend, weights.head.weight, &w.head);
+  RETURN_IF_ERROR(quantise(weights.head, &w.head));
   return draft;
 }
 

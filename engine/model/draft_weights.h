@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "absl/status/statusor.h"
+#include "engine/load_progress.h"
 #include "engine/model/opt_config.h"
 #include "engine/model/opt_weights.h"
 #include "engine/model/shard.h"
@@ -18,7 +19,9 @@ namespace dejavu {
 class DraftWeights {
  public:
   // From `weights`, on their device; they must outlive it, and are not int8.
-  static absl::StatusOr<std::unique_ptr<DraftWeights>> Create(const OptWeights& weights, Backend& backend);
+  // CANCELLED where `progress`, in bytes of int8, says so.
+  static absl::StatusOr<std::unique_ptr<DraftWeights>> Create(const OptWeights& weights, Backend& backend,
+                                                              const LoadProgress& progress = nullptr);
 
   // What Create takes of the device.
   static int64_t Measure(const OptConfig& config, const Shard& shard);

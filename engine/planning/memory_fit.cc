@@ -58,9 +58,10 @@ std::string WhyNot(const MemoryFit& fit, const ModelShape& shape) {
   const int64_t sequence = fit.per_sequence * fit.block_bytes;
   if (fit.for_kv < sequence) {
     return absl::StrFormat(
-        "weights, predictor and activations of a rank take %.2f GiB and keys and values of one sequence of %d tokens "
+        "weights, predictor%s and activations of a rank take %.2f GiB and keys and values of one sequence of %d tokens "
         "%.2f GiB; %.2f GiB may be taken",
-        GibOf(fit.budget - fit.for_kv), shape.context, GibOf(sequence), GibOf(fit.budget));
+        fit.draft_bytes > 0 ? ", weights for drafts" : "", GibOf(fit.budget - fit.for_kv), shape.context,
+        GibOf(sequence), GibOf(fit.budget));
   }
   if (fit.blocks < fit.per_sequence) {
     return absl::StrFormat("kv.memory_mib gives keys and values %.2f GiB; one sequence of %d tokens takes %.2f GiB",
@@ -89,6 +90,13 @@ std::vector<PlanAlternative> FindAlternatives(const PlannedModel& model, const E
     other.weights = name;
     if (SizeOf(dtype) >= SizeOf(fit.weights) || !fits(other, devices.devices)) continue;
     found.push_back({absl::StrCat("--weights ", name), absl::StrCat("weights in ", Name(dtype))});
+  }
+  if (options.draft_weights == kInt8Drafts && fit.draft_bytes > 0) {
+    EngineOptions other = options;
+    other.draft_weights = kStoredDrafts;
+    if (fits(other, devices.devices)) {
+      found.push_back({"--speculation-draft-weights stored", "drafts with the model's own weights"});
+    }
   }
   if (fit.kv == DType::kFloat32) {
     EngineOptions other = options;

@@ -67,7 +67,7 @@ absl::StatusOr<MemoryPlan> PlanMemory(const EngineOptions& options, const OptCon
         "the memory of ", backend.Description(), " does not suffice: ", plan.ToString(), "; a sequence of the full ",
         "context of ", config.context, " tokens needs ", per_sequence, " blocks of ", block_bytes, " bytes (",
         ((per_sequence * block_bytes) >> 20) + 1, " MiB). What makes it smaller: weights (int8), ",
-        plan.draft_bytes > 0 ? "speculation.draft_weights (stored), " : "",
+        options.draft_weights == kInt8Drafts && plan.draft_bytes > 0 ? "speculation.draft_weights (stored), " : "",
         "predictor (none), scheduler.max_step_tokens, ", options.kv.memory_mib > 0 ? "kv.memory_mib, " : "",
         "kv.dtype"));
   }

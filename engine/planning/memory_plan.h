@@ -19,7 +19,7 @@ struct MemoryPlan {
   int64_t budget_bytes = 0;  // EngineOptions::memory_share of it
   int64_t weight_bytes = 0;  // a synthetic model's, as the next two, without the few percent that alignment takes
   int64_t predictor_bytes = 0;
-  int64_t draft_bytes = 0;  // DraftWeights; 0: none
+  int64_t draft_bytes = 0;  // DraftWeights, exactly; 0: none
   int64_t activation_bytes = 0;
   int64_t kv_bytes = 0;  // 0 for a rank without heads, which shares the numbers of the others' blocks
   int32_t kv_blocks = 0;

@@ -172,11 +172,16 @@ absl::Status ModelGroup::Rank::Load(const LoadProgress& progress) {
   model.ranks = communicator_->size();
   model.draft_weights = hello_.draft_weights != 0;
   absl::StatusOr<LoadedModel> loaded = OrExhausted([&] { return LoadModel(model, config_, *backend_, progress); });
-  if (!loaded.ok()) return Named(loaded.status(), "weights and predictor", "weights (int8), predictor (none)");
+  const std::string drafts = model.draft_weights ? ", speculation.draft_weights (stored)" : "";
+  if (!loaded.ok()) {
+    return Named(loaded.status(), "weights and predictor", absl::StrCat("weights (int8), predictor (none)", drafts));
+  }
   loaded_ = *std::move(loaded);
   absl::StatusOr<KvCache> kv = KvCache::Create(*backend_, config_, hello_.kv_blocks, options_.block_tokens,
                                                options_.kv_dtype, loaded_.shard.heads.count);
-  if (!kv.ok()) return Named(kv.status(), "keys and values", "kv.memory_mib, scheduler.max_batch");
+  if (!kv.ok()) {
+    return Named(kv.status(), "keys and values", absl::StrCat("kv.memory_mib, scheduler.max_batch", drafts));
+  }
   kv_ = *std::move(kv);
   channel_ = std::make_unique<StepChannel>(*communicator_, BatchOf(options_), config_.layers, config_.context,
                                            hello_.kv_blocks);

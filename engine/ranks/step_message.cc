@@ -8,7 +8,7 @@
 namespace dejavu {
 namespace {
 
-constexpr int32_t kMark = 0x564a4400 + kStepMessageVersion;  // "\x02DJV" in the first four bytes
+constexpr int32_t kMark = 0x564a4400 + kStepMessageVersion;  // "\x03DJV" in the first four bytes
 constexpr size_t kHeader = 3;                                // mark, kind, words after the header
 constexpr size_t kFirst = 1024;                              // words that travel at once; the rest follows, if any
 
@@ -125,7 +125,7 @@ absl::Status StepChannel::Read(Batch* batch, Predictor* predictor, bool* wants_c
   batch->Clear();
   batch->drafts = (flags & kDrafts) != 0;
   batch->decode_rows = decode_rows;
-  reader.Words("tokens", rows, INT32_MIN, INT32_MAX, &batch->tokens);
+  reader.Words("tokens", rows, 0, INT32_MAX, &batch->tokens);  // none is drawn by the step before: RunsAhead
   reader.Words("positions", rows, 0, context_ - 1, &batch->positions);
   reader.Words("slots", rows, 0, batch->slots - 1, &batch->row_slots);
   reader.Words("tiers", rows, 0, static_cast<int64_t>(kAllTiers.size()) - 1, &batch->tiers);

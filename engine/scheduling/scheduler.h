@@ -93,7 +93,7 @@ class Scheduler {
   void Learn(const StepShape& shape, double ms) { costs_.Observe(shape, ms); }
   const CostModel& costs() const { return costs_; }
   double LongestStepMs() const;                      // that options and memory allow, as far as is known
-  const StepShape& shape() const { return shape_; }  // of the last Plan
+  const StepShape& shape() const { return shape_; }  // of the step that Plan or TakeAhead has last given
   // Tokens served, weighted as fairness counts them, to a tenant that is known; for tests and reports.
   double served(const std::string& tenant, Urgency urgency) const;
 

@@ -74,6 +74,10 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   ASSIGN_OR_RETURN(const GroupOptions group_options, ForGroup(options, config, sampled_vocab));
   ASSIGN_OR_RETURN(std::unique_ptr<ModelGroup> group, ModelGroup::Create(group_options, config, progress));
   WarnOf(options.model, config, group->loaded().weights);
+  if (options.draft_weights == kInt8Drafts && group->draft_weight_bytes() == 0) {
+    spdlog::warn("speculation.draft_weights is int8, but there are none: {}",
+                 group->loaded().predictor.has_value() ? "the weights are int8 anyway" : "no predictor drafts");
+  }
   auto engine = std::make_unique<StepEngine>(options, config, group_options.candidates, fault, std::move(group));
   engine->SetLoadSeconds(SecondsSince(start));
   engine->Start();

@@ -78,15 +78,16 @@ absl::Status BenchSpeculation(const SpeculationBenchOptions& options) {
     const auto first = tokens.begin() + int64_t{i} * options.context;
     prompts.emplace_back(first, first + options.context);
   }
-  const std::vector<SpeculationWay> ways = ListWays(WaysOf(options), *engine);
+  ASSIGN_OR_RETURN(const std::vector<SpeculationWay> ways, ListWays(WaysOf(options), *engine));
   std::vector<double> bandwidth;
   nlohmann::json rows = nlohmann::json::array();
   std::printf(
       "%s, %s weights, %s, %d repeats of %d tokens, temperature %g, drafts with %s weights, %s; low to high: 95 %% of "
       "the median\n\n%5s %-18s %9s %7s %7s %7s %7s %9s %9s\n",
       options.model.c_str(), engine->weight_type(), engine->backend_description().c_str(), options.repeats, new_tokens,
-      options.temperature, options.draft_weights.c_str(), options.text.empty() ? "random tokens" : options.text.c_str(),
-      "batch", "way", "tokens/s", "/ off", "low", "high", "rounds", "right", "per round");
+      options.temperature, engine->draft_weight_bytes() > 0 ? "int8" : "the same",
+      options.text.empty() ? "random tokens" : options.text.c_str(), "batch", "way", "tokens/s", "/ off", "low", "high",
+      "rounds", "right", "per round");
   for (const int batch : options.batches) {
     std::vector<std::vector<SpeculationYield>> results(ways.size());
     for (int repeat = -1; repeat < options.repeats; ++repeat) {  // one to warm up

@@ -165,3 +165,5 @@ def test_speculation_needs_a_whole_window():
                    "the text has 200 tokens", "2 windows of 128 side by side need 256")
     expect_failure(run("--speculation", "--union", "--batch", "2"), 2, "--union")
     expect_failure(run("--speculation", "--draft-tokens", "17"), 2)
+    expect_failure(run("--speculation", "--tiers", "exact"), 1, "tier exact cannot draft", "high, balanced, fast")
+    expect_failure(run("--speculation", "--tiers", "fast", "--predictor", "none"), 1, "tier fast cannot draft", "no predictor")
