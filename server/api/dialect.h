@@ -26,7 +26,7 @@ class Dialect {
 
   // After Read. True: chunks come as they are made; else one for each sample, once it has ended.
   virtual bool streams() const = 0;
-  // Before Read: see RpcHandler::large_replies.
+  // See RpcHandler::large_replies.
   virtual bool large_replies() const { return false; }
   // After Read: how long the request may take from its arrival on.
   virtual SteadyTime::duration timeout() const { return SteadyTime::duration::max(); }

@@ -18,6 +18,9 @@ namespace {
 // special tokens among them.
 constexpr ptrdiff_t kPromptTail = 64;
 
+// Log-probabilities of a prompt, alternatives counted, that a reply may tell on a thread that others wait for.
+constexpr int64_t kFewScores = 1024;
+
 // Below 2^32, so that every JSON client can hold it.
 uint64_t DrawSeed() { return RandomBits() >> 32; }
 
@@ -56,6 +59,8 @@ absl::Status GenerateCall::Read(const Asking& asking, const grpc::ByteBuffer& by
   absl::StatusOr<CheckedGenerate> checked = Check(&request, asking.rpc->tenant());
   if (!checked.ok()) return dialect_->Renamed(checked.status());
   NoteChecked(*checked);
+  const Request& asked = checked->request;
+  scores_much_ = asked.score && static_cast<int64_t>(asked.prompt.size()) * (1 + asked.score_top_logprobs) > kFewScores;
   if (dialect_->timeout() < SteadyTime::max() - asking.arrival) {
     checked->request.deadline = asking.arrival + dialect_->timeout();
   }

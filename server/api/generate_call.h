@@ -21,7 +21,7 @@ class GenerateCall final : public EngineCall {
   GenerateCall(ServingState* state, std::unique_ptr<Dialect> dialect)
       : EngineCall(state), dialect_(std::move(dialect)) {}
 
-  bool large_replies() const override { return dialect_->large_replies(); }
+  bool large_replies() const override { return scores_much_ || dialect_->large_replies(); }
   const google::protobuf::MessageLite* NextReply(std::optional<absl::Status>* end) override;
   void ReleaseReply() override;
 
@@ -32,6 +32,7 @@ class GenerateCall final : public EngineCall {
   std::vector<std::shared_ptr<ReplySink>> MakeStreams(CheckedGenerate* checked, const Asking& asking);
 
   const std::unique_ptr<Dialect> dialect_;
+  bool scores_much_ = false;         // a reply tells much of the prompt; set before the engine knows of the request
   std::optional<absl::Status> end_;  // of the samples; the dialect may have replies left
 };
 

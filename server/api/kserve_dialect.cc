@@ -222,9 +222,10 @@ absl::Status KServeDialect::CheckLogprobs(const v1::GenerateRequest& request) co
 
 absl::Status KServeDialect::ReadOutputs(const inference::ModelInferRequest& infer) {
   if (infer.outputs().empty()) return absl::OkStatus();
-  asked_.text_output = false;
-  const bool told = std::any_of(infer.outputs().begin(), infer.outputs().end(),
-                                [](const auto& output) { return output.name() == "prompt_logprobs"; });
+  const auto told = [&](absl::string_view name) {
+    return std::any_of(infer.outputs().begin(), infer.outputs().end(),
+                       [&](const auto& output) { return output.name() == name; });
+  };
   for (const auto& output : infer.outputs()) {
     const std::string& name = output.name();
     const auto known =
@@ -236,15 +237,17 @@ absl::Status KServeDialect::ReadOutputs(const inference::ModelInferRequest& infe
       return InvalidField(name, absl::StrCat("has the parameter ", Printable(output.parameters().begin()->first),
                                              "; none is served here, shared memory neither"));
     }
-    if (name == "text_output") asked_.text_output = true;
-    if (name == "output_ids") asked_.output_ids = true;
-    // A client that names it wants it. Log-probabilities cost more: without their flags they are left out, as Triton's
-    // backend does it; perf_analyzer names all outputs that there are.
-    if (name == "finish_reason") asked_.finish_reason = true;
-    if (name == "num_input_tokens") asked_.num_input_tokens = true;
-    if (name == "num_output_tokens") asked_.num_output_tokens = true;
   }
-  asked_.prompt_logprobs = asked_.prompt_logprobs && told;
+  // A client that names it wants it, and nothing else. Log-probabilities cost more: without their flags they are left
+  // out, as Triton's backend does it; perf_analyzer names all outputs that there are.
+  asked_.text_output = told("text_output");
+  asked_.output_ids = told("output_ids");
+  asked_.finish_reason = told("finish_reason");
+  asked_.num_input_tokens = told("num_input_tokens");
+  asked_.num_output_tokens = told("num_output_tokens");
+  asked_.logprobs = asked_.logprobs && told("logprobs");
+  asked_.cumulative_logprob = asked_.cumulative_logprob && told("cumulative_logprob");
+  asked_.prompt_logprobs = asked_.prompt_logprobs && told("prompt_logprobs");
   return absl::OkStatus();
 }
 

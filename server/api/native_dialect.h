@@ -13,7 +13,6 @@ class NativeDialect final : public Dialect {
 
   absl::Status Read(const grpc::ByteBuffer& bytes, v1::GenerateRequest* request) override;
   bool streams() const override { return streaming_; }
-  bool large_replies() const override { return !streaming_; }
   void Take(v1::GenerateChunk* chunk) override;
   const google::protobuf::MessageLite* Next(bool* more) override;
   void Release() override;

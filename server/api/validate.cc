@@ -364,7 +364,8 @@ absl::Status CheckStopping(const v1::Stopping& stopping, const ServerOptions& op
                           "asked for");
     }
     if (max_new_tokens == 0 && checked->samples > 1) {
-      return InvalidField("sampling.samples", absl::StrCat("is ", checked->samples, ", and max_new_tokens is 0"));
+      return InvalidField("sampling.samples",
+                          absl::StrCat("is ", checked->samples, "; a prompt without an output has one"));
     }
     if (max_new_tokens > room) {
       return InvalidField("stopping.max_new_tokens",

@@ -114,7 +114,6 @@ Rpc::Rpc(grpc::CallbackServerContext* context, const RpcWorkers& workers, std::u
       deadline_(deadline),
       report_(std::move(report)),
       handler_(std::move(handler)),
-      large_replies_(handler_->large_replies()),
       reads_ahead_(handler_->reads_ahead()) {
   grpc_call_ref(call_);
 }
@@ -153,13 +152,19 @@ bool Rpc::WakePump() {
     return true;
   }
   queued_ = true;
+  large_replies_ = handler_->large_replies();  // it may be gone when the writer comes to it
   // Under the lock: the call cannot finish without it, so neither this object nor the writer goes away in the middle.
   workers_.writer->Post(shared_from_this());
   return true;
 }
 
 void Rpc::RunInWriter() {
-  if (large_replies_) {
+  bool large = false;
+  {
+    MutexLock lock(mutex_);
+    large = large_replies_;
+  }
+  if (large) {
     workers_.pool->PostReply(kReplyRank, [self = shared_from_this()] { self->PumpAsAsked(); });
   } else {
     PumpAsAsked();

@@ -67,7 +67,7 @@ class RpcHandler {
   // The call is over, with that code. The last that is heard; nothing runs beside it.
   virtual void OnEnd(grpc::StatusCode /*code*/) {}
 
-  // True: replies may be large, and are made and serialised by the pool.
+  // True: replies may be large, and are made and serialised by the pool. Asked by whoever says that there is one.
   virtual bool large_replies() const { return false; }
 
   // For the trailers, as ORCA has it: asked for when the handler has ended the call. Empty: none.
@@ -147,7 +147,6 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   const SteadyTime deadline_;
   const std::shared_ptr<CallReport> report_;
   std::unique_ptr<RpcHandler> handler_;
-  const bool large_replies_;
   const bool reads_ahead_;
   std::shared_ptr<Rpc> self_;  // until OnDone
   bool compressed_ = false;    // request_ is
@@ -159,6 +158,7 @@ class Rpc final : public grpc::ServerGenericBidiReactor, public WriterTask, publ
   bool busy_ ABSL_GUARDED_BY(mutex_) = false;            // a write is outstanding, or a thread is in Pump
   bool again_ ABSL_GUARDED_BY(mutex_) = false;           // the thread in Pump shall ask the handler once more
   bool queued_ ABSL_GUARDED_BY(mutex_) = false;          // in the writer's or the pool's queue
+  bool large_replies_ ABSL_GUARDED_BY(mutex_) = false;   // of what is queued
   bool waits_for_pool_ ABSL_GUARDED_BY(mutex_) = false;  // a request does
   // Of its threads, in HandleRequest: a stream's reply may bring the next request before the last one's thread is out.
   int in_pool_ ABSL_GUARDED_BY(mutex_) = 0;

@@ -17,6 +17,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_tools import protoc
 
+pytest.register_assert_rewrite("every_protocol", "groups", "speakers")
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BIN = pathlib.Path(os.environ["DEJAVU_BIN"])
 MODEL = ROOT / "deploy/models/opt-8m-books"

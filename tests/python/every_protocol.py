@@ -162,7 +162,9 @@ def restarts_lose_nothing(speakers, daemon, restart, number, expected):
                 else:
                     wrong.append(f"{name}: another answer")
             except Ended as ended:
-                if ended.code != speaker.unavailable or (number == signal.SIGTERM and call.has_begun()):
+                # Whoever is killed ends what has begun in any way.
+                begun = call.has_begun()
+                if (begun and number == signal.SIGTERM) or (ended.code != speaker.unavailable and not begun):
                     wrong.append(f"{name}: {ended}")
                 time.sleep(0.02)
 

@@ -123,7 +123,8 @@ def grpc_speakers(channel, api, kserve, vllm):
     def streamed(reply):
         if reply.error_message:
             # The code is not told.
-            raise Ended("UNAVAILABLE" if "shutting down" in reply.error_message else "UNKNOWN", reply.error_message)
+            gone = any(words in reply.error_message for words in ("shutting down", "server has stopped", "server stopped", "draining", "still loading"))
+            raise Ended("UNAVAILABLE" if gone else "UNKNOWN", reply.error_message)
         yield from tensors(reply.infer_response)
 
     def infer(request, stream):

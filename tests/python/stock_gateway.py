@@ -457,8 +457,9 @@ def test_the_overlays_gateway_finds_pods_and_asks_for_its_key_over_tls(api, tmp_
             complete(gateway.client.with_options(api_key="another"))
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"{gateway.url}/workers", context=trust, timeout=PATIENCE_S)
-        with pytest.raises((OSError, http.client.HTTPException)):  # without TLS it understands nothing
+        with pytest.raises((OSError, http.client.HTTPException)) as plain:  # without TLS it understands nothing
             urllib.request.urlopen(f"http://127.0.0.1:{gateway.port}/v1/models", timeout=PATIENCE_S)
+        assert not isinstance(plain.value, urllib.error.HTTPError)
 
         listed.set(two.one, pod("two", "127.0.0.2", ready=False))
 

@@ -2,7 +2,7 @@
 import grpc
 import pytest
 
-from conftest import PATIENCE_S
+from conftest import PATIENCE_S, until
 from test_client import expect_error
 
 TEXT = "It was a dark night, and"
@@ -185,10 +185,25 @@ def test_prompts_that_the_queue_does_not_take_all_are_refused_together(start):
     daemon = start("--scheduler-max-waiting-requests", "4", "--scheduler-max-batch", "1", "--scheduler-fault", "slow@10")
     holding = daemon.stub.GenerateStream(daemon.request([2, 100], 400), timeout=PATIENCE_S)
     next(chunk for chunk in holding if chunk.token_ids)
-    expect_error(lambda: score_all(daemon, *[[2, 5 + i] for i in range(6)]), grpc.StatusCode.RESOURCE_EXHAUSTED)
-    holding.cancel()
+    waiting = [daemon.stub.Generate.future(daemon.request([2, 100], 1), timeout=PATIENCE_S) for _ in range(2)]
+    until(lambda: daemon.load().waiting_requests == 2)
+    expect_error(lambda: score_all(daemon, *[[2, 5 + i] for i in range(4)]), grpc.StatusCode.RESOURCE_EXHAUSTED)
+    for call in (holding, *waiting):
+        call.cancel()
     daemon.expect_idle()
     account = daemon.stub.GetServerInfo(daemon.api.pb.GetServerInfoRequest()).admission
     assert account.received == account.finished + account.cancelled + account.failed + account.live + sum(account.refused.values())
     assert account.received == 7 and account.refused["QUEUE_FULL"] == 2
     assert len(score_all(daemon, [2, 5], [2, 6], [2, 7]).scores) == 3
+
+
+def test_more_prompts_than_the_queue_has_places_are_refused_for_good(start, api):
+    """As an invalid request: trying again would be of no use."""
+    daemon = start("--scheduler-max-waiting-requests", "4")
+    ask = lambda count: daemon.stub.Score(api.pb.ScoreRequest(
+        prompts=[api.pb.ScoredPrompt(token_ids=api.pb.TokenIds(ids=[2, 100 + n])) for n in range(count)]), timeout=PATIENCE_S)
+    assert len(ask(4).scores) == 4
+    with pytest.raises(grpc.RpcError) as error:
+        ask(5)
+    assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "prompts has 5 entries; the queue holds at most 4 of them" in error.value.details()

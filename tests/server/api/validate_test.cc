@@ -574,7 +574,7 @@ TEST_F(ValidateTest, APromptMayBeAskedForBesideTheOutputOrAlone) {
   EXPECT_EQ(Check(request)->request.top_logprobs, 0);
   request.mutable_sampling()->set_temperature(1);
   request.mutable_sampling()->set_samples(2);
-  EXPECT_THAT(message(), HasSubstr("sampling.samples is 2, and max_new_tokens is 0"));
+  EXPECT_THAT(message(), HasSubstr("sampling.samples is 2; a prompt without an output has one"));
   request.mutable_stopping()->set_max_new_tokens(1);
   EXPECT_TRUE(Check(request).ok());
   request.mutable_output()->set_prompt_top_logprobs(static_cast<uint32_t>(options_.max_top_logprobs) + 1);
