@@ -115,4 +115,31 @@ void ExpectSameBits(const Heard& a, const Heard& b) {
   }
 }
 
+std::vector<std::vector<Got>> WaitForAll(const std::vector<std::vector<std::shared_ptr<TokenSink>>>& sinks) {
+  std::vector<std::vector<Got>> got;
+  for (const auto& samples : sinks) {
+    got.emplace_back();
+    for (const auto& sink : samples) {
+      auto& collecting = static_cast<CollectingSink&>(*sink);
+      const Finish finish = collecting.WaitForFinish();
+      got.back().push_back({collecting.tokens(), finish});
+    }
+  }
+  return got;
+}
+
+void ExpectSameToken(const CollectingSink::HeardToken& got, const CollectingSink::HeardToken& want) {
+  const auto bits = [](float x) { return std::bit_cast<uint32_t>(x); };
+  EXPECT_EQ(got.id, want.id);
+  EXPECT_EQ(got.has_logprob, want.has_logprob);
+  EXPECT_EQ(bits(got.logprob), bits(want.logprob));
+  EXPECT_EQ(got.rank, want.rank);
+  EXPECT_EQ(got.stop, want.stop);
+  ASSERT_EQ(got.top.size(), want.top.size());
+  for (size_t i = 0; i < got.top.size(); ++i) {
+    EXPECT_EQ(got.top[i].id, want.top[i].id);
+    EXPECT_EQ(bits(got.top[i].logprob), bits(want.top[i].logprob));
+  }
+}
+
 }  // namespace dejavu

@@ -52,6 +52,16 @@ std::vector<Heard> GenerateTogether(Engine& engine, const std::vector<Request>& 
 // The same ids, and the same bits of each log-probability.
 void ExpectSameBits(const Heard& a, const Heard& b);
 
+// All that one sample has heard.
+struct Got {
+  std::vector<CollectingSink::HeardToken> tokens;
+  Finish finish;
+};
+// Of each request those of its samples, which are CollectingSinks; waits for their ends.
+std::vector<std::vector<Got>> WaitForAll(const std::vector<std::vector<std::shared_ptr<TokenSink>>>& sinks);
+// In every field, and in every bit of its log-probabilities.
+void ExpectSameToken(const CollectingSink::HeardToken& got, const CollectingSink::HeardToken& want);
+
 }  // namespace dejavu
 
 #endif  // TESTS_ENGINE_SERVING_EMBEDDED_ENGINE_H_

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -13,11 +12,6 @@
 
 namespace dejavu {
 namespace {
-
-struct Got {
-  std::vector<CollectingSink::HeardToken> tokens;
-  Finish finish;
-};
 
 // With speculation as they ask for it or OFF.
 std::vector<std::vector<Got>> Play(Engine& engine, const std::vector<Asked>& load, bool speculate, bool together) {
@@ -44,15 +38,7 @@ std::vector<std::vector<Got>> Play(Engine& engine, const std::vector<Asked>& loa
     if (submitted.ok()) *id = *submitted;
   }
   if (together) held->LetGo();
-  std::vector<std::vector<Got>> got;
-  for (const auto& samples : sinks) {
-    got.emplace_back();
-    for (const auto& sink : samples) {
-      auto& collecting = static_cast<CollectingSink&>(*sink);
-      const Finish finish = collecting.WaitForFinish();
-      got.back().push_back({collecting.tokens(), finish});
-    }
-  }
+  std::vector<std::vector<Got>> got = WaitForAll(sinks);
   EXPECT_TRUE(engine.WaitIdle(SteadyTime::max()));
   const EngineStats stats = engine.stats();
   EXPECT_EQ(stats.kv_blocks_free, stats.kv_blocks_total);
@@ -60,20 +46,6 @@ std::vector<std::vector<Got>> Play(Engine& engine, const std::vector<Asked>& loa
   EXPECT_EQ(a.received, a.finished + a.refused_total() + a.cancelled + a.failed + a.live);
   EXPECT_EQ(a.live, 0);
   return got;
-}
-
-void ExpectSameToken(const CollectingSink::HeardToken& got, const CollectingSink::HeardToken& want) {
-  const auto bits = [](float x) { return std::bit_cast<uint32_t>(x); };
-  EXPECT_EQ(got.id, want.id);
-  EXPECT_EQ(got.has_logprob, want.has_logprob);
-  EXPECT_EQ(bits(got.logprob), bits(want.logprob));
-  EXPECT_EQ(got.rank, want.rank);
-  EXPECT_EQ(got.stop, want.stop);
-  ASSERT_EQ(got.top.size(), want.top.size());
-  for (size_t i = 0; i < got.top.size(); ++i) {
-    EXPECT_EQ(got.top[i].id, want.top[i].id);
-    EXPECT_EQ(bits(got.top[i].logprob), bits(want.top[i].logprob));
-  }
 }
 
 // Those that were cut off have got what they would have, as far as they came.

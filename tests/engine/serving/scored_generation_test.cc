@@ -1,7 +1,6 @@
 // A request that scores its prompt and then generates hears, bit by bit, what a score of the prompt says and then what
 // the same request without a score gives: random loads through the engine's public interface.
 #include <algorithm>
-#include <bit>
 #include <random>
 
 #include "gtest/gtest.h"
@@ -56,11 +55,6 @@ std::vector<Asked> RandomLoad(uint32_t seed, int requests) {
   return load;
 }
 
-struct Got {
-  std::vector<CollectingSink::HeardToken> tokens;
-  Finish finish;
-};
-
 Request PromptAlone(Request request) {
   request.max_new_tokens = 0;
   request.min_new_tokens = 0;
@@ -81,32 +75,10 @@ std::vector<std::vector<Got>> Play(Engine& engine, const std::vector<Asked>& loa
     EXPECT_TRUE(engine.SubmitSamples(asks(asked.request), samples).ok());
   }
   held.LetGo();
-  std::vector<std::vector<Got>> got;
-  for (const auto& samples : sinks) {
-    got.emplace_back();
-    for (const auto& sink : samples) {
-      auto& collecting = static_cast<CollectingSink&>(*sink);
-      const Finish finish = collecting.WaitForFinish();
-      got.back().push_back({collecting.tokens(), finish});
-    }
-  }
+  std::vector<std::vector<Got>> got = WaitForAll(sinks);
   EXPECT_TRUE(engine.WaitIdle(SteadyTime::max()));
   EXPECT_EQ(engine.stats().kv_blocks_free, engine.stats().kv_blocks_total);
   return got;
-}
-
-void ExpectSameToken(const CollectingSink::HeardToken& got, const CollectingSink::HeardToken& want) {
-  const auto bits = [](float x) { return std::bit_cast<uint32_t>(x); };
-  EXPECT_EQ(got.id, want.id);
-  EXPECT_EQ(got.has_logprob, want.has_logprob);
-  EXPECT_EQ(bits(got.logprob), bits(want.logprob));
-  EXPECT_EQ(got.rank, want.rank);
-  EXPECT_EQ(got.stop, want.stop);
-  ASSERT_EQ(got.top.size(), want.top.size());
-  for (size_t i = 0; i < got.top.size(); ++i) {
-    EXPECT_EQ(got.top[i].id, want.top[i].id);
-    EXPECT_EQ(bits(got.top[i].logprob), bits(want.top[i].logprob));
-  }
 }
 
 // Of one sample: what `prompt` has heard, if that is told, and then what `output` has.
